@@ -1,0 +1,1 @@
+"""Triton kernels of vllm_buddy, each beside its plain-PyTorch reference."""
