@@ -1,0 +1,201 @@
+"""The golden truth: a plain routed forward over a Hugging Face Llama, Qwen2 or Qwen3, in whatever dtype it has.
+
+One sequence at a time, no padding, no compiled code, attention as two matrix products. Every position has its own
+path. A skipped layer is skipped whole (BUDDY, section 3.1): the hidden state passes unchanged, and the KV policy says
+what later positions of that layer find there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, check_kv_policy
+from vllm_buddy.method.path import Path
+from vllm_buddy.method.router import Router
+from vllm_buddy.method.schedule import PathSchedule, RequestRoute
+
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass
+class LayerCache:
+    """K and V of the positions that one layer can attend to, in order of position.
+
+    positions: [n], int64. keys (rotated), values: [n, num_kv_heads, head_dim]. None before the first entry.
+    """
+
+    positions: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    def append(
+        self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Add entries behind those present; returns all (positions, keys, values)."""
+        if self.positions is not None and self.keys is not None and self.values is not None:
+            positions = torch.cat([self.positions, positions])
+            keys = torch.cat([self.keys, keys])
+            values = torch.cat([self.values, values])
+        self.positions, self.keys, self.values = positions, keys, values
+        return positions, keys, values
+
+
+@dataclass(frozen=True)
+class GeneratedSequence:
+    """What `generate` returns.
+
+    token_ids: the generated tokens, without the prompt.
+    paths: the path of every position that ran, prompt first. The last generated token never runs, so these are
+        len(prompt) + len(token_ids) - 1.
+    logprobs: natural log of the probability of each generated token.
+    """
+
+    token_ids: list[int]
+    paths: list[Path]
+    logprobs: list[float] = field(default_factory=list)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise UnsupportedError unless `model` is a dense Llama, Qwen2 or Qwen3 with full attention in every layer."""
+    config: Any = model.config
+    if config.model_type not in MODEL_TYPES:
+        raise UnsupportedError(f"model type {config.model_type!r} is not supported; known are {', '.join(MODEL_TYPES)}")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UnsupportedError(f"layers with {', '.join(sorted(kinds - {'full_attention'}))} are not supported")
+
+
+@torch.no_grad()
+def routed_logits(model: nn.Module, token_ids: Sequence[int], paths: Sequence[Path], kv_policy: str) -> torch.Tensor:
+    """Logits of every position, computed from scratch.
+
+    model: a Hugging Face causal language model (see check_model).
+    paths: paths[t] is the path of position t; it must hold the first and the last layer.
+
+    Returns:
+        [len(token_ids), vocab_size], in the model's dtype.
+    """
+    return _advance(model, _empty_cache(model, kv_policy), 0, token_ids, paths, kv_policy)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    router: Router,
+    schedule: PathSchedule,
+    depth: int,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    kv_policy: str,
+) -> GeneratedSequence:
+    """Greedy decoding with the paths a scheduler would hand out for this request.
+
+    depth: layers per token, first and last included. prompt: at least one token id. No token ends it early.
+    """
+    caches = _empty_cache(model, kv_policy)
+    route = RequestRoute(router, schedule, depth, prompt)
+    token_ids = list(prompt)
+    paths: list[Path] = []
+    logprobs: list[float] = []
+    for _ in range(max_new_tokens):
+        start = len(paths)
+        new = [run.path for run in route.runs(start, len(token_ids) - start, token_ids) for _ in range(run.num_tokens)]
+        logits = _advance(model, caches, start, token_ids[start:], new, kv_policy)[-1]
+        paths += new
+        token = int(logits.argmax())
+        logprobs.append(float(logits.float().log_softmax(dim=-1)[token]))
+        token_ids.append(token)
+    return GeneratedSequence(token_ids[len(prompt) :], paths, logprobs)
+
+
+def _empty_cache(model: Any, kv_policy: str) -> list[LayerCache]:
+    check_model(model)
+    check_kv_policy(kv_policy)
+    return [LayerCache() for _ in model.model.layers]
+
+
+def _advance(
+    model: Any,
+    caches: list[LayerCache],
+    start: int,
+    token_ids: Sequence[int],
+    paths: Sequence[Path],
+    kv_policy: str,
+) -> torch.Tensor:
+    """Run the tokens at positions start, start + 1, ...; extends `caches`; returns their logits [n, vocab_size]."""
+    if len(paths) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens but {len(paths)} paths")
+    ends = 1 | 1 << len(caches) - 1
+    if any(path & ends != ends or path >> len(caches) for path in paths):
+        raise ValueError("every path must hold the first and the last layer and none beyond it")
+    backbone = model.model
+    device = backbone.embed_tokens.weight.device
+    hidden = backbone.embed_tokens(torch.tensor(list(token_ids), device=device))
+    positions = torch.arange(start, start + len(token_ids), device=device)
+    cos, sin = (part[0] for part in backbone.rotary_emb(hidden, positions[None]))
+    for index, (layer, cache) in enumerate(zip(backbone.layers, caches, strict=True)):
+        runs = torch.tensor([bool(path >> index & 1) for path in paths], device=device)
+        hidden = _layer(layer, cache, hidden, positions, cos, sin, runs, kv_policy)
+    return model.lm_head(backbone.norm(hidden))
+
+
+def _layer(
+    layer: Any,
+    cache: LayerCache,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    runs: torch.Tensor,
+    kv_policy: str,
+) -> torch.Tensor:
+    """One layer for the rows where `runs` ([n], bool) holds; the other rows pass."""
+    attention = layer.self_attn
+    entries = runs if kv_policy == MASKED else torch.ones_like(runs)
+    normed = layer.input_layernorm(hidden)
+    keys = _rotate(_heads(attention, normed[entries], "k"), cos[entries], sin[entries])
+    values = _heads(attention, normed[entries], "v")
+    if kv_policy not in (MASKED, KV_ONLY):
+        keys[~runs], values[~runs] = 0.0, 0.0
+    kv_positions, keys, values = cache.append(positions[entries], keys, values)
+    if not runs.any():
+        return hidden
+    queries = _rotate(_heads(attention, normed[runs], "q"), cos[runs], sin[runs])
+    visible = kv_positions[None, :] <= positions[runs][:, None]
+    residual = hidden[runs]
+    residual = residual + attention.o_proj(_attend(queries, keys, values, visible, attention.scaling))
+    residual = residual + layer.mlp(layer.post_attention_layernorm(residual))
+    hidden = hidden.clone()
+    hidden[runs] = residual
+    return hidden
+
+
+def _heads(attention: Any, normed: torch.Tensor, which: str) -> torch.Tensor:
+    """q, k or v of `normed` [n, hidden]: [n, num_heads, head_dim], with Qwen3's norm per head where there is one."""
+    projected = getattr(attention, f"{which}_proj")(normed)
+    # The number of heads is spelt out because a view to -1 is ambiguous for zero rows.
+    projected = projected.view(len(normed), projected.shape[-1] // attention.head_dim, attention.head_dim)
+    norm = getattr(attention, f"{which}_norm", None)
+    return projected if norm is None else norm(projected)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in Hugging Face's half-split order. x: [n, num_heads, head_dim]; cos, sin: [n, head_dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def _attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Softmax attention. queries: [n, num_heads, head_dim]; keys, values: [m, num_kv_heads, head_dim];
+    visible: [n, m], bool. Returns [n, num_heads * head_dim]."""
+    group = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    logits = torch.einsum("nhd,mhd->hnm", queries, keys) * scaling
+    weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+    return torch.einsum("hnm,mhd->nhd", weights, values).flatten(1)
