@@ -1,0 +1,48 @@
+"""From a compute budget to a number of layers."""
+
+import math
+
+from vllm_buddy.errors import BudgetError
+
+MIN_DEPTH = 3  # first layer, last layer and at least one between them
+
+# floor(b * L) would lose a layer to rounding at budgets such as 0.7 * 30 = 20.999...
+_ROUNDING = 1e-6
+
+
+def depth_for_budget(budget: float, num_layers: int) -> int:
+    """Number of layers a token executes at `budget`: floor(b * L), first and last included.
+
+    The paper (BUDDY, section 3) rounds to the nearest; flooring equals it at the paper's settings and
+    never exceeds the budget. The middle layers chosen by the router number k = depth - 2.
+
+    Raises:
+        BudgetError: budget outside (0, 1], or so low that fewer than three layers are left.
+    """
+    if not 0.0 < budget <= 1.0:  # also catches NaN
+        raise BudgetError(f"budget is {budget!r}; allowed is a number in (0, 1]")
+    depth = math.floor(budget * num_layers + _ROUNDING)
+    if depth < MIN_DEPTH:
+        raise BudgetError(
+            f"budget {budget:g} leaves {depth} of {num_layers} layers, but at least {MIN_DEPTH} must run; "
+            f"the smallest allowed budget is {smallest_budget(num_layers):g}"
+        )
+    return depth
+
+
+def smallest_budget(num_layers: int) -> float:
+    """The smallest budget, in thousandths, that leaves the first, the last and one middle layer."""
+    return math.ceil(1000 * MIN_DEPTH / num_layers - 1e-9) / 1000
+
+
+def parse_budget(value: object) -> float:
+    """A budget as a request carries it, checked for type and range.
+
+    Raises:
+        BudgetError: anything but an int or float in (0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BudgetError(f"budget is {value!r}; allowed is a number in (0, 1]")
+    if not 0.0 < value <= 1.0:
+        raise BudgetError(f"budget is {value!r}; allowed is a number in (0, 1]")
+    return float(value)

@@ -1,0 +1,82 @@
+"""The Decision Module, as it is trained and as it is served.
+
+Trained form (BUDDY, section 3.2): a two-layer MLP over the first layer's Value states,
+
+    s = W_2 SiLU(W_1 [mean(V over all tokens so far) ; V of the newest token] + b_1) + b_2.
+
+The first layer's V is a function of the token id alone, so W_1 V can be tabulated once for the whole
+vocabulary. The folded form needs no forward pass: it looks up token ids on the host.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_buddy.method.context import Context
+
+
+class DecisionModule(nn.Module):
+    """One score per middle layer from pooled first-layer Value states.
+
+    value_dim: num_kv_heads * head_dim of the base model.
+    num_middle: candidate layers, num_layers - 2.
+    hidden: width r of the MLP; the paper's example is 32.
+    """
+
+    def __init__(self, value_dim: int, num_middle: int, hidden: int = 32) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(2 * value_dim, hidden)
+        self.w2 = nn.Linear(hidden, num_middle)
+
+    def forward(self, mean_value: torch.Tensor, newest_value: torch.Tensor) -> torch.Tensor:
+        """mean_value, newest_value: [..., value_dim] -> scores [..., num_middle]."""
+        hidden = self.w1(torch.cat([mean_value, newest_value], dim=-1))
+        return self.w2(nn.functional.silu(hidden))
+
+
+def value_table(model: nn.Module) -> torch.Tensor:
+    """First-layer Value states of every token id: [vocab_size, value_dim], float32.
+
+    model: a Hugging Face Llama, Qwen2 or Qwen3 causal language model.
+    """
+    backbone: Any = model.model
+    first = backbone.layers[0]
+    with torch.no_grad():
+        normed = first.input_layernorm(backbone.embed_tokens.weight)
+        return first.self_attn.v_proj(normed).float()
+
+
+@dataclass(frozen=True)
+class FoldedDecision:
+    """The Decision Module on token ids. All arrays float32.
+
+    table_context, table_newest: [vocab_size, r]; b1: [r]; w2: [num_middle, r]; b2: [num_middle].
+    """
+
+    table_context: np.ndarray
+    table_newest: np.ndarray
+    b1: np.ndarray
+    w2: np.ndarray
+    b2: np.ndarray
+
+    @classmethod
+    def fold(cls, module: DecisionModule, values: torch.Tensor) -> "FoldedDecision":
+        """Multiply the first linear layer into `values` [vocab_size, value_dim] (see value_table)."""
+        with torch.no_grad():
+            w_mean, w_newest = module.w1.weight.float().chunk(2, dim=1)
+            return cls(
+                table_context=(values @ w_mean.T).numpy(),
+                table_newest=(values @ w_newest.T).numpy(),
+                b1=module.w1.bias.float().numpy().copy(),
+                w2=module.w2.weight.float().numpy().copy(),
+                b2=module.w2.bias.float().numpy().copy(),
+            )
+
+    def scores(self, context: Context) -> np.ndarray:
+        """[num_middle], float64, for the tokens that `context` has seen (at least one)."""
+        hidden = context.mean + self.table_newest[context.newest] + self.b1
+        hidden = hidden / (1.0 + np.exp(-hidden))  # SiLU
+        return self.w2 @ hidden + self.b2

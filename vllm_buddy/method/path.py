@@ -1,0 +1,36 @@
+"""Paths: the set of layers a token executes, as an integer whose bit l stands for layer l."""
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+Path: TypeAlias = int
+
+
+def path_of(layers: Iterable[int]) -> Path:
+    """The path that executes `layers`."""
+    path = 0
+    for layer in layers:
+        path |= 1 << layer
+    return path
+
+
+def layers_of(path: Path) -> list[int]:
+    """The layers of `path`, ascending."""
+    return [layer for layer in range(path.bit_length()) if path >> layer & 1]
+
+
+def full_path(num_layers: int) -> Path:
+    """The path of the unrouted model."""
+    return (1 << num_layers) - 1
+
+
+def top_k_path(scores: Sequence[float] | np.ndarray, depth: int) -> Path:
+    """First layer, last layer and the depth - 2 middle layers of highest score.
+
+    scores: [num_layers - 2], one per middle layer. Ties go to the lower layer index, so the path is a
+    function of the scores alone.
+    """
+    order = np.argsort(-np.asarray(scores), kind="stable")[: depth - 2]
+    return path_of((0, *(int(i) + 1 for i in order), len(scores) + 1))

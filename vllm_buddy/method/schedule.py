@@ -1,0 +1,100 @@
+"""When a request is routed again: token ids and prompt length in, runs of (tokens, path) out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllm_buddy.method.path import Path
+from vllm_buddy.method.router import Router
+
+
+class Run(NamedTuple):
+    """Consecutive tokens of one request that execute the same path."""
+
+    num_tokens: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class PathSchedule:
+    """One path for the prompt, from the whole prompt; then a new decision every `interval` decoded tokens.
+
+    interval: R. 1 routes before every token, as the paper does; 0 keeps the prompt's path.
+    lag: the decision for the token at position p sees tokens up to p - lag. 0 sees the token itself; under
+        asynchronous scheduling it is not on the host yet, so the lag is 1. A fixed number, never what
+        happens to have arrived: the path stays a function of the token ids.
+    """
+
+    interval: int = 16
+    lag: int = 0
+
+    def __post_init__(self) -> None:
+        if self.interval < 0 or self.lag < 0:
+            raise ValueError(f"interval and lag must not be negative: {self}")
+
+
+class RequestRoute:
+    """The paths of one request, decided in order of position and never revised.
+
+    Depends on the router, the schedule, the depth and the token ids alone: not on batch-mates, chunking,
+    cache state or preemption. Holds what was decided, so that a request that is computed again after a
+    preemption runs the same paths.
+    """
+
+    def __init__(self, router: Router, schedule: PathSchedule, depth: int, prompt_token_ids: Sequence[int]) -> None:
+        self.depth = depth
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self._router = router
+        self._schedule = schedule
+        self._context = router.new_context() if depth < router.num_layers else None
+        if self._context is not None:
+            self._context.extend(prompt_token_ids)
+        self.prompt_path = router.path(self._context, depth)
+        self._starts = [0]
+        self._paths = [self.prompt_path]
+        self.num_decisions = 1
+        interval = schedule.interval if self._context is not None else 0
+        self._next_decision: int | None = self.num_prompt_tokens if interval else None
+
+    @property
+    def num_reroutes(self) -> int:
+        """How often the path changed."""
+        return len(self._paths) - 1
+
+    @property
+    def num_distinct_paths(self) -> int:
+        return len(set(self._paths))
+
+    @property
+    def uniform_length(self) -> int | None:
+        """Tokens before the first change of path; None while the path has not changed."""
+        return self._starts[1] if len(self._starts) > 1 else None
+
+    def decide(self, end: int, token_ids: Sequence[int]) -> None:
+        """Make all decisions for positions below `end`. token_ids: the request's, prompt first."""
+        while self._next_decision is not None and self._next_decision < end:
+            start = self._next_decision
+            context = self._context
+            assert context is not None
+            seen = max(context.num_tokens, start - self._schedule.lag + 1)
+            context.extend(token_ids[context.num_tokens : seen])
+            path = self._router.path(context, self.depth)
+            self.num_decisions += 1
+            if path != self._paths[-1]:
+                self._starts.append(start)
+                self._paths.append(path)
+            self._next_decision = start + self._schedule.interval
+
+    def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
+        """The runs that cover positions [start, start + num_tokens)."""
+        end = start + num_tokens
+        self.decide(end, token_ids)
+        runs = []
+        index = len(self._starts) - 1
+        while self._starts[index] > start:
+            index -= 1
+        while start < end:
+            stop = self._starts[index + 1] if index + 1 < len(self._starts) else end
+            runs.append(Run(min(stop, end) - start, self._paths[index]))
+            start, index = min(stop, end), index + 1
+        return runs

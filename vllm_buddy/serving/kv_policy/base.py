@@ -1,0 +1,60 @@
+"""The interface of a KV policy, and the view of the cache that a layer gets."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from vllm_buddy.serving.step_batch import StepBatch
+
+
+@dataclass
+class LayerView:
+    """What one layer runs on in one step. Layers that run the same rows on equal lengths share a view.
+
+    rows_np, rows: [num_rows] token rows that execute the layer, ascending, on the host and on the device;
+        None means all rows. Empty: nobody executes it.
+    attn_metadata, slot_mapping: for these rows; None means vLLM's own for the whole batch.
+    skipped, skipped_slots: rows that do not execute the layer but write to its cache all the same, and where.
+        None: nothing is written.
+    """
+
+    rows_np: np.ndarray | None = None
+    rows: torch.Tensor | None = None
+    attn_metadata: Any = None
+    slot_mapping: torch.Tensor | None = None
+    skipped: torch.Tensor | None = None
+    skipped_slots: torch.Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.rows_np is not None and len(self.rows_np) == 0
+
+
+class KVPolicy(ABC):
+    """Turns a step into one view per layer.
+
+    num_layers: of the whole model.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+
+    def forget(self, req_id: str) -> None:
+        """Drop what is kept about a finished request."""
+
+    @abstractmethod
+    def views(self, batch: StepBatch) -> list[LayerView]:
+        """One view per layer of the model."""
+
+    def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
+        """Write what the skipped rows leave in this layer's cache, before the other rows attend to it.
+
+        layer: the vLLM decoder layer. positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], of the
+        whole batch; the skipped rows' state is their sum.
+        """
+        raise NotImplementedError(f"KV policy {self.name} writes nothing for skipped layers")

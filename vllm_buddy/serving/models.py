@@ -1,0 +1,99 @@
+"""The routed models: vLLM's own Llama, Qwen2 and Qwen3 with another loop over the layers."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from vllm_buddy.serving.kv_policy.kv_only import KVOnly, keep_kv_weights
+from vllm_buddy.serving.layer_compile import LayerFn, layer_functions
+from vllm_buddy.serving.routed_step import RoutedStep
+from vllm_buddy.serving.startup import SCHEDULER, engine_settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    _Backbone = nn.Module
+else:
+    _Backbone = object
+
+
+class RoutedBackbone(_Backbone):
+    """Mixin over vLLM's LlamaModel and Qwen2Model (and Qwen3Model): embed, routed layers, norm."""
+
+    _functions: list[LayerFn] | None = None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        step: RoutedStep | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size]. step None, in profiling and dummy runs: all layers, all rows."""
+        if self._functions is None:
+            self._functions = layer_functions(list(self.layers), 0, self.vllm_config)
+        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        residual = None
+        if step is None:
+            for function in self._functions:
+                hidden, residual = function(positions, hidden, residual)
+        else:
+            hidden, residual = step.run(self.layers, self._functions, positions, hidden, residual)
+        hidden, _ = self.norm(hidden, residual)
+        return hidden
+
+
+class _Routed(_Backbone):
+    """Mixin over vLLM's ...ForCausalLM."""
+
+    supports_lora = False
+    supports_pp = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        if vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
+            raise RuntimeError(
+                f"{type(self).__name__} was loaded without the vllm_buddy scheduler, so nothing would be routed; "
+                "start it with --model-impl buddy"
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        backbone: Any = self.model
+        backbone.__class__ = type(f"Routed{type(backbone).__name__}", (RoutedBackbone, type(backbone)), {})
+        backbone.vllm_config = vllm_config
+        backbone.do_not_compile = True  # as a whole; see layer_compile
+        self._keeps_kv_weights = engine_settings(vllm_config).kv_policy == KVOnly.name
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        step: RoutedStep | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] of a step; see RoutedBackbone."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, step=step)
+
+    def load_weights(self, weights: Any) -> Any:
+        """Load as vLLM does, then keep what the KV policy needs before vLLM packs the weights."""
+        loaded = super().load_weights(weights)
+        if self._keeps_kv_weights:
+            for layer in self.model.layers:
+                keep_kv_weights(layer)
+        return loaded
+
+
+class BuddyLlamaForCausalLM(_Routed, LlamaForCausalLM):
+    """vLLM's LlamaForCausalLM, routed."""
+
+
+class BuddyQwen2ForCausalLM(_Routed, Qwen2ForCausalLM):
+    """vLLM's Qwen2ForCausalLM (Qwen2, Qwen2.5), routed."""
+
+
+class BuddyQwen3ForCausalLM(_Routed, Qwen3ForCausalLM):
+    """vLLM's Qwen3ForCausalLM, routed."""

@@ -1,0 +1,83 @@
+"""All changes to vLLM's own classes: two wrapped methods and one table entry per model class.
+
+| patch | why there is no hook |
+|---|---|
+| `_ModelRegistry._normalize_arch` | --model-impl knows a fixed list of implementations |
+| `SamplingParams.verify` | per-request options in vllm_xargs are not validated, and HTTP 400 needs an error there |
+
+Both act only where model_impl is "buddy". tests/serving/test_patches.py fails when vLLM's side moves.
+"""
+
+from typing import Any
+
+MODEL_IMPL = "buddy"
+
+# vLLM's architecture name -> our class, as registered below.
+ROUTED_ARCHITECTURES = {
+    "LlamaForCausalLM": "BuddyLlamaForCausalLM",
+    "Qwen2ForCausalLM": "BuddyQwen2ForCausalLM",
+    "Qwen3ForCausalLM": "BuddyQwen3ForCausalLM",
+}
+_MODELS_MODULE = "vllm_buddy.serving.models"
+_MARK = "_vllm_buddy_original"
+
+
+def apply() -> None:
+    """Register the routed models and apply both patches. Calling it again changes nothing."""
+    _register_models()
+    _wrap_normalize_arch()
+    _wrap_verify()
+
+
+def _register_models() -> None:
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vllm_buddy.serving.startup import BuddyModelConfig
+
+    for routed in ROUTED_ARCHITECTURES.values():
+        # The string form: vLLM imports the model code when it needs it, in the process that needs it.
+        if routed not in ModelRegistry.models:
+            ModelRegistry.register_model(routed, f"{_MODELS_MODULE}:{routed}")
+        MODELS_CONFIG_MAP[routed] = BuddyModelConfig
+
+
+def _wrap_normalize_arch() -> None:
+    """Map a supported architecture to its routed class, and refuse the others by name."""
+    from vllm.model_executor.models.registry import _ModelRegistry
+
+    original = _ModelRegistry._normalize_arch
+    if hasattr(original, _MARK):
+        return
+
+    def normalize_arch(self: Any, architecture: str, model_config: Any) -> str:
+        if getattr(model_config, "model_impl", None) != MODEL_IMPL:
+            return original(self, architecture, model_config)
+        if architecture not in ROUTED_ARCHITECTURES:
+            raise ValueError(
+                f"--model-impl buddy does not support the architecture {architecture!r}; "
+                f"supported are {', '.join(ROUTED_ARCHITECTURES)}"
+            )
+        return ROUTED_ARCHITECTURES[architecture]
+
+    setattr(normalize_arch, _MARK, original)
+    _ModelRegistry._normalize_arch = normalize_arch
+
+
+def _wrap_verify() -> None:
+    """Validate a request's buddy options where vLLM validates its own: HTTP 400 in the server."""
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_buddy.serving.request import verify_request
+
+    original = SamplingParams.verify
+    if hasattr(original, _MARK):
+        return
+
+    def verify(self: SamplingParams, model_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, model_config, *args, **kwargs)
+        if getattr(model_config, "model_impl", None) == MODEL_IMPL:
+            verify_request(self, model_config)
+
+    setattr(verify, _MARK, original)
+    SamplingParams.verify = verify

@@ -1,0 +1,134 @@
+"""Routing, in vLLM's scheduler: the router's input is token ids, so the plan is made before the step."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_buddy.artifact import load_artifact
+from vllm_buddy.method import PathSchedule, RequestRoute, depth_for_budget
+from vllm_buddy.serving.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
+from vllm_buddy.serving.prefix_cache import end_hash_chain, limit_publishing, salt
+from vllm_buddy.serving.request import RequestLimits
+from vllm_buddy.serving.startup import FilePath, engine_settings
+from vllm_buddy.serving.telemetry import EngineMetrics, Outcome
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class _Routing(_Base):
+    """Mixin over vLLM's (Async)Scheduler: a route per request, a plan per step."""
+
+    def __init__(self, vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        settings = engine_settings(vllm_config)
+        assert settings.artifact is not None  # the config hook resolved it to a folder
+        artifact = load_artifact(FilePath(settings.artifact))
+        self._limits: RequestLimits = vllm_config.model_config.buddy_limits  # type: ignore[attr-defined]
+        self._router = artifact.router(library=settings.paths == "library")
+        self._schedule = PathSchedule(interval=settings.route_every, lag=_decision_lag(settings, vllm_config))
+        self._salt_prefix = f"{artifact.digest}:{settings.kv_policy}"
+        self._routes: dict[str, RequestRoute] = {}
+        self._outcomes: dict[str, Outcome] = {}
+        self._metrics = EngineMetrics.for_engine(vllm_config)
+        limit_publishing(self.kv_cache_manager.coordinator, self._publishable_tokens)
+
+    # --- one request -------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Decide the prompt's path, and make it part of the request's prefix-cache keys."""
+        if request.request_id not in self.requests:
+            started = time.perf_counter()
+            assert request.sampling_params is not None  # generation models only, checked at start
+            # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by.
+            budget = 1.0 if request.resumable else self._limits.budget(request.sampling_params.extra_args)
+            depth = depth_for_budget(budget, self._limits.num_layers)
+            route = RequestRoute(self._router, self._schedule, depth, request.all_token_ids)
+            self._routes[request.request_id] = route
+            self._outcomes[request.request_id] = Outcome(budget, depth)
+            if route.prompt_path != self._router.full:
+                salt(request, f"{self._salt_prefix}:{route.prompt_path:x}")
+            self._metrics.observe_routing(time.perf_counter() - started, 1)
+        super().add_request(request)
+
+    def _publishable_tokens(self, request: Request, num_tokens: int) -> int:
+        """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""
+        route = self._routes[request.request_id]
+        route.decide(num_tokens, request.all_token_ids)
+        uniform = route.uniform_length
+        if uniform is None or uniform >= num_tokens:
+            return num_tokens
+        end_hash_chain(request, uniform // self.hash_block_size)
+        return uniform
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Add the outcome to what the final response carries in kv_transfer_params."""
+        kv_params, ec_params = super()._free_request(request, *args, **kwargs)
+        route = self._routes.pop(request.request_id)
+        outcome = self._outcomes.pop(request.request_id)
+        self._metrics.observe_request(outcome, route)
+        return {**(kv_params or {}), "buddy": outcome.as_dict(route)}, ec_params
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's step, with the plan attached."""
+        output = super().schedule(*args, **kwargs)
+        started = time.perf_counter()
+        plan, num_decisions = self._plan(output)
+        setattr(output, PLAN_ATTRIBUTE, plan)
+        if plan:
+            self._metrics.observe_routing(time.perf_counter() - started, num_decisions)
+        return output
+
+    def _plan(self, output: SchedulerOutput) -> tuple[StepPlan, int]:
+        starting = {request.req_id for request in output.scheduled_new_reqs}
+        starting |= output.scheduled_cached_reqs.resumed_req_ids
+        plan: StepPlan = {}
+        num_decisions = 0
+        for req_id, num_tokens in output.num_scheduled_tokens.items():
+            request, route = self.requests[req_id], self._routes[req_id]
+            decided = route.num_decisions
+            # vLLM has advanced num_computed_tokens past this step already.
+            runs = route.runs(request.num_computed_tokens - num_tokens, num_tokens, request.all_token_ids)
+            plan[req_id] = RequestPlan(tuple(runs), route.prompt_path if req_id in starting else None)
+            num_decisions += route.num_decisions - decided
+        return plan, num_decisions
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        """Collect the layers really executed, before vLLM finishes the requests of this step."""
+        executed: dict[str, Executed] = getattr(model_runner_output, EXECUTED_ATTRIBUTE, {})
+        for req_id, counts in executed.items():
+            if req_id in self._outcomes:
+                self._outcomes[req_id].add(counts)
+        self._metrics.observe_step(executed.values(), self._limits.num_layers)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._metrics.export(idle=not self.has_unfinished_requests())
+        return outputs
+
+
+class BuddyScheduler(_Routing, Scheduler):
+    """Routing over vLLM's synchronous scheduler."""
+
+
+class BuddyAsyncScheduler(_Routing, AsyncScheduler):
+    """Routing over vLLM's asynchronous scheduler; decisions lag one token behind."""
+
+
+def make_scheduler(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Scheduler:
+    """Build the routing scheduler of the kind vLLM would have built. Called where vLLM expects a class."""
+    cls = BuddyAsyncScheduler if vllm_config.scheduler_config.async_scheduling else BuddyScheduler
+    return cls(vllm_config, *args, **kwargs)
+
+
+def _decision_lag(settings: Any, vllm_config: "VllmConfig") -> int:
+    least = 1 if vllm_config.scheduler_config.async_scheduling else 0
+    return max(settings.decision_lag or 0, least)

@@ -1,0 +1,108 @@
+"""Features that cannot be combined with routing. Each is refused at start, with the reason."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vllm_buddy.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def _sliding_window(c: "VllmConfig") -> bool:
+    hf_config = c.model_config.hf_text_config
+    layer_types = getattr(hf_config, "layer_types", None) or ()
+    return c.model_config.get_sliding_window() is not None or any("sliding" in t for t in layer_types)
+
+
+def _attention_backend(c: "VllmConfig") -> bool:
+    backend = c.attention_config.backend
+    return backend is not None and backend.name.startswith("FLASHINFER")
+
+
+# (name, is it asked for?, reason and way out)
+_CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
+    (
+        "a pooling or encoder model",
+        lambda c: c.model_config.runner_type != "generate" or c.model_config.is_encoder_decoder,
+        "routing is for text generation; serve it without --model-impl buddy",
+    ),
+    ("a multimodal model", lambda c: c.model_config.is_multimodal_model, "only text models are routed"),
+    ("a mixture-of-experts model", lambda c: c.model_config.is_moe, "only dense models are routed"),
+    (
+        "sliding-window attention",
+        _sliding_window,
+        "the packed KV cache of a layer holds executed tokens only, so a window over them is another window",
+    ),
+    (
+        "the FlashInfer attention backend",
+        _attention_backend,
+        "it plans one batch layout at a time, and layers have different ones; "
+        "use --attention-backend FLASH_ATTN or TRITON_ATTN",
+    ),
+    (
+        "LoRA",
+        lambda c: c.lora_config is not None,
+        "adapter indices are per batch, and a layer runs a subset of the batch's rows; start without --enable-lora",
+    ),
+    (
+        "speculative decoding",
+        lambda c: c.speculative_config is not None,
+        "a rejected draft token would leave its KV in the layers it executed; start without --speculative-config",
+    ),
+    (
+        "a KV connector",
+        lambda c: c.kv_transfer_config is not None,
+        "transferred blocks carry no record of the layers each token executed; start without --kv-transfer-config",
+    ),
+    ("an encoder-cache connector", lambda c: c.ec_transfer_config is not None, "only text models are routed"),
+    (
+        "pipeline parallelism",
+        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        "layers executed are counted per stage only; use tensor or data parallelism",
+    ),
+    (
+        "context parallelism",
+        lambda c: c.parallel_config.decode_context_parallel_size > 1
+        or c.parallel_config.prefill_context_parallel_size > 1,
+        "slots of a layer are not a function of the position",
+    ),
+    (
+        "dual-batch overlap",
+        lambda c: c.parallel_config.enable_dbo,
+        "the plan covers the whole batch; start without --enable-dbo",
+    ),
+    (
+        "prompt embeddings",
+        lambda c: c.model_config.enable_prompt_embeds,
+        "the router reads token ids; start without --enable-prompt-embeds",
+    ),
+    (
+        "KV-sharing fast prefill",
+        lambda c: c.cache_config.kv_sharing_fast_prefill,
+        "both replace the attention metadata of single layers",
+    ),
+    (
+        "a custom worker",
+        lambda c: c.parallel_config.worker_cls != "auto",
+        "vllm_buddy sets --worker-cls itself",
+    ),
+    (
+        "a custom scheduler",
+        lambda c: c.scheduler_config.scheduler_cls is not None,
+        "vllm_buddy routes in its own scheduler; start without --scheduler-cls",
+    ),
+    (
+        "the Rust front end",
+        lambda c: os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+        "it does not validate a request's buddy_budget; unset VLLM_USE_RUST_FRONTEND",
+    ),
+]
+
+
+def refuse_unsupported(vllm_config: "VllmConfig") -> None:
+    """Raise UnsupportedError with every reason why this configuration cannot be routed."""
+    reasons = [f"{name}: {reason}" for name, asked_for, reason in _CHECKS if asked_for(vllm_config)]
+    if reasons:
+        raise UnsupportedError("--model-impl buddy cannot be combined with " + "; and not with ".join(reasons))
