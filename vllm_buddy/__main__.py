@@ -1,0 +1,8 @@
+"""`python -m vllm_buddy` is `vllm-buddy`."""
+
+import sys
+
+from vllm_buddy.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

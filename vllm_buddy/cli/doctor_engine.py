@@ -1,0 +1,131 @@
+"""The check of `vllm-buddy doctor` that routes two requests through a real engine with a tiny random model.
+
+`python -m vllm_buddy.cli.doctor_engine FOLDER` is the process the check starts: an engine that crashes takes that
+process with it and not the report.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path as FilePath
+
+from vllm_buddy.cli.doctor_checks import Check
+from vllm_buddy.method import depth_for_budget
+
+_TIMEOUT_S = 240
+_MARK = "doctor-engine:"
+_NUM_LAYERS = 6
+_HIDDEN_SIZE = 128
+_HEAD_DIM = 32  # the smallest that vLLM's CPU attention takes
+_VOCAB_SIZE = 256
+_BUDGETS = (1.0, 0.5)
+_NUM_TOKENS = 8
+_TAIL_LINES = 12
+
+
+def check_engine() -> Check:
+    """A tiny Llama runs exactly the layers that two requests' budgets allow."""
+    with tempfile.TemporaryDirectory(prefix="vllm_buddy-doctor-") as folder:
+        command = [sys.executable, "-m", "vllm_buddy.cli.doctor_engine", folder]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            output, _ = process.communicate(timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return Check("engine", False, f"a tiny model was not served within {_TIMEOUT_S} s", "is the machine busy?")
+        finally:
+            # Also what an engine that failed has left behind.
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+    return judge(output, process.returncode)
+
+
+def judge(output: str, status: int) -> Check:
+    """The check's result from what the engine's process printed."""
+    marked = [line.removeprefix(_MARK) for line in output.splitlines() if line.startswith(_MARK)]
+    advice = "repair what fails above first; if nothing does, report this output as an issue"
+    if status != 0 or not marked:
+        tail = "\n".join(output.strip().splitlines()[-_TAIL_LINES:])
+        return Check("engine", False, f"a tiny model could not be served (status {status})\n{tail}", advice)
+    outcomes = json.loads(marked[-1])
+    for budget, outcome in zip(_BUDGETS, outcomes):
+        depth = depth_for_budget(budget, _NUM_LAYERS)
+        if outcome is None:
+            advice = "the stock model was served: the plugin was not loaded, see the line on it above"
+            return Check("engine", False, f"budget {budget:g}: the answer says nothing of layers", advice)
+        counted = (outcome["layers_executed_min"], outcome["layers_executed_max"])
+        if counted != (depth, depth):
+            found = f"budget {budget:g}: {counted[0]} to {counted[1]} layers ran per token, expected {depth}"
+            return Check("engine", False, found, advice)
+    depths = " and ".join(str(depth_for_budget(b, _NUM_LAYERS)) for b in _BUDGETS)
+    return Check("engine", True, f"a tiny Llama ran {depths} of {_NUM_LAYERS} layers per token, as asked")
+
+
+def write_tiny_model(folder: FilePath) -> None:
+    """A random Llama and an artifact for it in `folder`/artifact."""
+    import numpy as np
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, PriorConfig
+    from vllm_buddy.fingerprint import identify
+
+    config = LlamaConfig(
+        num_hidden_layers=_NUM_LAYERS,
+        hidden_size=_HIDDEN_SIZE,
+        intermediate_size=2 * _HIDDEN_SIZE,
+        num_attention_heads=_HIDDEN_SIZE // _HEAD_DIM,
+        num_key_value_heads=2,
+        head_dim=_HEAD_DIM,
+        vocab_size=_VOCAB_SIZE,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    buddy_config = BuddyConfig(
+        format_version=FORMAT_VERSION,
+        name="doctor",
+        base_model=identify(folder),
+        prior=PriorConfig(indicator="taylor", calibration="none, drawn at random", num_tokens=0),
+        has_decision_module=False,
+    )
+    prior = np.random.default_rng(0).standard_normal(_NUM_LAYERS - 2).astype(np.float32)
+    Artifact(buddy_config, prior).save(folder / "artifact")
+
+
+def route_two_requests(folder: FilePath) -> list[object]:
+    """The plugin's account of one request per budget, sent together."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(folder),
+        model_impl="buddy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=256,
+        kv_cache_memory_bytes=64 << 20,
+        additional_config={"buddy": {"artifact": str(folder / "artifact")}},
+    )
+    prompts = [{"prompt_token_ids": [3 + i, 7, 11, 19, 23]} for i in range(len(_BUDGETS))]
+    parameters = [
+        SamplingParams(
+            max_tokens=_NUM_TOKENS, ignore_eos=True, temperature=0, detokenize=False, extra_args={"buddy_budget": b}
+        )
+        for b in _BUDGETS
+    ]
+    answers = llm.generate(prompts, parameters, use_tqdm=False)
+    return [(answer.kv_transfer_params or {}).get("buddy") for answer in answers]
+
+
+if __name__ == "__main__":
+    target = FilePath(sys.argv[1])
+    write_tiny_model(target)
+    print(_MARK + json.dumps(route_two_requests(target)), flush=True)

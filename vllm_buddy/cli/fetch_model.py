@@ -1,0 +1,20 @@
+"""`vllm-buddy fetch-model`: the embedded model as a Hugging Face folder."""
+
+import argparse
+from pathlib import Path as FilePath
+
+from vllm_buddy.embedded_model import DEFAULT_MODEL, EMBEDDED_MODELS, default_folder, fetch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", nargs="?", default=DEFAULT_MODEL, help=f"which model: {', '.join(EMBEDDED_MODELS)} (the default)"
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=FilePath, metavar="DIR", help=f"where to write it (default: {default_folder()})"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    print(fetch(args.name, args.folder, report=lambda line: print(f"vllm-buddy: {line}", flush=True)))
+    return 0

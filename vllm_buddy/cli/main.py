@@ -1,0 +1,64 @@
+"""Picks the command, runs it and turns a user's mistake into one line instead of a traceback.
+
+Each command is a module of this package with `add_arguments(parser)` and `run(args) -> int`, imported when it is
+asked for: `vllm-buddy --help` loads neither torch nor vLLM. `serve` alone gets its arguments as they are.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_buddy import __version__
+from vllm_buddy.errors import BuddyError
+
+COMMANDS = {
+    "serve": "vLLM's server with --model-impl buddy; every option of `vllm serve` is passed on",
+    "fetch-model": "write the embedded model as a Hugging Face folder",
+    "prior": "measure layer importance and write an artifact",
+    "artifacts": "list the artifacts that come with this package",
+    "demo": "serve the embedded model and compare budgets",
+    "doctor": "check the installation and say what to do about each failure",
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status, 2 for a user's mistake."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["serve"]:
+            from vllm_buddy.cli.serve import serve
+
+            return serve(arguments[1:])
+        parser, args = _parse(arguments)
+        if args.command is None:
+            parser.print_help()
+            return EXIT_USER_ERROR
+        return int(_module(args.command).run(args))
+    except BuddyError as error:
+        print(f"vllm-buddy: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("vllm-buddy: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="vllm-buddy", description="Per-request dynamic depth for vLLM.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-buddy {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    wanted = next((a for a in arguments if not a.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == wanted and name != "serve":
+            _module(name).add_arguments(command)
+    return parser, parser.parse_args(arguments)
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"vllm_buddy.cli.{command.replace('-', '_')}")

