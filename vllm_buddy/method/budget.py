@@ -6,7 +6,7 @@ from vllm_buddy.errors import BudgetError
 
 MIN_DEPTH = 3  # first layer, last layer and at least one between them
 
-# floor(b * L) would lose a layer to rounding at budgets such as 0.7 * 30 = 20.999...
+# floor(b * L) would lose a layer to rounding at budgets such as 0.7 * 90 = 62.999... or 15/22 * 22 = 14.999...
 _ROUNDING = 1e-6
 
 

@@ -78,5 +78,5 @@ class FoldedDecision:
     def scores(self, context: Context) -> np.ndarray:
         """[num_middle], float64, for the tokens that `context` has seen (at least one)."""
         hidden = context.mean + self.table_newest[context.newest] + self.b1
-        hidden = hidden / (1.0 + np.exp(-hidden))  # SiLU
+        hidden = 0.5 * hidden * (1.0 + np.tanh(0.5 * hidden))  # SiLU; exp(-hidden) could overflow
         return self.w2 @ hidden + self.b2

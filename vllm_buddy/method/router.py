@@ -58,7 +58,7 @@ class Router:
         """Raise BudgetError if the library has no path of this depth."""
         if self._library is None or depth == self.num_layers or depth in self._library:
             return
-        allowed = ", ".join(str(d) for d in [*self._library, self.num_layers])
+        allowed = ", ".join(str(d) for d in [*sorted(self._library), self.num_layers])
         raise BudgetError(f"the path library has no path of {depth} layers; it has paths of {allowed} layers")
 
     def path(self, context: Context | None, depth: int) -> Path:

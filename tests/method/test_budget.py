@@ -1,0 +1,63 @@
+"""From a budget to a depth."""
+
+import math
+
+import numpy as np
+import pytest
+
+from vllm_buddy.errors import BudgetError
+from vllm_buddy.method import depth_for_budget, parse_budget, smallest_budget
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_layers", "depth"),
+    [(1.0, 30, 30), (0.5, 30, 15), (0.9, 30, 27), (0.99, 30, 29), (0.1, 30, 3), (1.0, 3, 3), (0.999, 8, 7)],
+)
+def test_depth_is_the_floor_of_budget_times_layers(budget: float, num_layers: int, depth: int) -> None:
+    """Failure: a rounding rule that executes more layers than the request pays for."""
+    assert depth_for_budget(budget, num_layers) == depth
+
+
+def test_no_layer_is_lost_to_floating_point() -> None:
+    """Failure: 15/22 * 22 is 14.999... in floating point, and a bare floor runs 14 layers for a budget of 15."""
+    assert math.floor(15 / 22 * 22) == 14
+    for num_layers in range(3, 129):
+        for depth in range(3, num_layers + 1):
+            assert depth_for_budget(depth / num_layers, num_layers) == depth
+
+
+@pytest.mark.parametrize("budget", [0.0, -0.5, 1.0000001, 2.0, math.nan, math.inf, -math.inf])
+def test_budget_outside_the_range_is_refused(budget: float) -> None:
+    """Failure: NaN compares false with everything, so `budget <= 0 or budget > 1` would let it through."""
+    for check in (parse_budget, lambda b: depth_for_budget(b, 30)):
+        with pytest.raises(BudgetError, match=r"allowed is a number in \(0, 1\]"):
+            check(budget)
+
+
+@pytest.mark.parametrize("value", [True, False, "0.5", "auto", [0.5], {"budget": 0.5}, None, 1 + 0j])
+def test_budget_of_another_type_is_refused(value: object) -> None:
+    """Failure: True is an int equal to 1 in Python, and a mistaken flag would be served at full depth."""
+    with pytest.raises(BudgetError) as raised:
+        parse_budget(value)
+    assert repr(value) in str(raised.value)
+
+
+def test_numbers_are_taken_as_they_come() -> None:
+    """Failure: JSON writes a full budget as the integer 1, and callers compute budgets with numpy."""
+    assert parse_budget(1) == 1.0
+    assert parse_budget(np.float64(0.25)) == 0.25
+
+
+def test_too_low_a_budget_names_the_smallest() -> None:
+    """Failure: a budget that leaves no middle layer is clamped in silence, or refused without saying what works."""
+    with pytest.raises(BudgetError, match=r"leaves 2 of 30 layers.*smallest allowed budget is 0\.1$"):
+        depth_for_budget(0.0999, 30)
+
+
+def test_smallest_budget_works_and_the_next_smaller_does_not() -> None:
+    """Failure: the error message recommends a budget that is refused as well."""
+    for num_layers in range(3, 129):
+        smallest = smallest_budget(num_layers)
+        assert depth_for_budget(smallest, num_layers) >= 3
+        with pytest.raises(BudgetError):
+            depth_for_budget(smallest - 0.001, num_layers)

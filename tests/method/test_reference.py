@@ -1,0 +1,157 @@
+"""The golden reference against Hugging Face's own layers, and against itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.method.conftest import Tiny
+from tests.tiny_models import NUM_LAYERS, load_model, random_prompts, save_tiny_model
+from vllm_buddy.errors import SettingsError, UnsupportedError
+from vllm_buddy.method import PathSchedule, RequestRoute, full_path, path_of
+from vllm_buddy.method.kv_policy import KV_ONLY, KV_POLICIES, MASKED, ZERO
+from vllm_buddy.method.reference import generate, routed_logits
+
+# fp32 logits of magnitude 5 after 8 layers; products of other shapes sum in another order
+LOGIT_TOLERANCE = 1e-4
+
+
+def _random_paths(num: int, seed: int = 0) -> list[int]:
+    """Paths of 3 to 8 layers, one per position."""
+    generator = torch.Generator().manual_seed(seed)
+    middle = torch.randint(0, 1 << NUM_LAYERS - 2, (num,), generator=generator).tolist()
+    return [1 | m << 1 | 1 << NUM_LAYERS - 1 for m in middle]
+
+
+def _explicitly_masked_logits(model: nn.Module, token_ids: list[int], paths: list[int], kv_policy: str) -> torch.Tensor:
+    """The same policies said in another way: all layers run for all rows, in Hugging Face's own code.
+
+    masked: an additive attention mask hides skipped keys. kv_only: plain causal attention. zero: hooks clear the
+    projections of skipped rows. Rows that skip a layer then throw its output away.
+    """
+    backbone = model.model
+    num_tokens = len(token_ids)
+    hidden = backbone.embed_tokens(torch.tensor([token_ids]))
+    position_ids = torch.arange(num_tokens)[None]
+    embeddings = backbone.rotary_emb(hidden, position_ids)
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    for index, layer in enumerate(backbone.layers):
+        runs = torch.tensor([bool(path >> index & 1) for path in paths])
+        visible = causal & (runs[None, :] | torch.eye(num_tokens, dtype=torch.bool)) if kv_policy == MASKED else causal
+        mask = torch.zeros(1, 1, num_tokens, num_tokens).masked_fill(~visible, torch.finfo(torch.float32).min)
+        hooks = []
+        if kv_policy == ZERO:
+            hooks = [
+                projection.register_forward_hook(lambda _module, _args, out, runs=runs: out * runs[:, None])
+                for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+            ]
+        out = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=embeddings)
+        for hook in hooks:
+            hook.remove()
+        hidden = torch.where(runs[None, :, None], out, hidden)
+    return model.lm_head(backbone.norm(hidden))[0]
+
+
+def test_full_path_is_the_model_itself(tiny: Tiny) -> None:
+    """Failure: the golden truth forgets a norm, a bias or the rotary order, and every comparison with it is void."""
+    for prompt in random_prompts(4, seed=1):
+        with torch.no_grad():
+            wanted = tiny.model(torch.tensor([prompt])).logits[0]
+        for kv_policy in KV_POLICIES:
+            found = routed_logits(tiny.model, prompt, [full_path(NUM_LAYERS)] * len(prompt), kv_policy)
+            torch.testing.assert_close(found, wanted, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+def test_policies_equal_explicit_masks(tiny: Tiny, kv_policy: str) -> None:
+    """Failure: a skipped position is seen under `masked`, hidden under `kv_only`, or takes no mass under `zero`."""
+    for seed, prompt in enumerate(random_prompts(4, seed=2)):
+        paths = _random_paths(len(prompt), seed)
+        with torch.no_grad():
+            wanted = _explicitly_masked_logits(tiny.model, prompt, paths, kv_policy)
+        found = routed_logits(tiny.model, prompt, paths, kv_policy)
+        torch.testing.assert_close(found, wanted, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def test_policies_differ(tiny: Tiny) -> None:
+    """Failure: the tests of three policies pass because all three compute the same thing."""
+    prompt = random_prompts(1, seed=6, min_tokens=30, max_tokens=30)[0]
+    paths = _random_paths(30)
+    masked, kv_only, zero = (routed_logits(tiny.model, prompt, paths, policy) for policy in (MASKED, KV_ONLY, ZERO))
+    for a, b in ((masked, kv_only), (masked, zero), (kv_only, zero)):
+        assert (a - b).abs().max() > 1000 * LOGIT_TOLERANCE
+
+
+def test_one_path_for_all_equals_the_pruned_model(tiny: Tiny) -> None:
+    """Failure: skipping a layer leaves something of it behind (its attention or its MLP, but not both, is skipped)."""
+    layers = [0, 2, 3, 6, 7]
+    pruned = load_model(tiny.folder)
+    pruned.model.layers = nn.ModuleList(pruned.model.layers[i] for i in layers)
+    prompt = random_prompts(1, seed=7)[0]
+    with torch.no_grad():
+        wanted = pruned(torch.tensor([prompt]), use_cache=False).logits[0]
+    found = routed_logits(tiny.model, prompt, [path_of(layers)] * len(prompt), MASKED)
+    torch.testing.assert_close(found, wanted, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("interval", [0, 1, 4, 16])
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+def test_generation_equals_computing_from_scratch(tiny: Tiny, kv_policy: str, interval: int) -> None:
+    """Failure: the cache that makes generation quick holds other keys than the definition does."""
+    router = tiny.artifact.router()
+    for prompt in random_prompts(3, seed=8):
+        for depth in (4, 6, NUM_LAYERS):
+            sequence = generate(tiny.model, router, PathSchedule(interval), depth, prompt, 20, kv_policy)
+            assert len(sequence.token_ids) == len(sequence.logprobs) == 20
+            token_ids = prompt + sequence.token_ids
+            assert len(sequence.paths) == len(token_ids) - 1
+            logits = routed_logits(tiny.model, token_ids[:-1], sequence.paths, kv_policy)[len(prompt) - 1 :]
+            assert logits.argmax(dim=-1).tolist() == sequence.token_ids
+            logprobs = logits.log_softmax(dim=-1)[range(20), sequence.token_ids]
+            torch.testing.assert_close(logprobs, torch.tensor(sequence.logprobs), atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def test_generated_paths_are_the_schedulers(tiny: Tiny) -> None:
+    """Failure: the reference routes by its own rule, and agrees with an engine that is wrong in the same way."""
+    router, schedule = tiny.artifact.router(), PathSchedule(interval=1)
+    distinct = set()
+    for prompt in random_prompts(4, seed=9):
+        sequence = generate(tiny.model, router, schedule, 4, prompt, 24, MASKED)
+        token_ids = prompt + sequence.token_ids[:-1]
+        runs = RequestRoute(router, schedule, 4, prompt).runs(0, len(token_ids), token_ids)
+        assert sequence.paths == [run.path for run in runs for _ in range(run.num_tokens)]
+        assert {path.bit_count() for path in sequence.paths} == {4}
+        distinct.add(len(set(sequence.paths)))
+    assert max(distinct) > 2
+
+
+def test_full_depth_generation_is_greedy_decoding_of_the_model(tiny: Tiny) -> None:
+    """Failure: budget 1.0 in the reference is not the unrouted model."""
+    prompt = random_prompts(1, seed=10)[0]
+    token_ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(16):
+            token_ids.append(int(tiny.model(torch.tensor([token_ids])).logits[0, -1].argmax()))
+    sequence = generate(tiny.model, tiny.artifact.router(), PathSchedule(1), NUM_LAYERS, prompt, 16, MASKED)
+    assert prompt + sequence.token_ids == token_ids
+
+
+def test_bad_calls_are_refused(tiny: Tiny) -> None:
+    """Failure: a path without the last layer, or one path too few, gives plausible logits of the wrong model."""
+    with pytest.raises(ValueError, match="2 tokens but 1 paths"):
+        routed_logits(tiny.model, [1, 2], [full_path(NUM_LAYERS)], MASKED)
+    for path in (path_of(range(NUM_LAYERS - 1)), path_of(range(1, NUM_LAYERS)), full_path(NUM_LAYERS + 1)):
+        with pytest.raises(ValueError, match="must hold the first and the last layer"):
+            routed_logits(tiny.model, [1], [path], MASKED)
+    with pytest.raises(SettingsError, match="unknown KV policy 'zeros'; known are masked, kv_only, zero"):
+        routed_logits(tiny.model, [1], [full_path(NUM_LAYERS)], "zeros")
+
+
+def test_other_architectures_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Failure: a sliding-window or mixture-of-experts model is run as if it were dense with full attention."""
+    model = load_model(save_tiny_model(tmp_path_factory.mktemp("other"), "qwen2"))
+    model.config.layer_types = ["full_attention"] * 6 + ["sliding_attention"] * 2
+    with pytest.raises(UnsupportedError, match="layers with sliding_attention are not supported"):
+        routed_logits(model, [1], [full_path(NUM_LAYERS)], MASKED)
+    model.config.model_type = "mixtral"
+    with pytest.raises(UnsupportedError, match="'mixtral' is not supported; known are llama, qwen2, qwen3"):
+        routed_logits(model, [1], [full_path(NUM_LAYERS)], MASKED)

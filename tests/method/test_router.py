@@ -1,0 +1,82 @@
+"""Fusing scores with the prior, and picking a path."""
+
+import numpy as np
+import pytest
+
+from tests.method.random_router import NUM_LAYERS, random_decision, random_router
+from vllm_buddy.errors import BudgetError
+from vllm_buddy.method import Context, Router, layers_of, path_of, top_k_path
+
+PRIOR = np.array([0.1, 0.9, 0.4, 0.4, 0.8, 0.2, 0.3, 0.7])
+
+
+def _context(router: Router, token_ids: list[int]) -> Context:
+    context = router.new_context()
+    assert context is not None
+    context.extend(token_ids)
+    return context
+
+
+def test_prior_alone_gives_one_path_per_depth() -> None:
+    """Failure: an artifact without a Decision Module does not route, or keeps the wrong end of the ranking."""
+    router = Router(NUM_LAYERS, PRIOR)
+    assert router.new_context() is None
+    assert layers_of(router.path(None, 5)) == [0, 2, 5, 8, 9]
+    assert layers_of(router.path(None, 6)) == [0, 2, 3, 5, 8, 9]
+
+
+def test_prior_is_standardised_and_weighted() -> None:
+    """Failure: a prior on another scale (log perplexities, ranks) drowns the trained scores."""
+    decision = random_decision()
+    router, scaled = Router(NUM_LAYERS, PRIOR, decision), Router(NUM_LAYERS, 1000 * PRIOR + 5, decision)
+    for token_ids in ([1], [2, 3], [4, 5, 6]):
+        context = _context(router, token_ids)
+        fused = decision.scores(context) + 0.1 * (PRIOR - PRIOR.mean()) / PRIOR.std()
+        for depth in range(3, NUM_LAYERS):
+            assert router.path(context, depth) == top_k_path(fused, depth) == scaled.path(context, depth)
+
+
+def test_flat_prior_leaves_the_scores_alone() -> None:
+    """Failure: standardising a constant prior divides by zero, and NaN scores decide."""
+    decision = random_decision()
+    router = Router(NUM_LAYERS, np.full(NUM_LAYERS - 2, 3.0), decision)
+    context = _context(router, [1, 2])
+    assert router.path(context, 5) == top_k_path(decision.scores(context), 5)
+
+
+@pytest.mark.parametrize("library", [None, {5: [path_of([0, 1, 2, 3, 9])]}])
+def test_full_depth_is_never_routed(library: dict[int, list[int]] | None) -> None:
+    """Failure: a request at budget 1.0 is looked up in a library that has no full path."""
+    router = random_router(library=library)
+    assert router.path(None, NUM_LAYERS) == (1 << NUM_LAYERS) - 1
+    router.check_depth(NUM_LAYERS)
+
+
+def test_library_path_with_the_highest_sum_wins() -> None:
+    """Failure: the router scores library paths by rank or by position in the list, not by the fused scores."""
+    rng = np.random.default_rng(4)
+    paths = [path_of([0, *rng.choice(np.arange(1, 9), 3, replace=False).tolist(), 9]) for _ in range(6)]
+    router, free = random_router(library={5: paths}), random_router()
+    picked = set()
+    for token in range(40):
+        context = _context(router, [token])
+        scores = free.decision.scores(context) + free._bias
+        wanted = max(paths, key=lambda path: sum(scores[layer - 1] for layer in layers_of(path)[1:-1]))
+        assert router.path(context, 5) == wanted
+        picked.add(wanted)
+    assert len(picked) > 2
+
+
+def test_library_ties_go_to_the_first_path() -> None:
+    """Failure: with a flat prior and no Decision Module every path ties, and the choice must still be one."""
+    paths = [path_of([0, 3, 9]), path_of([0, 1, 9])]
+    assert Router(NUM_LAYERS, np.zeros(8), library={3: paths}).path(None, 3) == paths[0]
+
+
+def test_depth_missing_in_the_library_lists_those_there() -> None:
+    """Failure: a budget that the library cannot serve crashes the scheduler later with a KeyError."""
+    router = random_router(library={7: [path_of(range(7))], 5: [path_of([0, 1, 2, 3, 9])]})
+    assert router.depths == [5, 7]
+    router.check_depth(5)
+    with pytest.raises(BudgetError, match="no path of 6 layers; it has paths of 5, 7, 10 layers"):
+        router.check_depth(6)

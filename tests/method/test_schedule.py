@@ -1,0 +1,122 @@
+"""When a request is routed again, and that nothing but its own tokens matters."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.method.random_router import NUM_LAYERS, VOCAB_SIZE, random_router
+from vllm_buddy.method import Path, PathSchedule, RequestRoute, Router, full_path
+
+ROUTER = random_router()
+INTERVALS = (0, 1, 4, 16)
+
+prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=30)
+outputs = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=0, max_size=50)
+
+
+def _spread(route: RequestRoute, chunks: list[int], token_ids: list[int]) -> list[Path]:
+    """Path of every position when the request is scheduled in `chunks`; checks that runs cover each chunk."""
+    paths: list[Path] = []
+    for num_tokens in chunks:
+        runs = route.runs(len(paths), num_tokens, token_ids)
+        assert sum(run.num_tokens for run in runs) == num_tokens
+        assert all(run.num_tokens > 0 for run in runs)
+        assert all(a.path != b.path for a, b in zip(runs, runs[1:]))
+        paths += [run.path for run in runs for _ in range(run.num_tokens)]
+    return paths
+
+
+def _expected(router: Router, schedule: PathSchedule, depth: int, token_ids: list[int], num_prompt: int) -> list[Path]:
+    """The definition: each position's decision, made alone from a fresh context."""
+    paths = []
+    for position in range(len(token_ids)):
+        num_seen = num_prompt
+        if schedule.interval and position >= num_prompt:
+            decided_at = position - (position - num_prompt) % schedule.interval
+            num_seen = max(num_prompt, decided_at - schedule.lag + 1)
+        context = router.new_context()
+        assert context is not None
+        context.extend(token_ids[:num_seen])
+        paths.append(router.path(context, depth))
+    return paths
+
+
+@st.composite
+def chunks_of(draw: st.DrawFn, total: int) -> list[int]:
+    """A split of `total` positions into chunks."""
+    cuts = sorted(draw(st.sets(st.integers(1, total - 1), max_size=12))) if total > 1 else []
+    return [b - a for a, b in zip([0, *cuts], [*cuts, total])]
+
+
+@given(prompts, outputs, st.sampled_from(INTERVALS), st.integers(0, 3), st.integers(3, NUM_LAYERS), st.data())
+def test_paths_follow_the_definition_under_any_chunking(
+    prompt: list[int], output: list[int], interval: int, lag: int, depth: int, data: st.DataObject
+) -> None:
+    """Failure: a path depends on how prefill was chunked or on which step a token was scheduled in."""
+    token_ids = prompt + output
+    schedule = PathSchedule(interval, lag)
+    chunks = data.draw(chunks_of(len(token_ids)))
+    paths = _spread(RequestRoute(ROUTER, schedule, depth, prompt), chunks, token_ids)
+    assert paths == _expected(ROUTER, schedule, depth, token_ids, len(prompt))
+    assert {path.bit_count() for path in paths} == {depth}
+
+
+@given(prompts, outputs, st.sampled_from(INTERVALS), st.data())
+def test_a_request_computed_again_runs_the_same_paths(
+    prompt: list[int], output: list[int], interval: int, data: st.DataObject
+) -> None:
+    """Failure: after a preemption the request starts at position 0 again, behind decisions already made."""
+    token_ids = prompt + output
+    route = RequestRoute(ROUTER, PathSchedule(interval), 5, prompt)
+    reached = data.draw(st.integers(0, len(token_ids)))
+    before = _spread(route, [reached] if reached else [], token_ids)
+    again = _spread(route, data.draw(chunks_of(len(token_ids))), token_ids)
+    assert again[:reached] == before
+    assert again == _expected(ROUTER, PathSchedule(interval), 5, token_ids, len(prompt))
+
+
+@given(prompts, outputs, st.sampled_from((1, 4)), st.integers(0, 2))
+def test_a_decision_never_sees_tokens_that_are_not_there_yet(
+    prompt: list[int], output: list[int], interval: int, lag: int
+) -> None:
+    """Failure: the path of a token looks at later tokens, which a decoding engine does not have."""
+    token_ids = prompt + output
+    route = RequestRoute(ROUTER, PathSchedule(interval, lag), 5, prompt)
+    full = RequestRoute(ROUTER, PathSchedule(interval, lag), 5, prompt)
+    for position in range(len(token_ids)):
+        visible = token_ids[: max(len(prompt), position + 1 - lag)]
+        assert route.runs(position, 1, visible) == full.runs(position, 1, token_ids)
+
+
+def test_paths_really_change_along_a_request() -> None:
+    """Failure: the properties above hold for a router that always answers the same."""
+    token_ids = [(7 * i) % VOCAB_SIZE for i in range(60)]
+    route = RequestRoute(ROUTER, PathSchedule(1), 5, token_ids[:10])
+    assert route.uniform_length is None and route.num_decisions == 1
+    paths = _spread(route, [60], token_ids)
+    assert route.num_distinct_paths == len(set(paths)) > 3
+    assert route.num_reroutes == sum(a != b for a, b in zip(paths, paths[1:]))
+    assert route.num_decisions == 51
+    assert route.uniform_length is not None and set(paths[: route.uniform_length]) == {paths[0]}
+    assert paths[route.uniform_length] != paths[0]
+
+
+@pytest.mark.parametrize("depth", [5, NUM_LAYERS])
+def test_no_decisions_where_none_can_change_the_path(depth: int) -> None:
+    """Failure: full depth, interval 0 or an artifact without a Decision Module still pays for routing every token."""
+    prior_only = Router(NUM_LAYERS, ROUTER._bias)
+    router, interval = (ROUTER, 1) if depth == NUM_LAYERS else (prior_only, 1)
+    for route in (
+        RequestRoute(router, PathSchedule(interval), depth, [1, 2]),
+        RequestRoute(ROUTER, PathSchedule(0), depth, [1, 2]),
+    ):
+        _spread(route, [40], list(range(40)))
+        assert (route.num_decisions, route.num_reroutes) == (1, 0)
+        assert (route.prompt_path == full_path(NUM_LAYERS)) == (depth == NUM_LAYERS)
+
+
+@pytest.mark.parametrize("schedule", [{"interval": -1}, {"lag": -1}])
+def test_negative_settings_are_refused(schedule: dict[str, int]) -> None:
+    """Failure: a negative interval makes the decision loop run for ever."""
+    with pytest.raises(ValueError, match="must not be negative"):
+        PathSchedule(**schedule)
