@@ -83,6 +83,8 @@ class RoutedStep:
     def _forward_context(self, layers: Sequence[nn.Module]) -> Any:
         """vLLM's forward context with this step's metadata and slots of each layer. vLLM's own is left alone."""
         context = get_forward_context()
+        if all(view.attn_metadata is None for view in self.views):
+            return context
         attn_metadata, slot_mapping = dict(context.attn_metadata), dict(context.slot_mapping)
         for layer, view in zip(layers, self.views, strict=True):
             if view.attn_metadata is not None:

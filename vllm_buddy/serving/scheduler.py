@@ -38,6 +38,7 @@ class _Routing(_Base):
         self._salt_prefix = f"{artifact.digest}:{settings.kv_policy}"
         self._routes: dict[str, RequestRoute] = {}
         self._outcomes: dict[str, Outcome] = {}
+        self._routing_seconds = 0.0  # of the current step
         self._metrics = EngineMetrics.for_engine(vllm_config)
         limit_publishing(self.kv_cache_manager.coordinator, self._publishable_tokens)
 
@@ -56,13 +57,15 @@ class _Routing(_Base):
             self._outcomes[request.request_id] = Outcome(budget, depth)
             if route.prompt_path != self._router.full:
                 salt(request, f"{self._salt_prefix}:{route.prompt_path:x}")
-            self._metrics.observe_routing(time.perf_counter() - started, 1)
+            self._metrics.observe_routing(time.perf_counter() - started)
         super().add_request(request)
 
     def _publishable_tokens(self, request: Request, num_tokens: int) -> int:
         """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""
         route = self._routes[request.request_id]
+        started = time.perf_counter()
         route.decide(num_tokens, request.all_token_ids)
+        self._routing_seconds += time.perf_counter() - started
         uniform = route.uniform_length
         if uniform is None or uniform >= num_tokens:
             return num_tokens
@@ -81,27 +84,25 @@ class _Routing(_Base):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's step, with the plan attached."""
+        self._routing_seconds = 0.0
         output = super().schedule(*args, **kwargs)
         started = time.perf_counter()
-        plan, num_decisions = self._plan(output)
-        setattr(output, PLAN_ATTRIBUTE, plan)
-        if plan:
-            self._metrics.observe_routing(time.perf_counter() - started, num_decisions)
+        setattr(output, PLAN_ATTRIBUTE, self._plan(output))
+        if output.num_scheduled_tokens:
+            self._routing_seconds += time.perf_counter() - started
+            self._metrics.observe_routing(self._routing_seconds)
         return output
 
-    def _plan(self, output: SchedulerOutput) -> tuple[StepPlan, int]:
+    def _plan(self, output: SchedulerOutput) -> StepPlan:
         starting = {request.req_id for request in output.scheduled_new_reqs}
         starting |= output.scheduled_cached_reqs.resumed_req_ids
         plan: StepPlan = {}
-        num_decisions = 0
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             request, route = self.requests[req_id], self._routes[req_id]
-            decided = route.num_decisions
             # vLLM has advanced num_computed_tokens past this step already.
             runs = route.runs(request.num_computed_tokens - num_tokens, num_tokens, request.all_token_ids)
             plan[req_id] = RequestPlan(tuple(runs), route.prompt_path if req_id in starting else None)
-            num_decisions += route.num_decisions - decided
-        return plan, num_decisions
+        return plan
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Collect the layers really executed, before vLLM finishes the requests of this step."""

@@ -72,6 +72,7 @@ class EngineMetrics:
         self._registry = CollectorRegistry()
         self._export_to = export_to
         self._next_export = 0.0
+        self.routing_seconds = 0.0  # in all, for benchmarks
         layers = [float(n) for n in range(1, num_layers + 1)]
         self._budget = self._histogram("budget", "Budget of finished requests.", _BUDGET_BUCKETS, engine)
         self._layers = self._histogram(
@@ -81,7 +82,7 @@ class EngineMetrics:
             "routing_seconds", "Time to route one arriving request or one step.", _SECONDS_BUCKETS, engine
         )
         self._reroutes = self._counter("reroutes", "Changes of path within finished requests.", engine)
-        self._decisions = self._counter("decisions", "Routing decisions.", engine)
+        self._decisions = self._counter("decisions", "Routing decisions for finished requests.", engine)
         self._executed = self._counter("layer_tokens_executed", "Layers executed, summed over tokens.", engine)
         self._skipped = self._counter(
             "layer_tokens_skipped",
@@ -104,11 +105,12 @@ class EngineMetrics:
         if outcome.mean_layers is not None:
             self._layers.observe(outcome.mean_layers)
         self._reroutes.inc(route.num_reroutes)
+        self._decisions.inc(route.num_decisions)
 
-    def observe_routing(self, seconds: float, num_decisions: int) -> None:
+    def observe_routing(self, seconds: float) -> None:
         """One arriving request or one step was routed."""
         self._routing.observe(seconds)
-        self._decisions.inc(num_decisions)
+        self.routing_seconds += seconds
 
     def observe_step(self, executed: Iterable[Executed], num_layers: int) -> None:
         """Count one step's layer executions."""

@@ -9,15 +9,41 @@ in them, for every request that shares them; so when a request leaves P, such a 
 is the request's own, not at the start of the block table, where sharers would overwrite each other.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from vllm_buddy.method import Path
 from vllm_buddy.serving.kv_policy.base import KVPolicy, LayerView
+from vllm_buddy.serving.plan import RequestPlan
 from vllm_buddy.serving.step_batch import StepBatch, path_mask
 
 _INITIAL_SLOTS = 64
+
+
+@dataclass
+class _LastStep:
+    """The step before, for the common case that a step repeats it: the same requests decode on along their paths."""
+
+    req_ids: list[str]
+    plans: list[RequestPlan]
+    slots: np.ndarray
+    views: list[LayerView]
+
+    def repeats(self, batch: StepBatch) -> bool:
+        """Whether `batch` is the next token of every request, along the same paths, and its views are these.
+
+        So they are if each layer holds either all tokens of the requests that run it or is run by nobody: views with
+        lengths and slots of their own are of one step only.
+        """
+        return (
+            batch.num_tokens == len(self.req_ids)
+            and batch.plans == self.plans
+            and batch.req_ids == self.req_ids
+            and all(view.attn_metadata is None for view in self.views)
+            and all(plan.cached_path is None for plan in self.plans)
+        )
 
 
 class Masked(KVPolicy):
@@ -34,17 +60,24 @@ class Masked(KVPolicy):
         self._num_tokens = np.zeros(_INITIAL_SLOTS, dtype=np.int64)
         # The path of all tokens so far, per slot; None once it has changed.
         self._uniform: list[Path | None] = [None] * _INITIAL_SLOTS
+        self._last = _LastStep([], [], np.empty(0, dtype=np.int64), [])
 
     def forget(self, req_id: str) -> None:
         slot = self._slot.pop(req_id, None)
         if slot is not None:
             self._free.append(slot)
+            self._last = _LastStep([], [], self._last.slots, [])
 
     def layer_lengths(self, req_id: str) -> np.ndarray:
         """[num_layers], tokens that each layer holds of a request."""
         return self._lens[self._slot[req_id]].copy()
 
     def views(self, batch: StepBatch) -> list[LayerView]:
+        if self._last.repeats(batch) and np.array_equal(self._num_tokens[self._last.slots], batch.num_computed_tokens):
+            slots = self._last.slots
+            self._lens[slots] += batch.run_mask.astype(np.int32)
+            self._num_tokens[slots] += 1
+            return self._last.views
         slots = np.array([self._enter(batch, row) for row in range(len(batch.req_ids))])
         first_run = np.flatnonzero(np.diff(batch.run_request, prepend=-1))
         count = np.add.reduceat(batch.run_mask * batch.run_length[:, None], first_run, axis=0)
@@ -61,6 +94,7 @@ class Masked(KVPolicy):
             if key not in views:
                 views[key] = self._view(batch, layer, count[:, layer], before[:, layer], first_block[:, layer])
             result.append(views[key])
+        self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots, result)
         return result
 
     def _view(

@@ -1,0 +1,160 @@
+"""Decode speed against stock vLLM and against physical pruning, in one process, alternating.
+
+    python benchmarks/decode.py            # SmolLM2-135M, CPU, about 12 minutes on 2 cores
+
+Engines: stock dense; stock on a checkpoint pruned to the layers of buddy's path, for each budget; buddy. Requests of
+buddy share one path per budget, but the Decision Module (random weights of the real size) scores the layers anew
+before every token, so the cost of routing is in the figures. Ratios are taken within a round, where all variants ran
+one after the other, and are tokens/s over tokens/s: above 1 is faster than the peer.
+
+The run checks what it times: buddy at 1.0 must give stock's tokens, and at a budget the pruned checkpoint's.
+"""
+
+import argparse
+import itertools
+import shutil
+import tempfile
+from pathlib import Path as FilePath
+from typing import Any
+
+import engines
+import numpy as np
+import torch
+from engines import DecodeRun, Variant
+from results import RESULTS_DIR, environment, percentiles, write_rows
+
+from vllm_buddy.artifact import Artifact, load_artifact, shipped_artifacts
+from vllm_buddy.baselines import save_pruned_checkpoint
+from vllm_buddy.embedded_model import embedded_model_dir
+from vllm_buddy.method import DecisionModule, FoldedDecision, depth_for_budget, layers_of
+
+BUDGETS = (0.75, 0.5)
+PROMPT_TOKENS = 64
+# bf16 sums differ in the last bit between a compiled model and compiled layers, and greedy decoding of one token can
+# then go another way. Real errors (a wrong layer, a wrong cache entry) change nearly all sequences at once.
+MIN_AGREEMENT = 0.9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=33, help="decoded tokens per run; each gives one step")
+    parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / "cpu_decode.jsonl")
+    args = parser.parse_args()
+    work = FilePath(tempfile.mkdtemp(prefix="vllm_buddy-bench-"))
+    try:
+        rows = measure(embedded_model_dir(), work, args.batch, args.rounds, args.tokens)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    write_rows(args.out, rows)
+    for row in rows:
+        print(f"{row['variant']:14} batch {row['batch']:3}  {row['metric']:16} {row['p50']:8.3f}"
+              f"  [{row['p20']:.3f}, {row['p80']:.3f}]")
+    print(f"written to {args.out}")
+
+
+def measure(model: FilePath, work: FilePath, batches: list[int], rounds: int, tokens: int) -> list[dict[str, Any]]:
+    """Start all engines, check their tokens against each other, time them; one row per figure."""
+    artifact = benchmark_artifact(work / "artifact")
+    num_layers = artifact.config.base_model.num_layers
+    router = artifact.router(library=True)
+    variants = [Variant("stock", num_layers, engines.start_engine(str(model)))]
+    for budget in BUDGETS:
+        depth = depth_for_budget(budget, num_layers)
+        path = artifact.config.library[depth][0]  # type: ignore[index]
+        pruned = save_pruned_checkpoint(model, path, work / f"pruned-{depth}")
+        variants.append(Variant(f"pruned {budget}", depth, engines.start_engine(str(pruned))))
+    options = {"artifact": str(work / "artifact"), "paths": "library", "route_every": 1}
+    buddy = engines.start_engine(str(model), model_impl="buddy", additional_config={"buddy": options})
+    variants += [
+        Variant(f"buddy {budget}", depth_for_budget(budget, num_layers), buddy, budget) for budget in (1.0, *BUDGETS)
+    ]
+    assert router.depths
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        rows += measure_batch(variants, batch, rounds, tokens)
+    env = environment("cpu")
+    return [{**row, **env} for row in rows]
+
+
+def measure_batch(variants: list[Variant], batch: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
+    """All figures of one batch size."""
+    rng = np.random.default_rng(batch)
+    ms: dict[str, list[float]] = {v.name: [] for v in variants}
+    overhead: dict[str, list[float]] = {v.name: [] for v in variants if v.budget is not None}
+    for index in range(rounds + 1):
+        prompts = rng.integers(100, 40_000, (batch, PROMPT_TOKENS)).tolist()
+        runs: dict[str, DecodeRun] = {}
+        for variant in itertools.islice(itertools.cycle(variants), index % len(variants), index % len(variants) + len(variants)):
+            with Overhead(variant) as spent:
+                runs[variant.name] = engines.decode(variant, prompts, tokens)
+            if index > 0:  # round 0 warms up
+                ms[variant.name].append(float(np.median(runs[variant.name].step_ms)))
+                if variant.budget is not None:
+                    overhead[variant.name].append(spent.share(runs[variant.name]))
+        check(runs)
+    rows = []
+    for variant in variants:
+        common = {"variant": variant.name, "batch": batch, "budget": variant.budget, "layers": variant.layers}
+        own = np.array(ms[variant.name])
+        figures = {"ms_per_step": own, "ratio_to_stock": np.array(ms["stock"]) / own}
+        if variant.budget is not None:
+            peer = "stock" if variant.budget == 1.0 else f"pruned {variant.budget}"
+            figures["ratio_to_pruned"] = np.array(ms[peer]) / own
+            figures["routing_share"] = np.array(overhead[variant.name])
+        rows += [{"metric": m, **common, **percentiles(v.tolist()), "n": len(v)} for m, v in figures.items()]
+    return rows
+
+
+class Overhead:
+    """Time the engine spends on router, plan and views while the block runs."""
+
+    def __init__(self, variant: Variant) -> None:
+        self._variant = variant
+        self._seconds = 0.0
+
+    def _total(self) -> float:
+        if self._variant.budget is None:
+            return 0.0
+        metrics = engines.core(self._variant.llm).scheduler._metrics
+        return metrics.routing_seconds + engines.model_runner(self._variant.llm).buddy_view_seconds
+
+    def __enter__(self) -> "Overhead":
+        self._before = self._total()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds = self._total() - self._before
+
+    def share(self, run: DecodeRun) -> float:
+        """Of the time of all steps, routing of the arriving requests included."""
+        return self._seconds * 1e3 / (sum(run.step_ms) or 1.0)
+
+
+def check(runs: dict[str, DecodeRun]) -> None:
+    """Refuse to time things that do not compute the same."""
+    pairs = [("buddy 1.0", "stock")] + [(f"buddy {b}", f"pruned {b}") for b in BUDGETS]
+    for ours, peer in pairs:
+        same = [a[:8] == b[:8] for a, b in zip(runs[ours].token_ids, runs[peer].token_ids, strict=True)]
+        if np.mean(same) < MIN_AGREEMENT and len(same) > 1:
+            raise SystemExit(f"{ours} and {peer} give different tokens in {same.count(False)} of {len(same)} sequences")
+
+
+def benchmark_artifact(folder: FilePath) -> Artifact:
+    """The shipped artifact's prior with a random Decision Module and a library of one path per depth."""
+    shipped = load_artifact(shipped_artifacts()["smollm2-135m"])
+    base = shipped.config.base_model
+    torch.manual_seed(0)
+    module = DecisionModule(value_dim=192, num_middle=base.num_layers - 2)
+    decision = FoldedDecision.fold(module, torch.randn(base.vocab_size, 192))
+    router = shipped.router()
+    library = {d: [layers_of(router.path(None, d))] for d in range(3, base.num_layers)}
+    config = shipped.config.model_copy(update={"name": "benchmark", "has_decision_module": True, "library": library})
+    artifact = Artifact(config, shipped.prior, decision)
+    artifact.save(folder)
+    return artifact
+
+
+if __name__ == "__main__":
+    main()
