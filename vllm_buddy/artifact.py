@@ -6,6 +6,7 @@ A Hugging Face folder: `buddy_config.json` (this schema), `model.safetensors` (p
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -80,7 +81,7 @@ class Artifact:
         if library:
             if not self.config.library:
                 raise ArtifactError(
-                    f"artifact '{self.config.name}' has no path library; serve it with \"paths\": \"free\" or write "
+                    f'artifact \'{self.config.name}\' has no path library; serve it with "paths": "free" or write '
                     "one with `vllm-buddy prior --library N`"
                 )
             paths = {depth: [path_of(layers) for layers in sets] for depth, sets in self.config.library.items()}
@@ -90,7 +91,7 @@ class Artifact:
         """Write `buddy_config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self._tensors(), folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n")
+        (folder / CONFIG_FILE).write_text(_one_line_per_path(self.config.model_dump_json(indent=2)) + "\n")
 
     def _tensors(self) -> dict[str, np.ndarray]:
         tensors = {"prior": self.prior.astype(np.float32)}
@@ -167,9 +168,18 @@ def _read_config(folder: FilePath) -> BuddyConfig:
         raise ArtifactError(f"{path} does not fit the schema: {error}") from None
 
 
+def _one_line_per_path(indented_json: str) -> str:
+    """A library is thousands of numbers; a number a line would make the file unreadable."""
+    return re.sub(
+        r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), indented_json
+    )
+
+
 def _check_library(config: BuddyConfig, folder: FilePath) -> None:
     last = config.base_model.num_layers - 1
     for depth, sets in (config.library or {}).items():
+        if not sets:
+            raise ArtifactError(f"{folder / CONFIG_FILE}: the library holds no path of {depth} layers")
         for layers in sets:
             if len(set(layers)) != depth or not {0, last} <= set(layers) or max(layers) > last or min(layers) < 0:
                 raise ArtifactError(

@@ -7,8 +7,8 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from vllm_buddy.errors import ArtifactError
 
@@ -47,20 +47,26 @@ def identify(folder: FilePath, name: str | None = None) -> BaseModelIdentity:
     """Identity of the Hugging Face model in `folder` (config.json and safetensors).
 
     Raises:
-        ArtifactError: no config.json, or no safetensors to take a fingerprint of.
+        ArtifactError: no config.json, not one of a decoder with at least three layers, or no complete safetensors to
+            take a fingerprint of.
     """
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise ArtifactError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
-    config: dict[str, Any] = json.loads(config_path.read_text())
-    return BaseModelIdentity(
-        id=name or folder.name,
-        architecture=(config.get("architectures") or ["unknown"])[0],
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        vocab_size=config["vocab_size"],
-        fingerprint=weight_fingerprint(folder, config["num_hidden_layers"]),
-    )
+    try:
+        config: dict[str, Any] = json.loads(config_path.read_text())
+        return BaseModelIdentity(
+            id=name or folder.absolute().name,
+            architecture=(config.get("architectures") or ["unknown"])[0],
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            vocab_size=config["vocab_size"],
+            fingerprint=weight_fingerprint(folder, config["num_hidden_layers"]),
+        )
+    except KeyError as error:
+        raise ArtifactError(f"{config_path} has no {error}, so it is not that of a decoder language model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise ArtifactError(f"{config_path} cannot be used ({error})") from None
 
 
 def weight_fingerprint(folder: FilePath, num_layers: int) -> str:
@@ -91,8 +97,11 @@ def _tensor_files(folder: FilePath) -> dict[str, FilePath]:
 
 
 def _names(path: FilePath) -> Iterator[str]:
-    with safe_open(path, framework="pt") as f:
-        yield from f.keys()
+    try:
+        with safe_open(path, framework="pt") as f:
+            yield from f.keys()
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is not a complete safetensors file ({error}); get the model again") from None
 
 
 def _bf16_bytes(tensor: torch.Tensor) -> bytes:
