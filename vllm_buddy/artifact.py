@@ -14,7 +14,7 @@ from pathlib import Path as FilePath
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from vllm_buddy.errors import ArtifactError
 from vllm_buddy.fingerprint import BaseModelIdentity
@@ -90,7 +90,8 @@ class Artifact:
     def save(self, folder: FilePath) -> None:
         """Write `buddy_config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._tensors(), folder / WEIGHTS_FILE)
+        # Not safetensors' own save_file: it makes a file that only its owner can read.
+        (folder / WEIGHTS_FILE).write_bytes(save(self._tensors()))
         (folder / CONFIG_FILE).write_text(_one_line_per_path(self.config.model_dump_json(indent=2)) + "\n")
 
     def _tensors(self) -> dict[str, np.ndarray]:

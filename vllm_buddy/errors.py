@@ -21,6 +21,10 @@ class UnsupportedError(BuddyError):
     """A model or an engine feature that routing cannot be combined with."""
 
 
+class CalibrationError(BuddyError):
+    """A text, a model or a setting that layer importance cannot be measured with."""
+
+
 class EmbeddedModelError(BuddyError):
     """The embedded model cannot be taken out of its package or written where it was asked for."""
 

@@ -59,9 +59,8 @@ class GeneratedSequence:
     logprobs: list[float] = field(default_factory=list)
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise UnsupportedError unless `model` is a dense Llama, Qwen2 or Qwen3 with full attention in every layer."""
-    config: Any = model.config
+def check_config(config: Any) -> None:
+    """Raise UnsupportedError unless a model's configuration is of a dense Llama, Qwen2 or Qwen3 with full attention."""
     if config.model_type not in MODEL_TYPES:
         raise UnsupportedError(f"model type {config.model_type!r} is not supported; known are {', '.join(MODEL_TYPES)}")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -73,7 +72,7 @@ def check_model(model: nn.Module) -> None:
 def routed_logits(model: nn.Module, token_ids: Sequence[int], paths: Sequence[Path], kv_policy: str) -> torch.Tensor:
     """Logits of every position, computed from scratch.
 
-    model: a Hugging Face causal language model (see check_model).
+    model: a Hugging Face causal language model (see check_config).
     paths: paths[t] is the path of position t; it must hold the first and the last layer.
 
     Returns:
@@ -113,7 +112,7 @@ def generate(
 
 
 def _empty_cache(model: Any, kv_policy: str) -> list[LayerCache]:
-    check_model(model)
+    check_config(model.config)
     check_kv_policy(kv_policy)
     return [LayerCache() for _ in model.model.layers]
 

@@ -1,0 +1,38 @@
+"""Everything that decides what `vllm-buddy prior` writes."""
+
+import shlex
+from pathlib import Path as FilePath
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class PriorSettings(BaseModel):
+    """Settings of one measurement; the options of `vllm-buddy prior` and the record in run.yaml are made from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_dir: FilePath = Field(description="folder of a Hugging Face model with tokenizer")
+    out: FilePath = Field(description="folder to write the artifact to; new or empty")
+    text: FilePath = Field(description="calibration text, UTF-8")
+    indicator: str = Field(default="taylor", description="what to measure: taylor, delta_ppl or cosine")
+    name: str | None = Field(default=None, description="name of the artifact (absent: the name of the folder)")
+    base_model_id: str | None = Field(default=None, description="hub id of the model (absent: the folder's name)")
+    tokens: int = Field(default=4096, ge=1, description="tokens to measure on, from the start of the text")
+    window: int = Field(default=512, ge=2, description="tokens per window")
+    library: int = Field(default=0, ge=0, description="paths per depth in the path library; 0 writes none")
+    heldout: int = Field(
+        default=0, ge=0, description="tokens behind the calibration part on which perplexity by budget is measured"
+    )
+    compare: bool = Field(default=False, description="measure the other indicators too, for the model card's table")
+
+    def command(self) -> str:
+        """The command line that makes the same artifact again."""
+        words = ["vllm-buddy", "prior", str(self.model_dir), str(self.out)]
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in ("model_dir", "out") or value == field.default:
+                continue
+            words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words.append(str(value))
+        return shlex.join(words)

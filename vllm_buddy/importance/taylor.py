@@ -1,0 +1,41 @@
+"""First-order Taylor importance: how much the loss would change if a layer's weights were zero.
+
+The sum over a layer's weights of |w * dL/dw| (Shortened LLaMA, arXiv 2402.02834, section 3.2), L being the mean loss
+over all windows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_buddy.importance.layer_stack import LayerStack
+
+
+def taylor_importance(model: nn.Module, windows: torch.Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
+    """windows: [num_windows, window] token ids -> [num_layers - 2], float64. Needs memory for the layers' gradients."""
+    stack = LayerStack(model, windows.shape[1])
+    backbone: Any = model.model
+    wanted_before = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    middle = backbone.layers[1:-1]
+    try:
+        for layer in middle:
+            layer.requires_grad_(True)
+        for done, window in enumerate(windows, start=1):
+            with torch.enable_grad():
+                hidden = stack.run(range(stack.num_layers), stack.embed(window))
+                (stack.loss(hidden, window) / len(windows)).backward()
+            progress(done, len(windows))
+        return np.array([sum(_weight_times_gradient(p) for p in layer.parameters()) for layer in middle])
+    finally:
+        for parameter, wanted in wanted_before.items():
+            parameter.grad = None
+            parameter.requires_grad_(wanted)
+
+
+def _weight_times_gradient(parameter: nn.Parameter) -> float:
+    assert parameter.grad is not None
+    return float((parameter.detach() * parameter.grad).abs().sum(dtype=torch.float64))
