@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    _stop_on_signals()
     folder = fetch(folder=args.model, report=_say)
     num_layers = int(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
     budgets = parse_budgets(args.budgets, num_layers)
@@ -63,11 +63,7 @@ def run(args: argparse.Namespace) -> int:
         server.check_alive()
         _say("stopping the server")
     print("\n" + result.table(min(_MAX_WIDTH, shutil.get_terminal_size((120, 24)).columns)))
-    print(
-        f"\nmixed: {len(result.mixed)} requests at once, {result.tokens_per_s_mixed_total:.1f} tokens/s in all; "
-        f"{result.num_equal_texts} of {len(result.mixed)} texts are the ones got alone (bf16 sums may round "
-        "differently in another batch)"
-    )
+    print("\n" + result.summary())
     artifact = shipped_artifacts().get(args.artifact, FilePath(args.artifact))
     if artifact.is_dir():
         print(caveat(load_artifact(artifact)) or "")
@@ -87,8 +83,11 @@ def measure(client: ChatClient, budgets: list[float], num_layers: int) -> DemoRe
     alone = [client.ask(prompt, budget) for prompt, budget in requests]
     _say(f"the same {len(requests)} requests at once, streamed")
     start = time.perf_counter()
-    with ThreadPoolExecutor(len(requests)) as pool:
+    pool = ThreadPoolExecutor(len(requests))
+    try:
         mixed = list(pool.map(lambda request: client.ask(*request, stream=True), requests))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # on Ctrl-C the answers end with the server, not before it
     return DemoResult(num_layers, alone, mixed, time.perf_counter() - start)
 
 
@@ -127,6 +126,14 @@ def _write(path: FilePath, result: DemoResult, start_s: float, total_s: float) -
 def _say(line: str) -> None:
     prefix = "\r\033[K" if sys.stdout.isatty() else ""
     print(f"{prefix}vllm-buddy: {line}", flush=True)
+
+
+def _stop_on_signals() -> None:
+    """Let every signal that asks this process to end take the way of Ctrl-C, which stops the server first."""
+    signal.signal(signal.SIGINT, _raise_interrupt)
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+        signal.signal(signal.SIGHUP, _raise_interrupt)
 
 
 def _raise_interrupt(signum: int, frame: FrameType | None) -> None:

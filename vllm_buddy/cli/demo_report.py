@@ -76,7 +76,7 @@ class DemoResult:
             answers = [a for a in self.alone if a.budget == row["budget"]]
             cells.append(
                 [
-                    f"{row['budget']:g}",
+                    str(row["budget"]),
                     f"{row['layers_executed_mean']:.1f}",
                     f"{row['skipped_share']:.0%}",
                     f"{row['tokens_per_s_alone']:.1f}",
@@ -86,6 +86,15 @@ class DemoResult:
                 ]
             )
         return format_table([*header, "prompt", "text (its beginning)"], cells, width)
+
+    def summary(self) -> str:
+        """Two lines about the mixed batch."""
+        return (
+            f"mixed: {len(self.mixed)} requests at once, {self.tokens_per_s_mixed_total:.1f} tokens/s in all; a batch "
+            "steps as fast as its deepest request.\n"
+            f"{self.num_equal_texts} of {len(self.mixed)} texts are those got alone; bf16 sums may round differently "
+            "in another batch."
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -11,13 +11,19 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from vllm_buddy.cli.table import shorten
 from vllm_buddy.errors import ServerError
 
+if TYPE_CHECKING:
+    import psutil
+
 HOST = "127.0.0.1"
 _POLL_S = 0.5
-_STOP_TIMEOUT_S = 20.0
+_SERVER_STOP_S = 10.0
+_GROUP_STOP_S = 6.0
+_TRACKER_STOP_S = 3.0
 _TAIL_LINES = 25
 # "(EngineCore pid=12) INFO 11-22 07:05:36 [core.py:120] text", of which a progress line wants the text.
 _LOG_PREFIX = re.compile(r"^(\(.*?pid=\d+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] )?")
@@ -77,23 +83,26 @@ class ServerProcess:
             raise ServerError(f"the server ended with status {status}\n{self.log_tail()}")
 
     def stop(self) -> None:
-        """Ask the server to end, then end whatever is left of its process group."""
-        process, self._process = self._process, None
-        if process is None:
+        """End the server and every process of its group, the gentle way first."""
+        server, self._process = self._process, None
+        if server is None:
             return
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                pass
-            except KeyboardInterrupt:
-                pass  # a second Ctrl-C: do not wait any longer
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+            # While it starts, the server puts off the signal until the start is over; its engine does not.
+            if self.start_s and server.poll() is None:
+                server.terminate()
+                if _wait_for_end(server, _SERVER_STOP_S):
+                    return
+            _signal_all(_group(server.pid), signal.SIGTERM)
+            if _wait_for_end(server, _GROUP_STOP_S):
+                return
+        except KeyboardInterrupt:
+            pass  # a second Ctrl-C: no more waiting
+        # The tracker frees the shared memory of the killed once they are gone, and then ends.
+        _signal_all([p for p in _group(server.pid) if not _is_resource_tracker(p)], signal.SIGKILL)
+        if not _wait_for_end(server, _TRACKER_STOP_S):
+            _signal_all(_group(server.pid), signal.SIGKILL)
+        server.wait()
 
     def log_gist(self) -> str:
         """The last thing the server said, without the prefix of its log lines."""
@@ -120,6 +129,49 @@ class ServerProcess:
             return False
         finally:
             connection.close()
+
+
+def _wait_for_end(server: "subprocess.Popen[bytes]", timeout_s: float) -> bool:
+    """Whether the server and all others of its group have ended within `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if server.poll() is not None and not _group(server.pid):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _group(group: int) -> "list[psutil.Process]":
+    """The processes of a group that still run. Zombies do not count: in a container nobody may collect them."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def _is_resource_tracker(process: "psutil.Process") -> bool:
+    import psutil
+
+    try:
+        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal_all(processes: "list[psutil.Process]", signum: int) -> None:
+    import psutil
+
+    for process in processes:
+        try:
+            process.send_signal(signum)
+        except psutil.NoSuchProcess:
+            continue
 
 
 def free_port() -> int:
