@@ -20,6 +20,8 @@ from vllm_buddy.importance.settings import PriorSettings
 from vllm_buddy.importance.text import CalibrationText
 from vllm_buddy.method.reference import check_config
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 Report = Callable[[str, int, int], None]
 
 
@@ -77,6 +79,11 @@ def _load(settings: PriorSettings) -> tuple[nn.Module, Any]:
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{settings.model_dir}: transformers cannot read config.json ({error})") from None
     check_config(config)
+    # Asked explicitly: without any file transformers makes up an empty tokenizer that finds no tokens.
+    if not any((settings.model_dir / name).is_file() for name in _TOKENIZER_FILES):
+        raise CalibrationError(
+            f"{settings.model_dir} has no tokenizer files; wanted is {' or '.join(_TOKENIZER_FILES)}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model_dir, local_files_only=True)
     except (OSError, ValueError) as error:

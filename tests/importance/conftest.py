@@ -1,0 +1,67 @@
+"""A tiny model with a tokenizer, and text for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, load_model, save_tiny_model
+
+USELESS_LAYER = 3
+WINDOW = 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """model: layer USELESS_LAYER adds nothing to the hidden state. windows: [4, WINDOW] random token ids."""
+
+    folder: FilePath
+    model: nn.Module
+    windows: torch.Tensor
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from a second thread, and lose much to waiting for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    folder = save_tiny_model(tmp_path_factory.mktemp("measured"), request.param)
+    model = load_model(folder)
+    layer = model.model.layers[USELESS_LAYER]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    windows = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB_SIZE, (4, WINDOW)))
+    return Measured(folder, model, windows)
+
+
+@pytest.fixture(scope="session")
+def model_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
+    """A tiny Llama whose tokens are bytes."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("bytes"), "llama")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path: FilePath) -> FilePath:
+    """1,000 characters, one token each for the tokenizer above."""
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. 1234\n" * 20)
+    return path

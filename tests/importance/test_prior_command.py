@@ -1,0 +1,156 @@
+"""`vllm-buddy prior`, from a model folder and a text to an artifact that routes."""
+
+import hashlib
+import json
+import shlex
+from pathlib import Path as FilePath
+
+import pytest
+
+from tests.tiny_models import NUM_LAYERS, load_model, save_tiny_model
+from vllm_buddy.artifact import load_artifact
+from vllm_buddy.cli.main import main
+from vllm_buddy.fingerprint import identify
+from vllm_buddy.importance import INDICATORS, PriorSettings
+from vllm_buddy.method import path_of
+
+SIZES = ["--tokens", "64", "--window", "32"]
+
+
+def _prior(model: FilePath, out: FilePath, text: FilePath, *options: str) -> int:
+    return main(["prior", str(model), str(out), "--text", str(text), *SIZES, *options])
+
+
+@pytest.mark.parametrize("indicator", INDICATORS)
+def test_artifact_routes_by_the_indicator(
+    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath, indicator: str
+) -> None:
+    """Failure: the artifact cannot be loaded by the server, or belongs to no model."""
+    out = tmp_path / "out"
+    assert _prior(model_with_tokenizer, out, text_file, "--indicator", indicator, "--library", "3") == 0
+    artifact = load_artifact(out)
+    assert artifact.config.name == "out"
+    assert artifact.config.base_model == identify(model_with_tokenizer)
+    assert artifact.config.prior.model_dump() == {
+        "indicator": indicator, "calibration": "text.txt", "num_tokens": 64,
+    }  # fmt: skip
+    assert artifact.decision is None
+    for depth in range(3, NUM_LAYERS):
+        path = artifact.router().path(None, depth)
+        assert path.bit_count() == depth
+        assert path == artifact.router(library=True).path(None, depth)
+        assert artifact.config.library is not None and path_of(artifact.config.library[depth][0]) == path
+
+
+def test_the_same_command_gives_the_same_artifact(
+    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath
+) -> None:
+    """Failure: the record promises a command that makes something else."""
+    options = ["--name", "again", "--heldout", "64", "--compare", "--base-model-id", "someone/tiny model"]
+    assert _prior(model_with_tokenizer, tmp_path / "a", text_file, *options) == 0
+    line = next(line for line in (tmp_path / "a" / "README.md").read_text().splitlines() if "vllm-buddy prior" in line)
+    command = shlex.split(line)
+    assert command[:2] == ["vllm-buddy", "prior"]
+    command[3] = str(tmp_path / "b")
+    assert main(command[1:]) == 0
+    assert load_artifact(tmp_path / "a").digest == load_artifact(tmp_path / "b").digest
+
+
+def test_card_and_record_say_what_was_done(
+    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failure: an untrained artifact is passed on without anyone being able to tell."""
+    out = tmp_path / "out"
+    assert _prior(model_with_tokenizer, out, text_file, "--heldout", "64", "--compare") == 0
+    card = (out / "README.md").read_text()
+    assert "**Nothing here is trained.**" in card
+    assert "| indicator | budget 1 (8 layers) | budget 0.9 (7 layers) | budget 0.75 (6 layers) |" in card
+    for name in INDICATORS:
+        assert f"| `{name}`" in card
+    assert "| `taylor` (this artifact) |" in card
+    record = (out / "run.yaml").read_text()
+    assert hashlib.sha256(text_file.read_bytes()).hexdigest() in record
+    for key in ("command", "date", "seed", "settings", "text", "base_model", "perplexity", "versions"):
+        assert f"\n{key}:" in f"\n{record}"
+    shown = capsys.readouterr()
+    assert "perplexity by budget, cosine:" in shown.out and "taylor: window 2 of 2" in shown.err
+
+
+def test_card_without_held_out_text_has_no_table(
+    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath
+) -> None:
+    """Failure: an empty table, or figures nobody measured."""
+    assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Perplexity" not in card and "path library" not in card
+
+
+def test_files_can_be_read_by_others(model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath) -> None:
+    """Failure: the tensors are written readable by their owner alone, and a packaged artifact fails for users."""
+    assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 4 and len(set(modes.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--indicator", "random"], "unknown indicator 'random'; known are taylor, delta_ppl, cosine"),
+        (["--tokens", "0"], "not a valid setting: tokens: Input should be greater than or equal to 1"),
+        (["--library", "-1"], "not a valid setting: library:"),
+        (["--tokens", "2000"], "text.txt holds 1000 tokens, but 2000 for calibration"),
+    ],
+)
+def test_mistakes_are_one_line(
+    model_with_tokenizer: FilePath,
+    tmp_path: FilePath,
+    text_file: FilePath,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    """Failure: a traceback, or half an artifact left behind."""
+    assert _prior(model_with_tokenizer, tmp_path / "out", text_file, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_cannot_be_used(
+    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failure: a trained artifact is overwritten, or a model of another kind is measured as if it were dense."""
+    assert _prior(model_with_tokenizer, tmp_path, text_file) == 2
+    assert "is not an empty folder; name a new one" in capsys.readouterr().err
+    assert _prior(tmp_path / "none", tmp_path / "out", text_file) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+    bare = save_tiny_model(tmp_path / "bare", "qwen3")
+    assert _prior(bare, tmp_path / "out", text_file) == 2
+    assert "has no tokenizer files" in capsys.readouterr().err
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    assert _prior(bare, tmp_path / "out", text_file) == 2
+    assert "model type 'gpt2' is not supported; known are llama, qwen2, qwen3" in capsys.readouterr().err
+    (bare / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    assert _prior(bare, tmp_path / "out", text_file) == 2
+    assert "transformers cannot read config.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """Failure: a setting is added to the schema and cannot be reached from the command line."""
+    with pytest.raises(SystemExit):
+        main(["prior", "--help"])
+    shown = capsys.readouterr().out
+    for name, field in PriorSettings.model_fields.items():
+        assert (name.upper() if name in ("model_dir", "out") else f"--{name.replace('_', '-')}") in shown
+        assert field.description
+
+
+def test_measuring_leaves_the_model_folder_alone(
+    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath
+) -> None:
+    """Failure: something is written beside the weights of a shared model."""
+    before = {path.name: path.read_bytes() for path in model_with_tokenizer.iterdir()}
+    assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
+    assert {path.name: path.read_bytes() for path in model_with_tokenizer.iterdir()} == before
+    load_model(model_with_tokenizer)
