@@ -31,13 +31,14 @@ class DemoResult:
         rows = []
         for budget in self.budgets:
             alone = [a for a in self.alone if a.budget == budget]
-            layers = fmean(a.outcome["layers_executed_mean"] for a in alone if a.outcome)
+            counted = [a.outcome["layers_executed_mean"] for a in alone if a.outcome]
+            layers = fmean(counted) if counted else None
             rows.append(
                 {
                     "budget": budget,
                     "layers_executed_mean": layers,
                     "num_layers": self.num_layers,
-                    "skipped_share": 1 - layers / self.num_layers,
+                    "skipped_share": None if layers is None else 1 - layers / self.num_layers,
                     "tokens_per_s_alone": fmean(a.tokens_per_s for a in alone),
                     "tokens_per_s_mixed": fmean(a.tokens_per_s for a in self.mixed if a.budget == budget),
                 }
@@ -77,8 +78,8 @@ class DemoResult:
             cells.append(
                 [
                     str(row["budget"]),
-                    f"{row['layers_executed_mean']:.1f}",
-                    f"{row['skipped_share']:.0%}",
+                    "?" if row["skipped_share"] is None else f"{row['layers_executed_mean']:.1f}",
+                    "?" if row["skipped_share"] is None else f"{row['skipped_share']:.0%}",
                     f"{row['tokens_per_s_alone']:.1f}",
                     f"{row['tokens_per_s_mixed']:.1f}",
                     "\n".join(shorten(a.prompt, _PROMPT_WIDTH) for a in answers),

@@ -37,11 +37,16 @@ class ServerProcess:
         ServerError: the server ends, or is not healthy within `start_timeout_s`; with the end of its log.
     """
 
-    def __init__(self, arguments: Sequence[str], log: FilePath, start_timeout_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: FilePath,
+        start_timeout_s: float = 300.0,
+        program: Sequence[str] = (sys.executable, "-m", "vllm_buddy", "serve"),
+    ) -> None:
         self.port = free_port()
         self.start_s = 0.0
-        self._command = [sys.executable, "-m", "vllm_buddy", "serve", *arguments]
-        self._command += ["--host", HOST, "--port", str(self.port)]
+        self._command = [*program, *arguments, "--host", HOST, "--port", str(self.port)]
         self._log = log
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None

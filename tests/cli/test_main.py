@@ -1,0 +1,72 @@
+"""The command line's frame: which command runs, and what a mistake looks like."""
+
+import argparse
+import importlib
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_buddy.cli import main
+from vllm_buddy.cli.main import COMMANDS
+from vllm_buddy.errors import BudgetError
+
+
+def fake_command(monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None, status: int = 0) -> None:
+    def run(args: argparse.Namespace) -> int:
+        if error is not None:
+            raise error
+        return status
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    # By its name in full: the package's attribute `main` is the function.
+    monkeypatch.setattr(importlib.import_module("vllm_buddy.cli.main"), "_module", lambda command: module)
+
+
+def test_no_command_prints_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A script that forgets the command must not go on as if something had been done."""
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+
+
+def test_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistyped command is answered with the right spelling."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["doktor"])
+    assert stopped.value.code == 2
+    assert "doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "serve"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command whose module does not import is found before a user finds it."""
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"vllm-buddy {command}" in capsys.readouterr().out
+
+
+def test_user_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback hides the one sentence the user needs."""
+    fake_command(monkeypatch, BudgetError("budget is 7; allowed is a number in (0, 1]"))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "vllm-buddy: error: budget is 7; allowed is a number in (0, 1]\n"
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """130 is what a shell expects of an interrupted command."""
+    fake_command(monkeypatch, KeyboardInterrupt())
+    assert main(["demo"]) == 130
+
+
+def test_programming_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the package's own errors are the user's; a bug keeps its traceback."""
+    fake_command(monkeypatch, ValueError("bug"))
+    with pytest.raises(ValueError, match="bug"):
+        main(["doctor"])
+
+
+def test_status_of_the_command_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` must fail where the demo's checks fail."""
+    fake_command(monkeypatch, status=1)
+    assert main(["doctor"]) == 1

