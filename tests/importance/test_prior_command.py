@@ -98,6 +98,7 @@ def test_files_can_be_read_by_others(model_with_tokenizer: FilePath, tmp_path: F
         (["--indicator", "random"], "unknown indicator 'random'; known are taylor, delta_ppl, cosine"),
         (["--tokens", "0"], "not a valid setting: tokens: Input should be greater than or equal to 1"),
         (["--library", "-1"], "not a valid setting: library:"),
+        (["--compare"], "needs held-out text to compare on; give --heldout N as well"),
         (["--tokens", "2000"], "text.txt holds 1000 tokens, but 2000 for calibration"),
     ],
 )
@@ -133,6 +134,10 @@ def test_folders_that_cannot_be_used(
     (bare / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     assert _prior(bare, tmp_path / "out", text_file) == 2
     assert "transformers cannot read config.json" in capsys.readouterr().err
+    quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (bare / "config.json").write_text(json.dumps(quantised))
+    assert _prior(bare, tmp_path / "out", text_file) == 2
+    assert "is quantised; measure the model it was made from" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, PriorConfig
-from vllm_buddy.errors import CalibrationError
+from vllm_buddy.errors import CalibrationError, UnsupportedError
 from vllm_buddy.fingerprint import identify
 from vllm_buddy.importance.base import INDICATORS, find_indicator
 from vllm_buddy.importance.library import nested_library
@@ -41,10 +41,12 @@ def build_prior(settings: PriorSettings, report: Report = lambda what, done, tot
 
     Raises:
         CalibrationError: the indicator is unknown, or the text or the tokenizer cannot be used.
-        UnsupportedError: the model is not a dense Llama, Qwen2 or Qwen3.
+        UnsupportedError: the model is not a dense Llama, Qwen2 or Qwen3, or is quantised.
         ArtifactError: the folder holds no model.
     """
     find_indicator(settings.indicator)
+    if settings.compare and not settings.heldout:
+        raise CalibrationError("a comparison of indicators needs held-out text to compare on; give --heldout N as well")
     text = CalibrationText.read(settings.text)
     base = identify(settings.model_dir, settings.base_model_id)
     model, tokenizer = _load(settings)
@@ -79,6 +81,10 @@ def _load(settings: PriorSettings) -> tuple[nn.Module, Any]:
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{settings.model_dir}: transformers cannot read config.json ({error})") from None
     check_config(config)
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedError(
+            f"{settings.model_dir} is quantised; measure the model it was made from, the artifact fits both"
+        )
     # Asked explicitly: without any file transformers makes up an empty tokenizer that finds no tokens.
     if not any((settings.model_dir / name).is_file() for name in _TOKENIZER_FILES):
         raise CalibrationError(
@@ -88,5 +94,8 @@ def _load(settings: PriorSettings) -> tuple[nn.Module, Any]:
         tokenizer = AutoTokenizer.from_pretrained(settings.model_dir, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{settings.model_dir} has no tokenizer that can be loaded ({error})") from None
-    model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{settings.model_dir}: transformers cannot load the model ({error})") from None
     return model.eval(), tokenizer
