@@ -16,7 +16,8 @@ TokenLimit = Callable[[Request, int], int]
 
 def salt(request: Request, key: str) -> None:
     """Make `key` part of the request's block hashes, beside a salt of the user's own."""
-    request.cache_salt = key if request.cache_salt is None else f"{request.cache_salt}:{key}"
+    # A pair and not a string: a user can send any string, this one's too, and must not reach a path's blocks with it.
+    request.cache_salt = (request.cache_salt, key)  # type: ignore[assignment]
     # vLLM hashed the prompt in the constructor, before the path was known.
     request.block_hashes = []
     request.update_block_hashes()
