@@ -1,0 +1,9 @@
+"""Settings for every test, made before torch and vllm are imported."""
+
+import os
+
+# Tiny models gain nothing from a second thread, and threads that wait for each other on a busy machine cost up to
+# fifty times the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,246 @@
+"""A vLLM engine in this process that a test can reach into, and the reference to compare it with."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+from torch import nn
+
+from tests.tiny_models import load_model, random_artifact, save_tiny_model
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.method import PathSchedule, depth_for_budget
+from vllm_buddy.method.reference import GeneratedSequence, generate
+
+BLOCK_SIZE = 32
+MAX_MODEL_LEN = 512
+MAX_TOKENS_PER_STEP = 8192
+MAX_STEPS = 5000  # a request that never ends fails its test instead of hanging it
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request. budget None sends none."""
+
+    prompt: tuple[int, ...]
+    budget: float | None = 1.0
+    max_tokens: int = 8
+    sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass
+class Tiny:
+    """A random model with a random artifact, and what the reference made of it so far."""
+
+    folder: FilePath
+    artifact_folder: FilePath
+    model: nn.Module
+    artifact: Artifact
+    known: dict[Any, GeneratedSequence] = field(default_factory=dict)
+
+    def expected(self, ask: Ask, policy: str, schedule: PathSchedule, *, library: bool = False) -> GeneratedSequence:
+        """What the reference generates for `ask`."""
+        depth = depth_for_budget(ask.budget or 1.0, self.artifact.config.base_model.num_layers)
+        # Greedy decoding: fewer tokens are the beginning of more, so one run serves every length.
+        length = -(-ask.max_tokens // 8) * 8
+        key = (ask.prompt, depth, policy, schedule, library, length)
+        if key not in self.known:
+            router = self.artifact.router(library=library)
+            self.known[key] = generate(self.model, router, schedule, depth, ask.prompt, length, policy)
+        whole = self.known[key]
+        positions = len(ask.prompt) + ask.max_tokens - 1
+        return GeneratedSequence(whole.token_ids[: ask.max_tokens], whole.paths[:positions])
+
+
+def make_tiny(root: FilePath, family: str) -> Tiny:
+    """Write the model and the artifact under `root`."""
+    folder = save_tiny_model(root / "model", family)
+    artifact = random_artifact(root / "artifact", folder)
+    return Tiny(folder, root / "artifact", load_model(folder), artifact)
+
+
+def start_engine(tiny: Tiny, *, model_impl: str = "buddy", **overrides: Any) -> "Engine":
+    """An engine in this process; fp32, eager, no tokenizer, K and V weights kept for every KV policy."""
+    from vllm import LLM
+
+    settings = {"artifact": str(tiny.artifact_folder), "kv_policy": "kv_only", **overrides.pop("buddy", {})}
+    options: dict[str, Any] = {
+        "model_impl": model_impl,
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_batched_tokens": MAX_TOKENS_PER_STEP,
+        "max_num_seqs": 16,
+        "block_size": BLOCK_SIZE,
+        "kv_cache_memory_bytes": 32 << 20,
+        "seed": 0,
+        **overrides,
+    }
+    if model_impl == "buddy":
+        options["additional_config"] = {"buddy": settings}
+    return Engine(LLM(str(tiny.folder), **options), tiny)
+
+
+class Engine:
+    """Drives an engine step by step and switches its settings between requests."""
+
+    def __init__(self, llm: Any, tiny: Tiny) -> None:
+        self.llm = llm
+        self.tiny = tiny
+        self.core = llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.policy = "kv_only"
+        self.schedule = PathSchedule(16)
+        self.library = False
+        self.finished: dict[str, Any] = {}
+        self._num_requests = 0
+
+    # --- settings ----------------------------------------------------------------------------------------------
+
+    def configure(
+        self,
+        policy: str = "masked",
+        interval: int = 16,
+        lag: int = 0,
+        chunk: int = MAX_TOKENS_PER_STEP,
+        *,
+        library: bool = False,
+    ) -> None:
+        """Set KV policy, schedule and tokens per step, and empty the prefix cache."""
+        from vllm_buddy.serving.kv_policy import POLICIES
+
+        assert not self.core.scheduler.has_unfinished_requests()
+        artifact = self.tiny.artifact
+        self.policy, self.schedule, self.library = policy, PathSchedule(interval, lag), library
+        self.runner.buddy_policy = POLICIES[policy](self.runner.buddy_policy.num_layers)
+        self.scheduler._salt_prefix = f"{artifact.digest}:{policy}"
+        self.scheduler._schedule = self.schedule
+        self.scheduler._router = artifact.router(library=library)
+        self.scheduler.max_num_scheduled_tokens = chunk
+        self.empty_prefix_cache()
+
+    def empty_prefix_cache(self) -> None:
+        assert self.scheduler.reset_prefix_cache()
+
+    # --- requests ----------------------------------------------------------------------------------------------
+
+    def add(self, ask: Ask, request_id: str | None = None, cache_salt: str | None = None) -> str:
+        """Send a request; returns its id."""
+        from vllm import SamplingParams
+
+        self._num_requests += 1
+        request_id = request_id or f"r{self._num_requests}"
+        extra_args = None if ask.budget is None else {"buddy_budget": ask.budget}
+        options = {
+            "temperature": 0.0,
+            "max_tokens": ask.max_tokens,
+            "detokenize": False,
+            "extra_args": extra_args,
+            **ask.sampling,
+        }
+        prompt: dict[str, Any] = {"prompt_token_ids": list(ask.prompt)}
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
+        self.llm.llm_engine.add_request(request_id, prompt, SamplingParams(**options))
+        return request_id
+
+    def run(
+        self,
+        asks: Sequence[Ask],
+        arrivals: Sequence[int] | None = None,
+        before_step: Callable[[int], None] | None = None,
+    ) -> list[Any]:
+        """Serve `asks`, each sent before the step of its number in `arrivals`; returns their final outputs.
+
+        before_step: called with the number of each step before it is scheduled.
+        """
+        arrivals = arrivals or [0] * len(asks)
+        ids: dict[int, str] = {}
+        for step in range(MAX_STEPS):
+            for index, arrival in enumerate(arrivals):
+                if arrival == step:
+                    ids[index] = self.add(asks[index])
+            if before_step is not None:
+                before_step(step)
+            self.step()
+            if len(ids) == len(asks) and all(i in self.finished for i in ids.values()):
+                break
+        else:
+            raise AssertionError(f"not finished after {MAX_STEPS} steps")
+        return [self.finished.pop(ids[index]) for index in range(len(asks))]
+
+    def step(self) -> None:
+        """One engine step; outputs of requests that finish go to `finished`."""
+        for output in self.llm.llm_engine.step():
+            if output.finished:
+                self.finished[output.request_id] = output
+
+    def finish(self) -> dict[str, Any]:
+        """Step until nothing is left; returns the outputs of all requests that have finished by then."""
+        for _ in range(MAX_STEPS):
+            if not self.llm.llm_engine.has_unfinished_requests():
+                break
+            self.step()
+        outputs, self.finished = self.finished, {}
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        self.llm.llm_engine.abort_request([request_id])
+
+    def abort_all(self) -> None:
+        """Leave the engine idle, whatever a failed test left in it."""
+        self.scheduler.finish_requests(None, _aborted())
+        self.llm.llm_engine.abort_request(list(self.llm.llm_engine.output_processor.request_states))
+        for _ in range(2):  # vLLM tells the runner about finished requests in the next step
+            self.step()
+        self.finished = {}
+
+    # --- disturbances ------------------------------------------------------------------------------------------
+
+    def preempt(self, index: int) -> bool:
+        """Preempt the running request at `index` (modulo their number) as vLLM does when it is out of blocks."""
+        running = self.scheduler.running
+        if not running:
+            return False
+        request = running.pop(index % len(running))
+        self.scheduler._preempt_request(request, time.monotonic())
+        # It may be scheduled again in the next step already; vLLM does this where it preempts between steps.
+        self.scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        return True
+
+    def preempt_all(self) -> None:
+        """Preempt all running requests and empty the prefix cache."""
+        assert self.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    # --- comparison --------------------------------------------------------------------------------------------
+
+    def expected(self, ask: Ask) -> GeneratedSequence:
+        """What the reference generates for `ask` under the present settings."""
+        return self.tiny.expected(ask, self.policy, self.schedule, library=self.library)
+
+    def check(self, asks: Sequence[Ask], outputs: Sequence[Any]) -> None:
+        """Fail unless tokens and layers of every request are the reference's."""
+        for ask, output in zip(asks, outputs, strict=True):
+            expected = self.expected(ask)
+            assert list(output.outputs[0].token_ids) == expected.token_ids, _describe(self, ask, output, expected)
+            depth = expected.paths[0].bit_count()
+            outcome = output.kv_transfer_params["buddy"]
+            assert outcome["layers_executed_min"] == outcome["layers_executed_max"] == depth
+            assert outcome["distinct_paths"] == len(set(expected.paths))
+
+
+def _describe(engine: Engine, ask: Ask, output: Any, expected: GeneratedSequence) -> str:
+    got = list(output.outputs[0].token_ids)
+    return (
+        f"policy {engine.policy}, {engine.schedule}, budget {ask.budget}, prompt of {len(ask.prompt)} tokens, "
+        f"{output.num_cached_tokens} cached: {got} != {expected.token_ids}"
+    )
+
+
+def _aborted() -> Any:
+    from vllm.v1.request import RequestStatus
+
+    return RequestStatus.FINISHED_ABORTED
