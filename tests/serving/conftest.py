@@ -6,7 +6,6 @@ import os
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from collections.abc import Callable, Iterator
-from pathlib import Path as FilePath
 
 import pytest
 

@@ -1,0 +1,71 @@
+"""An instrument that sees which layers run on which token, independent of the engine's own count."""
+
+from collections import Counter
+from types import TracebackType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serving.engine import Engine
+from vllm_buddy.serving.routed_step import RoutedStep
+
+# A row's number travels above the bits of its position through everything that the plugin does to positions.
+_ROW_SHIFT = 20
+_POSITION = (1 << _ROW_SHIFT) - 1
+
+
+class LayerLog:
+    """While entered, counts (request, position, layer): `ran` where the layer computed the token, `wrote` where it
+    was skipped and the KV policy wrote to its cache."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.ran: Counter[tuple[str, int, int]] = Counter()
+        self.wrote: Counter[tuple[str, int, int]] = Counter()
+        self._engine = engine
+        self._patch = pytest.MonkeyPatch()
+        self._rows: list[tuple[str, int]] = []
+
+    def __enter__(self) -> "LayerLog":
+        run, write = RoutedStep.run, self._engine.runner.buddy_policy.write_skipped
+        layers = list(self._engine.runner.model.model.layers)
+
+        def logged_run(step: Any, layers: Any, functions: Any, positions: torch.Tensor, *state: Any) -> Any:
+            self._rows = self._owners(positions)
+            tagged = positions + (torch.arange(len(positions)) << _ROW_SHIFT)
+            return run(step, layers, [self._watched(i, f) for i, f in enumerate(functions)], tagged, *state)
+
+        def logged_write(layer: Any, view: Any, positions: torch.Tensor, *state: Any) -> None:
+            self._count(self.wrote, positions[view.skipped], layers.index(layer))
+            write(layer, view, positions & _POSITION, *state)
+
+        self._patch.setattr(RoutedStep, "run", logged_run)
+        self._patch.setattr(self._engine.runner.buddy_policy, "write_skipped", logged_write)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._patch.undo()
+
+    def _watched(self, index: int, function: Any) -> Any:
+        def layer(positions: torch.Tensor, *state: Any) -> Any:
+            self._count(self.ran, positions, index)
+            return function(positions & _POSITION, *state)
+
+        return layer
+
+    def _count(self, counter: Counter[tuple[str, int, int]], tagged: torch.Tensor, layer: int) -> None:
+        for value in tagged.tolist():
+            request, position = self._rows[value >> _ROW_SHIFT]
+            assert position == value & _POSITION
+            counter[request, position, layer] += 1
+
+    def _owners(self, positions: torch.Tensor) -> list[tuple[str, int]]:
+        """(request, position) of each row, from vLLM's own batch. vLLM's ids carry a random tail."""
+        batch, start = self._engine.runner.input_batch, self._engine.runner.query_start_loc.np
+        return [
+            (req_id.rsplit("-", 1)[0], int(positions[row]))
+            for i, req_id in enumerate(batch.req_ids)
+            for row in range(start[i], start[i + 1])
+        ]
