@@ -11,7 +11,6 @@ The run checks what it times: buddy at 1.0 must give stock's tokens, and at a bu
 """
 
 import argparse
-import itertools
 import shutil
 import tempfile
 from pathlib import Path as FilePath
@@ -23,9 +22,9 @@ import torch
 from engines import DecodeRun, Variant
 from results import RESULTS_DIR, environment, percentiles, write_rows
 
-from vllm_buddy.artifact import Artifact, load_artifact, shipped_artifacts
+from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
 from vllm_buddy.baselines import save_pruned_checkpoint
-from vllm_buddy.embedded_model import embedded_model_dir
+from vllm_buddy.embedded_model import DEFAULT_MODEL, fetch
 from vllm_buddy.method import DecisionModule, FoldedDecision, depth_for_budget, layers_of
 
 BUDGETS = (0.75, 0.5)
@@ -40,25 +39,33 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=33, help="decoded tokens per run; each gives one step")
+    parser.add_argument("--model", type=FilePath, help="folder of a model; default: the embedded one")
+    parser.add_argument(
+        "--artifact", type=FilePath, default=SHIPPED_DIR / DEFAULT_MODEL, help="its prior orders layers"
+    )
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / "cpu_decode.jsonl")
     args = parser.parse_args()
     work = FilePath(tempfile.mkdtemp(prefix="vllm_buddy-bench-"))
     try:
-        rows = measure(embedded_model_dir(), work, args.batch, args.rounds, args.tokens)
+        model = args.model or fetch(report=print)
+        artifact = benchmark_artifact(load_artifact(args.artifact), work / "artifact")
+        rows = measure(model, artifact, work, args.batch, args.rounds, args.tokens)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     write_rows(args.out, rows)
     for row in rows:
-        print(f"{row['variant']:14} batch {row['batch']:3}  {row['metric']:16} {row['p50']:8.3f}"
-              f"  [{row['p20']:.3f}, {row['p80']:.3f}]")
+        print(
+            f"{row['variant']:14} batch {row['batch']:3}  {row['metric']:16} {row['p50']:8.3f}"
+            f"  [{row['p20']:.3f}, {row['p80']:.3f}]"
+        )
     print(f"written to {args.out}")
 
 
-def measure(model: FilePath, work: FilePath, batches: list[int], rounds: int, tokens: int) -> list[dict[str, Any]]:
+def measure(
+    model: FilePath, artifact: Artifact, work: FilePath, batches: list[int], rounds: int, tokens: int
+) -> list[dict[str, Any]]:
     """Start all engines, check their tokens against each other, time them; one row per figure."""
-    artifact = benchmark_artifact(work / "artifact")
     num_layers = artifact.config.base_model.num_layers
-    router = artifact.router(library=True)
     variants = [Variant("stock", num_layers, engines.start_engine(str(model)))]
     for budget in BUDGETS:
         depth = depth_for_budget(budget, num_layers)
@@ -70,7 +77,6 @@ def measure(model: FilePath, work: FilePath, batches: list[int], rounds: int, to
     variants += [
         Variant(f"buddy {budget}", depth_for_budget(budget, num_layers), buddy, budget) for budget in (1.0, *BUDGETS)
     ]
-    assert router.depths
     rows: list[dict[str, Any]] = []
     for batch in batches:
         rows += measure_batch(variants, batch, rounds, tokens)
@@ -86,7 +92,8 @@ def measure_batch(variants: list[Variant], batch: int, rounds: int, tokens: int)
     for index in range(rounds + 1):
         prompts = rng.integers(100, 40_000, (batch, PROMPT_TOKENS)).tolist()
         runs: dict[str, DecodeRun] = {}
-        for variant in itertools.islice(itertools.cycle(variants), index % len(variants), index % len(variants) + len(variants)):
+        first = index % len(variants)
+        for variant in variants[first:] + variants[:first]:
             with Overhead(variant) as spent:
                 runs[variant.name] = engines.decode(variant, prompts, tokens)
             if index > 0:  # round 0 warms up
@@ -141,9 +148,8 @@ def check(runs: dict[str, DecodeRun]) -> None:
             raise SystemExit(f"{ours} and {peer} give different tokens in {same.count(False)} of {len(same)} sequences")
 
 
-def benchmark_artifact(folder: FilePath) -> Artifact:
-    """The shipped artifact's prior with a random Decision Module and a library of one path per depth."""
-    shipped = load_artifact(shipped_artifacts()["smollm2-135m"])
+def benchmark_artifact(shipped: Artifact, folder: FilePath) -> Artifact:
+    """An artifact's prior with a random Decision Module and a library of one path per depth."""
     base = shipped.config.base_model
     torch.manual_seed(0)
     module = DecisionModule(value_dim=192, num_middle=base.num_layers - 2)

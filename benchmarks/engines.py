@@ -8,7 +8,7 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vLLM is imported: engines in this process, none spinning
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from vllm import LLM, SamplingParams  # noqa: E402
+from vllm import LLM, SamplingParams
 
 
 @dataclass
@@ -47,9 +47,7 @@ def decode(variant: Variant, prompts: list[list[int]], num_tokens: int) -> Decod
     """Greedy decoding of all prompts at once, every engine step timed from outside."""
     engine = variant.llm.llm_engine
     extra = None if variant.budget is None else {"buddy_budget": variant.budget}
-    params = SamplingParams(
-        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, extra_args=extra
-    )
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, extra_args=extra)
     for i, prompt in enumerate(prompts):
         engine.add_request(f"{variant.name}-{time.monotonic_ns()}-{i}", {"prompt_token_ids": prompt}, params)
     step_ms: list[float] = []

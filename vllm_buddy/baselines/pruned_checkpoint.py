@@ -31,7 +31,7 @@ def save_pruned_checkpoint(model_dir: FilePath, layers: Sequence[int], out: File
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(model_dir.glob("*.safetensors")):
         with safe_open(path, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in f.keys():
                 layer = _LAYER.match(name)
                 if layer is None:
                     tensors[name] = f.get_tensor(name)

@@ -14,11 +14,10 @@ from vllm_buddy.serving.routed_step import RoutedStep
 from vllm_buddy.serving.startup import SCHEDULER, engine_settings
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    _Backbone = nn.Module
+    from vllm.model_executor.models.llama import LlamaForCausalLM as _CausalLM
+    from vllm.model_executor.models.llama import LlamaModel as _Backbone
 else:
-    _Backbone = object
+    _CausalLM = _Backbone = object
 
 
 class RoutedBackbone(_Backbone):
@@ -48,7 +47,7 @@ class RoutedBackbone(_Backbone):
         return hidden
 
 
-class _Routed(_Backbone):
+class _Routed(_CausalLM):
     """Mixin over vLLM's ...ForCausalLM."""
 
     supports_lora = False

@@ -17,7 +17,7 @@ TokenLimit = Callable[[Request, int], int]
 def salt(request: Request, key: str) -> None:
     """Make `key` part of the request's block hashes, beside a salt of the user's own."""
     # A pair and not a string: a user can send any string, this one's too, and must not reach a path's blocks with it.
-    request.cache_salt = (request.cache_salt, key)  # type: ignore[assignment]
+    request.cache_salt = (request.cache_salt, key)
     # vLLM hashed the prompt in the constructor, before the path was known.
     request.block_hashes = []
     request.update_block_hashes()

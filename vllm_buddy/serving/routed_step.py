@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from vllm.forward_context import get_forward_context, override_forward_context
 
 from vllm_buddy.serving.kv_policy import KVPolicy, LayerView
@@ -27,7 +26,7 @@ class RoutedStep:
 
     def run(
         self,
-        layers: Sequence[nn.Module],
+        layers: Sequence[Any],
         functions: Sequence[LayerFn],
         positions: torch.Tensor,
         hidden: torch.Tensor,
@@ -80,7 +79,7 @@ class RoutedStep:
             end += 1
         return end
 
-    def _forward_context(self, layers: Sequence[nn.Module]) -> Any:
+    def _forward_context(self, layers: Sequence[Any]) -> Any:
         """vLLM's forward context with this step's metadata and slots of each layer. vLLM's own is left alone."""
         context = get_forward_context()
         if all(view.attn_metadata is None for view in self.views):

@@ -16,7 +16,7 @@ from vllm_buddy.serving.startup import engine_settings
 from vllm_buddy.serving.step_batch import StepBatch, check_plan
 
 if TYPE_CHECKING:
-    _Base = GPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
 else:
     _Base = object
 
@@ -77,7 +77,7 @@ class _RoutedRunner(_Base):
         num_reqs = len(req_ids)
         query_start_loc = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
         plans = [self.buddy_plan[req_id] for req_id in req_ids]
-        check_plan(plans, np.diff(query_start_loc), req_ids)
+        check_plan(plans, np.diff(query_start_loc).tolist(), req_ids)
         block_table = self.input_batch.block_table[0]
         context = get_forward_context()
         layer_name = next(iter(context.attn_metadata))

@@ -1,6 +1,7 @@
 """Routing, in vLLM's scheduler: the router's input is token ids, so the plan is made before the step."""
 
 import time
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -13,13 +14,12 @@ from vllm_buddy.method import PathSchedule, RequestRoute, depth_for_budget
 from vllm_buddy.serving.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.prefix_cache import end_hash_chain, limit_publishing, salt
 from vllm_buddy.serving.request import RequestLimits
-from vllm_buddy.serving.startup import FilePath, engine_settings
+from vllm_buddy.serving.startup import engine_settings
 from vllm_buddy.serving.telemetry import EngineMetrics, Outcome
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-    _Base = Scheduler
+    from vllm.v1.core.sched.scheduler import Scheduler as _Base
 else:
     _Base = object
 
@@ -32,7 +32,7 @@ class _Routing(_Base):
         settings = engine_settings(vllm_config)
         assert settings.artifact is not None  # the config hook resolved it to a folder
         artifact = load_artifact(FilePath(settings.artifact))
-        self._limits: RequestLimits = vllm_config.model_config.buddy_limits  # type: ignore[attr-defined]
+        self._limits: RequestLimits = vllm_config.model_config.buddy_limits
         self._router = artifact.router(library=settings.paths == "library")
         self._schedule = PathSchedule(interval=settings.route_every, lag=_decision_lag(settings, vllm_config))
         self._salt_prefix = f"{artifact.digest}:{settings.kv_policy}"

@@ -73,9 +73,11 @@ def parse_settings(additional_config: Any) -> BuddySettings:
     try:
         return BuddySettings(**raw)
     except (ValidationError, TypeError) as error:
-        problems = [
-            f"'{'.'.join(map(str, e['loc']))}': {e['msg']} (found {e['input']!r})" for e in error.errors()
-        ] if isinstance(error, ValidationError) else [str(error)]
+        problems = (
+            [f"'{'.'.join(map(str, e['loc']))}': {e['msg']} (found {e['input']!r})" for e in error.errors()]
+            if isinstance(error, ValidationError)
+            else [str(error)]
+        )
         raise SettingsError(
             f"additional_config['{CONFIG_KEY}'] is not valid: {'; '.join(problems)}. Known keys: {known}"
         ) from None

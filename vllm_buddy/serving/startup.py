@@ -56,7 +56,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         )
         limits.budget({"buddy_budget": settings.default_budget})  # the default must be allowed too
         # Attributes of the config objects travel with them to every process; additional_config alone is hashed.
-        vllm_config.model_config.buddy_limits = limits  # type: ignore[attr-defined]
+        vllm_config.model_config.buddy_limits = limits
         vllm_config.additional_config = {
             **vllm_config.additional_config,
             CONFIG_KEY: settings.model_copy(update={"artifact": str(folder)}).model_dump(),
@@ -94,7 +94,7 @@ def resolve_artifact(name: str | None, vllm_config: "VllmConfig") -> FilePath:
                 return folder
         raise ArtifactError(
             f"no shipped artifact fits the model {model.summary()}; shipped are: {', '.join(shipped) or 'none'}. "
-            "Name one with --additional-config '{\"buddy\": {\"artifact\": FOLDER_OR_HUB_ID}}', or make one from the "
+            'Name one with --additional-config \'{"buddy": {"artifact": FOLDER_OR_HUB_ID}}\', or make one from the '
             "model alone with `vllm-buddy prior MODEL_DIR OUT`"
         )
     if name in shipped:
@@ -176,5 +176,3 @@ def _configure_compilation(vllm_config: "VllmConfig") -> None:
         return
     compilation.mode = CompilationMode.NONE
     compilation.cudagraph_mode = CUDAGraphMode.NONE
-
-

@@ -64,8 +64,9 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
     ),
     (
         "context parallelism",
-        lambda c: c.parallel_config.decode_context_parallel_size > 1
-        or c.parallel_config.prefill_context_parallel_size > 1,
+        lambda c: (
+            c.parallel_config.decode_context_parallel_size > 1 or c.parallel_config.prefill_context_parallel_size > 1
+        ),
         "slots of a layer are not a function of the position",
     ),
     (

@@ -34,7 +34,5 @@ class Aligned(KVPolicy):
         num_blocks = int(-(-seq_lens.max() // batch.block_size))
         rows_device = batch.to_device(rows)
         slot_mapping = batch.slot_mapping[rows_device]
-        metadata = batch.metadata(
-            batch.run_length[runs], seq_lens, batch.block_table[reqs, :num_blocks], slot_mapping
-        )
+        metadata = batch.metadata(batch.run_length[runs], seq_lens, batch.block_table[reqs, :num_blocks], slot_mapping)
         return LayerView(rows, rows_device, metadata, slot_mapping, skipped, skipped_slots)

@@ -44,7 +44,7 @@ class KVPolicy(ABC):
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
 
-    def forget(self, req_id: str) -> None:
+    def forget(self, req_id: str) -> None:  # noqa: B027 - most policies keep nothing
         """Drop what is kept about a finished request."""
 
     @abstractmethod
