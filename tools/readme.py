@@ -1,0 +1,112 @@
+"""Writes the generated parts of README.md: the settings table from the schema, the figures from the results files.
+
+    python tools/readme.py            # rewrite
+    python tools/readme.py --check    # exit 1 if README.md is not up to date
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from typing import Any
+
+ROOT = FilePath(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = generate(old)
+    if "--check" in sys.argv[1:]:
+        return int(old != new)
+    path.write_text(new)
+    return 0
+
+
+def generate(text: str) -> str:
+    """`text` with the parts between the markers made anew."""
+    for name, section in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        body = section()
+        text, found = pattern.subn(lambda m, body=body: m[1] + body + m[2], text)  # type: ignore[misc]
+        if found != 1:
+            raise SystemExit(f"README.md has {found} parts named {name}")
+    return text
+
+
+def settings_table() -> str:
+    """One row per server setting."""
+    from vllm_buddy.serving.settings import BuddySettings
+
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in BuddySettings.model_fields.items():
+        default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+        rows.append(f"| `{name}` | {default} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def decode_table() -> str:
+    """Decode speed: p50 with p20 to p80."""
+    rows = _rows("cpu_decode.jsonl")
+    by_key = {(r["metric"], r["variant"], r["batch"]): r for r in rows}
+    batches = sorted({r["batch"] for r in rows})
+    variants = list(dict.fromkeys(r["variant"] for r in rows))
+
+    def cell(metric: str, variant: str, batch: int, form: Callable[[float], str]) -> str:
+        row = by_key.get((metric, variant, batch))
+        return "" if row is None else f"{form(row['p50'])} ({form(row['p20'])} to {form(row['p80'])})"
+
+    lines = [
+        f"`python benchmarks/decode.py`: decode steps of SmolLM2-135M in bf16, {_where(rows[0])}; {rows[0]['n']} rounds in which "
+        "all variants ran one after the other in one process, ratios of tokens/s within a round, median (20th to 80th percentile). "
+        "*pruned* is stock vLLM on a checkpoint that has only the layers of buddy's path; buddy at 1.0 is compared with stock. "
+        "Routing is the time of router, plan and cache views in a step; the Decision Module is asked before every token.",
+        "",
+        "| batch | variant | layers | ms per step | over stock | over pruned | routing |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for batch in batches:
+        for variant in variants:
+            layers = by_key["ms_per_step", variant, batch]["layers"]
+            cells = [
+                cell("ms_per_step", variant, batch, "{:.2f}".format),
+                cell("ratio_to_stock", variant, batch, "{:.2f}".format),
+                cell("ratio_to_pruned", variant, batch, "{:.2f}".format),
+                cell("routing_share", variant, batch, "{:.1%}".format),
+            ]
+            lines.append(f"| {batch} | {variant} | {layers} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def memory_table() -> str:
+    """KV capacity and resident memory."""
+    rows = _rows("cpu_memory.jsonl")
+    value = {(r["metric"], r["variant"]): r["value"] for r in rows}
+    lines = [f"| {_where(rows[0])} | stock | buddy | ratio |", "|---|---|---|---|"]
+    for metric, name in (("kv_capacity_tokens", "KV capacity, tokens"), ("resident_mib", "resident memory, MiB")):
+        ratio = value[f"{metric}_ratio", "buddy"]
+        lines.append(f"| {name} | {value[metric, 'stock']:,.0f} | {value[metric, 'buddy']:,.0f} | {ratio:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / name
+    if not path.is_file():
+        raise SystemExit(f"{path.relative_to(ROOT)} is missing; run the benchmark that writes it")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _where(row: dict[str, Any]) -> str:
+    return f"{row['hardware']}, commit {row['commit']}, {row['date']}"
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "settings": settings_table,
+    "decode": decode_table,
+    "memory": memory_table,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
