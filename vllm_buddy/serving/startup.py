@@ -1,5 +1,6 @@
 """What happens at server start: vLLM calls the config hook with the whole configuration, before any process starts."""
 
+import os
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -174,5 +175,8 @@ def _configure_compilation(vllm_config: "VllmConfig") -> None:
         if compilation.mode == CompilationMode.STOCK_TORCH_COMPILE:
             raise SettingsError("compilation mode STOCK_TORCH_COMPILE compiles the whole model; use the default or 0")
         return
+    # The adapter of the plan is for model runner V1, and a worker inherits this variable. Where the user asks for V2
+    # the worker refuses.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     compilation.mode = CompilationMode.NONE
     compilation.cudagraph_mode = CUDAGraphMode.NONE
