@@ -4,6 +4,7 @@ import hashlib
 import json
 import shlex
 from pathlib import Path as FilePath
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.tiny_models import NUM_LAYERS, load_model, save_tiny_model
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.cli.main import main
 from vllm_buddy.fingerprint import identify
-from vllm_buddy.importance import INDICATORS, PriorSettings
+from vllm_buddy.importance import INDICATORS, PriorResult, PriorSettings, build_prior
 from vllm_buddy.method import path_of
 
 SIZES = ["--tokens", "64", "--window", "32"]
@@ -74,6 +75,23 @@ def test_card_and_record_say_what_was_done(
         assert f"\n{key}:" in f"\n{record}"
     shown = capsys.readouterr()
     assert "perplexity by budget, cosine:" in shown.out and "taylor: window 2 of 2" in shown.err
+
+
+def test_record_names_the_code_that_ran(
+    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failure: the commit is looked up after a measurement of minutes, during which the source moved on."""
+    commits = iter(["before", "after"])
+    monkeypatch.setattr("vllm_buddy.importance.record.source_commit", lambda: next(commits))
+    build = build_prior
+
+    def build_while_source_moves(*args: Any) -> PriorResult:
+        assert next(commits) == "after"
+        return build(*args)
+
+    monkeypatch.setattr("vllm_buddy.importance.build.build_prior", build_while_source_moves)
+    assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
+    assert '\ncommit: "before"\n' in (tmp_path / "out" / "run.yaml").read_text()
 
 
 def test_card_without_held_out_text_has_no_table(

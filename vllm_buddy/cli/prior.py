@@ -44,12 +44,13 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CalibrationError(f"{out} is not an empty folder; name a new one, so that no artifact is lost")
     from vllm_buddy.importance.build import build_prior
-    from vllm_buddy.importance.record import CARD_FILE, RUN_FILE, model_card, run_record
+    from vllm_buddy.importance.record import CARD_FILE, RUN_FILE, model_card, run_record, source_commit
 
+    commit = source_commit()
     result = build_prior(settings, _print_progress)
     result.artifact.save(out)
     (out / CARD_FILE).write_text(model_card(result, settings))
-    (out / RUN_FILE).write_text(run_record(result, settings))
+    (out / RUN_FILE).write_text(run_record(result, settings, commit))
     for name, row in result.perplexity.items():
         figures = ", ".join(f"{value:,.1f} at {budget:g}" for budget, value in row.items())
         print(f"perplexity by budget, {name}: {figures}")

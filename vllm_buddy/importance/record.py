@@ -56,12 +56,15 @@ def model_card(result: PriorResult, settings: PriorSettings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_record(result: PriorResult, settings: PriorSettings) -> str:
-    """run.yaml: every setting, the data, versions and date. Each value is written as JSON, which YAML contains."""
+def run_record(result: PriorResult, settings: PriorSettings, commit: str | None) -> str:
+    """run.yaml: every setting, the data, versions and date. Each value is written as JSON, which YAML contains.
+
+    commit: see source_commit.
+    """
     record: dict[str, Any] = {
         "command": settings.command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit,
         "seed": None,  # nothing is drawn at random
         "settings": json.loads(settings.model_dump_json()),
         "text": {"name": result.text.name, "sha256": result.text.sha256},
@@ -119,11 +122,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The last commit that touched this package's source; None where it is not a checkout."""
-    command = ["git", "log", "-1", "--format=%H", "--", "."]
+def source_commit() -> str | None:
+    """The last commit that touched this package, "with changes" if files differ from it; None if not a checkout.
+
+    To be asked before a measurement starts: it is the code that ran, not what lies there when it ends.
+    """
+    commit = _git("log", "-1", "--format=%H", "--", ".")
+    return f"{commit} with changes" if commit and _git("status", "--porcelain", "--", ".") else commit
+
+
+def _git(*arguments: str) -> str | None:
+    folder = FilePath(vllm_buddy.__file__).parent
     try:
-        found = subprocess.run(command, cwd=FilePath(__file__).parent, capture_output=True, text=True, timeout=10)
+        found = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
