@@ -45,7 +45,7 @@ def client() -> Iterator[ChatClient]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield ChatClient("127.0.0.1", server.server_port, "m", max_tokens=7)
+    yield ChatClient("127.0.0.1", server.server_port, "m", num_tokens=7)
     server.shutdown()
     server.server_close()
 
@@ -56,7 +56,7 @@ def test_whole_answer_carries_the_outcome(client: ChatClient) -> None:
     assert (answer.text, answer.num_tokens, answer.outcome) == ("Hello", 2, OUTCOME)
     assert answer.tokens_per_s > 0
     assert Handler.received[0]["vllm_xargs"] == {"buddy_budget": 0.5}
-    assert Handler.received[0]["max_tokens"] == 7
+    assert Handler.received[0]["max_tokens"] == Handler.received[0]["min_tokens"] == 7
 
 
 def test_streamed_answer_is_put_together(client: ChatClient) -> None:

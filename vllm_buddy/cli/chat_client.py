@@ -33,7 +33,7 @@ class ChatClient:
     host: str
     port: int
     model: str
-    max_tokens: int
+    num_tokens: int  # of every answer: a model that ends early would have its rate set by the prompt
 
     def ask(self, prompt: str, budget: float, *, stream: bool = False) -> Answer:
         """Send one request, greedy, and read its answer to the end.
@@ -45,7 +45,8 @@ class ChatClient:
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
-            "max_tokens": self.max_tokens,
+            "max_tokens": self.num_tokens,
+            "min_tokens": self.num_tokens,
             "vllm_xargs": {"buddy_budget": budget},
         }
         if stream:

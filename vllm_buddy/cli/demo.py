@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--artifact", default=DEFAULT_MODEL, help="folder, hub id or name of a shipped one (default: %(default)s)"
     )
     parser.add_argument("--budgets", default="1.0,0.75,0.5", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens per answer (default: %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=48,
+        help="tokens of every answer, also where the model would end earlier (default: %(default)s)",
+    )
     parser.add_argument(
         "--output", type=FilePath, default=FilePath("results/demo.json"), help="default: %(default)s, log beside it"
     )
