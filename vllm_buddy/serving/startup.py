@@ -131,6 +131,12 @@ def check_base_model(artifact: Artifact, vllm_config: "VllmConfig") -> None:
             f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
             f"but the model served is {found.summary()}"
         )
+    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    if num_layers != wanted.num_layers:  # the files fit, but --hf-overrides cuts the model
+        raise ArtifactError(
+            f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
+            f"but {num_layers} layers of it are to be served"
+        )
 
 
 def _fits(wanted: BaseModelIdentity, found: BaseModelIdentity) -> bool:

@@ -56,6 +56,11 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         lambda c: c.kv_transfer_config is not None,
         "transferred blocks carry no record of the layers each token executed; start without --kv-transfer-config",
     ),
+    (
+        "KV offloading",
+        lambda c: c.cache_config.kv_offloading_size is not None,  # vLLM makes it a KV connector after this hook
+        "offloaded blocks carry no record of the layers each token executed; start without --kv-offloading-size",
+    ),
     ("an encoder-cache connector", lambda c: c.ec_transfer_config is not None, "only text models are routed"),
     (
         "pipeline parallelism",
