@@ -23,8 +23,9 @@ class Variant:
 
 @dataclass
 class DecodeRun:
-    """Decode steps of one run. step_ms: one entry a step, prefill left out. token_ids: per request."""
+    """Steps of one run. all_ms: one entry a step; step_ms: the decode steps. token_ids: per request."""
 
+    all_ms: list[float]
     step_ms: list[float]
     token_ids: list[list[int]]
 
@@ -59,12 +60,29 @@ def decode(variant: Variant, prompts: list[list[int]], num_tokens: int) -> Decod
         for output in outputs:
             tokens[output.request_id] = list(output.outputs[0].token_ids)
     # The first step is the prefill of all prompts, the last ones may run fewer rows.
-    return DecodeRun(step_ms[1:num_tokens], list(tokens.values()))
+    return DecodeRun(step_ms, step_ms[1:num_tokens], list(tokens.values()))
+
+
+def second_token_logprobs(variant: Variant, prompts: list[list[int]]) -> list[dict[int, float]]:
+    """The 20 likeliest tokens, and their logprobs, of the first decode step after each prompt.
+
+    The token before is fixed, the same for every engine: the last of the prompt again.
+    """
+    extra = None if variant.budget is None else {"buddy_budget": variant.budget}
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=2, ignore_eos=True, detokenize=False, logprobs=20, extra_args=extra,
+            logit_bias={prompt[-1]: 100.0},
+        )
+        for prompt in prompts
+    ]  # fmt: skip
+    outputs = variant.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [{t: lp.logprob for t, lp in output.outputs[0].logprobs[1].items()} for output in outputs]
 
 
 def core(llm: LLM) -> Any:
     """The engine core of an in-process engine."""
-    return llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+    return llm.llm_engine.engine_core.engine_core
 
 
 def model_runner(llm: LLM) -> Any:

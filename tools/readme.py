@@ -1,7 +1,7 @@
 """Writes the generated parts of README.md: the settings table from the schema, the figures from the results files.
 
-    python tools/readme.py            # rewrite
-    python tools/readme.py --check    # exit 1 if README.md is not up to date
+python tools/readme.py            # rewrite
+python tools/readme.py --check    # exit 1 if README.md is not up to date
 """
 
 import json
@@ -58,11 +58,13 @@ def decode_table() -> str:
         row = by_key.get((metric, variant, batch))
         return "" if row is None else f"{form(row['p50'])} ({form(row['p20'])} to {form(row['p80'])})"
 
+    first = rows[0]
     lines = [
-        f"`python benchmarks/decode.py`: decode steps of SmolLM2-135M in bf16, {_where(rows[0])}; {rows[0]['n']} rounds in which "
-        "all variants ran one after the other in one process, ratios of tokens/s within a round, median (20th to 80th percentile). "
-        "*pruned* is stock vLLM on a checkpoint that has only the layers of buddy's path; buddy at 1.0 is compared with stock. "
-        "Routing is the time of router, plan and cache views in a step; the Decision Module is asked before every token.",
+        f"`python benchmarks/decode.py`: decode steps of SmolLM2-135M in bf16, {_where(first)}. In each of {first['n']} "
+        "rounds all variants ran one after the other in one process; ratios are of tokens/s within a round, medians "
+        "with 20th to 80th percentile. *pruned* is stock vLLM on a checkpoint that has only the layers of buddy's "
+        "path; buddy at 1.0 is compared with stock. Routing is the share of router, plan and cache views in the time "
+        "of all steps, with the Decision Module asked before every token.",
         "",
         "| batch | variant | layers | ms per step | over stock | over pruned | routing |",
         "|---|---|---|---|---|---|---|",

@@ -25,7 +25,10 @@ class Context:
         """Add the next tokens of the request, in order."""
         if len(token_ids) == 0:
             return
-        self._sum += self._table[np.asarray(token_ids)].sum(axis=0, dtype=np.float64)
+        if len(token_ids) == 1:  # most calls, when every token is routed; the same sum for a fifth of the time
+            self._sum += self._table[token_ids[0]]
+        else:
+            self._sum += self._table[np.asarray(token_ids)].sum(axis=0, dtype=np.float64)
         self.num_tokens += len(token_ids)
         self.newest = int(token_ids[-1])
 

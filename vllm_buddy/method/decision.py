@@ -9,6 +9,7 @@ vocabulary. The folded form needs no forward pass: it looks up token ids on the 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,4 +80,8 @@ class FoldedDecision:
         """[num_middle], float64, for the tokens that `context` has seen (at least one)."""
         hidden = context.mean + self.table_newest[context.newest] + self.b1
         hidden = 0.5 * hidden * (1.0 + np.tanh(0.5 * hidden))  # SiLU; exp(-hidden) could overflow
-        return self.w2 @ hidden + self.b2
+        return self._w2 @ hidden + self.b2
+
+    @cached_property
+    def _w2(self) -> np.ndarray:
+        return self.w2.astype(np.float64)  # once, not in every product

@@ -32,5 +32,7 @@ def top_k_path(scores: Sequence[float] | np.ndarray, depth: int) -> Path:
     scores: [num_layers - 2], one per middle layer. Ties go to the lower layer index, so the path is a
     function of the scores alone.
     """
-    order = np.argsort(-np.asarray(scores), kind="stable")[: depth - 2]
-    return path_of((0, *(int(i) + 1 for i in order), len(scores) + 1))
+    path = 1 | 1 << len(scores) + 1
+    for middle in np.argsort(-np.asarray(scores), kind="stable")[: depth - 2].tolist():
+        path |= 2 << middle
+    return path

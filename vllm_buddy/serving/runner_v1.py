@@ -52,10 +52,10 @@ class _RoutedRunner(_Base):
         output = super().sample_tokens(*args, **kwargs)
         if step is not None:
             self.buddy_step = None
-            executed = {}
-            for row, req_id in enumerate(batch_req_ids):
-                counts = step.executed[query_start_loc[row] : query_start_loc[row + 1]]
-                executed[req_id] = Executed(len(counts), int(counts.sum()), int(counts.min()), int(counts.max()))
+            first = query_start_loc[:-1]
+            columns = [np.diff(query_start_loc)]
+            columns += [ufunc.reduceat(step.executed, first) for ufunc in (np.add, np.minimum, np.maximum)]
+            executed = {r: Executed(*c) for r, *c in zip(batch_req_ids, *(column.tolist() for column in columns))}
             # Under asynchronous scheduling the output is wrapped until its tokens have arrived.
             setattr(getattr(output, "_model_runner_output", output), EXECUTED_ATTRIBUTE, executed)
         return output

@@ -29,7 +29,12 @@ class _LastStep:
     req_ids: list[str]
     plans: list[RequestPlan]
     slots: np.ndarray
+    mask: np.ndarray  # [num_reqs, num_layers], 1 where the request runs the layer
     views: list[LayerView]
+
+    @classmethod
+    def none(cls) -> "_LastStep":
+        return cls([], [], np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.int32), [])
 
     def repeats(self, batch: StepBatch) -> bool:
         """Whether `batch` is the next token of every request, along the same paths, and its views are these.
@@ -38,7 +43,7 @@ class _LastStep:
         lengths and slots of their own are of one step only.
         """
         return (
-            batch.num_tokens == len(self.req_ids)
+            batch.num_tokens == len(self.req_ids) > 0
             and batch.plans == self.plans
             and batch.req_ids == self.req_ids
             and all(view.attn_metadata is None for view in self.views)
@@ -60,13 +65,13 @@ class Masked(KVPolicy):
         self._num_tokens = np.zeros(_INITIAL_SLOTS, dtype=np.int64)
         # The path of all tokens so far, per slot; None once it has changed.
         self._uniform: list[Path | None] = [None] * _INITIAL_SLOTS
-        self._last = _LastStep([], [], np.empty(0, dtype=np.int64), [])
+        self._last = _LastStep.none()
 
     def forget(self, req_id: str) -> None:
         slot = self._slot.pop(req_id, None)
         if slot is not None:
             self._free.append(slot)
-            self._last = _LastStep([], [], self._last.slots, [])
+            self._last = _LastStep.none()
 
     def layer_lengths(self, req_id: str) -> np.ndarray:
         """[num_layers], tokens that each layer holds of a request."""
@@ -75,7 +80,7 @@ class Masked(KVPolicy):
     def views(self, batch: StepBatch) -> list[LayerView]:
         if self._last.repeats(batch) and np.array_equal(self._num_tokens[self._last.slots], batch.num_computed_tokens):
             slots = self._last.slots
-            self._lens[slots] += batch.run_mask.astype(np.int32)
+            self._lens[slots] += self._last.mask
             self._num_tokens[slots] += 1
             return self._last.views
         slots = np.array([self._enter(batch, row) for row in range(len(batch.req_ids))])
@@ -94,7 +99,7 @@ class Masked(KVPolicy):
             if key not in views:
                 views[key] = self._view(batch, layer, count[:, layer], before[:, layer], first_block[:, layer])
             result.append(views[key])
-        self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots, result)
+        self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots, (count > 0).astype(np.int32), result)
         return result
 
     def _view(
