@@ -6,6 +6,7 @@ other tokens, is found out at once, in microseconds per step, and under asynchro
 not offer on CPU.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,9 +59,11 @@ class PretendEngine:
             block_size=BLOCK_SIZE,
             enforce_eager=True,
             max_num_seqs=16,
+            # A library of few paths: two requests often have the same one, and meet in the cache.
             additional_config={
                 "buddy": {
                     "artifact": str(tiny.artifact_folder),
+                    "paths": "library",
                     "route_every": schedule.interval,
                     "decision_lag": schedule.lag,
                 }
@@ -121,6 +124,10 @@ class PretendEngine:
             tokens.append(_sample(history))
         return tokens[len(ask.prompt) :]
 
+    def paths(self, ask: Ask, tokens: Sequence[int]) -> list[int]:
+        """The path of every position of `ask` if `tokens` are its prompt and what it generated."""
+        return _paths(self._route(ask), 0, len(tokens), tokens)
+
     def step(self) -> None:
         """One turn of the engine's loop: schedule and execute; update once the queue of steps is full."""
         if self.scheduler.has_requests():
@@ -133,6 +140,15 @@ class PretendEngine:
             for outputs in self.scheduler.update_from_output(output, result).values():
                 for request_output in outputs.outputs:
                     self.generated[request_output.request_id].extend(request_output.new_token_ids)
+
+    def preempt(self, index: int, *, drop_stale_output: bool) -> None:
+        """Preempt the running request at `index` (modulo their number) between two steps."""
+        running = self.scheduler.running
+        if running:
+            request = running.pop(index % len(running))
+            self.scheduler._preempt_request(request, time.monotonic(), drop_stale_output=drop_stale_output)
+            # It may be scheduled again in the next step already; vLLM does this where it preempts between steps.
+            self.scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
 
     @property
     def idle(self) -> bool:
@@ -199,7 +215,7 @@ class PretendEngine:
         return self._stored[row.blocks[position // BLOCK_SIZE]][position % BLOCK_SIZE]
 
     def _route(self, ask: Ask) -> RequestRoute:
-        router = self._tiny.artifact.router()
+        router = self._tiny.artifact.router(library=True)
         return RequestRoute(router, self._schedule, depth_for_budget(ask.budget or 1.0, router.num_layers), ask.prompt)
 
 

@@ -1,15 +1,15 @@
 """The routing scheduler, synchronous and asynchronous, against a worker that only keeps books."""
 
-import time
 from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.serving.engine import MAX_TOKENS_PER_STEP, Ask, Tiny
+from tests.serving.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Tiny
 from tests.serving.pretend_worker import PretendEngine
 from tests.serving.test_independence import BUDGETS, PROMPTS
+from tests.tiny_models import random_prompts
 from vllm_buddy.method import PathSchedule
 
 scenarios = given(
@@ -28,13 +28,15 @@ scenarios = given(
         max_size=8,
     ),
     events=st.lists(
-        st.tuples(st.integers(1, 60), st.sampled_from(("one", "all", "abort")), st.integers(0, 5)), max_size=5
+        st.tuples(st.integers(1, 60), st.sampled_from(("late", "drop", "all", "abort")), st.integers(0, 5)), max_size=5
     ),
 )
 
 
 def check_scenario(tiny: Tiny, asynchronous: bool, interval, lag, num_blocks, chunk, requests, events) -> int:
     """Serve and compare; returns the number of tokens found in the cache."""
+    from vllm.v1.request import RequestStatus
+
     engine = PretendEngine(
         tiny, PathSchedule(interval, lag), asynchronous=asynchronous, num_blocks=num_blocks, chunk=chunk
     )
@@ -46,15 +48,12 @@ def check_scenario(tiny: Tiny, asynchronous: bool, interval, lag, num_blocks, ch
         for at, kind, index in events:
             if at == step and kind == "all":
                 scheduler.reset_prefix_cache(reset_running_requests=True)
+            elif at == step and kind in ("late", "drop"):
+                engine.preempt(index, drop_stale_output=kind == "drop")
             elif at == step and scheduler.running:
                 request = scheduler.running[index % len(scheduler.running)]
-                if kind == "abort":
-                    aborted.add(request.request_id)
-                    scheduler.finish_requests(request.request_id, type(request.status).FINISHED_ABORTED)
-                else:
-                    scheduler.running.remove(request)
-                    scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
-                    scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+                aborted.add(request.request_id)
+                scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
         follow(engine, [ask for ask, _, wanted in requests if wanted], followed)
         engine.step()
         if step > 20 and engine.idle:
@@ -95,6 +94,43 @@ def test_every_block_found_in_the_cache_is_what_the_request_would_compute(
 
     check()
     assert hits > 1000
+
+
+@pytest.mark.parametrize("asynchronous", (False, True), ids=("sync", "async"))
+def test_a_request_preempted_right_at_its_change_of_path_takes_no_block_beyond_it(
+    tiny: Callable[[str], Tiny], asynchronous: bool
+) -> None:
+    """Fails if the hash of the block in which a request leaves its path outlives the decision to leave it.
+
+    Under asynchronous scheduling the token that fills the block arrives a step after its path was decided.
+    """
+    engine = PretendEngine(
+        tiny("llama"), PathSchedule(1, 1), asynchronous=asynchronous, num_blocks=50, chunk=MAX_TOKENS_PER_STEP
+    )
+    leaver, sharer = leaves_with_the_last_token_of_a_block(engine)
+    engine.add(sharer)
+    while not engine.idle:
+        engine.step()
+    leaver_id = engine.add(leaver)
+    while len(engine.generated[leaver_id]) < 2:
+        engine.step()
+    engine.preempt(0, drop_stale_output=False)
+    while not engine.idle:
+        engine.step()
+    assert engine.generated[leaver_id] == engine.expected(leaver)
+
+
+def leaves_with_the_last_token_of_a_block(engine: PretendEngine) -> tuple[Ask, Ask]:
+    """A request whose path changes at the last position of its first block, and one that has that block on one path."""
+    for seed in range(1000):
+        prompt = tuple(random_prompts(1, seed=seed, min_tokens=BLOCK_SIZE - 2, max_tokens=BLOCK_SIZE - 2)[0])
+        leaver = Ask(prompt, 0.5, 8)
+        tokens = (*prompt, *engine.expected(leaver))
+        before, at = engine.paths(leaver, tokens)[BLOCK_SIZE - 2 : BLOCK_SIZE]
+        sharer = Ask(tokens[: BLOCK_SIZE + 1], 0.5, 1)
+        if before != at and before == engine.paths(leaver, tokens)[0] == engine.paths(sharer, tokens)[0]:
+            return leaver, sharer
+    raise AssertionError("no such pair among 1000 prompts")
 
 
 @pytest.mark.slow

@@ -67,10 +67,11 @@ class _Routing(_Base):
         route.decide(num_tokens, request.all_token_ids)
         self._routing_seconds += time.perf_counter() - started
         uniform = route.uniform_length
-        if uniform is None or uniform >= num_tokens:
+        if uniform is None:
             return num_tokens
+        # Even if it lies ahead: under asynchronous scheduling a path is decided before its token arrives.
         end_hash_chain(request, uniform // self.hash_block_size)
-        return uniform
+        return min(uniform, num_tokens)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Add the outcome to what the final response carries in kv_transfer_params."""
