@@ -3,8 +3,8 @@
     python benchmarks/decode.py            # SmolLM2-135M, CPU, about 12 minutes on 2 cores
 
 Engines: stock dense; stock on a checkpoint pruned to the layers of buddy's path, for each budget; buddy. Requests of
-buddy share one path per budget: the Decision Module has the real size and scores the layers anew before every token,
-so the cost of routing is in the figures, but its last layer is zero, so that the prior decides. Ratios are taken
+buddy share one path per budget: the Decision Module has the real size and scores the layers anew every 16 tokens (the
+server's default; R=1: before every token), but its last layer is zero, so that the prior decides. Ratios are taken
 within a round, where all variants ran one after the other, and are tokens/s over tokens/s: above 1 is faster than the
 peer.
 
@@ -26,7 +26,7 @@ from results import RESULTS_DIR, environment, percentiles, write_rows
 from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
 from vllm_buddy.baselines import save_pruned_checkpoint
 from vllm_buddy.embedded_model import DEFAULT_MODEL, fetch
-from vllm_buddy.method import DecisionModule, FoldedDecision, depth_for_budget, layers_of
+from vllm_buddy.method import DecisionModule, FoldedDecision, PathSchedule, depth_for_budget, layers_of
 
 BUDGETS = (0.75, 0.5)
 PROMPT_TOKENS = 64
@@ -75,11 +75,12 @@ def measure(
         path = prior_only.path(None, depth)
         pruned = save_pruned_checkpoint(model, layers_of(path), work / f"pruned-{depth}")
         variants.append(Variant(f"pruned {budget}", depth, engines.start_engine(str(pruned))))
-    options = {"artifact": str(work / "artifact"), "route_every": 1}
+    options = {"artifact": str(work / "artifact")}
     buddy = engines.start_engine(str(model), model_impl="buddy", additional_config={"buddy": options})
     variants += [
         Variant(f"buddy {budget}", depth_for_budget(budget, num_layers), buddy, budget) for budget in (1.0, *BUDGETS)
     ]
+    variants.append(Variant("buddy 0.5, R=1", variants[-1].layers, buddy, 0.5, PathSchedule(interval=1)))
     rows: list[dict[str, Any]] = []
     for batch in batches:
         rows += measure_batch(variants, batch, rounds, tokens)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vLLM is imported: engines in this process, none spinning
@@ -10,15 +10,18 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm import LLM, SamplingParams
 
+from vllm_buddy.method import PathSchedule
+
 
 @dataclass
 class Variant:
-    """One thing to measure: an engine and the budgets of its requests (None: stock vLLM)."""
+    """One thing to measure: an engine, the budget of its requests (None: stock vLLM) and its schedule."""
 
     name: str
     layers: int
     llm: LLM
     budget: float | None = None
+    schedule: PathSchedule = field(default_factory=PathSchedule)
 
 
 @dataclass
@@ -47,6 +50,8 @@ def start_engine(model: str, dtype: str = "auto", **options: Any) -> LLM:
 def decode(variant: Variant, prompts: list[list[int]], num_tokens: int) -> DecodeRun:
     """Greedy decoding of all prompts at once, every engine step timed from outside."""
     engine = variant.llm.llm_engine
+    if variant.budget is not None:
+        core(variant.llm).scheduler._schedule = variant.schedule
     extra = None if variant.budget is None else {"buddy_budget": variant.budget}
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, extra_args=extra)
     for i, prompt in enumerate(prompts):

@@ -78,9 +78,12 @@ class FoldedDecision:
 
     def scores(self, context: Context) -> np.ndarray:
         """[num_middle], float64, for the tokens that `context` has seen (at least one)."""
-        hidden = context.mean + self.table_newest[context.newest] + self.b1
-        hidden = 0.5 * hidden * (1.0 + np.tanh(0.5 * hidden))  # SiLU; exp(-hidden) could overflow
-        return self._w2 @ hidden + self.b2
+        half = context.mean
+        half += self.table_newest[context.newest]
+        half += self.b1
+        half *= 0.5
+        half += half * np.tanh(half)  # SiLU of 2 * half; exp(-hidden) could overflow
+        return self._w2.dot(half) + self.b2
 
     @cached_property
     def _w2(self) -> np.ndarray:

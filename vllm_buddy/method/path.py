@@ -33,6 +33,6 @@ def top_k_path(scores: Sequence[float] | np.ndarray, depth: int) -> Path:
     function of the scores alone.
     """
     path = 1 | 1 << len(scores) + 1
-    for middle in np.argsort(-np.asarray(scores), kind="stable")[: depth - 2].tolist():
+    for middle in (-np.asarray(scores)).argsort(kind="stable")[: depth - 2].tolist():
         path |= 2 << middle
     return path
