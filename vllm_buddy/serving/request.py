@@ -35,7 +35,7 @@ class RequestLimits:
         value = (extra_args or {}).get(BUDGET_KEY)
         if value is None:
             return self.default_budget
-        if value == "auto":
+        if isinstance(value, str) and value == "auto":
             raise BudgetError(
                 "budget is 'auto', but the server's artifact has no Budget Predictor; send a number in (0, 1]"
             )

@@ -1,0 +1,175 @@
+"""What requests may ask for, and what becomes of those that ask for something else."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.serving.engine import Ask, Engine
+from tests.tiny_models import random_prompts
+
+PROMPTS = [tuple(p) for p in random_prompts(4, seed=61, min_tokens=20, max_tokens=60)]
+SMALLEST = "0.375"  # three of eight layers
+
+OUT_OF_RANGE = (0, 0.0, -0.5, -1, 1.0001, 2, 2**40, math.nan, math.inf, -math.inf)
+WRONG_TYPE = ([0.5], [], (0.5,), {"b": 0.5}, "half", "", "0.5", "NaN", True, False, b"0.5", np.array([0.5, 0.5]))
+TOO_LOW = (0.374, 0.25, 0.1, 1e-9, 5e-324)
+
+
+def refused(engine: Engine, extra_args: dict[str, Any]) -> Any:
+    """Send a request that must be refused beside one that must not notice; returns vLLM's error."""
+    from vllm.exceptions import VLLMValidationError
+
+    good = Ask(PROMPTS[0], 0.5, 6)
+    engine.add(good, "good")
+    engine.step()
+    with pytest.raises(VLLMValidationError) as caught:
+        engine.add(Ask(PROMPTS[1], None, 6, {"extra_args": extra_args}), "bad")
+    outputs = engine.finish()
+    assert list(outputs) == ["good"]
+    engine.check([good], [outputs["good"]])
+    return caught.value
+
+
+@pytest.mark.parametrize("value", (*OUT_OF_RANGE, *WRONG_TYPE), ids=lambda v: repr(v)[:20])
+def test_a_budget_that_is_no_number_in_range_is_refused(llama: Engine, value: Any) -> None:
+    """Fails if a bad budget is served as something else, kills the engine, or is refused without saying why."""
+    error = refused(llama, {"buddy_budget": value})
+    assert error.parameter == "vllm_xargs.buddy_budget"
+    assert "buddy_budget" in str(error) and "(0, 1]" in str(error)
+
+
+@pytest.mark.parametrize("value", TOO_LOW)
+def test_a_budget_below_three_layers_is_refused_with_the_smallest_allowed(llama: Engine, value: float) -> None:
+    """Fails if a path would lack a middle layer, or the user is not told what the least is."""
+    error = refused(llama, {"buddy_budget": value})
+    assert error.parameter == "vllm_xargs.buddy_budget"
+    assert SMALLEST in str(error)
+
+
+def test_a_budget_below_the_servers_floor_is_refused_with_the_floor(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if `min_budget` of the server is not enforced."""
+    from dataclasses import replace
+
+    model_config = llama.llm.llm_engine.model_config
+    monkeypatch.setattr(model_config, "buddy_limits", replace(model_config.buddy_limits, min_budget=0.6))
+    assert "0.6" in str(refused_only(llama, 0.59))
+    llama.run([Ask(PROMPTS[1], 0.6, 2)])
+
+
+def refused_only(engine: Engine, budget: float) -> Any:
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError) as caught:
+        engine.add(Ask(PROMPTS[1], budget, 2))
+    return caught.value
+
+
+def test_a_depth_that_the_library_lacks_is_refused_with_those_it_has(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if `paths: library` meets a depth without paths in the scheduler, where it would end the engine."""
+    from dataclasses import replace
+
+    model_config = llama.llm.llm_engine.model_config
+    monkeypatch.setattr(model_config, "buddy_limits", replace(model_config.buddy_limits, depths=(4, 6)))
+    message = str(refused_only(llama, 0.625))
+    assert "5 of 8" in message and "4, 6, 8" in message
+    llama.run([Ask(PROMPTS[1], budget, 2) for budget in (0.5, 0.75, 1.0)])
+
+
+def test_auto_is_refused_without_a_budget_predictor(llama: Engine) -> None:
+    """Fails if "auto" is taken for a number, or its refusal does not say why."""
+    error = refused(llama, {"buddy_budget": "auto"})
+    assert error.parameter == "vllm_xargs.buddy_budget" and "Budget Predictor" in str(error)
+
+
+def test_an_option_that_does_not_exist_is_refused_by_name(llama: Engine) -> None:
+    """Fails if a misspelt option is passed over: the request would run at another budget than it asked for."""
+    error = refused(llama, {"buddy_bugdet": 0.5})
+    assert error.parameter == "vllm_xargs.buddy_bugdet" and "buddy_budget" in str(error)
+
+
+def test_options_of_others_are_left_alone(llama: Engine) -> None:
+    """Fails if extra arguments that are not ours are refused."""
+    llama.run([Ask(PROMPTS[0], None, 2, {"extra_args": {"other": [1, "x"], "buddy_budget": None}})])
+
+
+@pytest.mark.parametrize("budget", (1, 1.0, 0.375, np.float64(0.5)))
+def test_budgets_at_the_edge_are_served(llama: Engine, budget: float) -> None:
+    """Fails if the smallest or the largest allowed budget is refused."""
+    llama.configure("masked", 4)
+    ask = Ask(PROMPTS[2], budget, 4)
+    llama.check([ask], llama.run([ask]))
+
+
+def test_the_same_id_again_right_after_an_abort(llama: Engine) -> None:
+    """Fails if a request inherits path, lengths or count of an aborted one with its id."""
+    llama.configure("masked", 1)
+    first, second = Ask(PROMPTS[0], 0.5, 30), Ask(PROMPTS[1], 0.75, 12)
+    for _ in range(3):
+        llama.add(first, "again")
+        for _ in range(4):
+            llama.step()
+        llama.abort("again")
+        llama.add(second, "again")
+        outputs = llama.finish()
+        llama.check([second], [outputs["again"]])
+        assert outputs["again"].kv_transfer_params["buddy"]["tokens"] <= len(second.prompt) + second.max_tokens - 1
+
+
+def test_the_engines_own_id_may_come_again(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if scheduler or worker keep state under the id of a finished request: vLLM can be told to keep ids."""
+    monkeypatch.setattr("vllm.v1.engine.input_processor.random_uuid", lambda: "same")
+    llama.configure("masked", 1)
+    first, second = Ask(PROMPTS[0], 0.5, 30), Ask(PROMPTS[1], 0.75, 12)
+    llama.add(first, "id")
+    for _ in range(4):
+        llama.step()
+    llama.abort("id")
+    llama.add(second, "id")
+    llama.check([second], [llama.finish()["id"]])
+
+
+def test_an_abort_leaves_nothing_behind_and_disturbs_nobody(llama: Engine) -> None:
+    """Fails if an aborted request keeps its route, its outcome or its slot in the KV policy."""
+    llama.configure("masked", 1, chunk=33)
+    for when in (0, 1, 2, 5):
+        good = [Ask(PROMPTS[0], 0.5, 10), Ask(PROMPTS[2], 0.75, 10)]
+        ids = [llama.add(ask) for ask in good]
+        victim = llama.add(Ask(PROMPTS[1], 0.5, 50))
+        for _ in range(when):
+            llama.step()
+        llama.abort(victim)
+        outputs = llama.finish()
+        llama.check(good, [outputs[i] for i in ids])
+    llama.abort_all()
+    assert not llama.scheduler._routes and not llama.scheduler._outcomes
+    assert not llama.runner.buddy_policy._slot
+
+
+def test_parallel_samples_are_routed_each_by_its_own_tokens(llama: Engine) -> None:
+    """Fails if n > 1 loses the budget, or samples of one prompt share more than the prompt."""
+    llama.configure("masked", 1)
+    sampling = {"n": 3, "temperature": 10.0, "seed": 7}
+    ask = Ask(PROMPTS[0], 0.5, 12, sampling)
+    first, second = (llama.run([ask])[0] for _ in range(2))
+    texts = [tuple(sample.token_ids) for sample in first.outputs]
+    assert len(set(texts)) == 3
+    assert texts == [tuple(sample.token_ids) for sample in second.outputs]
+    greedy = Ask(PROMPTS[0], 0.5, 12, {"n": 2})
+    (output,) = llama.run([greedy])
+    expected = llama.expected(Ask(PROMPTS[0], 0.5, 12)).token_ids
+    assert [list(sample.token_ids) for sample in output.outputs] == [expected, expected]
+
+
+def test_a_seeded_sample_does_not_depend_on_its_neighbours(llama: Engine) -> None:
+    """Fails if routing changes the order in which random numbers are drawn."""
+    llama.configure("masked", 4)
+    ask = Ask(PROMPTS[1], 0.625, 16, {"temperature": 5.0, "top_p": 0.9, "seed": 3})
+    (alone,) = llama.run([ask])
+    beside = llama.run([Ask(PROMPTS[0], 0.5, 20), ask, Ask(PROMPTS[2], 1.0, 20, {"temperature": 1.0})])[1]
+    assert alone.outputs[0].token_ids == beside.outputs[0].token_ids
