@@ -130,6 +130,7 @@ class Engine:
     def add(self, ask: Ask, request_id: str | None = None, cache_salt: str | None = None) -> str:
         """Send a request; returns its id."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         self._num_requests += 1
         request_id = request_id or f"r{self._num_requests}"
@@ -139,6 +140,7 @@ class Engine:
             "max_tokens": ask.max_tokens,
             "detokenize": False,
             "extra_args": extra_args,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
             **ask.sampling,
         }
         prompt: dict[str, Any] = {"prompt_token_ids": list(ask.prompt)}

@@ -1,5 +1,6 @@
 """Entry point of group `vllm.general_plugins`. vLLM calls register() once in each of its processes."""
 
+import logging
 import os
 
 DISABLE_VARIABLE = "VLLM_BUDDY_DISABLE"
@@ -19,8 +20,10 @@ def register() -> None:
 
         patches.apply()
     except Exception as error:  # anything: the alternative is serving the wrong model
-        _refuse(f"the vllm_buddy plugin failed to load ({type(error).__name__}: {error}); run `vllm-buddy doctor`")
-        raise
+        # Not raised: vLLM would end, for a model that does not ask for routing too.
+        reason = f"the vllm_buddy plugin failed to load ({type(error).__name__}: {error}); run `vllm-buddy doctor`"
+        logging.getLogger("vllm.vllm_buddy").warning("--model-impl buddy will be refused: %s", reason)
+        _refuse(reason)
 
 
 def _refuse(reason: str) -> None:
