@@ -1,0 +1,185 @@
+"""What the plugin changes in vLLM, and what it expects of vLLM's side."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.serving.engine import Tiny
+from tests.serving.test_startup import BASE
+from vllm_buddy.serving import patches
+from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(inspect.unwrap(function)).parameters)
+
+
+def original(function: Any) -> Any:
+    """vLLM's own function behind our wrapper."""
+    return getattr(function, patches._MARK, function)
+
+
+def test_the_tested_version_is_the_installed_one() -> None:
+    """Fails if vLLM is updated and nobody looked at what the plugin expects of it."""
+    assert vllm_version() in TESTED_VLLM
+
+
+def test_applying_the_patches_again_changes_nothing() -> None:
+    """Fails if vLLM, which loads plugins in several places, wraps a method twice."""
+    from vllm.model_executor.models.registry import _ModelRegistry
+    from vllm.sampling_params import SamplingParams
+
+    patches.apply()
+    before = (_ModelRegistry._normalize_arch, SamplingParams.verify)
+    patches.apply()
+    assert (_ModelRegistry._normalize_arch, SamplingParams.verify) == before
+    for wrapped in before:
+        assert hasattr(wrapped, patches._MARK) and not hasattr(original(wrapped), patches._MARK)
+
+
+@pytest.mark.parametrize("architecture", (*patches.ROUTED_ARCHITECTURES, "MistralForCausalLM"))
+@pytest.mark.parametrize("model_impl", ("auto", "vllm", "transformers"))
+def test_other_model_implementations_see_vllms_own_registry(architecture: str, model_impl: str) -> None:
+    """Fails if the plugin changes which class serves a model that did not ask for routing."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.models import ModelRegistry
+
+    config = SimpleNamespace(model_impl=model_impl, convert_type="none", runner_type="generate")
+    patched = ModelRegistry._normalize_arch(architecture, config)
+    assert patched == original(type(ModelRegistry)._normalize_arch)(ModelRegistry, architecture, config)
+    assert not patched.startswith("Buddy")
+
+
+def test_other_model_implementations_are_configured_as_without_the_plugin(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if the plugin leaves a trace in the configuration of a stock server, or checks its requests."""
+    from vllm import EngineArgs, SamplingParams
+
+    options = {**BASE, "model_impl": "auto", "model": str(tiny("llama").folder)}
+    config = EngineArgs(**options, additional_config={"buddy": {"nonsense": 1}}).create_engine_config()
+    assert config.scheduler_config.scheduler_cls is None
+    assert "buddy" not in config.parallel_config.worker_cls.lower()
+    assert not hasattr(config.model_config, "buddy_limits")
+    params = SamplingParams(extra_args={"buddy_budget": "no number", "buddy_other": 1})
+    params.verify(config.model_config, None, config.structured_outputs_config, None)
+
+
+def test_the_registered_classes_exist_and_are_routed() -> None:
+    """Fails if a class named in the table cannot be imported, which vLLM would find out in its worker."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vllm_buddy.serving import models
+    from vllm_buddy.serving.startup import BuddyModelConfig
+
+    for stock, routed in patches.ROUTED_ARCHITECTURES.items():
+        cls = getattr(models, routed)
+        assert stock in [base.__name__ for base in cls.__mro__]
+        assert issubclass(cls, models._Routed)
+        assert routed in ModelRegistry.models and MODELS_CONFIG_MAP[routed] is BuddyModelConfig
+
+
+def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
+    """Name -> function of vLLM that the plugin wraps, overrides or calls, and the first parameters it relies on."""
+    from vllm.forward_context import create_forward_context, override_forward_context
+    from vllm.model_executor.models.llama import LlamaDecoderLayer
+    from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
+    from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+    from vllm.model_executor.models.registry import _ModelRegistry
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    layer = ["self", "positions", "hidden_states", "residual"]
+    return {
+        "_normalize_arch": (original(_ModelRegistry._normalize_arch), ["self", "architecture", "model_config"]),
+        "verify": (original(SamplingParams.verify), ["self", "model_config"]),
+        "Scheduler": (Scheduler.__init__, ["self", "vllm_config"]),
+        "schedule": (Scheduler.schedule, ["self"]),
+        "add_request": (Scheduler.add_request, ["self", "request"]),
+        "update_from_output": (Scheduler.update_from_output, ["self", "scheduler_output", "model_runner_output"]),
+        "_free_request": (Scheduler._free_request, ["self", "request"]),
+        "cache_blocks": (KVCacheCoordinator.cache_blocks, ["self", "request", "num_computed_tokens"]),
+        "update_block_hashes": (Request.update_block_hashes, ["self"]),
+        "execute_model": (GPUModelRunner.execute_model, ["self", "scheduler_output"]),
+        "sample_tokens": (GPUModelRunner.sample_tokens, ["self"]),
+        "initialize_kv_cache": (GPUModelRunner.initialize_kv_cache, ["self"]),
+        "_model_forward": (
+            GPUModelRunner._model_forward,
+            ["self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"],
+        ),
+        "llama layer": (LlamaDecoderLayer.forward, layer),
+        "qwen2 layer": (Qwen2DecoderLayer.forward, layer),
+        "qwen3 layer": (Qwen3DecoderLayer.forward, layer),
+        "do_kv_cache_update": (
+            CPUAttentionBackendImpl.do_kv_cache_update,
+            ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
+        ),
+        "build": (
+            CPUAttentionMetadataBuilder.build,
+            ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
+        ),
+        "override_forward_context": (override_forward_context, ["forward_context"]),
+        "create_forward_context": (create_forward_context, ["attn_metadata", "vllm_config"]),
+    }
+
+
+@pytest.mark.parametrize("name", list(vllm_functions()))
+def test_vllms_functions_take_what_we_give_them(name: str) -> None:
+    """Fails if vLLM renames or reorders a parameter that the plugin passes or takes by place."""
+    function, expected = vllm_functions()[name]
+    assert parameters(function)[: len(expected)] == expected
+
+
+def test_model_forward_passes_keywords_on() -> None:
+    """Fails if vLLM's runner no longer hands extra keywords to the model: the step would not arrive."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert inspect.signature(GPUModelRunner._model_forward).parameters["model_kwargs"].kind is (
+        inspect.Parameter.VAR_KEYWORD
+    )
+
+
+def test_free_request_returns_both_kinds_of_parameters() -> None:
+    """Fails if vLLM changes what the final response is made of: the outcome would be lost."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert inspect.signature(Scheduler._free_request).return_annotation.__args__.__len__() == 2
+
+
+def test_a_request_hashes_its_blocks_the_way_we_cut_them() -> None:
+    """Fails if Request keeps its hashes or its hasher elsewhere: the chain would not end where the path does."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    from vllm_buddy.serving.prefix_cache import end_hash_chain, salt
+
+    def hasher(request: Request) -> list[Any]:
+        return [(request.cache_salt, i) for i in range(len(request.block_hashes), request.num_tokens // 4)]
+
+    request = Request("r", list(range(10)), SamplingParams(max_tokens=8), None, block_hasher=hasher)
+    assert request.block_hashes == [(None, 0), (None, 1)]
+    salt(request, "path")
+    assert [block for _, block in request.block_hashes] == [0, 1]
+    assert all("path" in block_salt for block_salt, _ in request.block_hashes)
+    end_hash_chain(request, 1)
+    request.append_output_token_ids([1] * 8)
+    assert len(request.block_hashes) == 1
+
+
+def test_all_publishing_goes_through_the_coordinator() -> None:
+    """Fails if vLLM publishes blocks by another way than the one that is limited to one path."""
+    from vllm.v1.core import kv_cache_coordinator, kv_cache_manager
+    from vllm.v1.core.sched import async_scheduler, scheduler
+
+    manager = inspect.getsource(kv_cache_manager)
+    assert manager.count(".cache_blocks(") == manager.count("self.coordinator.cache_blocks(request, num_") == 2
+    for module in (scheduler, async_scheduler):
+        source = inspect.getsource(module)
+        assert source.count(".cache_blocks(") == source.count("self.kv_cache_manager.cache_blocks(")
+    assert "cache_full_blocks" not in inspect.getsource(kv_cache_coordinator) + manager
