@@ -18,6 +18,9 @@ MAX_MODEL_LEN = 512
 MAX_TOKENS_PER_STEP = 8192
 MAX_STEPS = 5000  # a request that never ends fails its test instead of hanging it
 
+# vLLM ends what all engines of a process share with the first of them, so none ends before the process does.
+_STARTED: list[Any] = []
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -80,7 +83,8 @@ def start_engine(tiny: Tiny, *, model_impl: str = "buddy", **overrides: Any) -> 
     }
     if model_impl == "buddy":
         options["additional_config"] = {"buddy": settings}
-    return Engine(LLM(str(tiny.folder), **options), tiny)
+    _STARTED.append(LLM(str(tiny.folder), **options))
+    return Engine(_STARTED[-1], tiny)
 
 
 class Engine:

@@ -17,6 +17,7 @@ from tests.tiny_models import random_artifact, save_tiny_model
 from vllm_buddy.artifact import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
 from vllm_buddy.serving.settings import BuddySettings
 
+START_TIMEOUT_S = 300.0  # importing vLLM takes 5 s on an idle core
 BASE = {
     "model_impl": "buddy",
     "dtype": "float32",
@@ -223,7 +224,8 @@ print("STARTED", config.scheduler_config.scheduler_cls)
 def start(tiny: Tiny, model_impl: str, **environment: str) -> str:
     """Make a configuration in a process of its own; returns what it said."""
     command = [sys.executable, "-c", START, str(tiny.folder), model_impl, str(tiny.artifact_folder)]
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, **environment}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_TIMEOUT_S)
     assert (result.returncode == 0) == ("STARTED" in result.stdout)
     return result.stdout + result.stderr
 
