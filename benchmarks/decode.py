@@ -21,7 +21,7 @@ import engines
 import numpy as np
 import torch
 from engines import DecodeRun, Variant
-from results import RESULTS_DIR, environment, percentiles, write_rows
+from result_rows import RESULTS_DIR, environment, percentiles, write_rows
 
 from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
 from vllm_buddy.baselines import save_pruned_checkpoint

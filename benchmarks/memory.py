@@ -12,7 +12,7 @@ import sys
 from pathlib import Path as FilePath
 from typing import Any
 
-from results import RESULTS_DIR, environment, write_rows
+from result_rows import RESULTS_DIR, environment, write_rows
 
 from vllm_buddy.embedded_model import fetch
 

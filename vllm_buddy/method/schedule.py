@@ -77,6 +77,8 @@ class RequestRoute:
             context = self._context
             assert context is not None
             seen = max(context.num_tokens, start - self._schedule.lag + 1)
+            if seen > len(token_ids):
+                raise RuntimeError(f"the path at position {start} needs {seen} tokens, {len(token_ids)} are known")
             context.extend(token_ids[context.num_tokens : seen])
             path = self._router.path(context, self.depth)
             self.num_decisions += 1
