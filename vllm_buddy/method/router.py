@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vllm_buddy.errors import BudgetError
 from vllm_buddy.method.context import Context
 from vllm_buddy.method.decision import FoldedDecision
 from vllm_buddy.method.path import Path, full_path, top_k_path
@@ -53,13 +52,6 @@ class Router:
     def depths(self) -> list[int] | None:
         """Depths below full that the library holds; None if every depth is allowed."""
         return None if self._library is None else sorted(self._library)
-
-    def check_depth(self, depth: int) -> None:
-        """Raise BudgetError if the library has no path of this depth."""
-        if self._library is None or depth == self.num_layers or depth in self._library:
-            return
-        allowed = ", ".join(str(d) for d in [*sorted(self._library), self.num_layers])
-        raise BudgetError(f"the path library has no path of {depth} layers; it has paths of {allowed} layers")
 
     def path(self, context: Context | None, depth: int) -> Path:
         """The path of `depth` layers for the tokens in `context`. Deterministic."""
