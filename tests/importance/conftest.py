@@ -1,6 +1,5 @@
 """A tiny model with a tokenizer, and text for it."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
@@ -24,15 +23,6 @@ class Measured:
     folder: FilePath
     model: nn.Module
     windows: torch.Tensor
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and lose much to waiting for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
