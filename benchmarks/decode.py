@@ -30,8 +30,9 @@ from vllm_buddy.method import DecisionModule, FoldedDecision, PathSchedule, dept
 
 BUDGETS = (0.75, 0.5)
 PROMPT_TOKENS = 64
-# Of the 20 likeliest second tokens of two engines. Seen: 17 or more in common, 0.05 nats apart in the mean; with one
-# layer exchanged for another, 8 and 0.9.
+# Of the 20 likeliest second tokens of two engines, per prompt. Seen on 32 prompts: stock and buddy at full depth have
+# 17 or more in common and are at most 0.12 nats apart (bf16); with one layer less it is a median of 13 and 0.43. One
+# prompt beyond either limit stops the run.
 MIN_COMMON = 12
 MAX_DISTANCE = 0.2
 
