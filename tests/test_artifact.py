@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.method.random_router import NUM_LAYERS, VOCAB_SIZE, random_decision
@@ -16,13 +17,16 @@ from vllm_buddy.artifact import (
     WEIGHTS_FILE,
     Artifact,
     BuddyConfig,
+    LoraConfig,
     PriorConfig,
     load_artifact,
     shipped_artifacts,
 )
 from vllm_buddy.errors import ArtifactError
 from vllm_buddy.fingerprint import BaseModelIdentity
-from vllm_buddy.method import path_of
+from vllm_buddy.method import DecisionModule, FoldedDecision, path_of
+from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.lora import LoraDeltas
 
 BASE = BaseModelIdentity(
     id="tiny", architecture="LlamaForCausalLM", num_layers=NUM_LAYERS, hidden_size=8, vocab_size=VOCAB_SIZE,
@@ -31,17 +35,49 @@ BASE = BaseModelIdentity(
 LIBRARY = {4: [[0, 1, 2, 9], [0, 1, 3, 9]], 5: [[0, 1, 2, 3, 9]]}
 
 
-def _artifact(*, decision: bool = True, library: dict[int, list[list[int]]] | None = None) -> Artifact:
+RANK = 3
+EPS = 1e-5
+
+
+def _bypass() -> Bypass:
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_LAYERS - 2, RANK, BASE.hidden_size)
+    down, up = torch.randn(2, *shape, generator=generator).half().float()
+    return Bypass(down, up.mT.contiguous(), EPS)
+
+
+def _lora() -> LoraDeltas:
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 2, 2, 8, generator=generator).half().float()
+    names = ("model.layers.3.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+    return LoraDeltas(dict(zip(names, a)), dict(zip(names, b.mT)), alpha=4.0)
+
+
+def _artifact(
+    *,
+    decision: bool | FoldedDecision = True,
+    library: dict[int, list[list[int]]] | None = None,
+    bypass: Bypass | None = None,
+    lora: LoraDeltas | None = None,
+) -> Artifact:
     config = BuddyConfig(
         format_version=FORMAT_VERSION,
         name="round-trip",
         base_model=BASE,
         prior=PriorConfig(indicator="taylor", calibration="random", num_tokens=17),
-        has_decision_module=decision,
+        has_decision_module=bool(decision),
         library=library,
+        bypass_rank=0 if bypass is None else bypass.rank,
+        bypass_eps=0.0 if bypass is None else bypass.eps,
+        lora=None if lora is None else LoraConfig(rank=lora.rank, alpha=lora.alpha),
     )
     prior = np.random.default_rng(0).standard_normal(NUM_LAYERS - 2).astype(np.float32)
-    return Artifact(config, prior, random_decision() if decision else None)
+    return Artifact(config, prior, random_decision() if decision is True else decision or None, bypass, lora)
+
+
+def _folded() -> FoldedDecision:
+    torch.manual_seed(0)
+    return FoldedDecision.fold(DecisionModule(5, NUM_LAYERS - 2, hidden=6), torch.randn(VOCAB_SIZE, 5))
 
 
 @pytest.fixture
@@ -81,6 +117,37 @@ def test_round_trip(tmp_path: FilePath, decision: bool, library: dict[int, list[
             np.testing.assert_array_equal(getattr(loaded.decision, field.name), getattr(artifact.decision, field.name))
 
 
+def test_round_trip_of_what_was_trained(tmp_path: FilePath) -> None:
+    """Failure: tables, bypass or LoRA that are served differ in a bit from those measured after training."""
+    artifact = _artifact(decision=_folded(), bypass=_bypass(), lora=_lora())
+    artifact.save(tmp_path)
+    loaded = load_artifact(tmp_path)
+    assert loaded.digest == artifact.digest and loaded.config == artifact.config
+    assert loaded.decision and loaded.bypass and loaded.lora and artifact.decision and artifact.bypass
+    for field in dataclasses.fields(FoldedDecision):
+        np.testing.assert_array_equal(getattr(loaded.decision, field.name), getattr(artifact.decision, field.name))
+    assert load_file(tmp_path / WEIGHTS_FILE)["decision.table_newest"].dtype == np.int8
+    assert torch.equal(loaded.bypass.down, artifact.bypass.down) and torch.equal(loaded.bypass.up, artifact.bypass.up)
+    assert (loaded.bypass.eps, loaded.lora.alpha) == (EPS, 4.0)
+    for part in ("a", "b"):
+        found, wanted = getattr(loaded.lora, part), getattr(_lora(), part)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_format_version_1(folder: FilePath) -> None:
+    """Failure: an artifact of the version before, with tables in float32, is refused or read with other numbers."""
+    artifact = load_artifact(folder)
+    _edit_config(folder, format_version=1)
+    raw = json.loads((folder / CONFIG_FILE).read_text())
+    for name in ("recipe", "budgets", "bypass_rank", "bypass_eps", "lora"):
+        del raw[name]
+    (folder / CONFIG_FILE).write_text(json.dumps(raw))
+    loaded = load_artifact(folder)
+    assert loaded.decision is not None and artifact.decision is not None
+    assert load_file(folder / WEIGHTS_FILE)["decision.table_context"].dtype == np.float32
+    np.testing.assert_array_equal(loaded.decision.table_context, artifact.decision.table_context)
+
+
 def test_loaded_artifact_routes_as_the_saved_one(folder: FilePath) -> None:
     """Failure: the library comes back with its depths as strings, or the router is built with another prior."""
     for library in (False, True):
@@ -101,20 +168,28 @@ def test_config_keeps_a_path_on_one_line(folder: FilePath) -> None:
     assert "      [0, 1, 3, 9]\n" in (folder / CONFIG_FILE).read_text()
 
 
-def test_digest_changes_with_whatever_can_change_a_path() -> None:
+def test_digest_changes_with_whatever_can_change_what_is_computed() -> None:
     """Failure: two artifacts share prefix-cache salts, and one is served the other's KV."""
     artifact = _artifact()
     assert artifact.decision is not None
     b2 = artifact.decision.b2.copy()
     b2[0] += 1e-3
+    bypass, lora = _artifact(bypass=_bypass()), _artifact(lora=_lora())
+    up, a = _bypass().up, dict(_lora().a)
+    up[0, 0, 0] += 1.0
+    a["model.layers.0.mlp.down_proj"] = 2 * a["model.layers.0.mlp.down_proj"]
     others = [
+        bypass,
+        dataclasses.replace(bypass, bypass=dataclasses.replace(_bypass(), up=up)),
+        lora,
+        dataclasses.replace(lora, lora=dataclasses.replace(_lora(), a=a)),
         _artifact(decision=False),
         _artifact(library=LIBRARY),
         dataclasses.replace(artifact, prior=artifact.prior[::-1].copy()),
         dataclasses.replace(artifact, decision=dataclasses.replace(artifact.decision, b2=b2)),
         dataclasses.replace(artifact, config=artifact.config.model_copy(update={"omega": 0.2})),
     ]
-    assert len({a.digest for a in (artifact, *others)}) == 6
+    assert len({a.digest for a in (artifact, *others)}) == 10
 
 
 def test_asking_for_a_missing_library(tmp_path: FilePath) -> None:
@@ -152,7 +227,7 @@ def test_config_that_is_not_a_json_object(folder: FilePath, text: str) -> None:
 def test_newer_format(folder: FilePath) -> None:
     """Failure: an artifact of a later vllm_buddy is read as if its fields still meant the same."""
     _edit_config(folder, format_version=FORMAT_VERSION + 1, something_new=[1, 2])
-    with pytest.raises(ArtifactError, match=r"has format version 2, this vllm_buddy reads up to 1; update vllm_buddy"):
+    with pytest.raises(ArtifactError, match=r"has format version 3, this vllm_buddy reads up to 2; update vllm_buddy"):
         load_artifact(folder)
 
 
@@ -190,6 +265,43 @@ def test_widths_that_disagree(folder: FilePath) -> None:
     _edit_tensors(folder, decision__table_newest=np.zeros((VOCAB_SIZE, 5), np.float32))
     with pytest.raises(ArtifactError, match=r"disagree on its width: \[5, 6\]"):
         load_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("bypass__down", np.zeros((8, 4, 8), np.float16), r"shape \(8, 4, 8\), expected \(8, 3, 8\)"),
+        ("bypass__up", np.zeros((8, 3, 8), np.float16), r"shape \(8, 3, 8\), expected \(8, 8, 3\)"),
+        ("bypass__up", None, r"shape None, expected \(8, 8, 3\)"),
+        ("bypass__up", np.full((8, 8, 3), np.inf, np.float16), "not finite"),
+        ("lora__model.layers.0.mlp.down_proj__a", np.zeros((3, 8), np.float16), r"\(3, 8\), expected \(2, None\)"),
+        ("lora__model.layers.0.mlp.down_proj__b", None, r"shape None, expected \(None, 2\)"),
+        ("lora__something__c", np.zeros(1, np.float16), "says nothing of tensor 'lora.something.c'"),
+        ("decision__table_context_scale", np.ones(5, np.float32), r"disagree on its width: \[5, 6\]"),
+        ("decision__table_context_scale", None, r"shape None, expected \(None,\)"),
+    ],
+)
+def test_wrong_shapes_of_what_was_trained(
+    tmp_path: FilePath, name: str, array: np.ndarray | None, message: str
+) -> None:
+    """Failure: a bypass of another model is served until a shape error ends the engine, or is left out in silence."""
+    _artifact(decision=_folded(), bypass=_bypass(), lora=_lora()).save(tmp_path)
+    _edit_tensors(tmp_path, **{name: array})
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(tmp_path)
+
+
+def test_weights_that_the_configuration_does_not_mention(tmp_path: FilePath) -> None:
+    """Failure: a bypass is saved under a configuration without one, and then served without it."""
+    plain = _artifact()
+    with pytest.raises(ArtifactError, match="says nothing of tensor 'bypass.down'"):
+        dataclasses.replace(plain, bypass=_bypass()).save(tmp_path)
+    with pytest.raises(ArtifactError, match="bypass_eps and lora.alpha of the configuration are .*1e-05, None.*0.1"):
+        dataclasses.replace(_artifact(bypass=_bypass()), bypass=dataclasses.replace(_bypass(), eps=0.1)).save(tmp_path)
+    with pytest.raises(ArtifactError, match="'bypass.down' holds values that are not finite"):
+        too_large = dataclasses.replace(_bypass(), down=1e6 * _bypass().down)
+        _artifact(bypass=too_large).save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -1,7 +1,18 @@
 """The artifact on disk: what training makes and serving loads.
 
-A Hugging Face folder: `buddy_config.json` (this schema), `model.safetensors` (prior, folded Decision Module),
-`README.md` (model card) and `run.yaml` (how it was made).
+A Hugging Face folder: `buddy_config.json` (this schema), `model.safetensors` (prior, folded Decision Module, bypass or
+LoRA), `README.md` (model card) and `run.yaml` (how it was made).
+
+| tensor | shape and type |
+|---|---|
+| `prior` | [num_middle], float32 |
+| `decision.table_context`, `decision.table_newest` | [vocab_size, r], int8 |
+| `decision.table_context_scale`, `decision.table_newest_scale` | [r], float32, by which the columns are multiplied |
+| `decision.b1`, `decision.w2`, `decision.b2` | [r], [num_middle, r], [num_middle], float32 |
+| `bypass.down`, `bypass.up` | [num_middle, rank, hidden_size], [num_middle, hidden_size, rank], float16 |
+| `lora.NAME.a`, `lora.NAME.b` | [rank, in], [out, rank], float16; NAME as in Hugging Face, without `.weight` |
+
+Tables that are not on a grid of 8 bits are float32 and have no scale; in format version 1 all are.
 """
 
 import hashlib
@@ -10,8 +21,10 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
+from typing import Literal
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -19,14 +32,18 @@ from safetensors.numpy import load_file, save
 from vllm_buddy.errors import ArtifactError
 from vllm_buddy.fingerprint import BaseModelIdentity
 from vllm_buddy.method import FoldedDecision, Router, path_of
+from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.decision import byte_grid
+from vllm_buddy.method.lora import LoraDeltas
 from vllm_buddy.method.router import OMEGA
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "buddy_config.json"
 WEIGHTS_FILE = "model.safetensors"
 SHIPPED_DIR = FilePath(__file__).parent / "artifacts"
 
-_DECISION_TENSORS = ("table_context", "table_newest", "b1", "w2", "b2")
+_TABLES = ("table_context", "table_newest")
+_DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
 
 
 class PriorConfig(BaseModel):
@@ -37,6 +54,15 @@ class PriorConfig(BaseModel):
     indicator: str = Field(description="taylor, delta_ppl or cosine (method.md calls the last Block Influence)")
     calibration: str = Field(description="name of the calibration text")
     num_tokens: int = Field(description="calibration tokens measured")
+
+
+class LoraConfig(BaseModel):
+    """How the change of the base weights is scaled: by alpha / rank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(ge=1)
+    alpha: float = Field(allow_inf_nan=False)
 
 
 class BuddyConfig(BaseModel):
@@ -53,19 +79,31 @@ class BuddyConfig(BaseModel):
     library: dict[int, list[list[int]]] | None = Field(
         default=None, description="for each depth, the layer sets that `paths: library` lets the router pick from"
     )
+    recipe: Literal["bypass", "paper", "distill"] | None = Field(
+        default=None, description="what was trained beside the routing, and how; absent: nothing was"
+    )
+    budgets: tuple[float, float] | None = Field(default=None, description="smallest and largest budget trained for")
+    bypass_rank: int = Field(default=0, ge=0, description="rank of the bypasses of skipped layers; 0: there are none")
+    bypass_eps: float = Field(default=0.0, ge=0, description="epsilon of the bypasses' RMSNorm, the base model's")
+    lora: LoraConfig | None = Field(default=None, description="the artifact changes base weights, at every budget")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact. prior: [num_layers - 2] float32, normalised, larger is more important."""
+    """A loaded artifact. prior: [num_layers - 2] float32, normalised, larger is more important.
+
+    bypass, lora: in float32 here, stored as float16.
+    """
 
     config: BuddyConfig
     prior: np.ndarray
     decision: FoldedDecision | None = None
+    bypass: Bypass | None = None
+    lora: LoraDeltas | None = None
 
     @cached_property
     def digest(self) -> str:
-        """Sixteen hex digits that change with anything that can change a path."""
+        """Sixteen hex digits that change with anything that can change a path or what a path computes."""
         h = hashlib.sha256(self.config.model_dump_json().encode())
         for _, array in sorted(self._tensors().items()):
             h.update(np.ascontiguousarray(array).tobytes())
@@ -88,19 +126,35 @@ class Artifact:
         return Router(self.config.base_model.num_layers, self.prior, self.decision, self.config.omega, paths)
 
     def save(self, folder: FilePath) -> None:
-        """Write `buddy_config.json` and `model.safetensors`."""
+        """Write `buddy_config.json` and `model.safetensors`.
+
+        Raises:
+            ArtifactError: what would be written could not be loaded.
+        """
+        config = self.config.model_copy(update={"format_version": FORMAT_VERSION})
+        tensors = self._tensors()
+        stored = _parse(config, tensors, f"artifact '{config.name}'")
+        if _constants(stored) != _constants(self):
+            raise ArtifactError(
+                f"artifact '{config.name}': bypass_eps and lora.alpha of the configuration are {_constants(stored)}, "
+                f"those of the weights are {_constants(self)}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         # Not safetensors' own save_file: it makes a file that only its owner can read.
-        (folder / WEIGHTS_FILE).write_bytes(save(self._tensors()))
-        (folder / CONFIG_FILE).write_text(_one_line_per_path(self.config.model_dump_json(indent=2)) + "\n")
+        (folder / WEIGHTS_FILE).write_bytes(save(tensors))
+        (folder / CONFIG_FILE).write_text(_one_line_per_path(config.model_dump_json(indent=2)) + "\n")
 
     def _tensors(self) -> dict[str, np.ndarray]:
         tensors = {"prior": self.prior.astype(np.float32)}
         if self.decision is not None:
-            tensors |= {
-                f"decision.{name}": np.ascontiguousarray(getattr(self.decision, name)) for name in _DECISION_TENSORS
-            }
-        return tensors
+            for name in _DECISION_TENSORS:
+                tensors |= _stored(f"decision.{name}", getattr(self.decision, name), table=name in _TABLES)
+        if self.bypass is not None:
+            tensors |= {"bypass.down": _half(self.bypass.down), "bypass.up": _half(self.bypass.up)}
+        if self.lora is not None:
+            for part in ("a", "b"):
+                tensors |= {f"lora.{name}.{part}": _half(t) for name, t in getattr(self.lora, part).items()}
+        return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
 
 def load_artifact(folder: FilePath) -> Artifact:
@@ -117,6 +171,12 @@ def load_artifact(folder: FilePath) -> Artifact:
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{weights} is not a complete safetensors file ({error}); get the artifact again") from None
+    _check_library(config, folder)
+    return _parse(config, tensors, str(weights))
+
+
+def _parse(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> Artifact:
+    """The artifact of `tensors`. source: where they are from, for errors."""
     base = config.base_model
     num_middle = base.num_layers - 2
     shapes: dict[str, tuple[int | None, ...]] = {"prior": (num_middle,)}
@@ -128,21 +188,72 @@ def load_artifact(folder: FilePath) -> Artifact:
             "decision.w2": (num_middle, None),
             "decision.b2": (num_middle,),
         }
+        scales = [f"decision.{name}_scale" for name in _TABLES if tensors.get(f"decision.{name}") is not None]
+        shapes |= {name: (None,) for name in scales if tensors[name.removesuffix("_scale")].dtype == np.int8}
+    if config.bypass_rank:
+        shapes["bypass.down"] = (num_middle, config.bypass_rank, base.hidden_size)
+        shapes["bypass.up"] = (num_middle, base.hidden_size, config.bypass_rank)
+    names = []
+    if config.lora is not None:
+        names = sorted({name[5:-2] for name in tensors if name.startswith("lora.") and name.endswith((".a", ".b"))})
+        for name in names:
+            shapes |= {f"lora.{name}.a": (config.lora.rank, None), f"lora.{name}.b": (None, config.lora.rank)}
+        if not names:
+            raise ArtifactError(f"{source}: the configuration has a LoRA, of which there is no tensor")
     for name, shape in shapes.items():
         found = tensors[name].shape if name in tensors else None
         if found is None or len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found)):
-            raise ArtifactError(f"{weights}: tensor '{name}' has shape {found}, expected {shape} for {base.summary()}")
+            raise ArtifactError(f"{source}: tensor '{name}' has shape {found}, expected {shape} for {base.summary()}")
         if not np.isfinite(tensors[name]).all():
-            raise ArtifactError(f"{weights}: tensor '{name}' holds values that are not finite")
-    decision = None
+            raise ArtifactError(f"{source}: tensor '{name}' holds values that are not finite")
+    if unknown := tensors.keys() - shapes.keys():
+        raise ArtifactError(f"{source}: the configuration says nothing of tensor '{min(unknown)}'")
+    decision = bypass = lora = None
     if config.has_decision_module:
-        parts = {name: tensors[f"decision.{name}"].astype(np.float32) for name in _DECISION_TENSORS}
-        widths = {parts["table_context"].shape[1], parts["table_newest"].shape[1], parts["w2"].shape[1]}
-        if widths != {parts["b1"].shape[0]}:
-            raise ArtifactError(f"{weights}: the Decision Module's tensors disagree on its width: {sorted(widths)}")
-        decision = FoldedDecision(**parts)
-    _check_library(config, folder)
-    return Artifact(config, tensors["prior"].astype(np.float32), decision)
+        decision = _decision(tensors, source)
+    if config.bypass_rank:
+        bypass = Bypass(_float32(tensors["bypass.down"]), _float32(tensors["bypass.up"]), config.bypass_eps)
+    if config.lora is not None:
+        a, b = ({name: _float32(tensors[f"lora.{name}.{part}"]) for name in names} for part in ("a", "b"))
+        lora = LoraDeltas(a, b, config.lora.alpha)
+    return Artifact(config, tensors["prior"].astype(np.float32), decision, bypass, lora)
+
+
+def _decision(tensors: dict[str, np.ndarray], source: str) -> FoldedDecision:
+    parts = {name: tensors[f"decision.{name}"].astype(np.float32) for name in _DECISION_TENSORS}
+    widths = {parts[name].shape[-1] for name in (*_TABLES, "b1", "w2")}
+    scales = {name: tensors.get(f"decision.{name}_scale") for name in _TABLES}
+    widths |= {len(scale) for scale in scales.values() if scale is not None}
+    if len(widths) > 1:
+        raise ArtifactError(f"{source}: the Decision Module's tensors disagree on its width: {sorted(widths)}")
+    for name, scale in scales.items():
+        if scale is not None:
+            parts[name] *= scale
+    return FoldedDecision(**parts)
+
+
+def _stored(name: str, array: np.ndarray, *, table: bool) -> dict[str, np.ndarray]:
+    """An array of the Decision Module as it is stored: a table as 8-bit codes if no bit is lost by it."""
+    if table:
+        codes, scale = byte_grid(array)
+        if np.array_equal(codes * scale, array):
+            return {name: codes, f"{name}_scale": scale}
+    return {name: array}
+
+
+def _constants(artifact: Artifact) -> tuple[float | None, float | None]:
+    return (
+        None if artifact.bypass is None else artifact.bypass.eps,
+        None if artifact.lora is None else artifact.lora.alpha,
+    )
+
+
+def _half(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.float16).numpy()
+
+
+def _float32(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def shipped_artifacts() -> dict[str, FilePath]:
