@@ -20,11 +20,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, PriorConfig, load_artifact
+from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, LoraConfig, PriorConfig, load_artifact
 from vllm_buddy.fingerprint import identify
 from vllm_buddy.method import DecisionModule, FoldedDecision
 from vllm_buddy.method.budget import MIN_DEPTH
+from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
+from vllm_buddy.method.lora import LoraDeltas
 
 NUM_LAYERS = 8
 HIDDEN_SIZE = 128
@@ -85,17 +87,28 @@ def random_prompts(num: int, seed: int = 0, min_tokens: int = 3, max_tokens: int
 
 
 def random_artifact(
-    folder: FilePath, model_dir: FilePath, seed: int = 0, *, decision: bool = True, paths_per_depth: int = 3
+    folder: FilePath,
+    model_dir: FilePath,
+    seed: int = 0,
+    *,
+    decision: bool = True,
+    paths_per_depth: int = 3,
+    bypass_rank: int = 0,
+    lora_rank: int = 0,
 ) -> Artifact:
     """Write an artifact for the model in `model_dir` and return it as loaded from `folder`.
 
     decision: with a random Decision Module, so wide that paths differ between prompts and along one decoding.
     paths_per_depth: size of the path library at every depth below full; 0 for none.
+    bypass_rank, lora_rank: with random bypasses, or changes of some weights, that change every token; 0 for none.
     """
     base = identify(model_dir)
     num_middle = base.num_layers - 2
     rng = np.random.default_rng(seed)
-    folded = _random_decision(load_model(model_dir), num_middle, seed) if decision else None
+    model = load_model(model_dir)
+    folded = _random_decision(model, num_middle, seed) if decision else None
+    bypass = _random_bypass(model, bypass_rank, seed) if bypass_rank else None
+    lora = _random_lora(model, lora_rank, seed) if lora_rank else None
     config = BuddyConfig(
         format_version=FORMAT_VERSION,
         name=folder.name,
@@ -103,8 +116,11 @@ def random_artifact(
         prior=PriorConfig(indicator="taylor", calibration="random", num_tokens=0),
         has_decision_module=decision,
         library=_random_library(rng, base.num_layers, paths_per_depth) if paths_per_depth else None,
+        bypass_rank=bypass_rank,
+        bypass_eps=0.0 if bypass is None else bypass.eps,
+        lora=None if lora is None else LoraConfig(rank=lora_rank, alpha=lora.alpha),
     )
-    Artifact(config, rng.standard_normal(num_middle).astype(np.float32), folded).save(folder)
+    Artifact(config, rng.standard_normal(num_middle).astype(np.float32), folded, bypass, lora).save(folder)
     return load_artifact(folder)
 
 
@@ -139,6 +155,26 @@ def _random_decision(model: nn.Module, num_middle: int, seed: int) -> FoldedDeci
         w_mean.mul_(4.0 / (scale * value_dim**0.5))
         w_newest.mul_(1.0 / (scale * value_dim**0.5))
     return FoldedDecision.fold(module, values)
+
+
+def _random_bypass(model: nn.Module, rank: int, seed: int) -> Bypass:
+    """Bypasses whose contribution is of the size of a layer's."""
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(NUM_LAYERS - 2, rank, HIDDEN_SIZE, generator=generator) / HIDDEN_SIZE**0.5
+    up = torch.randn(NUM_LAYERS - 2, HIDDEN_SIZE, rank, generator=generator) / rank**0.5
+    return Bypass(down, up, model.config.rms_norm_eps)
+
+
+def _random_lora(model: nn.Module, rank: int, seed: int) -> LoraDeltas:
+    """Changes of every projection of every other layer: of those that vLLM stacks, too."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [n for n, m in model.model.layers.named_modules() if isinstance(m, nn.Linear) and int(n.split(".")[0]) % 2]
+    a, b = {}, {}
+    for name in (f"model.layers.{n}" for n in names):
+        out_features, in_features = model.get_parameter(f"{name}.weight").shape
+        a[name] = _MATRIX_STD * torch.randn(rank, in_features, generator=generator)
+        b[name] = torch.randn(out_features, rank, generator=generator) / rank
+    return LoraDeltas(a, b, alpha=1.0 * rank)
 
 
 def _random_library(rng: np.random.Generator, num_layers: int, paths_per_depth: int) -> dict[int, list[list[int]]]:

@@ -112,7 +112,7 @@ def test_no_decisions_where_none_can_change_the_path(depth: int) -> None:
     ):
         _spread(route, [40], list(range(40)))
         assert (route.num_decisions, route.num_reroutes) == (1, 0)
-        assert (route.prompt_path == full_path(NUM_LAYERS)) == (depth == NUM_LAYERS)
+        assert (route.first_path == full_path(NUM_LAYERS)) == (depth == NUM_LAYERS)
 
 
 @pytest.mark.parametrize("schedule", [{"interval": -1}, {"lag": -1}])

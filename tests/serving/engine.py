@@ -16,6 +16,7 @@ from vllm_buddy.method.reference import GeneratedSequence, generate
 BLOCK_SIZE = 32
 MAX_MODEL_LEN = 512
 MAX_TOKENS_PER_STEP = 8192
+BYPASS_RANK = 4
 MAX_STEPS = 5000  # a request that never ends fails its test instead of hanging it
 
 # vLLM ends what all engines of a process share with the first of them, so none ends before the process does.
@@ -24,12 +25,19 @@ _STARTED: list[Any] = []
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. budget None sends none."""
+    """One request. budget None sends none, context None is the whole prompt."""
 
     prompt: tuple[int, ...]
     budget: float | None = 1.0
     max_tokens: int = 8
     sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    context: int | None = None
+
+    @property
+    def extra_args(self) -> dict[str, Any] | None:
+        """What it says to the plugin."""
+        options = {"buddy_budget": self.budget, "buddy_context_tokens": self.context}
+        return {key: value for key, value in options.items() if value is not None} or None
 
 
 @dataclass
@@ -42,25 +50,39 @@ class Tiny:
     artifact: Artifact
     known: dict[Any, GeneratedSequence] = field(default_factory=dict)
 
-    def expected(self, ask: Ask, policy: str, schedule: PathSchedule, *, library: bool = False) -> GeneratedSequence:
+    def expected(
+        self, ask: Ask, policy: str, schedule: PathSchedule, *, library: bool = False, bypass: bool = True
+    ) -> GeneratedSequence:
         """What the reference generates for `ask`."""
         depth = depth_for_budget(ask.budget or 1.0, self.artifact.config.base_model.num_layers)
         # Greedy decoding: fewer tokens are the beginning of more, so one run serves every length.
         length = -(-ask.max_tokens // 8) * 8
-        key = (ask.prompt, depth, policy, schedule, library, length)
+        key = (ask.prompt, depth, policy, schedule, library, bypass, length, ask.context)
         if key not in self.known:
-            router = self.artifact.router(library=library)
-            self.known[key] = generate(self.model, router, schedule, depth, ask.prompt, length, policy)
+            self.known[key] = generate(
+                self.model,
+                self.artifact.router(library=library),
+                schedule,
+                depth,
+                ask.prompt,
+                length,
+                policy,
+                self.artifact.bypass if bypass else None,
+                ask.context,
+            )
         whole = self.known[key]
         positions = len(ask.prompt) + ask.max_tokens - 1
         return GeneratedSequence(whole.token_ids[: ask.max_tokens], whole.paths[:positions])
 
 
-def make_tiny(root: FilePath, family: str) -> Tiny:
-    """Write the model and the artifact under `root`."""
+def make_tiny(root: FilePath, family: str, **parts: Any) -> Tiny:
+    """Write the model and the artifact under `root`. parts: of the artifact, see random_artifact; none: a bypass."""
     folder = save_tiny_model(root / "model", family)
-    artifact = random_artifact(root / "artifact", folder)
-    return Tiny(folder, root / "artifact", load_model(folder), artifact)
+    artifact = random_artifact(root / "artifact", folder, **(parts or {"bypass_rank": BYPASS_RANK}))
+    model = load_model(folder)
+    if artifact.lora is not None:
+        artifact.lora.merge_into(model)
+    return Tiny(folder, root / "artifact", model, artifact)
 
 
 def start_engine(tiny: Tiny, *, model_impl: str = "buddy", **overrides: Any) -> "Engine":
@@ -99,8 +121,12 @@ class Engine:
         self.policy = "kv_only"
         self.schedule = PathSchedule(16)
         self.library = False
+        self.bypass = True
         self.finished: dict[str, Any] = {}
         self._num_requests = 0
+        self.run([Ask((1,), None, 1)])  # layers and bypasses are compiled at the first step
+        self._backbone = self.runner.model.model
+        self._bypasses = getattr(self._backbone, "_bypasses", None)
 
     # --- settings ----------------------------------------------------------------------------------------------
 
@@ -112,13 +138,15 @@ class Engine:
         chunk: int = MAX_TOKENS_PER_STEP,
         *,
         library: bool = False,
+        bypass: bool = True,
     ) -> None:
-        """Set KV policy, schedule and tokens per step, and empty the prefix cache."""
+        """Set KV policy, schedule and tokens per step, with or without the bypass, and empty the prefix cache."""
         from vllm_buddy.serving.kv_policy import POLICIES
 
         assert not self.core.scheduler.has_unfinished_requests()
         artifact = self.tiny.artifact
-        self.policy, self.schedule, self.library = policy, PathSchedule(interval, lag), library
+        self.policy, self.schedule, self.library, self.bypass = policy, PathSchedule(interval, lag), library, bypass
+        self._backbone._bypasses = self._bypasses if bypass else None
         self.runner.buddy_policy = POLICIES[policy](self.runner.buddy_policy.num_layers)
         self.scheduler._salt_prefix = f"{artifact.digest}:{policy}"
         self.scheduler._schedule = self.schedule
@@ -138,12 +166,11 @@ class Engine:
 
         self._num_requests += 1
         request_id = request_id or f"r{self._num_requests}"
-        extra_args = None if ask.budget is None else {"buddy_budget": ask.budget}
         options = {
             "temperature": 0.0,
             "max_tokens": ask.max_tokens,
             "detokenize": False,
-            "extra_args": extra_args,
+            "extra_args": ask.extra_args,
             "output_kind": RequestOutputKind.FINAL_ONLY,
             **ask.sampling,
         }
@@ -225,7 +252,7 @@ class Engine:
 
     def expected(self, ask: Ask) -> GeneratedSequence:
         """What the reference generates for `ask` under the present settings."""
-        return self.tiny.expected(ask, self.policy, self.schedule, library=self.library)
+        return self.tiny.expected(ask, self.policy, self.schedule, library=self.library, bypass=self.bypass)
 
     def check(self, asks: Sequence[Ask], outputs: Sequence[Any]) -> None:
         """Fail unless tokens and layers of every request are the reference's."""

@@ -16,11 +16,12 @@ _POSITION = (1 << _ROW_SHIFT) - 1
 
 
 class LayerLog:
-    """While entered, counts (request, position, layer): `ran` where the layer computed the token, `wrote` where it
-    was skipped and the KV policy wrote to its cache."""
+    """While entered, counts (request, position, layer): `ran` where the layer computed the token, `bypassed` where its
+    bypass did, `wrote` where it was skipped and the KV policy wrote to its cache."""
 
     def __init__(self, engine: Engine) -> None:
         self.ran: Counter[tuple[str, int, int]] = Counter()
+        self.bypassed: Counter[tuple[str, int, int]] = Counter()
         self.wrote: Counter[tuple[str, int, int]] = Counter()
         self._engine = engine
         self._patch = pytest.MonkeyPatch()
@@ -30,10 +31,14 @@ class LayerLog:
         run, write = RoutedStep.run, self._engine.runner.buddy_policy.write_skipped
         layers = list(self._engine.runner.model.model.layers)
 
-        def logged_run(step: Any, layers: Any, functions: Any, positions: torch.Tensor, *state: Any) -> Any:
+        def logged_run(
+            step: Any, layers: Any, functions: Any, positions: torch.Tensor, hidden: Any, residual: Any, bypasses: Any
+        ) -> Any:
             self._rows = self._owners(positions)
             tagged = positions + (torch.arange(len(positions)) << _ROW_SHIFT)
-            return run(step, layers, [self._watched(i, f) for i, f in enumerate(functions)], tagged, *state)
+            ran = [self._watched(self.ran, i, f) for i, f in enumerate(functions)]
+            bypassed = bypasses and [self._watched(self.bypassed, i, f) for i, f in enumerate(bypasses)]
+            return run(step, layers, ran, tagged, hidden, residual, bypassed)
 
         def logged_write(layer: Any, view: Any, positions: torch.Tensor, *state: Any) -> None:
             self._count(self.wrote, positions[view.skipped], layers.index(layer))
@@ -48,9 +53,9 @@ class LayerLog:
     ) -> None:
         self._patch.undo()
 
-    def _watched(self, index: int, function: Any) -> Any:
+    def _watched(self, counter: Counter[tuple[str, int, int]], index: int, function: Any) -> Any:
         def layer(positions: torch.Tensor, *state: Any) -> Any:
-            self._count(self.ran, positions, index)
+            self._count(counter, positions, index)
             return function(positions & _POSITION, *state)
 
         return layer

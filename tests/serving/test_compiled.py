@@ -7,6 +7,10 @@ import torch
 
 from tests.serving.engine import Engine, Tiny, start_engine
 from tests.serving.test_golden import batch
+from tests.tiny_models import HIDDEN_SIZE, NUM_LAYERS
+
+# fp32 sums of 128 products of magnitude 1 in another order
+ATOL = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -15,13 +19,27 @@ def compiled(tiny: Callable[[str], Tiny]) -> Iterator[Engine]:
     yield start_engine(tiny("llama"), enforce_eager=False)
 
 
+@pytest.mark.parametrize("bypass", (False, True), ids=("bare", "bypass"))
 @pytest.mark.parametrize("policy", ("masked", "kv_only"))
-def test_compiled_layers_give_the_reference_tokens(compiled: Engine, policy: str) -> None:
-    """Fails if a compiled layer runs another layer's weights, keeps a length it was traced with, or mixes up rows."""
-    compiled.configure(policy, 4)
+def test_compiled_layers_give_the_reference_tokens(compiled: Engine, policy: str, bypass: bool) -> None:
+    """Fails if a compiled layer or bypass has another layer's weights, a length it was traced with, or other rows."""
+    compiled.configure(policy, 4, bypass=bypass)
     asks = batch(seed=7)
     compiled.check(asks, compiled.run(asks))
     compiled.check(asks[:1], compiled.run(asks[:1]))  # one row, the size compilers like to specialise on
+
+
+def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Engine) -> None:
+    """Fails if the bypasses run uncompiled or through torch's wrappers, or a layer gets another one's bypass."""
+    from vllm_buddy.serving.layer_compile import DirectCall, bypass_functions
+
+    bypass = compiled.tiny.artifact.bypass
+    functions = bypass_functions(bypass, compiled.core.vllm_config)
+    hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
+    for layer in range(1, NUM_LAYERS - 1):
+        assert isinstance(functions[layer].step, DirectCall)
+        added, state = functions[layer](torch.arange(5), hidden, residual)
+        torch.testing.assert_close(added + state, bypass.apply(layer, hidden + residual), atol=ATOL, rtol=0)
 
 
 def test_paths_and_batch_sizes_compile_nothing_new(compiled: Engine) -> None:

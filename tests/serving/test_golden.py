@@ -18,11 +18,12 @@ def batch(seed: int, max_prompt: int = 100) -> list[Ask]:
     return [Ask(tuple(p), b, NUM_TOKENS) for p, b in zip(prompts, BUDGETS)]
 
 
+@pytest.mark.parametrize("bypass", (False, True), ids=("bare", "bypass"))
 @pytest.mark.parametrize("policy", KV_POLICIES)
 @pytest.mark.parametrize("interval", (0, 1, 4, 16))
-def test_tokens_of_a_mixed_batch_equal_the_reference(engine: Engine, policy: str, interval: int) -> None:
+def test_tokens_of_a_mixed_batch_equal_the_reference(engine: Engine, policy: str, interval: int, bypass: bool) -> None:
     """Fails if a layer runs wrong rows, attends to wrong positions or leaves the wrong thing where it is skipped."""
-    engine.configure(policy, interval)
+    engine.configure(policy, interval, bypass=bypass)
     asks = batch(seed=interval)
     engine.check(asks, engine.run(asks))
 
@@ -72,3 +73,6 @@ def test_what_the_golden_tests_compare_can_differ(engine: Engine) -> None:
     assert results["masked", 0] not in routed_again
     engine.configure("masked", 1)
     assert all(len(set(engine.expected(ask).paths)) > 1 for ask in asks)
+    assert results["masked", 1] == [engine.expected(ask).token_ids for ask in asks]
+    engine.configure("masked", 1, bypass=False)
+    assert all(one != engine.expected(ask).token_ids for ask, one in zip(asks, results["masked", 1]))

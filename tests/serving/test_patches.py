@@ -30,11 +30,12 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     """Fails if vLLM, which loads plugins in several places, wraps a method twice."""
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
 
     patches.apply()
-    before = (_ModelRegistry._normalize_arch, SamplingParams.verify)
+    before = (_ModelRegistry._normalize_arch, SamplingParams.verify, InputProcessor.process_inputs)
     patches.apply()
-    assert (_ModelRegistry._normalize_arch, SamplingParams.verify) == before
+    assert (_ModelRegistry._normalize_arch, SamplingParams.verify, InputProcessor.process_inputs) == before
     for wrapped in before:
         assert hasattr(wrapped, patches._MARK) and not hasattr(original(wrapped), patches._MARK)
 
@@ -92,6 +93,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -99,6 +101,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     return {
         "_normalize_arch": (original(_ModelRegistry._normalize_arch), ["self", "architecture", "model_config"]),
         "verify": (original(SamplingParams.verify), ["self", "model_config"]),
+        "process_inputs": (original(InputProcessor.process_inputs), ["self", "request_id", "prompt", "params"]),
         "Scheduler": (Scheduler.__init__, ["self", "vllm_config"]),
         "schedule": (Scheduler.schedule, ["self"]),
         "add_request": (Scheduler.add_request, ["self", "request"]),

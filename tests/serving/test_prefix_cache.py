@@ -12,7 +12,7 @@ ROUTED_BUDGETS = (0.5, 0.75, 0.4, 0.625)
 
 def prompt_path(engine: Engine, prompt: tuple[int, ...], budget: float) -> Path:
     depth = depth_for_budget(budget, engine.scheduler._router.num_layers)
-    return RequestRoute(engine.scheduler._router, engine.schedule, depth, prompt).prompt_path
+    return RequestRoute(engine.scheduler._router, engine.schedule, depth, prompt).first_path
 
 
 def random_tokens(num: int, seed: int) -> tuple[int, ...]:
@@ -73,11 +73,10 @@ def test_requests_that_share_blocks_may_leave_their_path_at_the_same_time(
     """
     engine.configure(policy, interval)
     budget = 0.5
-    prompts = same_path_prompts(engine, random_tokens(2 * BLOCK_SIZE, seed=1), budget, 6)
+    prompts = same_path_prompts(engine, random_tokens(2 * BLOCK_SIZE, seed=1), budget, 12)
     asks = [Ask(prompt, budget, 24) for prompt in prompts]
-    paths = [engine.expected(ask).paths for ask in asks]
-    left = [next(i for i, p in enumerate(path) if p != path[0]) for path in paths]
-    assert max(left) < 2 * BLOCK_SIZE + 5 + 20, "the requests must leave the path while all are running"
+    asks = [ask for ask in asks if len(set(engine.expected(ask).paths[: 2 * BLOCK_SIZE + 5 + 20])) > 1]
+    assert len(asks) >= 4, "requests must leave the path while all are running"
     engine.check(asks[:1], engine.run(asks[:1]))
     outputs = engine.run(asks)
     assert [output.num_cached_tokens for output in outputs] == [2 * BLOCK_SIZE] * len(asks)

@@ -11,17 +11,24 @@ from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 BUDGETS = (1.0, 0.5, 0.75, 0.4, 0.625, 0.5, 0.875, 0.4)
 
 
+@pytest.mark.parametrize("bypass", (False, True), ids=("bare", "bypass"))
 @pytest.mark.parametrize("policy", KV_POLICIES)
 @pytest.mark.parametrize("interval", (0, 1, 4))
-def test_every_token_runs_exactly_the_layers_of_its_path_once(engine: Engine, policy: str, interval: int) -> None:
-    """Fails if a row runs a layer it should skip, skips one it should run, or the reported count is not what ran."""
-    engine.configure(policy, interval, chunk=33)
+def test_every_token_runs_exactly_the_layers_of_its_path_once(
+    engine: Engine, policy: str, interval: int, bypass: bool
+) -> None:
+    """Fails if a row runs a layer it should skip, skips one it should run, or the reported count is not what ran.
+
+    Or if the bypass of a layer gets a row that runs the layer, or misses one that skips it.
+    """
+    engine.configure(policy, interval, chunk=33, bypass=bypass)
     prompts = random_prompts(len(BUDGETS), seed=31, min_tokens=2, max_tokens=60)
     asks = [Ask(tuple(p), b, 10) for p, b in zip(prompts, BUDGETS)]
     ids = [engine.add(ask) for ask in asks]
     with LayerLog(engine) as log:
         outputs = engine.finish()
-    assert set(log.ran.values()) == {1} and set(log.wrote.values()) <= {1}
+    for counter in (log.ran, log.bypassed, log.wrote):
+        assert set(counter.values()) <= {1}
     for request_id, ask in zip(ids, asks):
         depth = depth_for_budget(ask.budget or 1.0, NUM_LAYERS)
         num_tokens = len(ask.prompt) + ask.max_tokens - 1
@@ -31,6 +38,8 @@ def test_every_token_runs_exactly_the_layers_of_its_path_once(engine: Engine, po
             wrote = [layer for layer in range(NUM_LAYERS) if (request_id, position, layer) in log.wrote]
             assert len(ran) == depth and ran[0] == 0 and ran[-1] == NUM_LAYERS - 1
             assert ran == layers_of(paths[position])
+            bypassed = [layer for layer in range(NUM_LAYERS) if (request_id, position, layer) in log.bypassed]
+            assert sorted(ran + bypassed) == (list(range(NUM_LAYERS)) if bypass else ran)
             assert sorted(ran + wrote) == (ran if policy == MASKED else list(range(NUM_LAYERS)))
         outcome = outputs[request_id].kv_transfer_params["buddy"]
         assert outcome["depth"] == depth

@@ -1,8 +1,8 @@
 """The golden truth: a plain routed forward over a Hugging Face Llama, Qwen2 or Qwen3, in whatever dtype it has.
 
 One sequence at a time, no padding, no compiled code, attention as two matrix products. Every position has its own
-path. A skipped layer is skipped whole (BUDDY, section 3.1): the hidden state passes unchanged, and the KV policy says
-what later positions of that layer find there.
+path. A skipped layer is skipped whole (BUDDY, section 3.1): the hidden state passes unchanged, or through the layer's
+bypass where there is one, and the KV policy says what later positions of that layer find there.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, check_kv_policy
 from vllm_buddy.method.path import Path
 from vllm_buddy.method.router import Router
@@ -69,16 +70,19 @@ def check_config(config: Any) -> None:
 
 
 @torch.no_grad()
-def routed_logits(model: nn.Module, token_ids: Sequence[int], paths: Sequence[Path], kv_policy: str) -> torch.Tensor:
+def routed_logits(
+    model: nn.Module, token_ids: Sequence[int], paths: Sequence[Path], kv_policy: str, bypass: Bypass | None = None
+) -> torch.Tensor:
     """Logits of every position, computed from scratch.
 
     model: a Hugging Face causal language model (see check_config).
     paths: paths[t] is the path of position t; it must hold the first and the last layer.
+    bypass: what rows go through where they skip a layer, computed in the model's dtype.
 
     Returns:
         [len(token_ids), vocab_size], in the model's dtype.
     """
-    return _advance(model, _empty_cache(model, kv_policy), 0, token_ids, paths, kv_policy)
+    return _advance(model, _empty_cache(model, kv_policy), 0, token_ids, paths, kv_policy, _like(model, bypass))
 
 
 @torch.no_grad()
@@ -90,20 +94,24 @@ def generate(
     prompt: Sequence[int],
     max_new_tokens: int,
     kv_policy: str,
+    bypass: Bypass | None = None,
+    num_context_tokens: int | None = None,
 ) -> GeneratedSequence:
     """Greedy decoding with the paths a scheduler would hand out for this request.
 
     depth: layers per token, first and last included. prompt: at least one token id. No token ends it early.
+    bypass: see routed_logits. num_context_tokens: see RequestRoute.
     """
     caches = _empty_cache(model, kv_policy)
-    route = RequestRoute(router, schedule, depth, prompt)
+    bypass = _like(model, bypass)
+    route = RequestRoute(router, schedule, depth, prompt, num_context_tokens)
     token_ids = list(prompt)
     paths: list[Path] = []
     logprobs: list[float] = []
     for _ in range(max_new_tokens):
         start = len(paths)
         new = [run.path for run in route.runs(start, len(token_ids) - start, token_ids) for _ in range(run.num_tokens)]
-        logits = _advance(model, caches, start, token_ids[start:], new, kv_policy)[-1]
+        logits = _advance(model, caches, start, token_ids[start:], new, kv_policy, bypass)[-1]
         paths += new
         token = int(logits.argmax())
         logprobs.append(float(logits.float().log_softmax(dim=-1)[token]))
@@ -117,6 +125,10 @@ def _empty_cache(model: Any, kv_policy: str) -> list[LayerCache]:
     return [LayerCache() for _ in model.model.layers]
 
 
+def _like(model: Any, bypass: Bypass | None) -> Bypass | None:
+    return None if bypass is None else bypass.to(model.model.embed_tokens.weight)
+
+
 def _advance(
     model: Any,
     caches: list[LayerCache],
@@ -124,6 +136,7 @@ def _advance(
     token_ids: Sequence[int],
     paths: Sequence[Path],
     kv_policy: str,
+    bypass: Bypass | None,
 ) -> torch.Tensor:
     """Run the tokens at positions start, start + 1, ...; extends `caches`; returns their logits [n, vocab_size]."""
     if len(paths) != len(token_ids):
@@ -138,7 +151,10 @@ def _advance(
     cos, sin = (part[0] for part in backbone.rotary_emb(hidden, positions[None]))
     for index, (layer, cache) in enumerate(zip(backbone.layers, caches, strict=True)):
         runs = torch.tensor([bool(path >> index & 1) for path in paths], device=device)
-        hidden = _layer(layer, cache, hidden, positions, cos, sin, runs, kv_policy)
+        ran = _layer(layer, cache, hidden, positions, cos, sin, runs, kv_policy)
+        if bypass is not None and not runs.all():
+            ran[~runs] = bypass.apply(index, hidden[~runs])
+        hidden = ran
     return model.lm_head(backbone.norm(hidden))
 
 
@@ -152,7 +168,7 @@ def _layer(
     runs: torch.Tensor,
     kv_policy: str,
 ) -> torch.Tensor:
-    """One layer for the rows where `runs` ([n], bool) holds; the other rows pass."""
+    """One layer for the rows where `runs` ([n], bool) holds; the other rows pass. A new tensor."""
     attention = layer.self_attn
     entries = runs if kv_policy == MASKED else torch.ones_like(runs)
     normed = layer.input_layernorm(hidden)
@@ -161,6 +177,7 @@ def _layer(
     if kv_policy not in (MASKED, KV_ONLY):
         keys[~runs], values[~runs] = 0.0, 0.0
     kv_positions, keys, values = cache.append(positions[entries], keys, values)
+    hidden = hidden.clone()
     if not runs.any():
         return hidden
     queries = _rotate(_heads(attention, normed[runs], "q"), cos[runs], sin[runs])
@@ -168,7 +185,6 @@ def _layer(
     residual = hidden[runs]
     residual = residual + attention.o_proj(_attend(queries, keys, values, visible, attention.scaling))
     residual = residual + layer.mlp(layer.post_attention_layernorm(residual))
-    hidden = hidden.clone()
     hidden[runs] = residual
     return hidden
 

@@ -17,9 +17,10 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class PathSchedule:
-    """One path for the prompt, from the whole prompt; then a new decision every `interval` decoded tokens.
+    """One path for the context, which is the prompt unless a request says less, from all of its tokens; then a new
+    decision every `interval` tokens.
 
-    interval: R. 1 routes before every token, as the paper does; 0 keeps the prompt's path.
+    interval: R. 1 routes before every token, as the paper does; 0 keeps the first path.
     lag: the decision for the token at position p sees tokens up to p - lag. 0 sees the token itself; under
         asynchronous scheduling it is not on the host yet, so the lag is 1. A fixed number, never what
         happens to have arrived: the path stays a function of the token ids.
@@ -39,22 +40,36 @@ class RequestRoute:
     Depends on the router, the schedule, the depth and the token ids alone: not on batch-mates, chunking,
     cache state or preemption. Holds what was decided, so that a request that is computed again after a
     preemption runs the same paths.
+
+    num_context_tokens: the first path is decided from this many tokens of the prompt, at least one; what follows of it
+        is routed as decoded tokens are. None: from the whole prompt.
     """
 
-    def __init__(self, router: Router, schedule: PathSchedule, depth: int, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        router: Router,
+        schedule: PathSchedule,
+        depth: int,
+        prompt_token_ids: Sequence[int],
+        num_context_tokens: int | None = None,
+    ) -> None:
+        if num_context_tokens is None:
+            num_context_tokens = len(prompt_token_ids)
+        if not 1 <= num_context_tokens <= len(prompt_token_ids):
+            raise ValueError(f"{num_context_tokens} context tokens of a prompt of {len(prompt_token_ids)}")
         self.depth = depth
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_context_tokens = num_context_tokens
         self._router = router
         self._schedule = schedule
         self._context = router.new_context() if depth < router.num_layers else None
         if self._context is not None:
-            self._context.extend(prompt_token_ids)
-        self.prompt_path = router.path(self._context, depth)
+            self._context.extend(prompt_token_ids[:num_context_tokens])
+        self.first_path = router.path(self._context, depth)
         self._starts = [0]
-        self._paths = [self.prompt_path]
+        self._paths = [self.first_path]
         self.num_decisions = 1
         interval = schedule.interval if self._context is not None else 0
-        self._next_decision: int | None = self.num_prompt_tokens if interval else None
+        self._next_decision: int | None = num_context_tokens if interval else None
 
     @property
     def num_reroutes(self) -> int:

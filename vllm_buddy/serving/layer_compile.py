@@ -1,10 +1,12 @@
 """vLLM's compilation, one decoder layer at a time.
 
 vLLM compiles the whole model as one graph, which fixes the list of layers. A graph per layer serves every path and
-batch size. The graphs of the layers are alike, so the compiler's caches make all but the first two cheap.
+batch size. The graphs of the layers are alike, so the compiler's caches make all but the first two cheap. The bypasses
+share one graph, which takes their weights as arguments.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -16,8 +18,11 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.logger import init_logger
 
+from vllm_buddy.method.bypass import Bypass, bypass_delta
+
 logger = init_logger(f"vllm.{__name__}")
 
+# (positions, hidden_states, residual) -> (hidden_states, residual)
 LayerFn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -28,33 +33,93 @@ def layer_functions(layers: Sequence[nn.Module], first_layer: int, vllm_config: 
 
     layers: vLLM decoder layers. first_layer: index of layers[0] in the model; layer 0 gets no residual.
     """
-    config = vllm_config.compilation_config
-    # vLLM's CI setting asks for tracing without a compiler behind it, which is the layer itself.
-    if config.mode != CompilationMode.DYNAMO_TRACE_ONCE or config.backend == "eager":
+    if not _compiles(vllm_config):
         return list(layers)
     return [
-        _compile(layer, vllm_config, with_residual=index > 0) for index, layer in enumerate(layers, start=first_layer)
+        _compile_layer(layer, vllm_config, with_residual=index > 0)
+        for index, layer in enumerate(layers, start=first_layer)
     ]
 
 
-def _compile(layer: Any, vllm_config: VllmConfig, *, with_residual: bool) -> LayerFn:
-    """Compile one layer ahead of its first use, as vLLM compiles a model: one trace, no guards."""
+def bypass_functions(bypass: Bypass, vllm_config: VllmConfig) -> list[LayerFn]:
+    """What takes the place of each layer for rows that skip it, in the form of a layer; compiled where layers are.
+
+    bypass: of a whole model, in its dtype. The first and the last layer, which no row skips, have none: calling their
+        entries is an error.
+    """
+    weights = list(zip(bypass.down.unbind(), bypass.up.unbind()))
+
+    def step(hidden: Any, residual: Any, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # A row's state is their sum, rounded. Left as a sum with what the bypass adds, it is rounded by the next layer
+        # as the reference rounds it.
+        state = hidden + residual
+        return bypass_delta(state, down, up, bypass.eps), state
+
+    if _compiles(vllm_config):
+        # Copies: inputs are told apart by their memory.
+        down, up = (weight.clone() for weight in weights[0])
+        step = DirectCall.of(
+            _compile(step, _states(vllm_config, _most_tokens(vllm_config)), vllm_config, down, up),
+            lambda num_tokens: (*_states(vllm_config, num_tokens), down, up),
+        )
+
+    return [_never_skipped, *(BypassCall(step, down, up) for down, up in weights), _never_skipped]
+
+
+@dataclass(frozen=True)
+class BypassCall:
+    """One layer's bypass in the form of a layer: the function that all share, on its weights."""
+
+    step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    down: torch.Tensor
+    up: torch.Tensor
+
+    def __call__(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.step(hidden, residual, self.down, self.up)
+
+
+def _never_skipped(positions: Any, hidden: Any, residual: Any) -> Any:
+    raise RuntimeError("the first and the last layer are never skipped")
+
+
+def _compiles(vllm_config: VllmConfig) -> bool:
+    config = vllm_config.compilation_config
+    # vLLM's CI setting asks for tracing without a compiler behind it, which is the layer itself.
+    return config.mode == CompilationMode.DYNAMO_TRACE_ONCE and config.backend != "eager"
+
+
+def _compile_layer(layer: Any, vllm_config: VllmConfig, *, with_residual: bool) -> LayerFn:
+    def example(num_tokens: int) -> tuple[Any, ...]:
+        hidden, residual = _states(vllm_config, num_tokens)
+        return torch.arange(num_tokens), hidden, residual if with_residual else None
+
+    # Without metadata attention neither writes to the cache nor reads it.
+    with override_forward_context(create_forward_context(None, vllm_config)):
+        function = _compile(layer.forward, example(_most_tokens(vllm_config)), vllm_config)
+        with patch.object(layer.self_attn.attn.impl, "forward", _attend_to_itself):
+            return DirectCall.of(partial(function, layer), example)
+
+
+def _compile(
+    function: Callable[..., Any], rows: tuple[Any, ...], vllm_config: VllmConfig, *others: torch.Tensor
+) -> Callable[..., Any]:
+    """Compile a function ahead of its first use, as vLLM compiles a model: one trace, no guards.
+
+    rows: its first arguments, tensors (or None) with any number of rows. others: those of fixed shape.
+    """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     options |= vllm_config.compilation_config.inductor_compile_config
     backend = vllm_config.compilation_config.init_backend(vllm_config)
-    # Without metadata attention neither writes to the cache nor reads it.
-    no_attention = create_forward_context(None, vllm_config)
-    largest = max(2, vllm_config.scheduler_config.max_num_batched_tokens)
-    example = _example(vllm_config, with_residual=with_residual, num_tokens=largest)
-    for tensor in example:
+    for tensor in rows:
         if tensor is not None:
             torch._dynamo.mark_dynamic(tensor, 0)
-    with torch._dynamo.config.patch(enable_aot_compile=True), override_forward_context(no_attention):
-        compiled: Any = torch.compile(layer.forward, fullgraph=True, dynamic=False, backend=backend, options=options)
-        function = compiled.aot_compile((example, {}))
-        function.disable_guard_check()
-        with patch.object(layer.self_attn.attn.impl, "forward", _attend_to_itself):
-            return DirectCall.of(partial(function, layer), vllm_config, with_residual=with_residual)
+    with torch._dynamo.config.patch(enable_aot_compile=True):
+        compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
+        ahead = compiled.aot_compile(((*rows, *others), {}))
+        ahead.disable_guard_check()
+        return ahead
 
 
 def _attend_to_itself(layer: Any, query: torch.Tensor, *args: Any, output: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -73,30 +138,30 @@ class DirectCall:
     def __init__(self, code: Callable[[list[Any]], Any], template: list[Any], inputs: list[int], sizes: list[int]):
         self._code = code
         self._template = template
-        self._inputs = inputs  # where positions, hidden and residual stand in the template
+        self._inputs = inputs  # where the arguments that are tensors stand in the template
         self._sizes = sizes  # where the number of tokens stands
         self.outputs: tuple[int, int] = (0, 1)  # where hidden and residual stand in what the code returns
 
-    def __call__(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, *arguments: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         flat = self._template.copy()
-        for place, tensor in zip(self._inputs, (positions, hidden, residual)):
+        for place, tensor in zip(self._inputs, arguments):
             flat[place] = tensor
+        num_tokens = arguments[0].shape[0]  # type: ignore[union-attr]
         for place in self._sizes:
-            flat[place] = hidden.shape[0]
+            flat[place] = num_tokens
         result = self._code(flat)
         return result[self.outputs[0]], result[self.outputs[1]]
 
     @classmethod
-    def of(cls, function: LayerFn, vllm_config: VllmConfig, *, with_residual: bool) -> LayerFn:
+    def of(cls, function: LayerFn, example: Callable[[int], tuple[Any, ...]]) -> LayerFn:
         """The direct call of a compiled layer, checked against it to the last bit on inputs of another size.
 
+        example: from a number of tokens to random inputs; an input that is None is the last.
         Falls back to `function`, with a warning, if a version of torch generates code of another form.
         """
         try:
-            direct = cls._record(function, _example(vllm_config, with_residual=with_residual, num_tokens=37))
-            check = _example(vllm_config, with_residual=with_residual, num_tokens=11)
+            direct = cls._record(function, example(37))
+            check = example(11)
             same = all(torch.equal(a, b) for a, b in zip(direct(*check), function(*check), strict=True))
         except (ValueError, AttributeError, TypeError, IndexError) as error:
             logger.warning_once("compiled layers are called through torch's wrappers, which is slower: %s", error)
@@ -136,9 +201,13 @@ def _place(values: Sequence[Any], tensor: torch.Tensor) -> int:
     return places[0]
 
 
-def _example(vllm_config: VllmConfig, *, with_residual: bool, num_tokens: int) -> tuple[Any, ...]:
-    """Random inputs of a layer."""
+def _states(vllm_config: VllmConfig, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random hidden states and residual: each [num_tokens, hidden_size]."""
     model = vllm_config.model_config
-    positions = torch.arange(num_tokens)
     hidden, residual = torch.randn(2, num_tokens, model.get_hidden_size(), dtype=model.dtype).unbind()
-    return positions, hidden, residual if with_residual else None
+    return hidden, residual
+
+
+def _most_tokens(vllm_config: VllmConfig) -> int:
+    """Of a step; two at least, since a trace on one row would be of one row only."""
+    return max(2, vllm_config.scheduler_config.max_num_batched_tokens)

@@ -1,5 +1,6 @@
 """The routed models: vLLM's own Llama, Qwen2 and Qwen3 with another loop over the layers."""
 
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,8 +9,10 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from vllm_buddy.artifact import load_artifact
+from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.serving.kv_policy.kv_only import KVOnly, keep_kv_weights
-from vllm_buddy.serving.layer_compile import LayerFn, layer_functions
+from vllm_buddy.serving.layer_compile import LayerFn, bypass_functions, layer_functions
 from vllm_buddy.serving.routed_step import RoutedStep
 from vllm_buddy.serving.startup import SCHEDULER, engine_settings
 
@@ -23,7 +26,10 @@ else:
 class RoutedBackbone(_Backbone):
     """Mixin over vLLM's LlamaModel and Qwen2Model (and Qwen3Model): embed, routed layers, norm."""
 
+    # Not a module of its own: vLLM would look for its weights in the checkpoint.
+    buddy_bypass: Bypass | None = None
     _functions: list[LayerFn] | None = None
+    _bypasses: list[LayerFn] | None = None
 
     def forward(
         self,
@@ -36,13 +42,15 @@ class RoutedBackbone(_Backbone):
         """Hidden states [num_tokens, hidden_size]. step None, in profiling and dummy runs: all layers, all rows."""
         if self._functions is None:
             self._functions = layer_functions(list(self.layers), 0, self.vllm_config)
+            if self.buddy_bypass is not None:
+                self._bypasses = bypass_functions(self.buddy_bypass, self.vllm_config)
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
         if step is None:
             for function in self._functions:
                 hidden, residual = function(positions, hidden, residual)
         else:
-            hidden, residual = step.run(self.layers, self._functions, positions, hidden, residual)
+            hidden, residual = step.run(self.layers, self._functions, positions, hidden, residual, self._bypasses)
         hidden, _ = self.norm(hidden, residual)
         return hidden
 
@@ -64,7 +72,15 @@ class _Routed(_CausalLM):
         backbone.__class__ = type(f"Routed{type(backbone).__name__}", (RoutedBackbone, type(backbone)), {})
         backbone.vllm_config = vllm_config
         backbone.do_not_compile = True  # as a whole; see layer_compile
-        self._keeps_kv_weights = engine_settings(vllm_config).kv_policy == KVOnly.name
+        settings = engine_settings(vllm_config)
+        self._keeps_kv_weights = settings.kv_policy == KVOnly.name
+        assert settings.artifact is not None  # the config hook resolved it to a folder
+        artifact = load_artifact(FilePath(settings.artifact))
+        self._lora = artifact.lora
+        self._dtype = vllm_config.model_config.dtype
+        if artifact.bypass is not None:
+            # vLLM builds models with their device as the default one.
+            backbone.buddy_bypass = artifact.bypass.to(torch.empty(0, dtype=self._dtype))
 
     def forward(
         self,
@@ -78,7 +94,13 @@ class _Routed(_CausalLM):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, step=step)
 
     def load_weights(self, weights: Any) -> Any:
-        """Load as vLLM does, then keep what the KV policy needs before vLLM packs the weights."""
+        """Load as vLLM does, with the artifact's LoRA merged into each weight before vLLM shards and stacks them.
+
+        Afterwards what the KV policy needs is kept, before vLLM packs the weights for its matrix products.
+        """
+        if self._lora is not None:
+            # In the dtype that is served, as merging into a loaded model would.
+            weights = self._lora.merge_all((name, weight.to(self._dtype)) for name, weight in weights)
         loaded = super().load_weights(weights)
         if self._keeps_kv_weights:
             for layer in self.model.layers:

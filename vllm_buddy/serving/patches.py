@@ -1,11 +1,12 @@
-"""All changes to vLLM's own classes: two wrapped methods and one table entry per model class.
+"""All changes to vLLM's own classes: three wrapped methods and one table entry per model class.
 
 | patch | why there is no hook |
 |---|---|
 | `_ModelRegistry._normalize_arch` | --model-impl knows a fixed list of implementations |
 | `SamplingParams.verify` | per-request options in vllm_xargs are not validated, and HTTP 400 needs an error there |
+| `InputProcessor.process_inputs` | the same, for an option that is checked against the length of the prompt |
 
-Both act only where model_impl is "buddy". tests/serving/test_patches.py fails when vLLM's side moves.
+All act only where model_impl is "buddy". tests/serving/test_patches.py fails when vLLM's side moves.
 """
 
 from typing import Any
@@ -23,10 +24,11 @@ _MARK = "_vllm_buddy_original"
 
 
 def apply() -> None:
-    """Register the routed models and apply both patches. Calling it again changes nothing."""
+    """Register the routed models and apply the patches. Calling it again changes nothing."""
     _register_models()
     _wrap_normalize_arch()
     _wrap_verify()
+    _wrap_process_inputs()
 
 
 def _register_models() -> None:
@@ -81,3 +83,25 @@ def _wrap_verify() -> None:
 
     setattr(verify, _MARK, original)
     SamplingParams.verify = verify
+
+
+def _wrap_process_inputs() -> None:
+    """Validate what depends on the prompt where vLLM knows both, before the request leaves for the engine."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_buddy.serving.request import verify_context
+
+    original = InputProcessor.process_inputs
+    if hasattr(original, _MARK):
+        return
+
+    def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        params = request.sampling_params
+        if getattr(self.model_config, "model_impl", None) == MODEL_IMPL and isinstance(params, SamplingParams):
+            verify_context(params, len(request.prompt_token_ids))
+        return request
+
+    setattr(process_inputs, _MARK, original)
+    InputProcessor.process_inputs = process_inputs

@@ -11,6 +11,8 @@ from vllm_buddy.errors import BudgetError
 from vllm_buddy.method import depth_for_budget, parse_budget
 
 BUDGET_KEY = "buddy_budget"
+CONTEXT_TOKENS_KEY = "buddy_context_tokens"
+_KEYS = (BUDGET_KEY, CONTEXT_TOKENS_KEY)
 _PREFIX = "buddy_"
 
 
@@ -53,12 +55,15 @@ class RequestLimits:
 
 
 def verify_request(params: SamplingParams, model_config: Any) -> None:
-    """Raise vLLM's validation error, HTTP 400 in the server, for buddy options that cannot be served."""
+    """Raise vLLM's validation error, HTTP 400 in the server, for buddy options that cannot be served.
+
+    All but the size of buddy_context_tokens, for which the prompt must be known; see verify_context.
+    """
     extra_args = params.extra_args or {}
     for key in extra_args:
-        if key.startswith(_PREFIX) and key != BUDGET_KEY:
+        if key.startswith(_PREFIX) and key not in _KEYS:
             raise VLLMValidationError(
-                f"unknown option '{key}'; vllm_buddy knows {BUDGET_KEY}",
+                f"unknown option '{key}'; vllm_buddy knows {', '.join(_KEYS)}",
                 parameter=f"vllm_xargs.{key}",
                 value=extra_args[key],
             )
@@ -68,3 +73,21 @@ def verify_request(params: SamplingParams, model_config: Any) -> None:
         raise VLLMValidationError(
             f"{BUDGET_KEY}: {error}", parameter=f"vllm_xargs.{BUDGET_KEY}", value=extra_args[BUDGET_KEY]
         ) from None
+
+
+def context_tokens(extra_args: Mapping[str, Any] | None) -> int | None:
+    """How much of its prompt a request's first path is decided from; None for all of it."""
+    return (extra_args or {}).get(CONTEXT_TOKENS_KEY)
+
+
+def verify_context(params: SamplingParams, num_prompt_tokens: int) -> None:
+    """Raise vLLM's validation error, HTTP 400 in the server, if buddy_context_tokens is not within the prompt."""
+    value = context_tokens(params.extra_args)
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= num_prompt_tokens:
+        raise VLLMValidationError(
+            f"{CONTEXT_TOKENS_KEY}: {value!r} is not an integer from 1 to {num_prompt_tokens}, the prompt's length",
+            parameter=f"vllm_xargs.{CONTEXT_TOKENS_KEY}",
+            value=value,
+        )

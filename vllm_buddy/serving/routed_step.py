@@ -1,4 +1,4 @@
-"""The forward pass of one step: every layer runs on the rows whose path holds it, and on no others."""
+"""The forward pass of one step: every layer runs on the rows whose path holds it, its bypass on the others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,52 +31,59 @@ class RoutedStep:
         positions: torch.Tensor,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
+        bypasses: Sequence[LayerFn] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run layers on hidden states.
 
         layers, functions: all layers of the model and what computes them.
+        bypasses: what computes the rows that skip a layer, one for each; None: they pass unchanged.
         positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], updated in place where rows are skipped.
         """
         with override_forward_context(self._forward_context(layers)):
             index = 0
             while index < len(layers):
                 view = self.views[index]
-                if view.skipped is not None:
+                if view.skipped_slots is not None:
                     self.policy.write_skipped(layers[index], view, positions, hidden, residual)
-                if view.is_empty:
-                    index += 1
-                    continue
-                end = self._span_end(index)
-                span = [functions[i] for i in range(index, end) if not self.views[i].is_empty]
-                if view.rows is None:
-                    for function in span:
-                        hidden, residual = function(positions, hidden, residual)
-                    self.executed += len(span)
+                span = range(index, index + 1 if view.is_empty else self._span_end(index))
+                num_run = sum(not self.views[i].is_empty for i in span)
+                chain = [
+                    bypasses[i] if bypasses and self.views[i].is_empty else functions[i]
+                    for i in span
+                    if bypasses or not self.views[i].is_empty
+                ]
+                if view.rows is None:  # one chain for all rows
+                    hidden, residual = _call(chain, positions, hidden, residual)
+                    self.executed += num_run
                 else:
                     assert residual is not None  # layer 0 runs on all rows
-                    hidden_rows, residual_rows = hidden[view.rows], residual[view.rows]
-                    positions_rows = positions[view.rows]
-                    for function in span:
-                        hidden_rows, residual_rows = function(positions_rows, hidden_rows, residual_rows)
-                    hidden.index_copy_(0, view.rows, hidden_rows)
-                    residual.index_copy_(0, view.rows, residual_rows)
-                    self.executed[view.rows_np] += len(span)
-                index = end
+                    parts: list[tuple[torch.Tensor, Sequence[LayerFn]]] = [(view.rows, chain)]
+                    if bypasses:
+                        parts.append((view.skipped_rows(hidden), bypasses[span.start : span.stop]))
+                    for rows, part in parts:
+                        hidden_rows, residual_rows = _call(part, positions[rows], hidden[rows], residual[rows])
+                        hidden.index_copy_(0, rows, hidden_rows)
+                        residual.index_copy_(0, rows, residual_rows)
+                    self.executed[view.rows_np] += num_run
+                index = span.stop
         assert residual is not None
         return hidden, residual
 
     def _span_end(self, start: int) -> int:
-        """First layer after `start` that runs other rows, or before which skipped rows must be written.
+        """Behind the last layer that the same rows run, without other rows or a write of skipped rows between.
 
         Over a span rows are gathered once and scattered once. Layers that nobody runs do not end it.
         """
         rows = self.views[start].rows_np
         end = start + 1
-        while end < len(self.views):
-            view = self.views[end]
-            if view.skipped is not None or not (view.is_empty or _same_rows(rows, view.rows_np)):
+        for index in range(start + 1, len(self.views)):
+            view = self.views[index]
+            if view.skipped_slots is not None:
                 break
-            end += 1
+            if not view.is_empty:
+                if not _same_rows(rows, view.rows_np):
+                    break
+                end = index + 1
         return end
 
     def _forward_context(self, layers: Sequence[Any]) -> Any:
@@ -97,3 +104,11 @@ def _same_rows(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     if a is None or b is None:
         return a is b
     return a is b or np.array_equal(a, b)
+
+
+def _call(
+    functions: Sequence[LayerFn], positions: torch.Tensor, hidden: Any, residual: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    for function in functions:
+        hidden, residual = function(positions, hidden, residual)
+    return hidden, residual

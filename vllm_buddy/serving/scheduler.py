@@ -13,7 +13,7 @@ from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import PathSchedule, RequestRoute, depth_for_budget
 from vllm_buddy.serving.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.prefix_cache import end_hash_chain, limit_publishing, salt
-from vllm_buddy.serving.request import RequestLimits
+from vllm_buddy.serving.request import RequestLimits, context_tokens
 from vllm_buddy.serving.startup import engine_settings
 from vllm_buddy.serving.telemetry import EngineMetrics, Outcome
 
@@ -45,18 +45,21 @@ class _Routing(_Base):
     # --- one request -------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        """Decide the prompt's path, and make it part of the request's prefix-cache keys."""
+        """Decide the paths of the prompt, and make the first part of the request's prefix-cache keys."""
         if request.request_id not in self.requests:
             started = time.perf_counter()
             assert request.sampling_params is not None  # generation models only, checked at start
             # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by.
             budget = 1.0 if request.resumable else self._limits.budget(request.sampling_params.extra_args)
             depth = depth_for_budget(budget, self._limits.num_layers)
-            route = RequestRoute(self._router, self._schedule, depth, request.all_token_ids)
+            num_context = None if request.resumable else context_tokens(request.sampling_params.extra_args)
+            route = RequestRoute(self._router, self._schedule, depth, request.all_token_ids, num_context)
             self._routes[request.request_id] = route
             self._outcomes[request.request_id] = Outcome(budget, depth)
-            if route.prompt_path != self._router.full:
-                salt(request, f"{self._salt_prefix}:{route.prompt_path:x}")
+            if route.first_path != self._router.full:
+                salt(request, f"{self._salt_prefix}:{route.first_path:x}")
+                # The path may change within the prompt, which must not find blocks beyond that.
+                self._publishable_tokens(request, request.num_tokens)
             self._metrics.observe_routing(time.perf_counter() - started)
         super().add_request(request)
 
@@ -102,7 +105,7 @@ class _Routing(_Base):
             request, route = self.requests[req_id], self._routes[req_id]
             # vLLM has advanced num_computed_tokens past this step already.
             runs = route.runs(request.num_computed_tokens - num_tokens, num_tokens, request.all_token_ids)
-            plan[req_id] = RequestPlan(tuple(runs), route.prompt_path if req_id in starting else None)
+            plan[req_id] = RequestPlan(tuple(runs), route.first_path if req_id in starting else None)
         return plan
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:

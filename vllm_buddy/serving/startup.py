@@ -10,7 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from vllm_buddy.artifact import Artifact, load_artifact, shipped_artifacts
-from vllm_buddy.errors import ArtifactError, SettingsError
+from vllm_buddy.errors import ArtifactError, SettingsError, UnsupportedError
 from vllm_buddy.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.method import smallest_budget
 from vllm_buddy.serving import telemetry
@@ -27,6 +27,18 @@ logger = init_logger(f"vllm.{__name__}")
 SCHEDULER = "vllm_buddy.serving.scheduler.make_scheduler"
 CPU_WORKER = "vllm_buddy.serving.worker.BuddyCPUWorker"
 GPU_WORKER = "vllm_buddy.serving.worker.BuddyGPUWorker"
+
+# Those that hand a model the tensors of its checkpoint, under their own names.
+_MERGEABLE_FORMATS = (
+    "auto",
+    "hf",
+    "safetensors",
+    "pt",
+    "npcache",
+    "fastsafetensors",
+    "instanttensor",
+    "runai_streamer",
+)
 
 
 class BuddyModelConfig(VerifyAndUpdateConfig):
@@ -46,6 +58,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         folder = resolve_artifact(settings.artifact, vllm_config)
         artifact = load_artifact(folder)
         check_base_model(artifact, vllm_config)
+        check_lora(artifact, vllm_config)
         router = artifact.router(library=settings.paths == "library")
         num_layers = artifact.config.base_model.num_layers
         floor = smallest_budget(num_layers)
@@ -136,6 +149,28 @@ def check_base_model(artifact: Artifact, vllm_config: "VllmConfig") -> None:
         raise ArtifactError(
             f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
             f"but {num_layers} layers of it are to be served"
+        )
+
+
+def check_lora(artifact: Artifact, vllm_config: "VllmConfig") -> None:
+    """Refuse to merge an artifact's LoRA into weights where that cannot be done.
+
+    Raises:
+        UnsupportedError: the weights are quantised, or vLLM loads them in a form of its own.
+    """
+    if artifact.lora is None:
+        return
+    what = f"artifact '{artifact.config.name}' changes the base weights (recipe {artifact.config.recipe}), which cannot"
+    quantization = vllm_config.model_config.quantization
+    if quantization is not None:
+        raise UnsupportedError(
+            f"{what} be done where they are quantised ({quantization}); serve the unquantised model, or an artifact "
+            "with a bypass, which leaves the base weights alone"
+        )
+    load_format = vllm_config.load_config.load_format
+    if load_format not in _MERGEABLE_FORMATS:
+        raise UnsupportedError(
+            f"{what} be done with --load-format {load_format}; use one of {', '.join(_MERGEABLE_FORMATS)}"
         )
 
 

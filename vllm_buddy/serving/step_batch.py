@@ -13,12 +13,6 @@ from vllm_buddy.method import Path
 from vllm_buddy.serving.plan import RequestPlan
 
 
-@lru_cache(maxsize=4096)
-def path_mask(path: Path, num_layers: int) -> np.ndarray:
-    """[num_layers], bool."""
-    return np.array([path >> layer & 1 for layer in range(num_layers)], dtype=bool)
-
-
 @dataclass
 class StepBatch:
     """The rows of one step. All arrays are host arrays; only `block_table` has the runner's layout.

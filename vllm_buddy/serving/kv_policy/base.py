@@ -17,8 +17,8 @@ class LayerView:
     rows_np, rows: [num_rows] token rows that execute the layer, ascending, on the host and on the device;
         None means all rows. Empty: nobody executes it.
     attn_metadata, slot_mapping: for these rows; None means vLLM's own for the whole batch.
-    skipped, skipped_slots: rows that do not execute the layer but write to its cache all the same, and where.
-        None: nothing is written.
+    skipped: rows that do not execute the layer, on the device; see skipped_rows.
+    skipped_slots: where they write to its cache all the same. None: nothing is written.
     """
 
     rows_np: np.ndarray | None = None
@@ -31,6 +31,14 @@ class LayerView:
     @property
     def is_empty(self) -> bool:
         return self.rows_np is not None and len(self.rows_np) == 0
+
+    def skipped_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`skipped`, found on first use if the policy has not set it. hidden: [num_tokens, any]."""
+        if self.skipped is None:
+            skips = np.ones(len(hidden), dtype=bool)
+            skips[self.rows_np] = False
+            self.skipped = torch.from_numpy(np.flatnonzero(skips)).to(hidden.device, non_blocking=True)
+        return self.skipped
 
 
 class KVPolicy(ABC):
