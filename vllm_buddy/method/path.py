@@ -1,6 +1,7 @@
 """Paths: the set of layers a token executes, as an integer whose bit l stands for layer l."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -19,6 +20,12 @@ def path_of(layers: Iterable[int]) -> Path:
 def layers_of(path: Path) -> list[int]:
     """The layers of `path`, ascending."""
     return [layer for layer in range(path.bit_length()) if path >> layer & 1]
+
+
+@lru_cache(maxsize=4096)
+def path_mask(path: Path, num_layers: int) -> np.ndarray:
+    """[num_layers], bool: does the path hold the layer? Not to be written to."""
+    return np.array([path >> layer & 1 for layer in range(num_layers)], dtype=bool)
 
 
 def full_path(num_layers: int) -> Path:

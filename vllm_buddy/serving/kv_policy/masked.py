@@ -15,9 +15,10 @@ from typing import ClassVar
 import numpy as np
 
 from vllm_buddy.method import Path
+from vllm_buddy.method.path import path_mask
 from vllm_buddy.serving.kv_policy.base import KVPolicy, LayerView
 from vllm_buddy.serving.plan import RequestPlan
-from vllm_buddy.serving.step_batch import StepBatch, path_mask
+from vllm_buddy.serving.step_batch import StepBatch
 
 _INITIAL_SLOTS = 64
 
