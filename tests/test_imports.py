@@ -20,6 +20,7 @@ RANKS = {
     "vllm_buddy.fingerprint": 2,
     "vllm_buddy.artifact": 2,
     "vllm_buddy.gguf_llama": 2,
+    "vllm_buddy.model_folder": 2,
     "vllm_buddy.embedded_model": 3,
     "vllm_buddy.importance": 3,
     "vllm_buddy.training": 3,

@@ -31,3 +31,19 @@ class EmbeddedModelError(BuddyError):
 
 class ServerError(BuddyError):
     """A server that this package started did not come up, or stopped."""
+
+
+class ModelError(BuddyError):
+    """A model folder that cannot be loaded."""
+
+
+class BaselineError(BuddyError):
+    """A static layer order that is unknown, belongs to another model or has not been measured."""
+
+
+class EvaluationError(BuddyError):
+    """Data, a policy or a setting that quality cannot be measured with."""
+
+
+class TrainingError(BuddyError):
+    """A setting, data or a state that training cannot go on with."""

@@ -42,6 +42,10 @@ class BaseModelIdentity(BaseModel):
         """What must agree even where there are no weights to compare (dummy load format)."""
         return (self.architecture, self.num_layers, self.hidden_size, self.vocab_size)
 
+    def same_model(self, other: "BaseModelIdentity") -> bool:
+        """Whether both are the same weights, whatever they are called and however they are quantised."""
+        return self.shape == other.shape and self.fingerprint == other.fingerprint
+
 
 def identify(folder: FilePath, name: str | None = None) -> BaseModelIdentity:
     """Identity of the Hugging Face model in `folder` (config.json and safetensors).

@@ -74,7 +74,7 @@ def test_card_and_record_say_what_was_done(
     for key in ("command", "date", "seed", "settings", "text", "base_model", "perplexity", "versions"):
         assert f"\n{key}:" in f"\n{record}"
     shown = capsys.readouterr()
-    assert "perplexity by budget, cosine:" in shown.out and "taylor: window 2 of 2" in shown.err
+    assert "perplexity by budget, cosine:" in shown.out and "taylor: 2 of 2" in shown.err
 
 
 def test_record_names_the_code_that_ran(

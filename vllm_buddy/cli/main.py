@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "vLLM's server with --model-impl buddy; every option of `vllm serve` is passed on",
     "fetch-model": "write the embedded model as a Hugging Face folder",
     "prior": "measure layer importance and write an artifact",
+    "orders": "measure in which order static pruning takes layers out",
     "artifacts": "list the artifacts that come with this package",
     "demo": "serve the embedded model and compare budgets",
     "doctor": "check the installation and say what to do about each failure",

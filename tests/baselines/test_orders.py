@@ -1,0 +1,179 @@
+"""Orders of static methods: what leaves when, and whose order it is."""
+
+import json
+from pathlib import Path as FilePath
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, load_model, save_tiny_model
+from vllm_buddy.baselines import (
+    MEASURED,
+    POSITIONAL,
+    STATIC_METHODS,
+    LayerOrder,
+    OrderFile,
+    layer_order,
+    shipped_orders,
+    static_path,
+)
+from vllm_buddy.baselines.sleb import sleb_order
+from vllm_buddy.cli.main import main
+from vllm_buddy.embedded_model import DEFAULT_MODEL
+from vllm_buddy.errors import BaselineError
+from vllm_buddy.fingerprint import identify
+from vllm_buddy.importance.layer_stack import LayerStack
+from vllm_buddy.method import layers_of
+
+USELESS = (5, 2)  # layers that add nothing to the hidden state
+TOLERANCE = 1e-12  # equal losses: nothing is computed twice in another order
+SIZES = ["--tokens", "64", "--window", "32"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
+    return save_tiny_model(tmp_path_factory.mktemp("orders"), "llama")
+
+
+@pytest.fixture
+def model(folder: FilePath) -> nn.Module:
+    model = load_model(folder)
+    with torch.no_grad():
+        for index in USELESS:
+            model.model.layers[index].self_attn.o_proj.weight.zero_()
+            model.model.layers[index].mlp.down_proj.weight.zero_()
+    return model
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB_SIZE, (3, 16)))
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "taylor"])
+def test_layers_that_do_nothing_leave_first(method: str, model: nn.Module, windows: torch.Tensor) -> None:
+    """Failure: importance is sorted the wrong way round, or indices are off by the first layer."""
+    order = MEASURED[method].order(model, windows, lambda done, total: None)
+    assert order[:2] == sorted(USELESS, reverse=True)
+    assert sorted(order) == list(range(1, NUM_LAYERS - 1))
+
+
+def test_delta_ppl_takes_the_layer_whose_loss_is_lowest(model: nn.Module, windows: torch.Tensor) -> None:
+    """Failure: the order is not that of the perplexity without each layer."""
+    order = MEASURED["delta_ppl"].order(model, windows, lambda done, total: None)
+    losses = [_loss(model, windows, skipped=[layer]) for layer in order]
+    assert losses == sorted(losses)
+
+
+def test_sleb_measures_again_after_each_layer(model: nn.Module, windows: torch.Tensor) -> None:
+    """Failure: a trial reuses hidden states of layers that have left, or ranks once and for all."""
+    left = list(range(1, NUM_LAYERS - 1))
+    gone: list[int] = []
+    while left:
+        losses = {layer: _loss(model, windows, skipped=[*gone, layer]) for layer in left}
+        best = min(losses.values())
+        gone.append(max(layer for layer in left if losses[layer] <= best + TOLERANCE))
+        left.remove(gone[-1])
+    seen: list[int] = []
+    assert sleb_order(model, windows, lambda done, total: seen.append(done)) == gone
+    assert seen == list(range(1, NUM_LAYERS - 1))
+    once_and_for_all = MEASURED["delta_ppl"].order(model, windows, lambda done, total: None)
+    assert gone != once_and_for_all  # else this test could not tell the two apart
+
+
+@pytest.mark.parametrize("num_layers", [3, 4, 8, 30])
+@pytest.mark.parametrize("method", POSITIONAL)
+def test_positional_orders_hold_every_middle_layer_once(method: str, num_layers: int) -> None:
+    """Failure: a depth cannot be reached, or first or last layer leave."""
+    assert sorted(POSITIONAL[method](num_layers, 0)) == list(range(1, num_layers - 1))
+
+
+def test_positional_orders() -> None:
+    """Failure: reverse drops from the start, or evenly spaced layers lie side by side."""
+    assert POSITIONAL["reverse"](6, 0) == [4, 3, 2, 1]
+    assert POSITIONAL["evenly_spaced"](9, 0)[:3] == [4, 6, 2]
+    assert POSITIONAL["random"](30, 1) == POSITIONAL["random"](30, 1) != POSITIONAL["random"](30, 2)
+
+
+def test_paths_of_all_depths_are_nested() -> None:
+    """Failure: the set of a depth is not that of the depth above without its next layer to leave."""
+    order = [3, 1, 4, 2]
+    assert layers_of(static_path(order, 6)) == [0, 1, 2, 3, 4, 5]
+    assert layers_of(static_path(order, 5)) == [0, 1, 2, 4, 5]
+    assert layers_of(static_path(order, 3)) == [0, 2, 5]
+
+
+def test_shipped_orders_are_those_of_the_embedded_model() -> None:
+    """Failure: a comparison starts with minutes of measuring, or with another model's orders."""
+    (file,) = shipped_orders()
+    assert file.base_model.num_layers == 30 and {order.method for order in file.orders} == set(MEASURED)
+    for name in STATIC_METHODS:
+        assert sorted(layer_order(name, file.base_model)) == list(range(1, 29))
+    artifact = json.loads((FilePath("vllm_buddy/artifacts") / DEFAULT_MODEL / "buddy_config.json").read_text())
+    assert file.base_model.fingerprint == artifact["base_model"]["fingerprint"]
+
+
+def test_another_model_has_no_order(folder: FilePath) -> None:
+    """Failure: the order of one model is used for another."""
+    with pytest.raises(BaselineError, match="order of 'sleb' has not been measured for .*vllm-buddy orders"):
+        layer_order("sleb", identify(folder))
+    with pytest.raises(BaselineError, match="unknown static method 'slep'; known are shortgpt, sleb, delta_ppl"):
+        layer_order("slep", identify(folder))
+
+
+def test_command_measures_and_keeps(
+    model_with_tokenizer: FilePath, text_file: FilePath, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failure: measuring a method anew loses the others, or the file belongs to no model."""
+    out = tmp_path / "orders.json"
+    command = ["orders", str(out), "--text", str(text_file), "--model", str(model_with_tokenizer), *SIZES]
+    assert main([*command, "--methods", "shortgpt,sleb"]) == 0
+    assert main([*command, "--methods", "shortgpt,taylor"]) == 0
+    file = OrderFile.load(out)
+    assert {order.method for order in file.orders} == {"shortgpt", "sleb", "taylor"}
+    assert file.base_model.same_model(identify(model_with_tokenizer))
+    order = layer_order("sleb", identify(model_with_tokenizer), files=[file])
+    assert f"sleb: {' '.join(map(str, order))}" in capsys.readouterr().out
+    assert {(o.calibration, o.num_tokens, o.window) for o in file.orders} == {("text.txt", 64, 32)}
+
+
+def test_mistakes_are_one_line(
+    model_with_tokenizer: FilePath, text_file: FilePath, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failure: a traceback after minutes of measuring, or orders of two models in one file."""
+    out = tmp_path / "orders.json"
+    other = identify(save_tiny_model(tmp_path / "other", "llama", seed=1))
+    for options, message in (
+        (["--methods", "reverse"], "'reverse' is not a method that is measured; known are shortgpt, sleb"),
+        (["--text", str(tmp_path / "none")], "cannot read the text file"),
+        (["--tokens", "5000"], "text.txt holds 1000 tokens, but 5000 for calibration"),
+    ):
+        assert main(["orders", str(out), "--text", str(text_file), "--model", str(model_with_tokenizer), *options]) == 2
+        assert message in capsys.readouterr().err
+    OrderFile(base_model=other).save(out)
+    assert main(["orders", str(out), "--text", str(text_file), "--model", str(model_with_tokenizer), *SIZES]) == 2
+    assert "holds orders of other" in capsys.readouterr().err
+
+
+def test_a_file_of_another_form(folder: FilePath, tmp_path: FilePath) -> None:
+    """Failure: half an order is taken for a whole one."""
+    path = tmp_path / "orders.json"
+    path.write_text("[]")
+    with pytest.raises(BaselineError, match="is not a file of layer orders"):
+        OrderFile.load(path)
+    with pytest.raises(BaselineError, match="cannot read the layer orders"):
+        OrderFile.load(tmp_path / "none")
+    order = LayerOrder(
+        method="sleb", calibration="t", calibration_sha256="0", num_tokens=1, window=1, layers=[1, 2, 3, 4, 5]
+    )
+    with pytest.raises(ValueError, match="the order of 'sleb' does not hold each of layers 1 to 6 once"):
+        OrderFile(base_model=identify(folder), orders=[order])
+
+
+def _loss(model: nn.Module, windows: torch.Tensor, skipped: list[int]) -> float:
+    stack = LayerStack(model, windows.shape[1])
+    layers = [layer for layer in range(NUM_LAYERS) if layer not in skipped]
+    with torch.no_grad():
+        return sum(float(stack.loss(stack.run(layers, stack.embed(window)), window)) for window in windows)

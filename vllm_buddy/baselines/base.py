@@ -1,0 +1,61 @@
+"""The static methods there are, by name.
+
+Each gives one order in which the middle layers leave, so that its layer sets of all depths are nested. First and last
+layer always run.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_buddy.baselines.by_importance import Progress, delta_ppl_order, shortgpt_order, taylor_order
+from vllm_buddy.baselines.by_position import evenly_spaced_order, random_order, reverse_order
+from vllm_buddy.baselines.sleb import sleb_order
+from vllm_buddy.errors import BaselineError
+from vllm_buddy.method import Path, path_of
+
+
+@dataclass(frozen=True)
+class MeasuredMethod:
+    """An order that is measured on a calibration text.
+
+    order: (model, windows [num_windows, window] of token ids, progress(done, total)) -> the middle layers in the order
+        in which they leave.
+    tokens: calibration tokens unless told otherwise.
+    dtype: what the model runs in; Taylor sums gradients over windows, for which bf16 is too coarse.
+    """
+
+    order: Callable[[nn.Module, torch.Tensor, Progress], list[int]]
+    tokens: int
+    dtype: torch.dtype = torch.bfloat16
+
+
+MEASURED = {
+    "shortgpt": MeasuredMethod(shortgpt_order, tokens=16384),
+    "sleb": MeasuredMethod(sleb_order, tokens=4096),
+    "delta_ppl": MeasuredMethod(delta_ppl_order, tokens=8192),
+    "taylor": MeasuredMethod(taylor_order, tokens=8192, dtype=torch.float32),
+}
+POSITIONAL: dict[str, Callable[[int, int], list[int]]] = {
+    "reverse": reverse_order,
+    "evenly_spaced": evenly_spaced_order,
+    "random": random_order,
+}
+STATIC_METHODS = (*MEASURED, *POSITIONAL)
+
+
+def check_static_method(name: str) -> None:
+    """Raise BaselineError for a static method that does not exist; lists the known ones."""
+    if name not in STATIC_METHODS:
+        raise BaselineError(f"unknown static method '{name}'; known are {', '.join(STATIC_METHODS)}")
+
+
+def static_path(order: Sequence[int], depth: int) -> Path:
+    """The path of `depth` layers when the middle layers leave in `order`.
+
+    order: every middle layer once, the first to leave first. depth: first and last layer included.
+    """
+    num_layers = len(order) + 2
+    return path_of([0, *order[num_layers - depth :], num_layers - 1])

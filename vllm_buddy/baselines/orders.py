@@ -1,0 +1,138 @@
+"""Layer orders on disk: measured once, kept by base model.
+
+`orders/` holds those that come with the package.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
+
+from vllm_buddy.baselines.base import MEASURED, POSITIONAL, check_static_method
+from vllm_buddy.errors import BaselineError
+from vllm_buddy.fingerprint import BaseModelIdentity
+from vllm_buddy.importance import CalibrationText
+
+SHIPPED_DIR = FilePath(__file__).parent / "orders"
+WINDOW = 512
+
+Report = Callable[[str, int, int], None]
+
+
+class LayerOrder(BaseModel):
+    """In which order one method takes the middle layers out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = Field(description="one of vllm_buddy.baselines.MEASURED")
+    calibration: str = Field(description="name of the calibration text")
+    calibration_sha256: str = Field(description="hash of its bytes")
+    num_tokens: int = Field(description="calibration tokens measured, from the start of the text")
+    window: int = Field(description="tokens per window")
+    layers: list[int] = Field(description="middle layers, the first to leave first")
+
+
+class OrderFile(BaseModel):
+    """All measured orders of one base model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_model: BaseModelIdentity
+    orders: list[LayerOrder] = []
+
+    @model_validator(mode="after")
+    def _orders_are_complete(self) -> Self:
+        middle = list(range(1, self.base_model.num_layers - 1))
+        for order in self.orders:
+            if sorted(order.layers) != middle:
+                raise ValueError(f"the order of '{order.method}' does not hold each of layers 1 to {middle[-1]} once")
+        return self
+
+    @classmethod
+    def load(cls, path: FilePath) -> "OrderFile":
+        """Read a file of orders.
+
+        Raises:
+            BaselineError: it cannot be read or does not fit the schema.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise BaselineError(f"cannot read the layer orders {path}: {error.strerror or error}") from None
+        except ValidationError as error:
+            raise BaselineError(f"{path} is not a file of layer orders: {error}") from None
+
+    def with_order(self, order: LayerOrder) -> "OrderFile":
+        """This with `order` in place of the one of the same method."""
+        others = [other for other in self.orders if other.method != order.method]
+        return OrderFile(base_model=self.base_model, orders=[*others, order])
+
+    def save(self, path: FilePath) -> None:
+        """Write the file, an order a line."""
+        body = ",\n    ".join(json.dumps(order.model_dump()) for order in self.orders)
+        base = json.dumps(self.base_model.model_dump())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{{\n  "base_model": {base},\n  "orders": [\n    {body}\n  ]\n}}\n')
+
+
+def shipped_orders() -> list[OrderFile]:
+    """The files of orders that come with the package."""
+    return [OrderFile.load(path) for path in sorted(SHIPPED_DIR.glob("*.json"))]
+
+
+def layer_order(
+    name: str, base: BaseModelIdentity, *, seed: int = 0, files: Sequence[OrderFile] | None = None
+) -> list[int]:
+    """The order in which static method `name` takes the middle layers of `base` out.
+
+    seed: for `random`. files: where to look for a measured order; None: what comes with the package.
+
+    Raises:
+        BaselineError: unknown method, or its order has not been measured for this model.
+    """
+    check_static_method(name)
+    if name in POSITIONAL:
+        return POSITIONAL[name](base.num_layers, seed)
+    for file in shipped_orders() if files is None else files:
+        for order in file.orders:
+            if order.method == name and file.base_model.same_model(base):
+                return order.layers
+    raise BaselineError(
+        f"the layer order of '{name}' has not been measured for {base.summary()}; measure it with `vllm-buddy orders`"
+    )
+
+
+def measure_order(
+    name: str,
+    model: nn.Module,
+    tokenizer: object,
+    text: CalibrationText,
+    tokens: int | None = None,
+    window: int = WINDOW,
+    report: Report = lambda what, done, total: None,
+) -> LayerOrder:
+    """Measure the order of method `name` on the start of `text`.
+
+    model: in any dtype; it is left in the dtype that the method wants. tokens: None takes the method's own number.
+
+    Raises:
+        BaselineError: no method of that name is measured. CalibrationError: the text is too short.
+    """
+    check_static_method(name)
+    if name not in MEASURED:
+        raise BaselineError(f"the order of '{name}' is not measured; measured are {', '.join(MEASURED)}")
+    method = MEASURED[name]
+    windows, _ = text.windows(tokenizer, window, tokens or method.tokens)
+    layers = method.order(model.to(method.dtype), windows, partial(report, name))
+    return LayerOrder(
+        method=name,
+        calibration=text.name,
+        calibration_sha256=text.sha256,
+        num_tokens=windows.numel(),
+        window=window,
+        layers=layers,
+    )
