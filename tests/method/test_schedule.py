@@ -61,6 +61,26 @@ def test_paths_follow_the_definition_under_any_chunking(
     assert {path.bit_count() for path in paths} == {depth}
 
 
+@given(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=2, max_size=40), st.sampled_from(INTERVALS), st.data())
+def test_a_context_shorter_than_the_prompt_is_a_shorter_prompt(
+    token_ids: list[int], interval: int, data: st.DataObject
+) -> None:
+    """Failure: the first path sees tokens behind the context, or they are not routed as decoded ones would be."""
+    schedule = PathSchedule(interval, lag=data.draw(st.integers(0, 2)))
+    num_context = data.draw(st.integers(1, len(token_ids)))
+    num_prompt = data.draw(st.integers(num_context, len(token_ids)))
+    route = RequestRoute(ROUTER, schedule, 5, token_ids[:num_prompt], num_context)
+    paths = _spread(route, data.draw(chunks_of(len(token_ids))), token_ids)
+    assert paths == _expected(ROUTER, schedule, 5, token_ids, num_context)
+
+
+@pytest.mark.parametrize("num_context", (0, -1, 4))
+def test_a_context_that_is_not_within_the_prompt_is_refused(num_context: int) -> None:
+    """Failure: a path is decided from nothing, or from tokens that do not exist yet."""
+    with pytest.raises(ValueError, match=f"{num_context} context tokens of a prompt of 3"):
+        RequestRoute(ROUTER, PathSchedule(4), 5, [1, 2, 3], num_context)
+
+
 @given(prompts, outputs, st.sampled_from(INTERVALS), st.data())
 def test_a_request_computed_again_runs_the_same_paths(
     prompt: list[int], output: list[int], interval: int, data: st.DataObject

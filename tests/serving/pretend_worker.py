@@ -104,9 +104,7 @@ class PretendEngine:
 
         request_id = f"r{len(self.asks)}"
         self.asks[request_id] = ask
-        params = SamplingParams(
-            temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True, extra_args={"buddy_budget": ask.budget}
-        )
+        params = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True, extra_args=ask.extra_args)
         self.scheduler.add_request(Request(request_id, list(ask.prompt), params, None, block_hasher=self._hasher))
         self._routes[request_id] = self._route(ask)
         self.generated[request_id] = []
@@ -216,7 +214,8 @@ class PretendEngine:
 
     def _route(self, ask: Ask) -> RequestRoute:
         router = self._tiny.artifact.router(library=True)
-        return RequestRoute(router, self._schedule, depth_for_budget(ask.budget or 1.0, router.num_layers), ask.prompt)
+        depth = depth_for_budget(ask.budget or 1.0, router.num_layers)
+        return RequestRoute(router, self._schedule, depth, ask.prompt, ask.context)
 
 
 def _paths(route: RequestRoute, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[int]:

@@ -31,7 +31,18 @@ class Disturbance:
     index: int
 
 
-asks = st.builds(Ask, st.sampled_from(PROMPTS), st.sampled_from(BUDGETS), st.sampled_from(NUM_TOKENS))
+def ask_with(prompt: tuple[int, ...], budget: float, num_tokens: int, context: int | None) -> Ask:
+    return Ask(prompt, budget, num_tokens, context=context and min(context, len(prompt)))
+
+
+CONTEXTS = (None, None, None, 8, 40)
+asks = st.builds(
+    ask_with,
+    st.sampled_from(PROMPTS),
+    st.sampled_from(BUDGETS),
+    st.sampled_from(NUM_TOKENS),
+    st.sampled_from(CONTEXTS),
+)
 disturbances = st.builds(
     Disturbance,
     st.integers(1, 40),

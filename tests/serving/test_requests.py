@@ -87,10 +87,26 @@ def test_auto_is_refused_without_a_budget_predictor(llama: Engine) -> None:
     assert error.parameter == "vllm_xargs.buddy_budget" and "Budget Predictor" in str(error)
 
 
+@pytest.mark.parametrize("value", (0, -1, len(PROMPTS[1]) + 1, 2**40, 3.0, "3", True, [3], math.nan), ids=repr)
+def test_a_context_that_is_not_within_the_prompt_is_refused(llama: Engine, value: Any) -> None:
+    """Fails if the context is cut to the prompt in silence, or ends the engine where the prompt is routed."""
+    error = refused(llama, {"buddy_budget": 0.5, "buddy_context_tokens": value})
+    assert error.parameter == "vllm_xargs.buddy_context_tokens"
+    assert f"from 1 to {len(PROMPTS[1])}" in str(error)
+
+
+def test_a_context_of_one_token_and_of_the_whole_prompt_are_served(llama: Engine) -> None:
+    """Fails if the smallest or the largest allowed context is refused."""
+    llama.configure("masked", 4)
+    asks = [Ask(PROMPTS[1], 0.5, 4, context=context) for context in (1, len(PROMPTS[1]))]
+    llama.check(asks, llama.run(asks))
+
+
 def test_an_option_that_does_not_exist_is_refused_by_name(llama: Engine) -> None:
     """Fails if a misspelt option is passed over: the request would run at another budget than it asked for."""
     error = refused(llama, {"buddy_bugdet": 0.5})
-    assert error.parameter == "vllm_xargs.buddy_bugdet" and "buddy_budget" in str(error)
+    assert error.parameter == "vllm_xargs.buddy_bugdet"
+    assert "buddy_budget, buddy_context_tokens" in str(error)
 
 
 def test_options_of_others_are_left_alone(llama: Engine) -> None:

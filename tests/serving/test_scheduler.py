@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.serving.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Tiny
 from tests.serving.pretend_worker import PretendEngine
-from tests.serving.test_independence import BUDGETS, PROMPTS
+from tests.serving.test_independence import BUDGETS, CONTEXTS, PROMPTS, ask_with
 from tests.tiny_models import random_prompts
 from vllm_buddy.method import PathSchedule
 
@@ -19,7 +19,13 @@ scenarios = given(
     chunk=st.sampled_from((5, 33, 64, MAX_TOKENS_PER_STEP)),
     requests=st.lists(
         st.tuples(
-            st.builds(Ask, st.sampled_from(PROMPTS), st.sampled_from(BUDGETS), st.sampled_from((1, 9, 40, 70))),
+            st.builds(
+                ask_with,
+                st.sampled_from(PROMPTS),
+                st.sampled_from(BUDGETS),
+                st.sampled_from((1, 9, 40, 70)),
+                st.sampled_from(CONTEXTS),
+            ),
             st.integers(0, 20),
             # Whether another request follows that has the generated tokens in its prompt.
             st.booleans(),

@@ -147,6 +147,27 @@ def test_a_bad_budget_is_answered_400_while_others_go_on(server: Server, value: 
     assert ("0.375" if value == "0.3" else "(0, 1]") in answer["error"]["message"]
 
 
+def test_a_context_beyond_the_prompt_is_answered_400_while_others_go_on(server: Server) -> None:
+    """Fails if what only the prompt's length can tell is found out in the engine, where it would end all requests."""
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(server.complete, PROMPTS[0], budget("0.5"), 40)
+        status, answer = server.complete(PROMPTS[1], '"vllm_xargs": {"buddy_context_tokens": 1000}')
+        assert good.result()[0] == 200
+    assert status == 400
+    assert answer["error"]["param"] == "vllm_xargs.buddy_context_tokens"
+    assert f"from 1 to {len(PROMPTS[1])}" in answer["error"]["message"]
+
+
+def test_a_context_reaches_the_router(server: Server, tiny: Callable[[str], Tiny]) -> None:
+    """Fails if the option is checked and then dropped between HTTP and the engine."""
+    for context in (1, 5):
+        ask = Ask(PROMPTS[0], 0.5, NUM_TOKENS, context=context)
+        body = f'"vllm_xargs": {{"buddy_budget": 0.5, "buddy_context_tokens": {context}}}'
+        status, answer = server.complete(PROMPTS[0], body)
+        assert status == 200
+        assert answer["choices"][0]["token_ids"] == tiny("llama").expected(ask, "masked", SCHEDULE).token_ids
+
+
 def test_an_object_as_budget_is_answered_400(server: Server) -> None:
     """Fails if what vLLM's own schema refuses becomes a 500."""
     assert server.complete(PROMPTS[0], budget('{"x": 1}'))[0] == 400
@@ -176,7 +197,7 @@ def test_metrics_count_what_was_served(server: Server) -> None:
     after = server.metrics()
     grown = {name.removeprefix("vllm_buddy:"): after[name] - before[name] for name in after}
     assert grown["budget_count"] == grown["layers_executed_count"] == 3
-    assert grown["budget_sum"] == 0.5 + 0.75 + 1.0
+    assert grown["budget_sum"] == pytest.approx(0.5 + 0.75 + 1.0)  # a difference of sums
     assert grown["layers_executed_sum"] == sum(o["depth"] for o in outcomes)
     assert grown["layer_tokens_executed_total"] == sum(o["depth"] * o["tokens"] for o in outcomes)
     assert grown["layer_tokens_skipped_total"] == sum((NUM_LAYERS - o["depth"]) * o["tokens"] for o in outcomes)
