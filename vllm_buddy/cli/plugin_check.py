@@ -3,6 +3,8 @@
 import os
 from importlib.metadata import entry_points
 
+from vllm_buddy.errors import ServerError
+
 GROUP = "vllm.general_plugins"
 NAME = "buddy"
 DISABLE_VARIABLE = "VLLM_BUDDY_DISABLE"
@@ -26,3 +28,10 @@ def plugin_problem() -> tuple[str, str] | None:
     except Exception as error:  # whatever the import of the plugin raises is the problem to report
         return f"{found[0].value} cannot be imported ({type(error).__name__}: {error})", "install the package again"
     return None
+
+
+def require_plugin() -> None:
+    """Raise ServerError where vLLM would not load the plugin."""
+    problem = plugin_problem()
+    if problem is not None:
+        raise ServerError(f"vLLM would not load the plugin: {problem[0]}; {problem[1]}")

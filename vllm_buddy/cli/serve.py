@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from vllm_buddy.cli.plugin_check import plugin_problem
+from vllm_buddy.cli.plugin_check import require_plugin
 from vllm_buddy.errors import BuddyError, ServerError
 
 _HELP = re.compile(r"^(-h|--help(=.*)?)$")
@@ -22,9 +22,7 @@ def serve(arguments: Sequence[str]) -> int:
     """
     argv = list(arguments)
     if not _has(argv, _HELP):
-        problem = plugin_problem()
-        if problem is not None:
-            raise ServerError(f"vLLM would not load the plugin: {problem[0]}; {problem[1]}")
+        require_plugin()
         argv = complete(argv)
     _answer_for_vllm_cpu()
     try:

@@ -1,0 +1,96 @@
+"""`vllm-buddy eval`: quality by policy and budget."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+from vllm_buddy.cli.plugin_check import require_plugin
+from vllm_buddy.cli.progress import print_progress
+from vllm_buddy.cli.setting_options import add_setting_options, read_settings
+from vllm_buddy.cli.table import format_table
+from vllm_buddy.errors import EvaluationError
+from vllm_buddy.evaluation.settings import EvalSettings
+
+if TYPE_CHECKING:
+    from vllm_buddy.evaluation import Engine, EvalPlan, Figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of EvalSettings, and where the figures go."""
+    add_setting_options(parser, EvalSettings)
+    parser.add_argument("--json", type=FilePath, metavar="OUT", help="file for the figures, a JSON list")
+    parser.add_argument("--plot", type=FilePath, metavar="OUT.png", help="picture of quality against layers executed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, write what was asked for; returns 0.
+
+    Raises:
+        BuddyError: a setting, data, model or artifact cannot be used.
+    """
+    settings = read_settings(EvalSettings, args, EvaluationError)
+    from vllm_buddy.embedded_model import fetch
+    from vllm_buddy.evaluation import evaluate, make_plan
+    from vllm_buddy.evaluation.plot import check_plotting, plot_figures
+    from vllm_buddy.evaluation.results import save_results
+
+    if args.plot is not None:
+        check_plotting()
+    plan = make_plan(settings, settings.model or fetch(), print_progress)
+    print(_what_is_measured(plan, settings), flush=True)
+    figures = evaluate(plan, _engine(settings, plan), print_progress)
+    if args.json is not None:
+        save_results(figures, args.json)
+    print(figure_table(figures))
+    if args.plot is not None:
+        plot_figures(figures, args.plot)
+    for written in (args.json, args.plot):
+        if written is not None:
+            print(f"wrote {written}")
+    return 0
+
+
+def figure_table(figures: Sequence["Figure"]) -> str:
+    """One line per policy and budget, one column per metric."""
+    metrics = list(dict.fromkeys(figure.metric for figure in figures))
+    rows: dict[tuple[str, float, int], dict[str, str]] = {}
+    for figure in figures:
+        cells = rows.setdefault((figure.policy, figure.budget, figure.layers), {})
+        cells[figure.metric] = f"{figure.value:.4g}" + (f" ± {figure.stderr:.2g}" if figure.stderr else "")
+    return format_table(
+        ["policy", "budget", "layers", *metrics],
+        [
+            [policy, f"{budget:g}", str(layers), *(cells.get(metric, "") for metric in metrics)]
+            for (policy, budget, layers), cells in rows.items()
+        ],
+    )
+
+
+def _what_is_measured(plan: "EvalPlan", settings: EvalSettings) -> str:
+    parts = []
+    if plan.windows:
+        scored = sum(len(window.targets) for window in plan.windows)
+        parts.append(
+            f"{scored} tokens of {settings.text} in {len(plan.windows)} windows of {settings.window} at stride "
+            f"{settings.window_stride}, each behind a context of {settings.context}"
+        )
+    if plan.rows:
+        parts.append(f"{len(plan.rows)} questions of {settings.piqa}")
+    kl = "; KL is measured by --engine hf alone" if settings.engine == "vllm" and plan.windows else ""
+    return f"scoring {' and '.join(parts)}; engine {settings.engine}, {settings.dtype}, KV {settings.kv_policy}{kl}"
+
+
+def _engine(settings: EvalSettings, plan: "EvalPlan") -> "Engine":
+    if settings.engine == "vllm":
+        require_plugin()
+        from vllm_buddy.serving.scoring import VllmEngine
+
+        return VllmEngine(plan.model_dir, settings.kv_policy, settings.dtype)
+    import torch
+
+    from vllm_buddy.evaluation import HfEngine
+    from vllm_buddy.model_folder import load_model
+
+    model = load_model(plan.model_dir, getattr(torch, settings.dtype))
+    return HfEngine(model.to("cuda" if torch.cuda.is_available() else "cpu"), settings.kv_policy)

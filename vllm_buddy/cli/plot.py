@@ -1,0 +1,24 @@
+"""`vllm-buddy plot`: a picture of a results file."""
+
+import argparse
+from pathlib import Path as FilePath
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=FilePath, metavar="RESULTS.json", help="written by `vllm-buddy eval --json`")
+    parser.add_argument("out", type=FilePath, metavar="OUT.png", help="picture to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the picture; returns 0.
+
+    Raises:
+        EvaluationError: the results cannot be read, matplotlib is missing, or the picture cannot be written.
+    """
+    from vllm_buddy.evaluation.plot import check_plotting, plot_figures
+    from vllm_buddy.evaluation.results import load_results
+
+    check_plotting()
+    plot_figures(load_results(args.results), args.out)
+    print(f"wrote {args.out}")
+    return 0

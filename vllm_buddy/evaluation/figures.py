@@ -1,0 +1,90 @@
+"""From scores to figures with standard errors: the rows of the results file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm_buddy.errors import EvaluationError
+from vllm_buddy.evaluation.choices import ChoiceRow, is_right
+from vllm_buddy.evaluation.engine import Scores, Variant
+from vllm_buddy.evaluation.sample import Sample
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured value. layers: executed per token. n: what was counted, tokens, questions or sequences."""
+
+    policy: str
+    budget: float
+    layers: int
+    metric: str
+    value: float
+    stderr: float
+    n: int
+
+    def row(self) -> dict[str, Any]:
+        """As written to the results file."""
+        return asdict(self)
+
+
+def text_figures(variant: Variant, scores: Scores, dense: Scores) -> list[Figure]:
+    """Perplexity, agreement with the unrouted model, and KL where it was measured. Standard errors are over windows.
+
+    The perplexity's is the delta method's on the mean log loss: perplexity * stderr(mean loss).
+
+    scores: of windows with equally many targets. dense: the unrouted model's.
+
+    Raises:
+        EvaluationError: the loss is not a finite number.
+    """
+    loss, loss_error = _mean_over_windows([-array for array in scores.logprobs])
+    if not math.isfinite(loss):
+        raise EvaluationError(
+            f"the loss of policy '{variant.policy.name}' at budget {variant.budget:g} is {loss}; the model or the "
+            "artifact may be damaged"
+        )
+    perplexity = math.exp(loss)
+    figures = {"perplexity": (perplexity, perplexity * loss_error)}
+    if scores.kl is not None:
+        figures["kl"] = _mean_over_windows(scores.kl)
+    figures["agreement"] = _mean_over_windows([a == b for a, b in zip(scores.greedy, dense.greedy, strict=True)])
+    n = sum(map(len, scores.logprobs))
+    return [_figure(variant, metric, *value, n) for metric, value in figures.items()]
+
+
+def choice_figures(variant: Variant, scores: Scores, rows: Sequence[ChoiceRow]) -> list[Figure]:
+    """Accuracy by log-probability, and by log-probability per character, with binomial standard errors.
+
+    scores: of ChoiceRow.samples, row by row.
+    """
+    totals = np.array([float(array.sum()) for array in scores.logprobs]).reshape(len(rows), -1).tolist()
+    figures = []
+    for metric, per_character in (("piqa_acc", False), ("piqa_acc_norm", True)):
+        right = [is_right(row, total, per_character=per_character) for row, total in zip(rows, totals, strict=True)]
+        share = sum(right) / len(rows)
+        # Of a sample, as the harness has it: n - 1.
+        figures.append(_figure(variant, metric, share, math.sqrt(share * (1 - share) / (len(rows) - 1)), len(rows)))
+    return figures
+
+
+def path_figures(variant: Variant, samples: Sequence[Sample]) -> list[Figure]:
+    """How many paths occur, and the share of tokens on the most common one: what there is for a router to win."""
+    counts = variant.policy.path_counts(samples, variant.depth)
+    top_share = counts.most_common(1)[0][1] / counts.total()
+    return [
+        _figure(variant, "distinct_paths", float(len(counts)), 0.0, len(samples)),
+        _figure(variant, "top_path_share", top_share, 0.0, counts.total()),
+    ]
+
+
+def _figure(variant: Variant, metric: str, value: float, stderr: float, n: int) -> Figure:
+    return Figure(variant.policy.name, variant.budget, variant.depth, metric, value, stderr, n)
+
+
+def _mean_over_windows(per_token: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Mean and its standard error, with windows as the units that are drawn. per_token: arrays of equal length."""
+    means = np.array([array.mean(dtype=np.float64) for array in per_token])
+    return float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))

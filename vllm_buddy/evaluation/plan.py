@@ -1,0 +1,138 @@
+"""What an evaluation will run, checked before any model is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from vllm_buddy.artifact import load_artifact, shipped_artifacts
+from vllm_buddy.baselines import MEASURED, OrderFile, layer_order, measure_order, shipped_orders
+from vllm_buddy.errors import BaselineError, EvaluationError
+from vllm_buddy.evaluation.choices import ChoiceRow, read_choices
+from vllm_buddy.evaluation.engine import Report, Variant
+from vllm_buddy.evaluation.policy import DENSE, FROZEN, PROMPT_ONLY, Policy, PolicySpec, dense_policy, static_policy
+from vllm_buddy.evaluation.sample import Sample
+from vllm_buddy.evaluation.settings import EvalSettings
+from vllm_buddy.evaluation.text import text_samples
+from vllm_buddy.fingerprint import BaseModelIdentity, identify
+from vllm_buddy.importance import CalibrationText
+from vllm_buddy.method import PathSchedule, depth_for_budget
+from vllm_buddy.model_folder import load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Samples and the variants that score them.
+
+    variants: the unrouted model first. windows: empty without a text. choices: two for each of `rows`, in their order.
+    """
+
+    model_dir: FilePath
+    variants: list[Variant]
+    windows: list[Sample]
+    rows: list[ChoiceRow]
+    choices: list[Sample]
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [*self.windows, *self.choices]
+
+
+def make_plan(settings: EvalSettings, model_dir: FilePath, report: Report) -> EvalPlan:
+    """Read data and artifacts and decide what runs.
+
+    report: progress of measuring layer orders, which alone needs the model and is done last.
+
+    Raises:
+        BuddyError: data, artifact, policy or budget cannot be used.
+    """
+    text = None if settings.text is None else CalibrationText.read(settings.text)
+    rows = [] if settings.piqa is None else read_choices(settings.piqa, settings.piqa_rows or None)
+    base = identify(model_dir)
+    depths = [depth_for_budget(budget, base.num_layers) for budget in settings.budgets]
+    find_order = _orders(settings, base, model_dir, report)
+    specs = [spec for spec in settings.policy if spec.base_name != DENSE]
+    routed = {spec.name: _routed_policy(spec, settings, base, depths) for spec in specs if not spec.is_static}
+    tokenizer = load_tokenizer(model_dir)
+    plan = EvalPlan(
+        model_dir,
+        [Variant(dense_policy(base), 1.0, base.num_layers)],
+        [] if text is None else _windows(text, tokenizer, settings),
+        rows,
+        [sample for row in rows for sample in row.samples(tokenizer)],
+    )
+    for spec in specs:
+        policy = static_policy(spec.name, base, find_order(spec.name)) if spec.is_static else routed[spec.name]
+        if spec.variant == FROZEN:
+            policy = policy.frozen(plan.samples, depths)
+        plan.variants.extend(Variant(policy, budget, depth) for budget, depth in zip(settings.budgets, depths))
+    return plan
+
+
+def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIdentity, depths: list[int]) -> Policy:
+    artifact = load_artifact(_artifact_folder(spec, settings, base))
+    if not artifact.config.base_model.same_model(base):
+        raise EvaluationError(
+            f"policy '{spec.name}': artifact '{artifact.config.name}' was made for "
+            f"{artifact.config.base_model.summary()}, but the model is {base.summary()}"
+        )
+    schedule = PathSchedule(0 if spec.variant == PROMPT_ONLY else settings.route_every)
+    policy = Policy(spec.name, artifact, schedule, library=settings.paths == "library")
+    allowed = policy.router.depths
+    for budget, depth in zip(settings.budgets, depths):
+        if allowed is not None and depth not in (*allowed, base.num_layers):
+            raise EvaluationError(
+                f"policy '{spec.name}': budget {budget:g} is {depth} layers, for which the path library has no path; "
+                f"it has paths of {', '.join(map(str, allowed))} layers"
+            )
+    return policy
+
+
+def _artifact_folder(spec: PolicySpec, settings: EvalSettings, base: BaseModelIdentity) -> FilePath:
+    if spec.folder is not None:
+        return spec.folder
+    shipped = shipped_artifacts()
+    if settings.artifact is not None:
+        return shipped.get(settings.artifact, FilePath(settings.artifact))
+    for folder in shipped.values():
+        if load_artifact(folder).config.base_model.same_model(base):
+            return folder
+    raise EvaluationError(
+        f"no shipped artifact fits the model {base.summary()}; shipped are {', '.join(shipped)}. Name one with "
+        "--artifact, or leave out policy buddy"
+    )
+
+
+def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> list[Sample]:
+    # The length warning of tokenizers is about inputs of one forward pass; these are cut first.
+    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"][settings.text_skip :]
+    ids = ids[: settings.text_tokens or None]
+    return text_samples(ids, settings.window, settings.window_stride, settings.context)
+
+
+def _orders(
+    settings: EvalSettings, base: BaseModelIdentity, model_dir: FilePath, report: Report
+) -> Callable[[str], list[int]]:
+    """A function from static method to layer order, which has checked that all asked for can be had."""
+    files = shipped_orders() if settings.orders is None else [OrderFile.load(settings.orders)]
+    calibration = None if settings.calibration is None else CalibrationText.read(settings.calibration)
+    orders = {}
+    for spec in settings.policy:
+        if not spec.is_static:
+            continue
+        try:
+            orders[spec.name] = layer_order(spec.name, base, seed=settings.seed, files=files)
+        except BaselineError as error:
+            if calibration is None:
+                raise EvaluationError(
+                    f"{error} and name its file with --orders, or give a text to measure it on with --calibration"
+                ) from None
+
+    def find(name: str) -> list[int]:
+        if name not in orders:
+            assert calibration is not None
+            model = load_model(model_dir, MEASURED[name].dtype)
+            orders[name] = measure_order(name, model, load_tokenizer(model_dir), calibration, report=report).layers
+        return orders[name]
+
+    return find

@@ -1,0 +1,80 @@
+"""Quality against compute, drawn from the figures alone: one panel per metric, one line per policy."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+from vllm_buddy.errors import EvaluationError
+from vllm_buddy.evaluation.figures import Figure
+from vllm_buddy.evaluation.policy import DENSE
+
+# Metric -> what the axis says, and whether it is drawn on a log scale.
+_PANELS = {
+    "perplexity": ("perplexity (lower is better)", True),
+    "kl": ("KL to the unrouted model, nats per token", True),
+    "agreement": ("greedy agreement with the unrouted model", False),
+    "piqa_acc": ("PIQA accuracy", False),
+    "piqa_acc_norm": ("PIQA accuracy per character", False),
+}
+_MARKERS = "osD^vPX*<>ph"
+
+
+def check_plotting() -> None:
+    """Raise EvaluationError where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EvaluationError("a plot needs matplotlib; pip install 'vllm-buddy[plot]', or leave out --plot")
+
+
+def plot_figures(figures: Sequence[Figure], out: FilePath) -> None:
+    """Draw `figures` to `out`, in the format that its name ends on.
+
+    Raises:
+        EvaluationError: nothing in `figures` can be drawn, or the file cannot be written.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure as Canvas
+
+    metrics = [metric for metric in _PANELS if any(figure.metric == metric for figure in figures)]
+    if not metrics:
+        raise EvaluationError(f"nothing to draw; figures that are drawn are {', '.join(_PANELS)}")
+    canvas = Canvas(figsize=(4.6 * len(metrics), 4.2), layout="constrained")
+    axes = canvas.subplots(1, len(metrics), squeeze=False)[0]
+    policies = [p for p in dict.fromkeys(figure.policy for figure in figures) if p != DENSE]
+    for axis, metric in zip(axes, metrics):
+        _draw(axis, metric, [figure for figure in figures if figure.metric == metric], policies)
+    handles, labels = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"cannot write the picture {out}: {error}") from None
+
+
+def _draw(axis: Any, metric: str, figures: Sequence[Figure], policies: Sequence[str]) -> None:
+    label, logarithmic = _PANELS[metric]
+    dense = next((figure for figure in figures if figure.policy == DENSE), None)
+    if dense is not None and not (logarithmic and dense.value <= 0):
+        axis.axhline(dense.value, color="black", linewidth=1, linestyle="--", label="unrouted")
+    for index, policy in enumerate(policies):
+        # At full depth a KL of zero has no place on a log scale.
+        points = sorted(
+            (f for f in figures if f.policy == policy and not (logarithmic and f.value <= 0)), key=lambda f: f.layers
+        )
+        axis.errorbar(
+            [f.layers for f in points],
+            [f.value for f in points],
+            yerr=[f.stderr for f in points],
+            label=policy,
+            color=f"C{index % 10}",
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            linewidth=1.5,
+            capsize=2,
+        )
+    if logarithmic:
+        axis.set_yscale("log")
+    axis.set_xlabel("layers executed per token")
+    axis.set_title(label, fontsize=10)
+    axis.grid(True, which="both", alpha=0.25)

@@ -1,0 +1,140 @@
+"""Policies that are compared. Each is an artifact and a way to use it, so every engine runs them all alike.
+
+| name | what it is |
+|---|---|
+| `dense` | the unrouted model |
+| `buddy` | the artifact that is evaluated |
+| `shortgpt`, `sleb`, ... | a static method's bare layer sets on the base model, nothing repaired |
+| `NAME=DIR` | another artifact under a name of its own |
+
+`:frozen` behind the name of an artifact (`buddy:frozen`, `NAME:frozen=DIR`) takes the router's most common path at each
+depth for every token; `:prompt_only` switches re-routing off.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path as FilePath
+
+import numpy as np
+
+from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, PriorConfig
+from vllm_buddy.baselines import STATIC_METHODS, static_path
+from vllm_buddy.errors import EvaluationError
+from vllm_buddy.evaluation.sample import Sample
+from vllm_buddy.fingerprint import BaseModelIdentity
+from vllm_buddy.method import Path, PathSchedule, RequestRoute, Router, Run, layers_of
+
+DENSE = "dense"
+BUDDY = "buddy"
+FROZEN = "frozen"
+PROMPT_ONLY = "prompt_only"
+VARIANTS = (FROZEN, PROMPT_ONLY)
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy as the user names it. folder: of the artifact in NAME=DIR. variant: what follows the colon."""
+
+    name: str
+    base_name: str
+    variant: str | None = None
+    folder: FilePath | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.folder is None else f"{self.name}={self.folder}"
+
+    @property
+    def is_static(self) -> bool:
+        return self.folder is None and self.base_name in STATIC_METHODS
+
+    @classmethod
+    def parse(cls, text: str) -> "PolicySpec":
+        """Read `dense`, `buddy[:VARIANT]`, the name of a static method or `NAME[:VARIANT]=DIR`.
+
+        Raises:
+            EvaluationError: anything else; lists what is known.
+        """
+        name, has_folder, folder = text.partition("=")
+        base_name, has_variant, variant = name.partition(":")
+        if has_variant and variant not in VARIANTS:
+            raise EvaluationError(f"policy '{text}': unknown variant '{variant}'; known are {', '.join(VARIANTS)}")
+        reserved = (DENSE, BUDDY, *STATIC_METHODS)
+        if has_folder:
+            if not base_name or base_name in reserved or not folder:
+                raise EvaluationError(
+                    f"policy '{text}': an artifact needs a folder and a name of its own, not one of "
+                    f"{', '.join(reserved)}"
+                )
+            return cls(name, base_name, variant or None, FilePath(folder))
+        if base_name not in reserved:
+            raise EvaluationError(
+                f"unknown policy '{text}'; known are {', '.join(reserved)}, and NAME=DIR for another artifact"
+            )
+        if variant and base_name != BUDDY:
+            raise EvaluationError(f"policy '{text}': '{base_name}' has no router, so no variant '{variant}'")
+        return cls(name, base_name, variant or None)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An artifact and how its router is used."""
+
+    name: str
+    artifact: Artifact
+    schedule: PathSchedule
+    library: bool = False
+
+    @cached_property
+    def router(self) -> Router:
+        return self.artifact.router(library=self.library)
+
+    def route(self, sample: Sample, depth: int) -> list[Run]:
+        """The paths of the sample's inputs. A path sees the context, and the tokens behind it as they are run."""
+        route = RequestRoute(self.router, self.schedule, depth, sample.inputs, sample.num_context)
+        return route.runs(0, len(sample.inputs), sample.inputs)
+
+    def path_counts(self, samples: Sequence[Sample], depth: int) -> Counter[Path]:
+        """How many tokens run each path."""
+        counts: Counter[Path] = Counter()
+        for sample in samples:
+            for run in self.route(sample, depth):
+                counts[run.path] += run.num_tokens
+        return counts
+
+    def frozen(self, samples: Sequence[Sample], depths: Sequence[int]) -> "Policy":
+        """This artifact with one path per depth, the one that most tokens of `samples` run."""
+        paths = {depth: self.path_counts(samples, depth).most_common(1)[0][0] for depth in depths}
+        fixed = _with_fixed_paths(replace(self.artifact, decision=None), paths)
+        return replace(self, artifact=fixed, library=True)
+
+
+def static_policy(name: str, base: BaseModelIdentity, order: Sequence[int]) -> Policy:
+    """The bare base model with layers left out in `order` (see vllm_buddy.baselines)."""
+    paths = {depth: static_path(order, depth) for depth in range(3, base.num_layers)}
+    return Policy(name, _with_fixed_paths(_bare_artifact(name, base), paths), PathSchedule(0), library=True)
+
+
+def dense_policy(base: BaseModelIdentity) -> Policy:
+    """The base model; to be run at full depth."""
+    return Policy(DENSE, _bare_artifact(DENSE, base), PathSchedule(0))
+
+
+def _bare_artifact(name: str, base: BaseModelIdentity) -> Artifact:
+    config = BuddyConfig(
+        format_version=FORMAT_VERSION,
+        name=name,
+        base_model=base,
+        prior=PriorConfig(indicator=name, calibration="none", num_tokens=0),
+        has_decision_module=False,
+    )
+    return Artifact(config, np.zeros(base.num_layers - 2, dtype=np.float32))
+
+
+def _with_fixed_paths(artifact: Artifact, paths: Mapping[int, Path]) -> Artifact:
+    """`artifact`, which has no Decision Module, with a library of one path per depth."""
+    num_layers = artifact.config.base_model.num_layers
+    library = {depth: [layers_of(path)] for depth, path in paths.items() if depth < num_layers}
+    config = artifact.config.model_copy(update={"library": library, "has_decision_module": False})
+    return replace(artifact, config=config)

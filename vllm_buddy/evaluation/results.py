@@ -1,0 +1,44 @@
+"""The results file: a JSON list, one row per figure."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+
+from pydantic import TypeAdapter, ValidationError
+
+from vllm_buddy.errors import EvaluationError
+from vllm_buddy.evaluation.figures import Figure
+
+_ROWS = TypeAdapter(list[Figure])
+
+
+def save_results(figures: Sequence[Figure], path: FilePath) -> None:
+    """Write `figures`, a row a line.
+
+    Raises:
+        EvaluationError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[\n" + ",\n".join(json.dumps(figure.row()) for figure in figures) + "\n]\n")
+    except OSError as error:
+        raise EvaluationError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def load_results(path: FilePath) -> list[Figure]:
+    """Read what `save_results` wrote.
+
+    Raises:
+        EvaluationError: missing or of another form.
+    """
+    try:
+        figures = _ROWS.validate_json(path.read_bytes())
+    except OSError as error:
+        raise EvaluationError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise EvaluationError(f"{path} is not a results file of `vllm-buddy eval`: {where}: {first['msg']}") from None
+    if not figures:
+        raise EvaluationError(f"{path} holds no figures")
+    return figures
