@@ -16,6 +16,7 @@ RANKS = {
     "vllm_buddy_kernels": 0,
     "vllm_buddy": 0,
     "vllm_buddy.errors": 0,
+    "vllm_buddy.provenance": 0,
     "vllm_buddy.method": 1,
     "vllm_buddy.fingerprint": 2,
     "vllm_buddy.artifact": 2,

@@ -82,7 +82,7 @@ def test_record_names_the_code_that_ran(
 ) -> None:
     """Failure: the commit is looked up after a measurement of minutes, during which the source moved on."""
     commits = iter(["before", "after"])
-    monkeypatch.setattr("vllm_buddy.importance.record.source_commit", lambda: next(commits))
+    monkeypatch.setattr("vllm_buddy.provenance.source_commit", lambda: next(commits))
     build = build_prior
 
     def build_while_source_moves(*args: Any) -> PriorResult:

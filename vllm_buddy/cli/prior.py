@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CalibrationError(f"{out} is not an empty folder; name a new one, so that no artifact is lost")
     from vllm_buddy.importance.build import build_prior
-    from vllm_buddy.importance.record import CARD_FILE, RUN_FILE, model_card, run_record, source_commit
+    from vllm_buddy.importance.record import model_card, run_record
+    from vllm_buddy.provenance import CARD_FILE, RUN_FILE, source_commit
 
     commit = source_commit()
     result = build_prior(settings, print_progress)

@@ -1,21 +1,13 @@
 """What lies beside an artifact's tensors: the model card and the record of the run."""
 
 import json
-import platform
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path as FilePath
 from typing import Any
 
-import vllm_buddy
 from vllm_buddy.importance.base import INDICATORS
 from vllm_buddy.importance.build import PriorResult
 from vllm_buddy.importance.settings import PriorSettings
 from vllm_buddy.method import depth_for_budget
-
-CARD_FILE = "README.md"
-RUN_FILE = "run.yaml"
+from vllm_buddy.provenance import RUN_FILE, run_header, to_yaml
 
 
 def model_card(result: PriorResult, settings: PriorSettings) -> str:
@@ -57,15 +49,9 @@ def model_card(result: PriorResult, settings: PriorSettings) -> str:
 
 
 def run_record(result: PriorResult, settings: PriorSettings, commit: str | None) -> str:
-    """run.yaml: every setting, the data, versions and date. Each value is written as JSON, which YAML contains.
-
-    commit: see source_commit.
-    """
+    """run.yaml: every setting, the data, versions and date. commit: see provenance.source_commit."""
     record: dict[str, Any] = {
-        "command": settings.command(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit,
-        "seed": None,  # nothing is drawn at random
+        **run_header(settings.command(), commit, seed=None),
         "settings": json.loads(settings.model_dump_json()),
         "text": {"name": result.text.name, "sha256": result.text.sha256},
         "base_model": result.artifact.config.base_model.model_dump(),
@@ -73,13 +59,8 @@ def run_record(result: PriorResult, settings: PriorSettings, commit: str | None)
             name: {f"{budget:g}": round(value, 4) for budget, value in row.items()}
             for name, row in result.perplexity.items()
         },
-        "versions": {
-            "vllm_buddy": vllm_buddy.__version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "transformers", "numpy", "safetensors")},
-        },
     }
-    return _yaml(record)
+    return to_yaml(record)
 
 
 def _perplexity_section(result: PriorResult, settings: PriorSettings) -> list[str]:
@@ -102,39 +83,3 @@ def _perplexity_section(result: PriorResult, settings: PriorSettings) -> list[st
         *(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)),
         "",
     ]
-
-
-def _yaml(record: dict[str, Any], indent: str = "") -> str:
-    text = ""
-    for key, value in record.items():
-        key = json.dumps(key) if not key.isidentifier() else key
-        if isinstance(value, dict) and value:
-            text += f"{indent}{key}:\n{_yaml(value, indent + '  ')}"
-        else:
-            text += f"{indent}{key}: {json.dumps(value)}\n"
-    return text
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def source_commit() -> str | None:
-    """The last commit that touched this package, "with changes" if files differ from it; None if not a checkout.
-
-    To be asked before a measurement starts: it is the code that ran, not what lies there when it ends.
-    """
-    commit = _git("log", "-1", "--format=%H", "--", ".")
-    return f"{commit} with changes" if commit and _git("status", "--porcelain", "--", ".") else commit
-
-
-def _git(*arguments: str) -> str | None:
-    folder = FilePath(vllm_buddy.__file__).parent
-    try:
-        found = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -1,0 +1,74 @@
+"""`vllm-buddy train`: stage 1, from text to an artifact."""
+
+import argparse
+import json
+import sys
+from pathlib import Path as FilePath
+from typing import Any
+
+from vllm_buddy.errors import TrainingError
+
+SHOWN_EVERY = 10  # steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A configuration file, and settings on top of it."""
+    parser.add_argument("config", type=FilePath, metavar="CONFIG", help="YAML file of settings")
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="settings on top of the file; `--list` shows all"
+    )
+    parser.add_argument("--list", action="store_true", help="list all settings with their defaults and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or go on with a run that was stopped, and write the artifact; returns 0.
+
+    Raises:
+        BuddyError: a setting, the data or the model cannot be used; the loss is not finite; the disk is full.
+    """
+    from vllm_buddy.training.settings import TrainSettings
+
+    if args.list:
+        for name, field in TrainSettings.model_fields.items():
+            default = "required" if field.is_required() else json.dumps(field.default, default=str)
+            print(f"{name:22} {default:12} {field.description or ''}")
+        return 0
+    settings = TrainSettings.read(args.config, _overrides(args.settings))
+    from vllm_buddy.embedded_model import fetch
+    from vllm_buddy.provenance import source_commit
+    from vllm_buddy.training.record import finish_run
+    from vllm_buddy.training.stage1 import run_stage1
+
+    commit = source_commit()
+    artifact, stage = run_stage1(settings, settings.model or fetch(), _progress(settings.num_steps), _note)
+    if stage.accelerator.is_main_process:
+        command = " ".join(["vllm-buddy", "train", str(args.config), *args.settings])
+        finish_run(artifact, stage, command, commit)
+        print(f"wrote artifact '{artifact.config.name}' to {settings.out}")
+    return 0
+
+
+def _overrides(words: list[str]) -> dict[str, str]:
+    pairs = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise TrainingError(f"'{word}' is not KEY=VALUE")
+        pairs[key] = value
+    return pairs
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _progress(num_steps: int) -> Any:
+    def show(row: dict[str, Any]) -> None:
+        done = row["step"] + 1
+        if done % SHOWN_EVERY == 0 or done == num_steps:
+            _note(
+                f"step {done}/{num_steps}  loss {row['loss']:.4f}  budget {row['budget']:.2f}  "
+                f"{row['tokens_per_second']:.0f} tokens/s"
+            )
+
+    return show

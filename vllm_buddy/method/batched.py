@@ -1,0 +1,199 @@
+"""The routed forward for many sequences at once: what `reference.py` computes, packed, fast and differentiable.
+
+Rows that skip a layer are not computed. Under `masked`, the rows of a sequence that run a layer are packed to the
+front, as in the serving cache: keys hold their rotation and keep their order, so causal attention over the packed
+rows is attention masked by validity. Right padding is harmless, because attention looks back only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, check_kv_policy
+from vllm_buddy.method.reference import check_config
+
+
+def routed_hidden(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    masks: torch.Tensor,
+    kv_policy: str = MASKED,
+    bypass: Bypass | None = None,
+    gates: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Hidden states behind the last layer, before the final norm: [batch, length, hidden_size].
+
+    model: a Hugging Face causal language model (see reference.check_config); computed in its dtype.
+    token_ids: [batch, length], int64. masks: [batch, length, num_layers], bool: which token runs which layer; the
+        first and the last layer are run by all.
+    gates: [batch, num_layers], 1.0 where a sequence runs a layer and 0.0 where it skips it; for the gradient of
+        scores (BUDDY, section 3.3: H + M F(H)). F is then computed for skipped layers too, without a gradient of its
+        own. Every sequence must have one path.
+    """
+    check_config(model.config)
+    check_kv_policy(kv_policy)
+    backbone: Any = model.model
+    batch, length = token_ids.shape
+    if masks.shape != (batch, length, len(backbone.layers)) or not (masks[..., 0].all() and masks[..., -1].all()):
+        raise ValueError(f"masks of shape {tuple(masks.shape)} must be True for the first and the last layer")
+    hidden, rotary = embed(model, token_ids)
+    bypass = bypass.to(hidden) if bypass is not None else None
+    for index, layer in enumerate(backbone.layers):
+        gate = None if gates is None or index in (0, len(backbone.layers) - 1) else gates[:, index]
+        hidden = _routed_layer(layer, index, hidden, masks[..., index], rotary, kv_policy, bypass, gate)
+    return hidden
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos, sin: [..., length, head_dim], for the rows that go through a layer."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def at(self, positions: torch.Tensor) -> "Rotary":
+        """For rows at other positions. positions: [batch, rows]."""
+        return Rotary(self.cos[positions], self.sin[positions])
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [batch, num_heads, rows, head_dim], in Hugging Face's half-split order."""
+        cos, sin = (t if t.dim() == 2 else t[:, None] for t in (self.cos, self.sin))
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def embed(model: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
+    """Embeddings [batch, length, hidden_size] of token_ids [batch, length], and the rotation of their positions."""
+    backbone: Any = model.model
+    hidden = backbone.embed_tokens(token_ids)
+    positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+    cos, sin = (part[0] for part in backbone.rotary_emb(hidden, positions[None]))
+    return hidden, Rotary(cos, sin)
+
+
+def _routed_layer(
+    layer: Any,
+    index: int,
+    hidden: torch.Tensor,
+    runs: torch.Tensor,
+    rotary: Rotary,
+    kv_policy: str,
+    bypass: Bypass | None,
+    gate: torch.Tensor | None,
+) -> torch.Tensor:
+    """One layer. hidden: [batch, length, hidden_size]; runs: [batch, length], bool; gate: [batch]."""
+    whole = runs.all(dim=1)
+    if gate is not None:
+        if not (whole == runs.any(dim=1)).all():
+            raise ValueError("gates need one path per sequence")
+        return _gated_layer(layer, index, hidden, whole, rotary, bypass, gate)
+    if whole.all():
+        return dense_layer(layer, hidden, rotary)
+    some = runs.any(dim=1)
+    if not some.any():
+        return hidden if bypass is None else bypass.apply(index, hidden)
+    if (whole == some).all():  # every sequence runs it from end to end or not at all
+        ran, skipped = whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]
+        output = hidden.index_copy(0, ran, dense_layer(layer, hidden[ran], rotary))
+        return output if bypass is None else output.index_copy(0, skipped, bypass.apply(index, hidden[skipped]))
+    rows, columns, padding = _pack(runs)
+    if kv_policy == MASKED:
+        packed = dense_layer(layer, hidden[rows[:, None], columns], rotary.at(columns))
+    else:
+        packed = _sparse_layer(layer, hidden[rows], columns, runs[rows], rotary, kv_policy)
+    batch_index = rows[:, None].expand_as(columns)[~padding], columns[~padding]
+    output = hidden if bypass is None else torch.where(runs[..., None], hidden, bypass.apply(index, hidden))
+    return output.index_put(batch_index, packed[~padding])
+
+
+def _gated_layer(
+    layer: Any,
+    index: int,
+    hidden: torch.Tensor,
+    ran: torch.Tensor,
+    rotary: Rotary,
+    bypass: Bypass | None,
+    gate: torch.Tensor,
+) -> torch.Tensor:
+    """H + M F(H) + (1 - M) bypass(H), with a gradient for M wherever it is 0 or 1. ran: [batch], bool."""
+    output = hidden
+    for rows, executed in ((ran.nonzero()[:, 0], True), ((~ran).nonzero()[:, 0], False)):
+        if len(rows) == 0:
+            continue
+        inputs = hidden[rows]
+        with torch.set_grad_enabled(executed and torch.is_grad_enabled()):
+            delta = dense_layer(layer, inputs, rotary) - inputs
+        m = gate[rows][:, None, None].to(hidden.dtype)
+        mixed = inputs + m * delta
+        if bypass is not None:
+            mixed = mixed + (1 - m) * (bypass.apply(index, inputs) - inputs)
+        output = output.index_copy(0, rows, mixed)
+    return output
+
+
+def dense_layer(layer: Any, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """A decoder layer on rows that all run it and attend to each other causally. hidden: [batch, rows, hidden_size]."""
+    attention = layer.self_attn
+    normed = _norm(layer.input_layernorm, hidden)
+    queries, keys = (rotary.apply(_heads(attention, normed, which)) for which in "qk")
+    mixed = nn.functional.scaled_dot_product_attention(
+        queries, keys, _heads(attention, normed, "v"), is_causal=True, scale=attention.scaling, enable_gqa=True
+    )
+    return _behind_attention(layer, hidden, mixed)
+
+
+def _sparse_layer(
+    layer: Any, hidden: torch.Tensor, columns: torch.Tensor, runs: torch.Tensor, rotary: Rotary, kv_policy: str
+) -> torch.Tensor:
+    """Queries from packed rows, keys and values from every position (`kv_only`, `zero`).
+
+    hidden: [batch, length, hidden_size]; columns: [batch, rows], positions of the packed rows; runs: [batch, length].
+    """
+    attention = layer.self_attn
+    inputs = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+    normed = _norm(layer.input_layernorm, hidden)
+    queries = rotary.at(columns).apply(_heads(attention, _norm(layer.input_layernorm, inputs), "q"))
+    keys, values = rotary.apply(_heads(attention, normed, "k")), _heads(attention, normed, "v")
+    if kv_policy != KV_ONLY:
+        keys, values = keys * runs[:, None, :, None], values * runs[:, None, :, None]
+    visible = torch.arange(hidden.shape[1], device=hidden.device) <= columns[..., None]
+    mixed = nn.functional.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=visible[:, None], scale=attention.scaling, enable_gqa=True
+    )
+    return _behind_attention(layer, inputs, mixed)
+
+
+def _behind_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """mixed: [batch, num_heads, rows, head_dim]."""
+    hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+    return hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))
+
+
+def _heads(attention: Any, normed: torch.Tensor, which: str) -> torch.Tensor:
+    """q, k or v: [batch, num_heads, rows, head_dim], with Qwen3's norm per head where there is one."""
+    projected = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{which}_norm", None)
+    return (projected if norm is None else _norm(norm, projected)).transpose(1, 2)
+
+
+def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """A Hugging Face RMSNorm as one operation."""
+    return nn.functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def _pack(runs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where `runs` [batch, length] holds, row by row, padded to the longest row.
+
+    Returns:
+        rows: [n], sequences with at least one such position. columns: [n, m], their positions in order, padded with
+        the sequence's last position. padding: [n, m], bool.
+    """
+    rows = runs.any(dim=1).nonzero()[:, 0]
+    counts = runs[rows].sum(dim=1)
+    longest = int(counts.max())
+    order = runs[rows].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    padding = torch.arange(longest, device=runs.device) >= counts[:, None]
+    return rows, order.masked_fill(padding, runs.shape[1] - 1), padding

@@ -1,0 +1,44 @@
+"""State on disk, replaced whole or not at all."""
+
+import os
+import pickle
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+
+from vllm_buddy.errors import TrainingError
+
+CHECKPOINT_FILE = "checkpoint.pt"
+START_FILE = "start.pt"
+
+
+def save_state(path: FilePath, state: dict[str, Any]) -> None:
+    """Write `state` to `path`; a kill or a full disk at any moment leaves what was there before.
+
+    Raises:
+        TrainingError: the disk is full or the folder cannot be written.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a write falls short
+        partial.unlink(missing_ok=True)
+        kept = "the one before it is intact" if path.is_file() else "there is none before it"
+        raise TrainingError(f"cannot write {path}: {error}; {kept}. Make room and run the same command again") from None
+
+
+def load_state(path: FilePath) -> dict[str, Any]:
+    """What `save_state` wrote.
+
+    Raises:
+        TrainingError: the file is not a checkpoint.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}); remove it to start again") from None

@@ -1,0 +1,49 @@
+"""The loss curve of a run as a picture, from its log alone."""
+
+import json
+from pathlib import Path as FilePath
+
+import numpy as np
+
+from vllm_buddy.errors import TrainingError
+
+CURVES_FILE = "curves.png"
+BANDS = 3  # the served depths are cut into this many
+SMOOTHING = 0.05  # each point is the mean over this share of the run
+
+
+def read_log(path: FilePath) -> list[dict]:
+    """Rows of log.jsonl, one per step."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def draw_curves(log: FilePath, out: FilePath, title: str) -> None:
+    """Loss against training tokens, one line for each band of depths.
+
+    Raises:
+        TrainingError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise TrainingError("curves need matplotlib: pip install 'vllm-buddy[plot]'") from None
+    rows = read_log(log)
+    points = np.array([(row["tokens"], depth, loss) for row in rows for depth, loss in row["losses"]])
+    edges = np.linspace(points[:, 1].min(), points[:, 1].max() + 1e-6, BANDS + 1)
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for low, high in zip(edges, edges[1:]):
+        band = points[(points[:, 1] >= low) & (points[:, 1] < high)]
+        if len(band) == 0:
+            continue
+        width = max(1, int(len(band) * SMOOTHING))
+        smooth = np.convolve(band[:, 2], np.ones(width) / width, mode="valid")
+        axes.plot(band[width - 1 :, 0] / 1e3, smooth, label=f"{np.ceil(low):.0f} to {np.ceil(high) - 1:.0f} layers")
+    axes.set(xlabel="training tokens (thousands)", ylabel="loss (nats per token)", title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(title="layers executed", frameon=False)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)

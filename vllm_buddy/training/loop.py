@@ -1,0 +1,200 @@
+"""Stage 1: the loop over optimizer steps."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_buddy.errors import TrainingError
+from vllm_buddy.method.batched import routed_hidden
+from vllm_buddy.method.budget import depth_for_budget
+from vllm_buddy.training.checkpoint import CHECKPOINT_FILE, load_state, save_state
+from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.objective import distillation_loss, next_token_loss
+from vllm_buddy.training.repair import Repair
+from vllm_buddy.training.router_fit import CONTEXT
+from vllm_buddy.training.routing import Routing, draw_depths
+from vllm_buddy.training.settings import TrainSettings
+from vllm_buddy.training.teacher import Teacher
+
+LOG_FILE = "log.jsonl"
+FINAL_RATE = 0.1  # the learning rate ends at this share of its peak
+
+
+@dataclass
+class Run:
+    """Everything that one run of stage 1 works on.
+
+    teacher: None for cross-entropy. accelerator: of accelerate, with one process or several.
+    frozen: a context in which the model is the base model again, for the teacher.
+    """
+
+    settings: TrainSettings
+    model: Any
+    corpus: Corpus
+    repair: Repair
+    routing: Routing
+    teacher: Teacher | None
+    accelerator: Any
+    frozen: Callable[[], AbstractContextManager[Any]]
+    report: Callable[[dict[str, Any]], None] = field(default=lambda row: None)
+    router_figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> FilePath:
+        return self.settings.out
+
+    def train(self) -> None:
+        """Run all steps that are not done yet.
+
+        Raises:
+            TrainingError: the loss is not finite, a checkpoint is of other settings or cannot be written.
+        """
+        settings = self.settings
+        groups = [
+            {"params": self.repair.parameters(), "lr": settings.learning_rate},
+            {"params": self.routing.parameters(), "lr": settings.router_learning_rate},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        start, seconds = self._resume(optimizer, parameters)
+        for step in range(start, settings.num_steps):
+            began = time.perf_counter()
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * self._rate(step)
+            row = self._step(step, parameters)
+            norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
+            if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
+                raise TrainingError(
+                    f"step {step}: the loss is {row['loss']} and the gradient's norm {norm}; nothing of this step is "
+                    "kept. Lower learning_rate, or look at the sequences of this step"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds += time.perf_counter() - began
+            done = step + 1
+            tokens = settings.batch * settings.length
+            row |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2)}
+            row["tokens_per_second"] = round(tokens / (time.perf_counter() - began), 1)
+            if self.accelerator.is_main_process:
+                with (self.folder / LOG_FILE).open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+                self.report(row)
+                if done % settings.save_every == 0 or done == settings.num_steps:
+                    save_state(self.folder / CHECKPOINT_FILE, self._state(done, seconds, optimizer, parameters))
+
+    def _step(self, step: int, parameters: list[nn.Parameter]) -> dict[str, Any]:
+        """Gradients of one optimizer step, summed over processes; returns the log row."""
+        settings = self.settings
+        # From (seed, step) alone: a resumed run draws what the stopped one would have drawn.
+        rng = np.random.default_rng((settings.seed, step))
+        num_layers = self.model.config.num_hidden_layers
+        smallest = depth_for_budget(settings.min_budget, num_layers)
+        depths = draw_depths(num_layers, smallest, settings.batch, rng, full=not self.repair.exact_at_full_depth)
+        # Equal depths side by side: they share a forward pass where a micro-batch has several sequences.
+        depths.sort()
+        # Shuffled, so that no source of text always meets the lowest depth.
+        indices = rng.permutation(self.corpus.order[step * settings.batch : (step + 1) * settings.batch])
+        seeds = rng.integers(1 << 32, size=settings.batch // settings.micro_batch)
+        losses = torch.zeros(len(seeds), device=self.accelerator.device)
+        for number in range(self.accelerator.process_index, len(seeds), self.accelerator.num_processes):
+            rows = slice(number * settings.micro_batch, (number + 1) * settings.micro_batch)
+            loss = self._loss(indices[rows], depths[rows], np.random.default_rng(seeds[number]))
+            (loss / len(seeds)).backward()
+            losses[number] = loss.detach()
+        losses = self.accelerator.reduce(losses, "sum")
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "sum")
+        per_pass = np.array(depths).reshape(len(seeds), -1).mean(axis=1)
+        return {
+            "step": step,
+            "tokens": (step + 1) * settings.batch * settings.length,
+            "loss": float(losses.mean()),
+            "budget": round(float(np.mean(depths)) / num_layers, 4),
+            "losses": [[float(d), round(float(v), 6)] for d, v in zip(per_pass, losses)],
+        }
+
+    def _loss(self, indices: np.ndarray, depths: list[int], rng: np.random.Generator) -> torch.Tensor:
+        """Of one micro-batch, nats per token."""
+        device = self.accelerator.device
+        token_ids = torch.from_numpy(self.corpus.sequences[indices].astype(np.int64)).to(device)
+        routed = self.routing.route(token_ids, depths, rng)
+        gates = None if routed.gates is None else routed.gates.to(device)
+        hidden = routed_hidden(
+            self.model, token_ids, routed.masks.to(device), self.settings.kv_policy, self.repair.bypass(), gates
+        )
+        hidden, head = self.model.model.norm(hidden), self.model.lm_head.weight
+        if self.teacher is None:
+            return next_token_loss(hidden, head, token_ids)
+        with self.frozen():
+            ids, log_p = self.teacher.top_log_probs(indices)
+        return distillation_loss(hidden, head, ids.to(device), log_p.to(device))
+
+    def path_losses(self, indices: np.ndarray, mask: torch.Tensor) -> np.ndarray:
+        """KL behind the first CONTEXT tokens of each sequence, all on one path: [len(indices)]. mask: [num_layers]."""
+        assert self.teacher is not None
+        device, losses = self.accelerator.device, []
+        bypass = self.repair.bypass()
+        for index in indices:
+            rows = np.array([index])
+            token_ids = torch.from_numpy(self.corpus.sequences[rows].astype(np.int64)).to(device)
+            masks = mask.to(device).expand(*token_ids.shape, -1)
+            hidden = self.model.model.norm(routed_hidden(self.model, token_ids, masks, self.settings.kv_policy, bypass))
+            ids, log_p = (t[:, CONTEXT:].to(device) for t in self.teacher.top_log_probs(rows))
+            losses.append(float(distillation_loss(hidden[:, CONTEXT:], self.model.lm_head.weight, ids, log_p)))
+        return np.array(losses)
+
+    def _rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to FINAL_RATE."""
+        warmup, total = self.settings.warmup_steps, self.settings.num_steps
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, total - warmup)
+        return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _state(
+        self, step: int, seconds: float, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
+    ) -> dict[str, Any]:
+        return {
+            "step": step,
+            "seconds": seconds,
+            "digest": self._digest,
+            "parameters": [parameter.detach() for parameter in parameters],
+            "optimizer": optimizer.state_dict(),
+        }
+
+    @property
+    def _digest(self) -> str:
+        return f"{self.settings.digest}-{self.corpus.digest}"
+
+    def _resume(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> tuple[int, float]:
+        """(first step to run, seconds spent so far)."""
+        log = self.folder / LOG_FILE
+        if not (self.folder / CHECKPOINT_FILE).is_file():
+            log.unlink(missing_ok=True)
+            return 0, 0.0
+        state = load_state(self.folder / CHECKPOINT_FILE)
+        if state["digest"] != self._digest:
+            raise TrainingError(
+                f"{self.folder} holds a run with other settings or data (step {state['step']}); name another `out`, or "
+                "remove the folder to start again"
+            )
+        with torch.no_grad():
+            for parameter, saved in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.is_main_process and log.is_file():  # steps behind the checkpoint are run again
+            kept = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] < state["step"]]
+            log.write_text("".join(f"{line}\n" for line in kept))
+        return state["step"], state["seconds"]

@@ -1,0 +1,117 @@
+"""Where the bypass starts: the best low-rank linear prediction of what each layer adds, in closed form.
+
+One pass of the full model gives, for every middle layer at once, the regression of F(h) on RMSNorm(h). The rank is
+spent where the loss feels it: errors are weighted with G, the covariance of the loss's gradient behind the layer
+(reduced-rank regression with the output metric G). As SiLU(x) - SiLU(-x) = x, a bypass of rank r starts as exactly a
+linear map of rank r / 2, and training bends it from there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_buddy.method.batched import dense_layer, embed
+from vllm_buddy.method.bypass import Bypass
+
+RIDGE = 1e-3  # share of the mean variance added to every direction of the input
+GRADIENT_FLOOR = 0.03  # share of G's mean eigenvalue added to every direction of the output
+OUTLIER = 10.0  # tokens whose state is this many times longer than the median (attention sinks) are left out
+
+
+class LayerMoments:
+    """Sums over tokens from which one layer's regression follows.
+
+    xx, xy: RMSNorm(h) with itself and with F(h). gg: loss gradient behind the layer with itself. [hidden, hidden] each.
+    """
+
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        self.xx, self.xy, self.gg = (torch.zeros(hidden_size, hidden_size, device=device) for _ in range(3))
+        self.num_tokens = 0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor, gradient: torch.Tensor | None, eps: float) -> None:
+        """before, after, gradient: [tokens, hidden_size], float32."""
+        norm = before.norm(dim=-1)
+        keep = norm < OUTLIER * norm.median()
+        x, y = before[keep], (after - before)[keep]
+        x = nn.functional.rms_norm(x, x.shape[-1:], eps=eps)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.num_tokens += len(x)
+        if gradient is not None:
+            gradient = gradient[keep]
+            self.gg += gradient.T @ gradient
+
+    def low_rank(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(down [rank, hidden], up [hidden, rank]) of the best linear map, in balanced scale."""
+        size = len(self.xx)
+        eye = torch.eye(size, dtype=torch.float64, device=self.xx.device)
+        xx = self.xx.double() / self.num_tokens
+        xx += RIDGE * xx.trace() / size * eye
+        full = torch.linalg.solve(xx, self.xy.double() / self.num_tokens)  # [in, out]
+        gg = self.gg.double()
+        metric = gg / (gg.trace() / size) + GRADIENT_FLOOR * eye if bool(gg.any()) else eye
+        values, vectors = torch.linalg.eigh(metric)
+        root, inverse_root = (vectors * values.pow(p) @ vectors.T for p in (0.5, -0.5))
+        # The rank-r part of `full` that loses least of what x predicts, measured in the output metric.
+        predicted = root @ full.T @ xx @ full @ root
+        basis = torch.linalg.eigh(predicted)[1][:, -rank:]
+        down = (full @ root @ basis).T
+        up = inverse_root @ basis
+        # Hidden units of unit variance: SiLU then works where it bends, and one learning rate fits all.
+        scale = (down @ xx @ down.T).diagonal().clamp_min(1e-12).sqrt()
+        return (down / scale[:, None]).float(), (up * scale).float()
+
+
+def fit_bypass(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    rank: int,
+    *,
+    batch_size: int = 8,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Bypass:
+    """The starting bypass of every middle layer.
+
+    model: a Hugging Face Llama, Qwen2 or Qwen3. token_ids: [num_sequences, length], int64. rank: even.
+    report: called as report(sequences done, sequences in all).
+    """
+    if rank < 2 or rank % 2:
+        raise ValueError(f"a bypass starts as pairs of units, so its rank must be even and positive, not {rank}")
+    net: Any = model
+    config = net.config
+    device = net.model.embed_tokens.weight.device
+    moments = [LayerMoments(config.hidden_size, device) for _ in range(config.num_hidden_layers - 2)]
+    for start in range(0, len(token_ids), batch_size):
+        states = _states_with_gradient(net, token_ids[start : start + batch_size].to(device))
+        for layer, moment in enumerate(moments, start=1):
+            before, after = (s.detach().flatten(0, 1).float() for s in states[layer : layer + 2])
+            gradient = states[layer + 1].grad
+            assert gradient is not None
+            moment.add(before, after, gradient.flatten(0, 1).float() * gradient.shape[0], config.rms_norm_eps)
+        report(min(start + batch_size, len(token_ids)), len(token_ids))
+    pairs = [moment.low_rank(rank // 2) for moment in moments]
+    return Bypass(
+        torch.stack([torch.cat([down, -down]) for down, _ in pairs]),
+        torch.stack([torch.cat([up, -up], dim=1) for _, up in pairs]),
+        config.rms_norm_eps,
+    )
+
+
+def _states_with_gradient(net: Any, token_ids: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states before every layer and behind the last, [batch, length, hidden], with the gradient of the loss."""
+    backbone = net.model
+    hidden, rotary = embed(net, token_ids)
+    states = [hidden]
+    with torch.enable_grad():
+        for layer in backbone.layers:
+            hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+            hidden.retain_grad()
+            states[-1] = hidden
+            hidden = dense_layer(layer, hidden, rotary)
+            states.append(hidden)
+        hidden.retain_grad()
+        logits = net.lm_head(backbone.norm(hidden))[:, :-1]
+        nn.functional.cross_entropy(logits.flatten(0, 1).float(), token_ids[:, 1:].flatten()).backward()
+    return states

@@ -1,0 +1,131 @@
+"""A Decision Module from measured losses: which path of a library serves which text best.
+
+A gradient through a hard top-k says how the loss would change with a little more of a layer; here the loss of every
+path in a short list is measured on the same text, and the module learns to expect it. It sees what it will see in
+serving: the first tokens of a text. The losses are those of the tokens behind them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_buddy.method import DecisionModule, path_of
+from vllm_buddy.method.path import path_mask
+
+CONTEXT = 64  # tokens that decide; a quarter of a sequence of 256
+STEPS = 600
+HELD_OUT = 0.25  # of the windows, for the figures that are reported
+TEMPERATURE = 0.02  # nats: how much better a path must be to be clearly preferred
+WEIGHT_DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class PathLosses:
+    """losses: [num_windows, num_paths], nats per token behind the context; paths of one depth, the static one first."""
+
+    depth: int
+    paths: Sequence[Sequence[int]]
+    losses: np.ndarray
+
+
+@dataclass(frozen=True)
+class FitFigures:
+    """Held-out nats per token of one depth: all on the first path, as the module chooses, the best path per window."""
+
+    depth: int
+    static: float
+    routed: float
+    oracle: float
+    num_windows: int
+
+
+@dataclass(frozen=True)
+class RouterFit:
+    """The module, and what it is worth on windows that it was not fitted on."""
+
+    decision: DecisionModule
+    figures: list[FitFigures]
+
+    @property
+    def gain(self) -> float:
+        """Nats per token won over the static paths, mean over depths."""
+        return float(np.mean([f.static - f.routed for f in self.figures]))
+
+
+def measure_paths(
+    loss: Callable[[np.ndarray, torch.Tensor], np.ndarray],
+    indices: np.ndarray,
+    library: Mapping[int, Sequence[Sequence[int]]],
+    depths: Sequence[int],
+    num_layers: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[PathLosses]:
+    """The loss of every path on every window.
+
+    loss: (sequence indices [batch], layer mask [num_layers]) -> nats per token behind the context, [batch].
+    """
+    total, done, measured = sum(len(library[depth]) for depth in depths), 0, []
+    for depth in depths:
+        columns = []
+        for layers in library[depth]:
+            columns.append(loss(indices, torch.from_numpy(path_mask(path_of(layers), num_layers).copy())))
+            done += 1
+            report(done, total)
+        measured.append(PathLosses(depth, library[depth], np.stack(columns, axis=1)))
+    return measured
+
+
+def fit_decision(
+    means: torch.Tensor,
+    newest: torch.Tensor,
+    measured: Sequence[PathLosses],
+    bias: torch.Tensor,
+    width: int,
+    seed: int,
+) -> RouterFit:
+    """Fit a Decision Module to measured losses.
+
+    means, newest: [num_windows, value_dim], Value states of the context (see DecisionModule), float32.
+    bias: [num_layers - 2], omega * standardise(prior), as Router adds it.
+    """
+    num_windows, num_middle = len(means), len(bias)
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(num_windows)
+    held_out = torch.from_numpy(shuffled[: int(num_windows * HELD_OUT)])
+    fitted = torch.from_numpy(shuffled[int(num_windows * HELD_OUT) :])
+    members = [_membership(m.paths, num_middle) for m in measured]
+    losses = [torch.from_numpy(m.losses).float() for m in measured]
+    # Until there is evidence to the contrary the static path of each depth is chosen.
+    torch.manual_seed(seed)
+    decision = DecisionModule(means.shape[1], num_middle, width)
+    nn.init.zeros_(decision.w2.weight)
+    nn.init.zeros_(decision.w2.bias)
+    optimizer = torch.optim.AdamW(decision.parameters(), lr=3e-3, weight_decay=WEIGHT_DECAY)
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            scores = decision(means[fitted], newest[fitted]) + bias
+            expected = torch.zeros(())
+            for member, loss in zip(members, losses):
+                choice = (scores @ member.T / TEMPERATURE).softmax(dim=-1)
+                gap = loss[fitted] - loss[fitted][:, :1]
+                expected = expected + (choice * gap).sum(dim=-1).mean()
+            optimizer.zero_grad()
+            expected.backward()
+            optimizer.step()
+    figures = []
+    with torch.no_grad():
+        scores = decision(means[held_out], newest[held_out]) + bias
+        for m, member, loss in zip(measured, members, losses):
+            rows = loss[held_out]
+            chosen = rows.gather(1, (scores @ member.T).argmax(dim=-1, keepdim=True))
+            static, routed, oracle = (float(part.mean()) for part in (rows[:, 0], chosen, rows.min(dim=-1).values))
+            figures.append(FitFigures(m.depth, static, routed, oracle, len(held_out)))
+    return RouterFit(decision, figures)
+
+
+def _membership(paths: Sequence[Sequence[int]], num_middle: int) -> torch.Tensor:
+    """[num_paths, num_middle]: 1.0 where a path holds a middle layer."""
+    return torch.tensor([[float(layer in path) for layer in range(1, num_middle + 1)] for path in map(set, paths)])

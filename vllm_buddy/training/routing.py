@@ -1,0 +1,121 @@
+"""Which layers each training sequence runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_buddy.method import DecisionModule, Path, path_of
+from vllm_buddy.method.path import path_mask
+from vllm_buddy.method.router import OMEGA
+
+FIRST_SHARE = 0.6  # of the sequences, those that run the first path of their depth; the others share the rest
+SWITCHED = 0.25  # of the sequences, those whose path changes on the way, as it may when a request is routed again
+SHORTEST_CONTEXT = 16  # tokens
+
+
+@dataclass(frozen=True)
+class Routed:
+    """masks: [batch, length, num_layers], bool. gates: [batch, num_layers] where scores are trained, else None."""
+
+    masks: torch.Tensor
+    gates: torch.Tensor | None = None
+
+
+class Routing(Protocol):
+    """How paths are chosen in training."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        ...
+
+    def route(self, token_ids: torch.Tensor, depths: Sequence[int], rng: np.random.Generator) -> Routed:
+        """token_ids: [batch, length]; depths: [batch], layers that each sequence executes."""
+        ...
+
+
+class LibraryRouting:
+    """Paths from a list per depth. Mostly the first; sometimes another, and sometimes a change from one to another.
+
+    interval: changes happen at its multiples, as in serving; 0: none.
+    """
+
+    def __init__(self, num_layers: int, library: Mapping[int, Sequence[Sequence[int]]], interval: int) -> None:
+        self._num_layers = num_layers
+        self._library = {depth: [path_of(layers) for layers in sets] for depth, sets in library.items()}
+        self._interval = interval
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def route(self, token_ids: torch.Tensor, depths: Sequence[int], rng: np.random.Generator) -> Routed:
+        length = token_ids.shape[1]
+        masks = np.empty((len(depths), length, self._num_layers), dtype=bool)
+        for row, depth in enumerate(depths):
+            masks[row] = path_mask(self._draw(depth, rng), self._num_layers)
+            if self._interval and len(self._library.get(depth, ())) > 1 and rng.random() < SWITCHED:
+                change = int(rng.integers(1, max(2, length // self._interval))) * self._interval
+                masks[row, change:] = path_mask(self._draw(depth, rng), self._num_layers)
+        return Routed(torch.from_numpy(masks))
+
+    def _draw(self, depth: int, rng: np.random.Generator) -> Path:
+        if depth == self._num_layers:
+            return (1 << self._num_layers) - 1
+        paths = self._library[depth]
+        if len(paths) == 1 or rng.random() < FIRST_SHARE:
+            return paths[0]
+        return paths[int(rng.integers(1, len(paths)))]
+
+
+class LearnedRouting:
+    """A Decision Module trained through a hard top-k (BUDDY, section 3.3).
+
+    Forward: the k highest of s' = s + omega * standardise(prior). Backward: straight through a sigmoid around the
+    threshold between chosen and unchosen scores. A sequence is routed once, from a random number of its first tokens.
+
+    values: [vocab_size, value_dim], see decision.value_table. prior: [num_layers - 2], larger is more important.
+    """
+
+    def __init__(self, decision: DecisionModule, values: torch.Tensor, prior: np.ndarray, omega: float = OMEGA) -> None:
+        self.decision = decision
+        self._values = values
+        prior = np.asarray(prior, dtype=np.float64)
+        self._bias = torch.tensor(omega * (prior - prior.mean()) / (prior.std() + 1e-12), dtype=torch.float32)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.decision.parameters())
+
+    def route(self, token_ids: torch.Tensor, depths: Sequence[int], rng: np.random.Generator) -> Routed:
+        batch, length = token_ids.shape
+        num_layers = len(self._bias) + 2
+        contexts = [int(rng.integers(min(SHORTEST_CONTEXT, length), length + 1)) for _ in range(batch)]
+        means = torch.stack([self._values[row[:n]].mean(dim=0) for row, n in zip(token_ids, contexts)])
+        newest = self._values[torch.stack([row[n - 1] for row, n in zip(token_ids, contexts)])]
+        scores = self.decision(means, newest) + self._bias
+        # A stable sort: of equal scores the lower layer is chosen, as in path.top_k_path.
+        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+        gates = torch.ones(batch, num_layers)
+        for row, depth in enumerate(depths):
+            k = depth - 2
+            if depth == num_layers:
+                continue
+            threshold = (ranked[row, k - 1] + ranked[row, k]).detach() / 2
+            soft = torch.sigmoid(scores[row] - threshold)
+            hard = torch.zeros_like(soft)
+            hard[order[row, :k]] = 1.0
+            gates[row, 1:-1] = hard + soft - soft.detach()
+        masks = (gates.detach() > 0.5)[:, None].expand(-1, length, -1)
+        return Routed(masks, gates)
+
+
+def draw_depths(num_layers: int, smallest: int, count: int, rng: np.random.Generator, *, full: bool) -> list[int]:
+    """A depth for each sequence, uniform over the served range. full: the full depth is one of them."""
+    return [int(depth) for depth in rng.integers(smallest, num_layers + full, size=count)]
+
+
+def state_of(parameters: Sequence[Any]) -> list[torch.Tensor]:
+    """Copies of the parameters, for a checkpoint."""
+    return [parameter.detach().cpu().clone() for parameter in parameters]

@@ -1,0 +1,230 @@
+"""Stage 1 from settings to artifact: what is prepared, trained and written, in that order."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, LoraConfig, PriorConfig
+from vllm_buddy.baselines import check_static_method, layer_order
+from vllm_buddy.errors import TrainingError
+from vllm_buddy.fingerprint import BaseModelIdentity, identify
+from vllm_buddy.importance.library import nested_library
+from vllm_buddy.method import DecisionModule, FoldedDecision
+from vllm_buddy.method.budget import depth_for_budget
+from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.decision import value_table
+from vllm_buddy.method.kv_policy import check_kv_policy
+from vllm_buddy.method.router import OMEGA
+from vllm_buddy.model_folder import load_model, load_tokenizer
+from vllm_buddy.training.checkpoint import START_FILE, load_state, save_state
+from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.loop import Run
+from vllm_buddy.training.path_search import removal_order
+from vllm_buddy.training.regression import fit_bypass
+from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
+from vllm_buddy.training.router_fit import CONTEXT, fit_decision, measure_paths
+from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, Routing
+from vllm_buddy.training.settings import TrainSettings
+from vllm_buddy.training.teacher import Teacher
+
+SEARCHED, LEARNED = "searched", "learned"
+DECISION_WIDTH = 32
+ROUTER_DEPTHS = 5  # depths on which paths are compared
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts: the order in which layers leave, and the bypass (recipe `bypass`)."""
+
+    order: list[int]
+    bypass: Bypass | None
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Raise a BuddyError for whatever can be found wrong before a model is loaded."""
+    check_kv_policy(settings.kv_policy)
+    if settings.paths not in (SEARCHED, LEARNED):
+        check_static_method(settings.paths)
+    if settings.paths == LEARNED:
+        check_static_method(settings.prior)
+    if settings.paths == SEARCHED and settings.recipe != "bypass":
+        raise TrainingError("paths are searched for a bypass; for LoRA set paths to learned or to a static method")
+    if settings.router_windows and settings.recipe != "bypass":
+        raise TrainingError("router_windows compares repaired paths; it needs the recipe bypass")
+
+
+def run_stage1(
+    settings: TrainSettings, model_dir: FilePath, report: Callable[[dict[str, Any]], None], note: Note
+) -> tuple[Artifact, Run]:
+    """Train, or go on with a run that was stopped; returns the artifact, not yet saved.
+
+    report: called with the log row of each step. note: called with a line about each other thing that is done.
+
+    Raises:
+        BuddyError: settings, data or model cannot be used; the loss is not finite; the disk is full.
+    """
+    from accelerate import Accelerator
+
+    check_settings(settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator()
+    torch.manual_seed(settings.seed)
+    base = identify(model_dir, settings.base_model_id)
+    tokenizer = load_tokenizer(model_dir)
+    used = settings.num_steps * settings.batch
+    corpus = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, used, settings.seed)
+    model: Any = load_model(model_dir, getattr(torch, settings.dtype)).to(accelerator.device).requires_grad_(False)
+    if settings.length > model.config.max_position_embeddings:
+        raise TrainingError(f"length {settings.length} is beyond the model's {model.config.max_position_embeddings}")
+    smallest = depth_for_budget(settings.min_budget, base.num_layers)
+    start = _start(settings, base, model, corpus, smallest, note)
+    teacher = None
+    if settings.recipe != "paper":
+        folder = (settings.cache_dir or settings.out) / f"teacher-{base.fingerprint}-{corpus.digest}"
+        teacher = Teacher(model, corpus, settings.top_logits, folder / f"{settings.dtype}-{settings.top_logits}")
+    repair, frozen = _repair(settings, model, start)
+    library = nested_library(prior_of(start.order), settings.library if settings.router_windows else 1)
+    routing: Routing = LibraryRouting(base.num_layers, library, settings.route_every)
+    if settings.paths == LEARNED:
+        values = value_table(model).to("cpu")
+        decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH)
+        routing = LearnedRouting(decision, values, prior_of(start.order))
+    run = Run(settings, model, corpus, repair, routing, teacher, accelerator, frozen, report)
+    run.train()
+    folded = None
+    if isinstance(routing, LearnedRouting):
+        folded = FoldedDecision.fold(routing.decision, value_table(model).to("cpu"))
+    elif settings.router_windows:
+        folded = _fit_router(run, library, prior_of(start.order), note)
+    artifact = _artifact(settings, base, start, repair, folded, library)
+    return artifact, run
+
+
+def prior_of(order: Sequence[int]) -> np.ndarray:
+    """[num_layers - 2], float32 in (0, 1): the rank of each middle layer, the last to leave highest."""
+    prior = np.empty(len(order), dtype=np.float32)
+    prior[np.array(order) - 1] = (1 + np.arange(len(order))) / (len(order) + 1)
+    return prior
+
+
+def _start(
+    settings: TrainSettings, base: BaseModelIdentity, model: nn.Module, corpus: Corpus, smallest: int, note: Note
+) -> Start:
+    """Prepared once per run, and kept beside its checkpoint."""
+    path = settings.out / START_FILE
+    digest = f"{settings.digest}-{corpus.digest}"
+    if path.is_file():
+        state = load_state(path)
+        if state["digest"] != digest:
+            raise TrainingError(
+                f"{settings.out} holds a run with other settings or data; name another `out`, or remove the folder"
+            )
+        return Start(state["order"], Bypass(**state["bypass"]) if state["bypass"] else None)
+    bypass = None
+    if settings.recipe == "bypass":
+        bypass = _starting_bypass(settings, base, model, corpus, note)
+    if settings.paths == SEARCHED:
+        windows = corpus.take(settings.search_tokens)
+        note(f"searching paths down to {smallest} layers on {windows.numel()} tokens")
+        order = removal_order(
+            model,
+            windows,
+            bypass,
+            smallest,
+            lambda layer, depth, kl: note(f"depth {depth}: without layer {layer}, {kl:.3f} nats from the full model"),
+        )
+    else:
+        order = list(layer_order(settings.prior if settings.paths == LEARNED else settings.paths, base))
+    parts = None if bypass is None else {"down": bypass.down, "up": bypass.up, "eps": bypass.eps}
+    save_state(path, {"digest": digest, "order": order, "bypass": parts})
+    return Start(order, bypass)
+
+
+def _starting_bypass(
+    settings: TrainSettings, base: BaseModelIdentity, model: Any, corpus: Corpus, note: Note
+) -> Bypass:
+    hidden_size, middle = model.config.hidden_size, base.num_layers - 2
+    if settings.init_tokens == 0:
+        down = torch.randn(middle, settings.rank, hidden_size) / hidden_size**0.5
+        return Bypass(down, torch.zeros(middle, hidden_size, settings.rank), model.config.rms_norm_eps)
+    windows = corpus.take(settings.init_tokens)
+    note(f"regression of {middle} layers on {windows.numel()} tokens")
+    return fit_bypass(model, windows, settings.rank)
+
+
+def _repair(settings: TrainSettings, model: nn.Module, start: Start) -> tuple[Repair, Callable[[], Any]]:
+    """The repair, and a context in which the model is the base model."""
+    if start.bypass is not None:
+        return BypassRepair(start.bypass), contextlib.nullcontext
+    repair = LoraRepair(model, settings.rank, settings.lora_alpha)
+    return repair, repair.disabled
+
+
+@torch.no_grad()
+def _fit_router(
+    run: Run, library: Mapping[int, Sequence[Sequence[int]]], prior: np.ndarray, note: Note
+) -> FoldedDecision:
+    """A Decision Module that picks among the paths of `library`."""
+    settings, num_layers = run.settings, run.model.config.num_hidden_layers
+    windows = np.unique(run.corpus.order)
+    windows = np.random.default_rng(settings.seed).permutation(windows)[: settings.router_windows]
+    depths = sorted(library)[:: max(1, len(library) // ROUTER_DEPTHS)]
+    note(f"measuring the paths of depths {', '.join(map(str, depths))} on {len(windows)} sequences")
+    measured = measure_paths(run.path_losses, windows, library, depths, num_layers)
+    values = value_table(run.model).to("cpu")
+    context = torch.from_numpy(run.corpus.sequences[windows, :CONTEXT].astype(np.int64))
+    bias = torch.from_numpy(OMEGA * (prior - prior.mean()) / (prior.std() + 1e-12)).float()
+    fit = fit_decision(
+        values[context].mean(dim=1), values[context[:, -1]], measured, bias, DECISION_WIDTH, settings.seed
+    )
+    for f in fit.figures:
+        note(
+            f"depth {f.depth}: held-out nats per token {f.static:.4f} on the static path, {f.routed:.4f} routed, "
+            f"{f.oracle:.4f} on the best path of each sequence"
+        )
+    run.router_figures = {str(f.depth): dataclasses.asdict(f) for f in fit.figures}
+    return FoldedDecision.fold(fit.decision, values)
+
+
+def _artifact(
+    settings: TrainSettings,
+    base: BaseModelIdentity,
+    start: Start,
+    repair: Repair,
+    folded: FoldedDecision | None,
+    library: Mapping[int, list[list[int]]],
+) -> Artifact:
+    bypass, deltas = repair.bypass(), repair.deltas()
+    indicator = "searched with the bypass" if settings.paths == SEARCHED else settings.paths
+    config = BuddyConfig(
+        format_version=FORMAT_VERSION,
+        name=settings.name or settings.out.absolute().name,
+        base_model=base,
+        prior=PriorConfig(
+            indicator=settings.prior if settings.paths == LEARNED else indicator,
+            calibration=", ".join(source.file.name for source in settings.data),
+            num_tokens=settings.search_tokens,
+        ),
+        omega=OMEGA,
+        has_decision_module=folded is not None,
+        library=None if settings.paths == LEARNED else dict(library),
+        recipe=settings.recipe,
+        budgets=(settings.min_budget, 1.0),
+        bypass_rank=bypass.rank if bypass is not None else 0,
+        bypass_eps=bypass.eps if bypass is not None else 0.0,
+        lora=LoraConfig(rank=deltas.rank, alpha=deltas.alpha) if deltas is not None else None,
+    )
+    if bypass is not None:
+        # What is stored as float16 is what is evaluated right after training.
+        down, up = (t.detach().cpu().half().float() for t in (bypass.down, bypass.up))
+        bypass = Bypass(down, up, bypass.eps)
+    return Artifact(config, prior_of(start.order), folded, bypass, deltas)

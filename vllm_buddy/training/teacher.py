@@ -1,0 +1,60 @@
+"""The full model's top logits, computed once per sequence and kept on disk: every epoch and every run shares them."""
+
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_buddy.method.batched import dense_layer, embed
+from vllm_buddy.training.corpus import Corpus
+
+
+class Teacher:
+    """log p of the `top` likeliest next tokens behind every position.
+
+    folder: holds `ids` [num_sequences, length, top] int32, `log_probs` float16 of the same shape, and which of the
+    sequences are there. Two runs may fill it at once: what they write is the same.
+    """
+
+    def __init__(self, model: nn.Module, corpus: Corpus, top: int, folder: FilePath) -> None:
+        self._model = model
+        self._sequences = corpus.sequences
+        shape = (*corpus.sequences.shape, top)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._ids = _open(folder / "ids.npy", np.int32, shape)
+        self._log_probs = _open(folder / "log_probs.npy", np.float16, shape)
+        self._known = _open(folder / "known.npy", np.bool_, shape[:1])
+
+    def top_log_probs(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the sequences at `indices`: (token ids int64, log p float32), [batch, length, top]."""
+        missing = indices[~self._known[indices]]
+        if len(missing):
+            ids, log_probs = self._compute(torch.from_numpy(self._sequences[missing].astype(np.int64)))
+            self._ids[missing], self._log_probs[missing] = ids, log_probs
+            self._known[missing] = True
+        return torch.from_numpy(self._ids[indices].astype(np.int64)), torch.from_numpy(
+            self._log_probs[indices].astype(np.float32)
+        )
+
+    @torch.no_grad()
+    def _compute(self, token_ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        model: Any = self._model
+        hidden, rotary = embed(model, token_ids.to(next(model.parameters()).device))
+        for layer in model.model.layers:
+            hidden = dense_layer(layer, hidden, rotary)
+        top = self._ids.shape[-1]
+        ids, log_probs = [], []
+        for row in model.model.norm(hidden):
+            logits = model.lm_head(row).float()
+            best, index = logits.topk(top, dim=-1)
+            ids.append(index)
+            log_probs.append(best - logits.logsumexp(dim=-1, keepdim=True))
+        return torch.stack(ids).cpu().numpy(), torch.stack(log_probs).cpu().numpy()
+
+
+def _open(path: FilePath, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    if path.is_file():
+        return np.lib.format.open_memmap(path, mode="r+")
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
