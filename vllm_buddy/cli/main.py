@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "vLLM's server with --model-impl buddy; every option of `vllm serve` is passed on",
     "fetch-model": "write the embedded model as a Hugging Face folder",
     "prior": "measure layer importance and write an artifact",
+    "sample": "write training text sampled from the model itself",
     "train": "train a bypass or LoRA and a router, one artifact for every budget",
     "eval": "measure quality by policy and budget: perplexity, multiple choice, closeness to the unrouted model",
     "plot": "draw the figures of `vllm-buddy eval`",

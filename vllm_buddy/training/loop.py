@@ -20,7 +20,6 @@ from vllm_buddy.training.checkpoint import CHECKPOINT_FILE, load_state, save_sta
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.objective import distillation_loss, next_token_loss
 from vllm_buddy.training.repair import Repair
-from vllm_buddy.training.router_fit import CONTEXT
 from vllm_buddy.training.routing import Routing, draw_depths
 from vllm_buddy.training.settings import TrainSettings
 from vllm_buddy.training.teacher import Teacher
@@ -142,17 +141,17 @@ class Run:
         return distillation_loss(hidden, head, ids.to(device), log_p.to(device))
 
     def path_losses(self, indices: np.ndarray, mask: torch.Tensor) -> np.ndarray:
-        """KL behind the first CONTEXT tokens of each sequence, all on one path: [len(indices)]. mask: [num_layers]."""
+        """KL behind the deciding tokens of each sequence, all on one path: [len(indices)]. mask: [num_layers]."""
         assert self.teacher is not None
         device, losses = self.accelerator.device, []
-        bypass = self.repair.bypass()
+        bypass, context = self.repair.bypass(), self.settings.router_context
         for index in indices:
             rows = np.array([index])
             token_ids = torch.from_numpy(self.corpus.sequences[rows].astype(np.int64)).to(device)
             masks = mask.to(device).expand(*token_ids.shape, -1)
             hidden = self.model.model.norm(routed_hidden(self.model, token_ids, masks, self.settings.kv_policy, bypass))
-            ids, log_p = (t[:, CONTEXT:].to(device) for t in self.teacher.top_log_probs(rows))
-            losses.append(float(distillation_loss(hidden[:, CONTEXT:], self.model.lm_head.weight, ids, log_p)))
+            ids, log_p = (t[:, context:].to(device) for t in self.teacher.top_log_probs(rows))
+            losses.append(float(distillation_loss(hidden[:, context:], self.model.lm_head.weight, ids, log_p)))
         return np.array(losses)
 
     def _rate(self, step: int) -> float:

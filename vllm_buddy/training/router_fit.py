@@ -15,7 +15,6 @@ from torch import nn
 from vllm_buddy.method import DecisionModule, path_of
 from vllm_buddy.method.path import path_mask
 
-CONTEXT = 64  # tokens that decide; a quarter of a sequence of 256
 STEPS = 600
 HELD_OUT = 0.25  # of the windows, for the figures that are reported
 TEMPERATURE = 0.02  # nats: how much better a path must be to be clearly preferred

@@ -90,6 +90,11 @@ class TrainSettings(BaseModel):
         return self.tokens // (self.batch * self.length)
 
     @property
+    def router_context(self) -> int:
+        """Tokens of a sequence that decide when paths are compared on those behind them."""
+        return self.length // 4
+
+    @property
     def digest(self) -> str:
         """Changes with anything that changes the loss curve."""
         fields = self.model_dump_json(exclude={"out", "cache_dir", "save_every", "name", "data_dir"})

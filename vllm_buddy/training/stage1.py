@@ -29,7 +29,7 @@ from vllm_buddy.training.loop import Run
 from vllm_buddy.training.path_search import removal_order
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
-from vllm_buddy.training.router_fit import CONTEXT, fit_decision, measure_paths
+from vllm_buddy.training.router_fit import fit_decision, measure_paths
 from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, Routing
 from vllm_buddy.training.settings import TrainSettings
 from vllm_buddy.training.teacher import Teacher
@@ -181,7 +181,7 @@ def _fit_router(
     note(f"measuring the paths of depths {', '.join(map(str, depths))} on {len(windows)} sequences")
     measured = measure_paths(run.path_losses, windows, library, depths, num_layers)
     values = value_table(run.model).to("cpu")
-    context = torch.from_numpy(run.corpus.sequences[windows, :CONTEXT].astype(np.int64))
+    context = torch.from_numpy(run.corpus.sequences[windows, : settings.router_context].astype(np.int64))
     bias = torch.from_numpy(OMEGA * (prior - prior.mean()) / (prior.std() + 1e-12)).float()
     fit = fit_decision(
         values[context].mean(dim=1), values[context[:, -1]], measured, bias, DECISION_WIDTH, settings.seed

@@ -1,0 +1,58 @@
+"""A tiny model with a tokenizer, text, and the settings of a run that takes a second."""
+
+from pathlib import Path as FilePath
+from typing import Any
+
+import pytest
+
+from tests.importance.conftest import model_with_tokenizer
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.training.loop import Run
+from vllm_buddy.training.settings import TrainSettings
+from vllm_buddy.training.stage1 import run_stage1
+
+__all__ = ["model_with_tokenizer"]
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven old wizards box with daft zombies in june".split()
+
+
+@pytest.fixture
+def data(tmp_path: FilePath) -> FilePath:
+    """Some thousand tokens (bytes) of text that is not all alike."""
+    path = tmp_path / "data.txt"
+    path.write_text(" ".join(f"{WORDS[i * i % 17]} {WORDS[i * 7 % 19]}" for i in range(400)))
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: FilePath, data: FilePath, model_with_tokenizer: FilePath) -> dict[str, Any]:
+    """A run of 6 steps."""
+    return {
+        "out": tmp_path / "run",
+        "data": [{"file": data}],
+        "model": model_with_tokenizer,
+        "rank": 4,
+        "length": 32,
+        "batch": 4,
+        "tokens": 6 * 4 * 32,
+        "init_tokens": 256,
+        "search_tokens": 128,
+        "top_logits": 8,
+        "dtype": "float32",
+        "warmup_steps": 2,
+        "save_every": 2,
+    }
+
+
+def run(settings: dict[str, Any], stop_after: int | None = None) -> tuple[Artifact, Run, list[float]]:
+    """(artifact, run, losses). stop_after: raise KeyboardInterrupt when so many steps are done."""
+    losses: list[float] = []
+
+    def report(row: dict[str, Any]) -> None:
+        losses.append(row["loss"])
+        if stop_after == len(losses):
+            raise KeyboardInterrupt
+
+    checked = TrainSettings(**settings)
+    artifact, stage = run_stage1(checked, settings["model"], report, lambda line: None)
+    return artifact, stage, losses

@@ -1,0 +1,75 @@
+"""`vllm-buddy train` as a process that is killed, and as several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path as FilePath
+from typing import Any
+
+import pytest
+import yaml
+
+from vllm_buddy.artifact import load_artifact
+from vllm_buddy.training.loop import LOG_FILE
+
+# Gradients of the same micro-batches, summed over processes in another order.
+TOLERANCE = 1e-4
+
+
+def write_config(settings: dict[str, Any], path: FilePath) -> FilePath:
+    plain = json.loads(json.dumps(settings, default=str))
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def train(config: FilePath, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
+    command = [*launcher, "-m", "vllm_buddy", "train", str(config), *overrides]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ))
+
+
+def losses(folder: FilePath) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / LOG_FILE).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any], tmp_path: FilePath) -> None:
+    """Machines die without asking; what was trained until then must not be lost or counted twice."""
+    steps = 60
+    config = write_config(settings | {"tokens": steps * 4 * 32, "name": "killed"}, tmp_path / "run.yaml")
+    assert train(config, f"out={tmp_path / 'whole'}").wait(300) == 0
+    out = tmp_path / "killed"
+    process = train(config, f"out={out}")
+    deadline = time.monotonic() + 120
+    while not (out / LOG_FILE).is_file() or len((out / LOG_FILE).read_text().splitlines()) < 7:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    assert not (out / "buddy_config.json").exists()
+    assert train(config, f"out={out}").wait(300) == 0
+    assert losses(out) == losses(tmp_path / "whole")
+    assert load_artifact(out).digest == load_artifact(tmp_path / "whole").digest
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(settings: dict[str, Any], tmp_path: FilePath) -> None:
+    """A process that sees all data, or gradients that are not summed, would train something else."""
+    pytest.importorskip("accelerate")
+    config = write_config(settings, tmp_path / "run.yaml")
+    assert train(config, f"out={tmp_path / 'one'}").wait(300) == 0
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    process = train(config, f"out={tmp_path / 'two'}", launcher=launcher)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=TOLERANCE)
+
+
+def test_a_mistake_is_one_line_and_an_exit_code(settings: dict[str, Any], tmp_path: FilePath) -> None:
+    """A user who mistypes a file name should not have to read a traceback."""
+    config = write_config(settings | {"data": [{"file": str(tmp_path / "none.txt")}]}, tmp_path / "run.yaml")
+    _, stderr = (process := train(config)).communicate(timeout=120)
+    assert process.returncode == 2
+    assert "cannot read the training data" in stderr and "Traceback" not in stderr

@@ -1,0 +1,206 @@
+"""Stage 1 from settings to an artifact that can be served."""
+
+import json
+import re
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_models import NUM_LAYERS, load_model
+from tests.training.conftest import run
+from vllm_buddy.artifact import load_artifact
+from vllm_buddy.errors import BuddyError, TrainingError
+from vllm_buddy.method import PathSchedule, layers_of
+from vllm_buddy.method.reference import generate, routed_logits
+from vllm_buddy.training import checkpoint
+from vllm_buddy.training.loop import LOG_FILE
+from vllm_buddy.training.record import finish_run
+from vllm_buddy.training.settings import TrainSettings
+
+RECIPES = {
+    "bypass": {"paths": "searched"},
+    "bypass, static order": {"paths": "reverse"},
+    "bypass with a router": {"paths": "searched", "router_windows": 12, "library": 2},
+    "bypass from zeros, paths learned": {"paths": "learned", "prior": "reverse", "init_tokens": 0},
+    "distill": {"recipe": "distill", "paths": "learned", "prior": "reverse"},
+    "distill, static order": {"recipe": "distill", "paths": "reverse"},
+    "paper": {"recipe": "paper", "paths": "learned", "prior": "reverse", "rank": 8},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_an_artifact_that_loads_and_routes(settings: dict[str, Any], name: str) -> None:
+    """A recipe that trains but cannot be served is of no use."""
+    artifact, stage, losses = run(settings | RECIPES[name])
+    finish_run(artifact, stage, "vllm-buddy train", None)
+    loaded = load_artifact(settings["out"])
+    assert loaded.digest == artifact.digest
+    assert all(np.isfinite(losses)) and len(losses) == 6
+    assert {p.name for p in settings["out"].iterdir()} >= {"README.md", "run.yaml", "curves.png", LOG_FILE}
+    recipe = RECIPES[name].get("recipe", "bypass")
+    assert (loaded.bypass is not None, loaded.lora is not None) == (recipe == "bypass", recipe != "bypass")
+    model = load_model(settings["model"])
+    if loaded.lora is not None:
+        loaded.lora.merge_into(model)
+    done = generate(model, loaded.router(), PathSchedule(4), 5, [5, 6, 7], 9, "masked", bypass=loaded.bypass)
+    assert {len(layers_of(path)) for path in done.paths} == {5}
+
+
+def test_full_depth_is_the_base_model_to_the_last_bit(settings: dict[str, Any]) -> None:
+    """The promise of the bypass: a request at budget 1.0 pays nothing for what others gain."""
+    artifact, _, _ = run(settings)
+    model = load_model(settings["model"])
+    tokens = list(range(40, 60))
+    full = [(1 << NUM_LAYERS) - 1] * len(tokens)
+    with_bypass = routed_logits(model, tokens, full, "masked", bypass=artifact.bypass)
+    assert torch.equal(with_bypass, routed_logits(model, tokens, full, "masked"))
+
+
+@pytest.mark.parametrize("name", ["bypass", "paper"])
+def test_two_runs_of_one_seed_are_one_run(settings: dict[str, Any], name: str, tmp_path: FilePath) -> None:
+    """Figures that a second run does not give again cannot be compared."""
+    first, _, losses = run(settings | RECIPES[name])
+    second, _, again = run(settings | RECIPES[name] | {"out": tmp_path / "again", "name": "run"})
+    assert losses == again
+    assert first.digest == second.digest
+    _, _, other = run(settings | RECIPES[name] | {"out": tmp_path / "other", "seed": 1})
+    assert other != losses
+
+
+@pytest.mark.parametrize("name", ["bypass", "paper"])
+@pytest.mark.parametrize("stop_after, saved", [(3, 2), (6, 4)])
+def test_a_stopped_run_goes_on_with_the_same_losses(
+    settings: dict[str, Any], name: str, stop_after: int, saved: int, tmp_path: FilePath
+) -> None:
+    """A resumed run that draws other data or forgets the optimizer's state ends elsewhere."""
+    whole, _, losses = run(settings | RECIPES[name] | {"out": tmp_path / "whole", "name": "run"})
+    with pytest.raises(KeyboardInterrupt):
+        run(settings | RECIPES[name], stop_after)
+    resumed, _, rest = run(settings | RECIPES[name])
+    assert rest == losses[saved:]
+    assert resumed.digest == whole.digest
+    log = [json.loads(line) for line in (settings["out"] / LOG_FILE).read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(6))
+    assert [row["loss"] for row in log] == losses
+
+
+def test_a_folder_with_another_run_is_refused(settings: dict[str, Any]) -> None:
+    """Going on with other settings would mix two runs silently."""
+    run(settings)
+    with pytest.raises(TrainingError, match="other settings"):
+        run(settings | {"learning_rate": 0.5})
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that is written in place is lost with the disk's last byte."""
+    saved = torch.save
+
+    def full(state: dict[str, Any], file: Any) -> None:
+        if state.get("step", 0) > 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        saved(state, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(TrainingError, match="No space left on device.*is intact"):
+        run(settings)
+    monkeypatch.undo()
+    assert checkpoint.load_state(settings["out"] / checkpoint.CHECKPOINT_FILE)["step"] == 2
+    assert not list(settings["out"].glob("*.partial"))
+    _, _, rest = run(settings)
+    assert len(rest) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One NaN in the weights, saved over the last good checkpoint, ends a run for good."""
+    from vllm_buddy.training import loop
+
+    calls, loss = [], loop.distillation_loss
+
+    def broken(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) > 4 * 3 else 1.0)
+
+    monkeypatch.setattr(loop, "distillation_loss", broken)
+    with pytest.raises(TrainingError, match="step 3: the loss is nan"):
+        run(settings)
+    state = checkpoint.load_state(settings["out"] / checkpoint.CHECKPOINT_FILE)
+    assert state["step"] == 2 and all(p.isfinite().all() for p in state["parameters"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"paths": "best"}, "unknown static method 'best'"),
+        ({"recipe": "distill"}, "paths are searched for a bypass"),
+        ({"recipe": "paper"}, "set paths to learned"),
+        ({"rank": 3}, "rank must be even"),
+        ({"batch": 4, "micro_batch": 3}, "multiple of micro_batch"),
+        ({"tokens": 5}, "less than one batch"),
+        ({"kv_policy": "none"}, "none"),
+        ({"min_budget": 0.01}, "budget"),
+        ({"length": 4096, "tokens": 1 << 20}, "beyond the model's|less than one sequence"),
+        ({"data": []}, "at least 1"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"colour": 1}, "[Ee]xtra"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    """Found after an hour, a wrong setting costs an hour."""
+    with pytest.raises((BuddyError, ValueError), match=message):
+        run(settings | change)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", None, "cannot read"),
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b" \n ", "is empty"),
+        ("a.txt", b"ab\0cd" * 100, "NUL"),
+        ("a.txt", b"\xff\xfe\xfd" * 100, "not UTF-8"),
+        ("a.txt", b"short", "less than one sequence"),
+        ("a.csv", b"x,y\n" * 100, "known are .txt, .json and .jsonl"),
+        ("a.json", b"{", "is not JSON"),
+        ("a.json", b"{}", "list of rows"),
+        ("a.jsonl", b'{"question": "?"}', "row 0 has neither"),
+        ("a.json", b'[{"text": "' + b"x" * 64 + b'"}, {"instruction": 1}]', "row 1 has neither"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(
+    settings: dict[str, Any], tmp_path: FilePath, name: str, content: bytes | None, message: str
+) -> None:
+    """The message names the file and what is allowed."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(TrainingError, match=message) as caught:
+        run(settings | {"data": [{"file": tmp_path / name}]})
+    assert name in str(caught.value)
+
+
+def test_rows_of_instructions_become_conversations(settings: dict[str, Any], tmp_path: FilePath) -> None:
+    """Instruction data without its answers, or without its inputs, trains something else."""
+    rows = [{"instruction": f"Say {i}", "input": "twice", "output": f"{i} {i}"} for i in range(200)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    _, stage, _ = run(settings | {"data": [{"file": tmp_path / "rows.json"}]})
+    from vllm_buddy.model_folder import load_tokenizer
+
+    texts = load_tokenizer(settings["model"]).batch_decode(stage.corpus.sequences)
+    assert any(re.search(r"Say (\d+)\n\ntwice\n\n\1 \1", text) for text in texts)
+
+
+def test_overrides_go_on_top_of_the_file(tmp_path: FilePath) -> None:
+    """A sweep should not need a file per run; a mistyped key must not be ignored."""
+    config = tmp_path / "run.yaml"
+    config.write_text("out: here\ndata: [{file: a.txt}]\nrank: 8\n")
+    read = TrainSettings.read(config, {"rank": "16", "learning_rate": "0.002"})
+    assert (read.rank, read.learning_rate, str(read.out)) == (16, 0.002, "here")
+    with pytest.raises(TrainingError, match="unknown settings rnk; known are"):
+        TrainSettings.read(config, {"rnk": "16"})
+    with pytest.raises(TrainingError, match="cannot read"):
+        TrainSettings.read(tmp_path / "no.yaml", {})

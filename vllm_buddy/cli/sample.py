@@ -1,0 +1,82 @@
+"""`vllm-buddy sample`: training text from the model itself, for `vllm-buddy train`."""
+
+import argparse
+import json
+from pathlib import Path as FilePath
+
+from vllm_buddy.errors import TrainingError
+
+OPENERS = (
+    "Question: How do I",
+    "Question: How to",
+    "Question: What is the best way to",
+    "Question: To",
+    "To make",
+    "To clean",
+    "How to",
+    "Use a",
+    "The",
+    "In",
+    "A",
+    "When",
+    "Once upon a time",
+    "It was",
+    "The history of",
+    "Scientists",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=FilePath, metavar="OUT", help="*.jsonl to write, a row with `text` for each sample")
+    parser.add_argument("--model", type=FilePath, metavar="DIR", help="model folder (default: the embedded model)")
+    parser.add_argument("--tokens", type=int, default=200_000, metavar="N", help="tokens to sample (default: 200000)")
+    parser.add_argument(
+        "--opener", action="append", metavar="TEXT", help="how samples begin, in turn (default: a list)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=224, metavar="N", help="tokens per sample (default: 224)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="default: 0.8")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="samples at once (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample with vLLM, unrouted; returns 0.
+
+    Raises:
+        TrainingError: a number that is not positive, or OUT cannot be written.
+    """
+    if min(args.tokens, args.max_tokens, args.batch) < 1 or not args.temperature > 0:
+        raise TrainingError("--tokens, --max-tokens, --batch and --temperature must be positive")
+    try:
+        args.out.write_text("")
+    except OSError as error:
+        raise TrainingError(f"cannot write {args.out}: {error.strerror or error}") from None
+    from vllm import LLM, SamplingParams
+
+    from vllm_buddy.embedded_model import fetch
+
+    llm = LLM(
+        str(args.model or fetch()),
+        max_model_len=args.max_tokens + 64,
+        max_num_seqs=args.batch,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+    openers = args.opener or OPENERS
+    done, number = 0, 0
+    while done < args.tokens:
+        numbers = range(number, number + 4 * args.batch)
+        prompts = [openers[i % len(openers)] for i in numbers]
+        sampling = [
+            SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed * 1_000_003 + i)
+            for i in numbers
+        ]
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        with args.out.open("a") as file:
+            for prompt, output in zip(prompts, outputs, strict=True):
+                file.write(json.dumps({"text": prompt + output.outputs[0].text}) + "\n")
+        done += sum(len(output.outputs[0].token_ids) for output in outputs)
+        number = numbers.stop
+        print(f"{done} of {args.tokens} tokens", flush=True)
+    return 0
