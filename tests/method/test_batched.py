@@ -12,7 +12,7 @@ from vllm_buddy.method.kv_policy import KV_POLICIES
 from vllm_buddy.method.reference import routed_logits
 
 # Float32 matrix products of other shapes: the same sums in another order.
-TOLERANCE = dict(rtol=1e-4, atol=1e-4)
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 LENGTH = 19
 
 
@@ -81,7 +81,7 @@ def test_one_path_per_sequence_takes_the_same_values(models, whole) -> None:
 
 @pytest.mark.parametrize("with_bypass", [False, True])
 def test_gates_change_no_value_and_get_the_gradient_of_the_mask(models, with_bypass) -> None:
-    """A straight-through estimator that changes the forward, or points elsewhere than the loss falls, trains nothing."""
+    """A straight-through estimator that changes the forward, or points where the loss rises, trains nothing."""
     model, rng = models["llama"], np.random.default_rng(2)
     bypass = random_bypass() if with_bypass else None
     token_ids = torch.from_numpy(rng.integers(VOCAB_SIZE, size=(3, LENGTH)))
