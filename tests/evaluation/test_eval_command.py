@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_models import NUM_LAYERS, random_artifact, save_tiny_model
+from tests.tiny_models import random_artifact, save_tiny_model
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation import EvalSettings
 from vllm_buddy.evaluation.results import load_results, save_results
@@ -241,11 +241,10 @@ def test_plot(data: list[str], tmp_path: FilePath) -> None:
     """Failure: a metric or a policy is not drawn, or zero on a log scale ends it."""
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     out = tmp_path / "a.svg"
-    rows = _eval(data, tmp_path / "a.json", "--policy", "buddy,reverse", "--plot", str(out))
+    _eval(data, tmp_path / "a.json", "--policy", "buddy,reverse", "--plot", str(out))
     picture = out.read_text()
     for shown in ("buddy", "reverse", "unrouted", "perplexity (lower is better)", "PIQA accuracy per character"):
         assert f"<!-- {shown} -->" in picture
-    assert len(rows) == 5 + 2 * NUM_LAYERS + 24
     assert main(["plot", str(tmp_path / "a.json"), str(tmp_path / "again.png")]) == 0
     assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(tmp_path / "a.json"), str(tmp_path / "again.nonsense")]) == 2

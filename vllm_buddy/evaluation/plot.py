@@ -1,6 +1,7 @@
 """Quality against compute, drawn from the figures alone: one panel per metric, one line per policy."""
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -18,6 +19,7 @@ _PANELS = {
     "piqa_acc_norm": ("PIQA accuracy per character", False),
 }
 _MARKERS = "osD^vPX*<>ph"
+_COLUMNS = 3
 
 
 def check_plotting() -> None:
@@ -38,8 +40,12 @@ def plot_figures(figures: Sequence[Figure], out: FilePath) -> None:
     metrics = [metric for metric in _PANELS if any(figure.metric == metric for figure in figures)]
     if not metrics:
         raise EvaluationError(f"nothing to draw; figures that are drawn are {', '.join(_PANELS)}")
-    canvas = Canvas(figsize=(4.6 * len(metrics), 4.2), layout="constrained")
-    axes = canvas.subplots(1, len(metrics), squeeze=False)[0]
+    num_columns = min(_COLUMNS, len(metrics))
+    num_rows = math.ceil(len(metrics) / num_columns)
+    canvas = Canvas(figsize=(4.6 * num_columns, 3.6 * num_rows + 0.5), layout="constrained")
+    axes = canvas.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for unused in axes[len(metrics) :]:
+        unused.set_visible(False)
     policies = [p for p in dict.fromkeys(figure.policy for figure in figures) if p != DENSE]
     for axis, metric in zip(axes, metrics):
         _draw(axis, metric, [figure for figure in figures if figure.metric == metric], policies)
@@ -72,9 +78,11 @@ def _draw(axis: Any, metric: str, figures: Sequence[Figure], policies: Sequence[
             markersize=5,
             linewidth=1.5,
             capsize=2,
+            zorder=3 + len(policies) - index,  # the first named lies on top
         )
     if logarithmic:
         axis.set_yscale("log")
+    axis.set_xticks(sorted({figure.layers for figure in figures}))
     axis.set_xlabel("layers executed per token")
     axis.set_title(label, fontsize=10)
-    axis.grid(True, which="both", alpha=0.25)
+    axis.grid(True, alpha=0.3)

@@ -3,6 +3,8 @@
 What is measured is what is served. An engine is started for each policy, one after the other.
 """
 
+import itertools
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,10 @@ from vllm_buddy.evaluation.sample import Sample
 from vllm_buddy.serving.request import BUDGET_KEY, CONTEXT_TOKENS_KEY
 from vllm_buddy.serving.settings import CONFIG_KEY
 
+_MAX_SEQUENCES = 32  # that run at once
+_LARGEST_BLOCK = 128  # tokens per KV block, at most
+_SHUTDOWN_S = 30  # after which the engine is killed
+
 
 class VllmEngine:
     """Measures no KL: vLLM hands out the log-probabilities of few tokens, not of the whole vocabulary."""
@@ -32,8 +38,8 @@ class VllmEngine:
         found: list[list[Scores]] = [[] for _ in tasks]
         length = max(len(sample.token_ids) for task in tasks for sample in task.samples)
         # Variants of a policy follow each other, so each policy is started once.
-        for policy in dict.fromkeys(id(variant.policy) for variant in variants):
-            own = [variant for variant in variants if id(variant.policy) == policy]
+        for _, group in itertools.groupby(variants, key=lambda variant: id(variant.policy)):
+            own = list(group)
             with self._serve(own[0].policy, length) as llm:
                 for task, scores in zip(tasks, found):
                     for done, variant in enumerate(own, start=1):
@@ -60,12 +66,23 @@ class VllmEngine:
                 enforce_eager=True,
                 async_scheduling=False,  # a decision sees the token itself, as in the Hugging Face engine
                 max_model_len=max_tokens + 1,
+                max_num_seqs=_MAX_SEQUENCES,
+                kv_cache_memory_bytes=_MAX_SEQUENCES * self._kv_bytes(max_tokens + 1),
                 seed=0,
             )
             try:
                 yield llm
             finally:
-                llm.llm_engine.engine_core.shutdown()
+                llm.llm_engine.engine_core.shutdown(timeout=_SHUTDOWN_S)
+
+    def _kv_bytes(self, num_tokens: int) -> int:
+        """KV cache of one sequence, in whole blocks. Asked for by size: a share of a busy machine may not be free."""
+        config = json.loads((self._model_dir / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        per_token = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * head_dim
+        element = 4 if self._dtype == "float32" else 2
+        return per_token * element * (-(-num_tokens // _LARGEST_BLOCK) + 1) * _LARGEST_BLOCK
 
 
 def _score(llm: LLM, samples: Sequence[Sample], budget: float) -> Scores:
