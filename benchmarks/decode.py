@@ -2,18 +2,23 @@
 
     python benchmarks/decode.py            # SmolLM2-135M, CPU, about 12 minutes on 2 cores
 
-Engines: stock dense; stock on a checkpoint pruned to the layers of buddy's path, for each budget; buddy. Requests of
-buddy share one path per budget: the Decision Module has the real size and scores the layers anew every 16 tokens (the
-server's default; R=1: before every token), but its last layer is zero, so that the prior decides. Ratios are taken
-within a round, where all variants ran one after the other, and are tokens/s over tokens/s: above 1 is faster than the
-peer.
+Engines: stock dense; stock on a checkpoint pruned to the layers of buddy's path, for each budget, without any repair;
+buddy with the artifact's bypass, where it has one. Requests of buddy share one path per budget: the Decision Module has
+the real size and scores the layers anew every 16 tokens (the server's default; R=1: before every token), but its last
+layer is zero, so that the prior decides. With an artifact that has a Decision Module of its own there are variants
+routed by that, too: requests then run different paths, and a step costs the union of them. Ratios are taken within a
+round, where all variants ran one after the other, and are tokens/s over tokens/s: above 1 is faster than the peer.
 
-The run checks what it times: buddy at 1.0 must give stock's distributions, and at a budget the pruned checkpoint's.
+The run checks what it times: every variant must give the distributions of the method's plain forward over the same
+layers, with bypass and LoRA where it has them.
 """
 
 import argparse
 import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,20 +26,16 @@ import engines
 import numpy as np
 import torch
 from engines import DecodeRun, Variant
+from reference_check import Reference
 from result_rows import RESULTS_DIR, environment, percentiles, write_rows
 
 from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
 from vllm_buddy.baselines import save_pruned_checkpoint
 from vllm_buddy.embedded_model import DEFAULT_MODEL, fetch
-from vllm_buddy.method import DecisionModule, FoldedDecision, PathSchedule, depth_for_budget, layers_of
+from vllm_buddy.method import DecisionModule, FoldedDecision, PathSchedule, Router, depth_for_budget, layers_of
 
 BUDGETS = (0.75, 0.5)
 PROMPT_TOKENS = 64
-# Of the 20 likeliest second tokens of two engines, per prompt. Seen on 32 prompts: stock and buddy at full depth have
-# 17 or more in common and are at most 0.12 nats apart (bf16); with one layer less it is a median of 13 and 0.43. One
-# prompt beyond either limit stops the run.
-MIN_COMMON = 12
-MAX_DISTANCE = 0.2
 
 
 def main() -> None:
@@ -44,21 +45,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=33, help="decoded tokens per run; each gives one step")
     parser.add_argument("--model", type=FilePath, help="folder of a model; default: the embedded one")
     parser.add_argument(
-        "--artifact", type=FilePath, default=SHIPPED_DIR / DEFAULT_MODEL, help="its prior orders layers"
+        "--artifact",
+        type=FilePath,
+        default=SHIPPED_DIR / DEFAULT_MODEL,
+        help="artifact of the model, with its bypass or LoRA; default: the shipped one",
     )
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / "cpu_decode.jsonl")
     args = parser.parse_args()
     work = FilePath(tempfile.mkdtemp(prefix="vllm_buddy-bench-"))
     try:
         model = args.model or fetch(report=print)
-        artifact = benchmark_artifact(load_artifact(args.artifact), work / "artifact")
-        rows = measure(model, artifact, work, args.batch, args.rounds, args.tokens)
+        rows = measure(model, load_artifact(args.artifact), work, args.batch, args.rounds, args.tokens)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     write_rows(args.out, rows)
     for row in rows:
         print(
-            f"{row['variant']:14} batch {row['batch']:3}  {row['metric']:16} {row['p50']:8.3f}"
+            f"{row['variant']:22} batch {row['batch']:3}  {row['metric']:16} {row['p50']:8.3f}"
             f"  [{row['p20']:.3f}, {row['p80']:.3f}]"
         )
     print(f"written to {args.out}")
@@ -69,34 +72,53 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Start all engines, check their tokens against each other, time them; one row per figure."""
     num_layers = artifact.config.base_model.num_layers
-    prior_only = Artifact(artifact.config, artifact.prior).router()
-    variants = [Variant("stock", num_layers, engines.start_engine(str(model)))]
+    one_path = single_path_artifact(artifact)
+    one_path.save(work / "artifact")
+    router, prior_only = one_path.router(), replace(one_path, decision=None).router()
+    variants = [Variant("stock", num_layers, engines.start_engine(str(model)), router.full)]
     for budget in BUDGETS:
         depth = depth_for_budget(budget, num_layers)
         path = prior_only.path(None, depth)
         pruned = save_pruned_checkpoint(model, layers_of(path), work / f"pruned-{depth}")
-        variants.append(Variant(f"pruned {budget}", depth, engines.start_engine(str(pruned))))
+        variants.append(Variant(f"pruned {budget}", depth, engines.start_engine(str(pruned)), path))
     options = {"artifact": str(work / "artifact")}
     buddy = engines.start_engine(str(model), model_impl="buddy", additional_config={"buddy": options})
-    variants += [
-        Variant(f"buddy {budget}", depth_for_budget(budget, num_layers), buddy, budget) for budget in (1.0, *BUDGETS)
-    ]
-    variants.append(Variant("buddy 0.5, R=1", variants[-1].layers, buddy, 0.5, PathSchedule(interval=1)))
+
+    def routed(name: str, budget: float, router: Router, schedule: PathSchedule) -> Variant:
+        return Variant(name, depth_for_budget(budget, num_layers), buddy, None, budget, router, schedule)
+
+    default, every_token = PathSchedule(), PathSchedule(interval=1)
+    variants += [routed(f"buddy {budget}", budget, router, default) for budget in (1.0, *BUDGETS)]
+    variants.append(routed("buddy 0.5, R=1", 0.5, router, every_token))
+    if artifact.decision is not None:
+        depths = {depth_for_budget(budget, num_layers) for budget in BUDGETS}
+        own = artifact.router(library=depths <= (artifact.config.library or {}).keys())
+        variants += [routed(f"buddy {budget}, own paths", budget, own, default) for budget in BUDGETS]
+    reference = Reference(model, artifact, buddy.llm_engine.model_config.dtype)
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        rows += measure_batch(variants, batch, rounds, tokens)
-    env = environment("cpu")
-    return [{**row, **env} for row in rows]
+        rng = np.random.default_rng(batch)
+        draw = partial(draw_prompts, rng, batch, artifact.config.base_model.vocab_size)
+        reference.check(variants, draw())
+        rows += measure_batch(variants, batch, draw, rounds, tokens)
+    config = artifact.config
+    about = {"artifact": config.name, "recipe": config.recipe, "bypass_rank": config.bypass_rank, **environment("cpu")}
+    return [{**row, **about} for row in rows]
 
 
-def measure_batch(variants: list[Variant], batch: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
+def draw_prompts(rng: np.random.Generator, batch: int, vocab_size: int) -> list[list[int]]:
+    """Random token ids, without those at the beginning of the vocabulary, where special ones are."""
+    return rng.integers(vocab_size // 10, vocab_size, (batch, PROMPT_TOKENS)).tolist()
+
+
+def measure_batch(
+    variants: list[Variant], batch: int, draw: Callable[[], list[list[int]]], rounds: int, tokens: int
+) -> list[dict[str, Any]]:
     """All figures of one batch size."""
-    rng = np.random.default_rng(batch)
     ms: dict[str, list[float]] = {v.name: [] for v in variants}
     overhead: dict[str, list[float]] = {v.name: [] for v in variants if v.budget is not None}
-    check(variants, rng.integers(100, 40_000, (batch, PROMPT_TOKENS)).tolist())
     for index in range(rounds + 1):
-        prompts = rng.integers(100, 40_000, (batch, PROMPT_TOKENS)).tolist()
+        prompts = draw()
         runs: dict[str, DecodeRun] = {}
         first = index % len(variants)
         for variant in variants[first:] + variants[:first]:
@@ -143,45 +165,21 @@ class Overhead:
         return self._seconds * 1e3 / sum(run.all_ms)
 
 
-def check(variants: list[Variant], prompts: list[list[int]]) -> None:
-    """Refuse to time things that do not compute the same.
-
-    bf16 sums differ in the last bit between a compiled model and compiled layers, so tokens of greedy decoding may
-    differ between any two of these engines; a wrong layer or a wrong cache entry changes every distribution at once.
-    """
-    by_name = {v.name: v for v in variants}
-    for variant in variants:
-        if variant.budget is None:
-            continue
-        peer = by_name[peer_of(variant)]
-        ours, theirs = (engines.second_token_logprobs(v, prompts) for v in (variant, peer))
-        for a, b in zip(ours, theirs, strict=True):
-            common = a.keys() & b.keys()
-            distance = float(np.mean([abs(a[token] - b[token]) for token in common])) if common else float("inf")
-            if len(common) < MIN_COMMON or distance > MAX_DISTANCE:
-                raise SystemExit(
-                    f"{variant.name} does not compute what {peer.name} computes: {len(common)} of the likeliest tokens "
-                    f"in common, {distance:.2f} nats apart; nothing is timed"
-                )
-
-
 def peer_of(variant: Variant) -> str:
     """The variant with the same layers on stock vLLM."""
     return "stock" if variant.budget == 1.0 else f"pruned {variant.budget}"
 
 
-def benchmark_artifact(shipped: Artifact, folder: FilePath) -> Artifact:
-    """An artifact's prior beside a Decision Module of the real size that finds all layers alike."""
-    base = shipped.config.base_model
+def single_path_artifact(artifact: Artifact) -> Artifact:
+    """An artifact with a Decision Module of the real size that finds all layers alike, so that the prior decides."""
+    base = artifact.config.base_model
     torch.manual_seed(0)
     module = DecisionModule(value_dim=192, num_middle=base.num_layers - 2)
     torch.nn.init.zeros_(module.w2.weight)
     torch.nn.init.zeros_(module.w2.bias)
     decision = FoldedDecision.fold(module, torch.randn(base.vocab_size, 192))
-    config = shipped.config.model_copy(update={"name": "benchmark", "has_decision_module": True, "library": None})
-    artifact = Artifact(config, shipped.prior, decision)
-    artifact.save(folder)
-    return artifact
+    config = artifact.config.model_copy(update={"name": "benchmark", "has_decision_module": True, "library": None})
+    return replace(artifact, config=config, decision=decision)
 
 
 if __name__ == "__main__":

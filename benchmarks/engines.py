@@ -10,18 +10,36 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm import LLM, SamplingParams
 
-from vllm_buddy.method import PathSchedule
+from vllm_buddy.method import Path, PathSchedule, Router
+
+NUM_LIKELIEST = 20  # tokens of a distribution that are compared; the most that vLLM gives
 
 
 @dataclass
 class Variant:
-    """One thing to measure: an engine, the budget of its requests (None: stock vLLM) and its schedule."""
+    """One thing to measure: an engine, and for buddy the budget of its requests, their router and its schedule.
+
+    layers: per token. path: what stock vLLM runs, as layers of the whole model; None for buddy.
+    """
 
     name: str
     layers: int
     llm: LLM
+    path: Path | None = None
     budget: float | None = None
+    router: Router | None = None
     schedule: PathSchedule = field(default_factory=PathSchedule)
+
+    @property
+    def extra_args(self) -> dict[str, Any] | None:
+        """What its requests say to the plugin."""
+        return None if self.budget is None else {"buddy_budget": self.budget}
+
+    def prepare(self) -> None:
+        """Set router and schedule of the engine, which several variants share."""
+        if self.router is not None:
+            scheduler = core(self.llm).scheduler
+            scheduler._router, scheduler._schedule = self.router, self.schedule
 
 
 @dataclass
@@ -50,10 +68,10 @@ def start_engine(model: str, dtype: str = "auto", **options: Any) -> LLM:
 def decode(variant: Variant, prompts: list[list[int]], num_tokens: int) -> DecodeRun:
     """Greedy decoding of all prompts at once, every engine step timed from outside."""
     engine = variant.llm.llm_engine
-    if variant.budget is not None:
-        core(variant.llm).scheduler._schedule = variant.schedule
-    extra = None if variant.budget is None else {"buddy_budget": variant.budget}
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, extra_args=extra)
+    variant.prepare()
+    params = SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, extra_args=variant.extra_args
+    )
     for i, prompt in enumerate(prompts):
         engine.add_request(f"{variant.name}-{time.monotonic_ns()}-{i}", {"prompt_token_ids": prompt}, params)
     step_ms: list[float] = []
@@ -69,15 +87,15 @@ def decode(variant: Variant, prompts: list[list[int]], num_tokens: int) -> Decod
 
 
 def second_token_logprobs(variant: Variant, prompts: list[list[int]]) -> list[dict[int, float]]:
-    """The 20 likeliest tokens, and their logprobs, of the first decode step after each prompt.
+    """The likeliest tokens, and their logprobs, of the first decode step after each prompt.
 
     The token before is fixed, the same for every engine: the last of the prompt again.
     """
-    extra = None if variant.budget is None else {"buddy_budget": variant.budget}
+    variant.prepare()
     params = [
         SamplingParams(
-            temperature=0, max_tokens=2, ignore_eos=True, detokenize=False, logprobs=20, extra_args=extra,
-            logit_bias={prompt[-1]: 100.0},
+            temperature=0, max_tokens=2, ignore_eos=True, detokenize=False, logprobs=NUM_LIKELIEST,
+            extra_args=variant.extra_args, logit_bias={prompt[-1]: 100.0},
         )
         for prompt in prompts
     ]  # fmt: skip

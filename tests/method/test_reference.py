@@ -1,18 +1,28 @@
 """The golden reference against Hugging Face's own layers, and against itself."""
 
+from pathlib import Path as FilePath
+
 import pytest
 import torch
 from torch import nn
 
 from tests.method.conftest import Tiny
-from tests.tiny_models import NUM_LAYERS, load_model, random_prompts, save_tiny_model
+from tests.tiny_models import NUM_LAYERS, load_model, random_artifact, random_prompts, save_tiny_model
 from vllm_buddy.errors import SettingsError, UnsupportedError
 from vllm_buddy.method import PathSchedule, RequestRoute, full_path, path_of
+from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY, KV_POLICIES, MASKED, ZERO
 from vllm_buddy.method.reference import generate, routed_logits
 
 # fp32 logits of magnitude 5 after 8 layers; products of other shapes sum in another order
 LOGIT_TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def bypass(tiny: Tiny, tmp_path: FilePath) -> Bypass:
+    artifact = random_artifact(tmp_path, tiny.folder, bypass_rank=4)
+    assert artifact.bypass is not None
+    return artifact.bypass
 
 
 def _random_paths(num: int, seed: int = 0) -> list[int]:
@@ -22,7 +32,9 @@ def _random_paths(num: int, seed: int = 0) -> list[int]:
     return [1 | m << 1 | 1 << NUM_LAYERS - 1 for m in middle]
 
 
-def _explicitly_masked_logits(model: nn.Module, token_ids: list[int], paths: list[int], kv_policy: str) -> torch.Tensor:
+def _explicitly_masked_logits(
+    model: nn.Module, token_ids: list[int], paths: list[int], kv_policy: str, bypass: Bypass | None = None
+) -> torch.Tensor:
     """The same policies said in another way: all layers run for all rows, in Hugging Face's own code.
 
     masked: an additive attention mask hides skipped keys. kv_only: plain causal attention. zero: hooks clear the
@@ -47,7 +59,8 @@ def _explicitly_masked_logits(model: nn.Module, token_ids: list[int], paths: lis
         out = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=embeddings)
         for hook in hooks:
             hook.remove()
-        hidden = torch.where(runs[None, :, None], out, hidden)
+        instead = hidden if bypass is None or runs.all() else bypass.apply(index, hidden)
+        hidden = torch.where(runs[None, :, None], out, instead)
     return model.lm_head(backbone.norm(hidden))[0]
 
 
@@ -70,6 +83,26 @@ def test_policies_equal_explicit_masks(tiny: Tiny, kv_policy: str) -> None:
             wanted = _explicitly_masked_logits(tiny.model, prompt, paths, kv_policy)
         found = routed_logits(tiny.model, prompt, paths, kv_policy)
         torch.testing.assert_close(found, wanted, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+def test_a_bypass_replaces_skipped_layers_and_nothing_else(tiny: Tiny, bypass: Bypass, kv_policy: str) -> None:
+    """Failure: a row gets the bypass of another layer, or the cache holds K and V from behind a bypass."""
+    for seed, prompt in enumerate(random_prompts(4, seed=2)):
+        paths = _random_paths(len(prompt), seed)
+        with torch.no_grad():
+            wanted = _explicitly_masked_logits(tiny.model, prompt, paths, kv_policy, bypass)
+        found = routed_logits(tiny.model, prompt, paths, kv_policy, bypass)
+        torch.testing.assert_close(found, wanted, atol=LOGIT_TOLERANCE, rtol=0)
+        assert not torch.allclose(found, routed_logits(tiny.model, prompt, paths, kv_policy), atol=LOGIT_TOLERANCE)
+
+
+def test_a_bypass_leaves_the_full_path_as_it_is(tiny: Tiny, bypass: Bypass) -> None:
+    """Failure: budget 1.0 is no longer the base model, to the last bit."""
+    prompt = random_prompts(1, seed=1)[0]
+    full = [full_path(NUM_LAYERS)] * len(prompt)
+    plain, beside = (routed_logits(tiny.model, prompt, full, MASKED, b) for b in (None, bypass))
+    assert torch.equal(plain, beside)
 
 
 def test_policies_differ(tiny: Tiny) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from vllm_buddy.artifact import load_artifact, shipped_artifacts
+from vllm_buddy.artifact import BuddyConfig, load_artifact, shipped_artifacts
 from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import ArtifactError
 
@@ -17,8 +17,20 @@ def run(args: argparse.Namespace) -> int:
     for name, folder in shipped_artifacts().items():
         config = load_artifact(folder).config
         made_by = "trained Decision Module" if config.has_decision_module else f"{config.prior.indicator} prior alone"
-        rows.append([name, config.base_model.id, config.base_model.fingerprint, made_by])
+        rows.append([name, config.base_model.id, config.base_model.fingerprint, made_by, _trained(config)])
     if not rows:
         raise ArtifactError("no artifact came with this installation; install the package again, from a wheel or git")
-    print(format_table(["artifact", "base model", "fingerprint", "paths follow"], rows))
+    print(format_table(["artifact", "base model", "fingerprint", "paths follow", "trained beside"], rows))
     return 0
+
+
+def _trained(config: BuddyConfig) -> str:
+    """What the artifact has beside the routing, and the budgets it is for."""
+    parts = [f"recipe {config.recipe}"] if config.recipe else []
+    if config.bypass_rank:
+        parts.append(f"bypass of rank {config.bypass_rank}")
+    if config.lora is not None:
+        parts.append(f"LoRA of rank {config.lora.rank}, merged")
+    if config.budgets is not None:
+        parts.append("budgets {:g} to {:g}".format(*config.budgets))
+    return "; ".join(parts) or "nothing"

@@ -1,0 +1,83 @@
+"""Whether the engines of a benchmark compute what they are timed for: one plain forward for all of them."""
+
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+from engines import NUM_LIKELIEST, Variant, second_token_logprobs
+from torch import nn
+
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.method import Path, RequestRoute
+from vllm_buddy.method.kv_policy import MASKED
+from vllm_buddy.method.reference import routed_logits
+
+NUM_CHECKED = 8  # prompts of a batch: the plain forward takes most of a second for each
+# Of the likeliest second tokens, per prompt. Seen on 32 prompts: two engines at full depth have 17 of 20 or more in
+# common and are at most 0.12 nats apart (bf16); with one layer less it is a median of 13 and 0.43. One prompt beyond
+# either limit stops the run.
+MIN_COMMON = 12
+MAX_DISTANCE = 0.2
+
+
+class Reference:
+    """The routed forward of the method, in float32 on the weights that the engines have.
+
+    Stock vLLM is compared with the base model on the layers it runs, buddy with the artifact's LoRA and bypass too.
+    """
+
+    def __init__(self, model_dir: FilePath, artifact: Artifact, dtype: torch.dtype) -> None:
+        self._base = _load(model_dir, dtype).float()
+        self._changed = self._base
+        if artifact.lora is not None:
+            changed = _load(model_dir, dtype)
+            artifact.lora.merge_into(changed)
+            self._changed = changed.float()
+        like = torch.empty(0, dtype=dtype)
+        self._bypass = None if artifact.bypass is None else artifact.bypass.to(like).to(like.float())
+        self._known: dict[Any, dict[int, float]] = {}
+
+    def check(self, variants: list[Variant], prompts: list[list[int]]) -> None:
+        """Refuse to time things that do not compute what they should.
+
+        bf16 sums differ in the last bits, so tokens of greedy decoding may differ between any two correct programs; a
+        wrong layer, bypass or cache entry changes every distribution at once.
+        """
+        for variant in variants:
+            found = second_token_logprobs(variant, prompts)[:NUM_CHECKED]
+            for ours, prompt in zip(found, prompts):
+                expected = self._second_token_logprobs(variant, prompt)
+                common = ours.keys() & expected.keys()
+                distance = float(np.mean([abs(ours[t] - expected[t]) for t in common])) if common else float("inf")
+                if len(common) < MIN_COMMON or distance > MAX_DISTANCE:
+                    raise SystemExit(
+                        f"{variant.name} does not compute what the reference computes: {len(common)} of "
+                        f"{NUM_LIKELIEST} likeliest tokens in common, {distance:.2f} nats apart; nothing is timed"
+                    )
+
+    def _second_token_logprobs(self, variant: Variant, prompt: list[int]) -> dict[int, float]:
+        token_ids = [*prompt, prompt[-1]]
+        paths = _paths(variant, prompt, token_ids)
+        routed = variant.path is None
+        key = (tuple(token_ids), tuple(paths), routed)
+        if key not in self._known:
+            model, bypass = (self._changed, self._bypass) if routed else (self._base, None)
+            logprobs = routed_logits(model, token_ids, paths, MASKED, bypass)[-1].log_softmax(dim=-1)
+            values, tokens = logprobs.topk(NUM_LIKELIEST)
+            self._known[key] = dict(zip(tokens.tolist(), values.tolist()))
+        return self._known[key]
+
+
+def _paths(variant: Variant, prompt: list[int], token_ids: list[int]) -> list[Path]:
+    if variant.path is not None:
+        return [variant.path] * len(token_ids)
+    assert variant.router is not None
+    route = RequestRoute(variant.router, variant.schedule, variant.layers, prompt)
+    return [run.path for run in route.runs(0, len(token_ids), token_ids) for _ in range(run.num_tokens)]
+
+
+def _load(model_dir: FilePath, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True).eval()

@@ -1,0 +1,28 @@
+"""`vllm-buddy artifacts`."""
+
+from pathlib import Path as FilePath
+
+import pytest
+
+from tests.tiny_models import random_artifact, save_tiny_model
+from vllm_buddy.cli import artifacts, main
+
+
+def test_the_table_tells_what_was_trained(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failure: an artifact that changes the base weights looks like one that only routes."""
+    model = save_tiny_model(tmp_path / "model", "llama")
+    parts = {"plain": {"decision": False}, "repaired": {"bypass_rank": 4}, "changed": {"lora_rank": 2}}
+    folders = {name: tmp_path / name for name in parts}
+    for name, folder in folders.items():
+        random_artifact(folder, model, **parts[name])
+    monkeypatch.setattr(artifacts, "shipped_artifacts", lambda: folders)
+    assert main(["artifacts"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines] == list(parts)
+    assert [line.split("  ")[-1].strip() for line in lines] == [
+        "nothing",
+        "bypass of rank 4",
+        "LoRA of rank 2, merged",
+    ]
