@@ -19,11 +19,12 @@ class Corpus:
     """All sequences of all sources, and which of them each training position uses.
 
     sequences: [num_sequences, length], int32. order: [num_used], indices into them; a source that is used up starts
-    again. digest: of the sequences.
+    again. starts: [num_sources + 1], where the sequences of each source begin. digest: of the sequences.
     """
 
     sequences: np.ndarray
     order: np.ndarray
+    starts: np.ndarray
     digest: str
     sha256: dict[str, str]
 
@@ -58,13 +59,20 @@ class Corpus:
             order[position] = starts[behind] + taken[behind] % len(parts[behind])
             taken[behind] += 1
         digest = hashlib.sha256(np.ascontiguousarray(sequences).tobytes()).hexdigest()[:16]
-        return cls(sequences, order, digest, hashes)
+        return cls(sequences, order, starts, digest, hashes)
 
-    def take(self, num_tokens: int) -> torch.Tensor:
-        """The first sequences that training uses, about `num_tokens` of them: [num_sequences, length], int64."""
+    def take(self, num_tokens: int, source: int | None = None) -> torch.Tensor:
+        """About `num_tokens` tokens in whole sequences, in the mixture of training or of one source alone.
+
+        Returns:
+            [num_sequences, length], int64.
+        """
         count = max(1, num_tokens // self.sequences.shape[1])
-        unique = list(dict.fromkeys(self.order[: 2 * count].tolist()))[:count]
-        return torch.from_numpy(self.sequences[unique].astype(np.int64))
+        if source is None:
+            chosen = list(dict.fromkeys(self.order[: 2 * count].tolist()))[:count]
+        else:
+            chosen = list(range(self.starts[source], self.starts[source + 1]))[:count]
+        return torch.from_numpy(self.sequences[chosen].astype(np.int64))
 
 
 def _read_bytes(path: FilePath) -> bytes:

@@ -1,5 +1,6 @@
 """Stage 1: the loop over optimizer steps."""
 
+import hashlib
 import json
 import math
 import time
@@ -37,8 +38,8 @@ class Run:
     """
 
     settings: TrainSettings
-    model: Any
     corpus: Corpus
+    model: Any
     repair: Repair
     routing: Routing
     teacher: Teacher | None
@@ -175,7 +176,8 @@ class Run:
 
     @property
     def _digest(self) -> str:
-        return f"{self.settings.digest}-{self.corpus.digest}"
+        order = hashlib.sha256(self.corpus.order.tobytes()).hexdigest()[:16]
+        return f"{self.settings.digest}-{self.corpus.digest}-{order}"
 
     def _resume(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> tuple[int, float]:
         """(first step to run, seconds spent so far)."""

@@ -15,6 +15,7 @@ from vllm_buddy.method.router import OMEGA
 FIRST_SHARE = 0.6  # of the sequences, those that run the first path of their depth; the others share the rest
 SWITCHED = 0.25  # of the sequences, those whose path changes on the way, as it may when a request is routed again
 SHORTEST_CONTEXT = 16  # tokens
+FREE_NATS = 0.05  # a layer that costs so much is skipped half as often as one that costs nothing
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,29 @@ class LibraryRouting:
         if len(paths) == 1 or rng.random() < FIRST_SHARE:
             return paths[0]
         return paths[int(rng.integers(1, len(paths)))]
+
+
+class RandomRouting:
+    """Paths drawn at random, so that every bypass is trained in many surroundings before paths are compared.
+
+    divergence: [num_layers - 2], nats that skipping one middle layer costs; cheap ones are skipped more often.
+    """
+
+    def __init__(self, divergence: np.ndarray) -> None:
+        self._num_layers = len(divergence) + 2
+        weights = 1 / (np.maximum(divergence, 0) + FREE_NATS)
+        self._chance = weights / weights.sum()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def route(self, token_ids: torch.Tensor, depths: Sequence[int], rng: np.random.Generator) -> Routed:
+        masks = np.ones((len(depths), 1, self._num_layers), dtype=bool)
+        for row, depth in enumerate(depths):
+            count = self._num_layers - depth
+            skipped = rng.choice(len(self._chance), size=count, replace=False, p=self._chance) + 1
+            masks[row, :, skipped] = False
+        return Routed(torch.from_numpy(masks).expand(-1, token_ids.shape[1], -1))
 
 
 class LearnedRouting:

@@ -50,7 +50,9 @@ class TrainSettings(BaseModel):
         ge=0,
         description="sequences on which paths are compared, to fit a Decision Module; 0: none",
     )
-    library: int = Field(default=4, ge=1, description="paths per depth that the fitted Decision Module picks from")
+    library: int = Field(
+        default=6, ge=2, description="paths per depth, at most, that the fitted Decision Module picks from"
+    )
     min_budget: float = Field(default=0.5, gt=0, lt=1, description="smallest budget trained for")
     rank: int = Field(default=64, ge=1, description="rank of the bypass or of LoRA")
     lora_alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
@@ -67,6 +69,9 @@ class TrainSettings(BaseModel):
     kv_policy: str = Field(default="masked", description="what a skipped layer leaves in the KV cache")
     route_every: int = Field(default=16, ge=0, description="tokens between decisions, as in serving")
     init_tokens: int = Field(default=16384, ge=0, description="tokens of the bypass's first regression; 0: zeros")
+    explore_tokens: int = Field(
+        default=0, ge=0, description="of `tokens`, those spent on random paths before paths are searched"
+    )
     search_tokens: int = Field(default=2560, ge=1, description="tokens on which paths are searched")
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the forward pass")
     seed: int = Field(default=0, ge=0)
@@ -81,8 +86,13 @@ class TrainSettings(BaseModel):
             raise ValueError(f"a bypass starts as pairs of units: rank must be even, not {self.rank}")
         if self.recipe == "paper" and self.paths != "learned":
             raise ValueError("recipe `paper` trains the Decision Module: set paths to learned")
-        if self.tokens < self.batch * self.length:
-            raise ValueError(f"{self.tokens} tokens are less than one batch of {self.batch} x {self.length}")
+        if self.tokens - self.explore_tokens < self.batch * self.length:
+            raise ValueError(
+                f"{self.tokens} tokens, {self.explore_tokens} of them for exploring, leave less than one batch of "
+                f"{self.batch} x {self.length}"
+            )
+        if self.explore_tokens and self.paths != "searched":
+            raise ValueError("explore_tokens are for paths that are searched afterwards; set paths to searched")
         return self
 
     @property

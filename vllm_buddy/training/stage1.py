@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, LoraConfig, PriorConfig
-from vllm_buddy.baselines import check_static_method, layer_order
+from vllm_buddy.baselines import check_static_method, layer_order, static_path
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.importance.library import nested_library
-from vllm_buddy.method import DecisionModule, FoldedDecision
+from vllm_buddy.method import DecisionModule, FoldedDecision, layers_of
 from vllm_buddy.method.budget import depth_for_budget
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
@@ -26,15 +26,16 @@ from vllm_buddy.model_folder import load_model, load_tokenizer
 from vllm_buddy.training.checkpoint import START_FILE, load_state, save_state
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.loop import Run
-from vllm_buddy.training.path_search import removal_order
+from vllm_buddy.training.path_search import removal_order, single_divergences
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
-from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, Routing
+from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, RandomRouting, Routing
 from vllm_buddy.training.settings import TrainSettings
 from vllm_buddy.training.teacher import Teacher
 
 SEARCHED, LEARNED = "searched", "learned"
+EXPLORE_DIR = "explore"
 DECISION_WIDTH = 32
 ROUTER_DEPTHS = 5  # depths on which paths are compared
 
@@ -43,10 +44,24 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Start:
-    """Where training starts: the order in which layers leave, and the bypass (recipe `bypass`)."""
+    """Where training starts: the order in which layers leave, for all text and for each source of it, and the bypass.
+
+    by_source: empty unless a Decision Module is to choose among paths. bypass: of the recipe `bypass`, else None.
+    """
 
     order: list[int]
+    by_source: list[list[int]]
     bypass: Bypass | None
+
+    def library(self, paths_per_depth: int) -> dict[int, list[list[int]]]:
+        """For each depth the path of `order`, those of each source, and variants, up to `paths_per_depth` in all."""
+        variants = nested_library(prior_of(self.order), paths_per_depth)
+        library = {}
+        for depth, nested in variants.items():
+            paths = [layers_of(static_path(order, depth)) for order in (self.order, *self.by_source)]
+            unique = dict.fromkeys(map(tuple, (*paths, *nested)))
+            library[depth] = [list(path) for path in unique][:paths_per_depth]
+        return library
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -58,8 +73,8 @@ def check_settings(settings: TrainSettings) -> None:
         check_static_method(settings.prior)
     if settings.paths == SEARCHED and settings.recipe != "bypass":
         raise TrainingError("paths are searched for a bypass; for LoRA set paths to learned or to a static method")
-    if settings.router_windows and settings.recipe != "bypass":
-        raise TrainingError("router_windows compares repaired paths; it needs the recipe bypass")
+    if settings.router_windows and settings.paths != SEARCHED:
+        raise TrainingError("router_windows compares searched paths; set paths to searched")
 
 
 def run_stage1(
@@ -80,25 +95,25 @@ def run_stage1(
     torch.manual_seed(settings.seed)
     base = identify(model_dir, settings.base_model_id)
     tokenizer = load_tokenizer(model_dir)
-    used = settings.num_steps * settings.batch
+    used = settings.tokens // settings.length
     corpus = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, used, settings.seed)
     model: Any = load_model(model_dir, getattr(torch, settings.dtype)).to(accelerator.device).requires_grad_(False)
     if settings.length > model.config.max_position_embeddings:
         raise TrainingError(f"length {settings.length} is beyond the model's {model.config.max_position_embeddings}")
-    smallest = depth_for_budget(settings.min_budget, base.num_layers)
-    start = _start(settings, base, model, corpus, smallest, note)
     teacher = None
     if settings.recipe != "paper":
         folder = (settings.cache_dir or settings.out) / f"teacher-{base.fingerprint}-{corpus.digest}"
         teacher = Teacher(model, corpus, settings.top_logits, folder / f"{settings.dtype}-{settings.top_logits}")
+    explored, main = split(settings, corpus)
+    start = _start(settings, base, model, corpus, explored, teacher, accelerator, report, note)
     repair, frozen = _repair(settings, model, start)
-    library = nested_library(prior_of(start.order), settings.library if settings.router_windows else 1)
+    library = start.library(settings.library if settings.router_windows else 1)
     routing: Routing = LibraryRouting(base.num_layers, library, settings.route_every)
     if settings.paths == LEARNED:
         values = value_table(model).to("cpu")
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH)
         routing = LearnedRouting(decision, values, prior_of(start.order))
-    run = Run(settings, model, corpus, repair, routing, teacher, accelerator, frozen, report)
+    run = Run(*main, model, repair, routing, teacher, accelerator, frozen, report)
     run.train()
     folded = None
     if isinstance(routing, LearnedRouting):
@@ -109,6 +124,17 @@ def run_stage1(
     return artifact, run
 
 
+def split(settings: TrainSettings, corpus: Corpus) -> tuple[tuple[TrainSettings, Corpus], tuple[TrainSettings, Corpus]]:
+    """Settings and data of the exploration and of the training behind it; together they use `tokens`."""
+    count = settings.explore_tokens // (settings.batch * settings.length) * settings.batch
+    rest = settings.tokens - count * settings.length
+    explore = settings.model_copy(update={"out": settings.out / EXPLORE_DIR, "tokens": count * settings.length})
+    return (
+        (explore, dataclasses.replace(corpus, order=corpus.order[:count])),
+        (settings.model_copy(update={"tokens": rest}), dataclasses.replace(corpus, order=corpus.order[count:])),
+    )
+
+
 def prior_of(order: Sequence[int]) -> np.ndarray:
     """[num_layers - 2], float32 in (0, 1): the rank of each middle layer, the last to leave highest."""
     prior = np.empty(len(order), dtype=np.float32)
@@ -117,9 +143,18 @@ def prior_of(order: Sequence[int]) -> np.ndarray:
 
 
 def _start(
-    settings: TrainSettings, base: BaseModelIdentity, model: nn.Module, corpus: Corpus, smallest: int, note: Note
+    settings: TrainSettings,
+    base: BaseModelIdentity,
+    model: nn.Module,
+    corpus: Corpus,
+    explored: tuple[TrainSettings, Corpus],
+    teacher: Teacher | None,
+    accelerator: Any,
+    report: Callable[[dict[str, Any]], None],
+    note: Note,
 ) -> Start:
     """Prepared once per run, and kept beside its checkpoint."""
+    smallest = depth_for_budget(settings.min_budget, base.num_layers)
     path = settings.out / START_FILE
     digest = f"{settings.digest}-{corpus.digest}"
     if path.is_file():
@@ -128,25 +163,40 @@ def _start(
             raise TrainingError(
                 f"{settings.out} holds a run with other settings or data; name another `out`, or remove the folder"
             )
-        return Start(state["order"], Bypass(**state["bypass"]) if state["bypass"] else None)
-    bypass = None
+        return Start(state["order"], state["by_source"], Bypass(**state["bypass"]) if state["bypass"] else None)
+    bypass, by_source = None, []
     if settings.recipe == "bypass":
         bypass = _starting_bypass(settings, base, model, corpus, note)
+    if settings.explore_tokens:
+        assert bypass is not None
+        windows = corpus.take(settings.search_tokens // 2)
+        note(f"exploring random paths for {explored[0].tokens} tokens")
+        explored[0].out.mkdir(exist_ok=True)
+        repair, routing = BypassRepair(bypass), RandomRouting(single_divergences(model, windows, bypass))
+        Run(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report).train()
+        bypass = Bypass(*(p.detach() for p in repair.parameters()), bypass.eps)
     if settings.paths == SEARCHED:
-        windows = corpus.take(settings.search_tokens)
-        note(f"searching paths down to {smallest} layers on {windows.numel()} tokens")
-        order = removal_order(
-            model,
-            windows,
-            bypass,
-            smallest,
-            lambda layer, depth, kl: note(f"depth {depth}: without layer {layer}, {kl:.3f} nats from the full model"),
-        )
+        order = _search(model, corpus.take(settings.search_tokens), bypass, smallest, "all text", note)
+        if settings.router_windows:
+            for number, source in enumerate(settings.data):
+                windows = corpus.take(settings.search_tokens // 2, number)
+                by_source.append(_search(model, windows, bypass, smallest, source.file.name, note))
     else:
         order = list(layer_order(settings.prior if settings.paths == LEARNED else settings.paths, base))
     parts = None if bypass is None else {"down": bypass.down, "up": bypass.up, "eps": bypass.eps}
-    save_state(path, {"digest": digest, "order": order, "bypass": parts})
-    return Start(order, bypass)
+    save_state(path, {"digest": digest, "order": order, "by_source": by_source, "bypass": parts})
+    return Start(order, by_source, bypass)
+
+
+def _search(
+    model: nn.Module, windows: torch.Tensor, bypass: Bypass | None, smallest: int, text: str, note: Note
+) -> list[int]:
+    note(f"searching paths down to {smallest} layers on {windows.numel()} tokens of {text}")
+
+    def report(layer: int, depth: int, divergence: float) -> None:
+        note(f"  {depth} layers: without layer {layer}, {divergence:.3f} nats from the full model")
+
+    return removal_order(model, windows, bypass, smallest, report)
 
 
 def _starting_bypass(
