@@ -117,6 +117,19 @@ def test_round_trip(tmp_path: FilePath, decision: bool, library: dict[int, list[
             np.testing.assert_array_equal(getattr(loaded.decision, field.name), getattr(artifact.decision, field.name))
 
 
+def test_a_rounded_bypass_takes_a_byte_a_weight(tmp_path: FilePath) -> None:
+    """Failure: the artifact in the repository is twice as big, or what is loaded is not what was measured."""
+    given = _bypass()
+    rounded = given.rounded()
+    _artifact(bypass=rounded).save(tmp_path)
+    stored = load_file(tmp_path / WEIGHTS_FILE)
+    assert stored["bypass.down"].dtype == stored["bypass.up"].dtype == np.int8
+    loaded = load_artifact(tmp_path).bypass
+    assert loaded and torch.equal(loaded.down, rounded.down) and torch.equal(loaded.up, rounded.up)
+    for weight, other in ((given.down, rounded.down), (given.up, rounded.up)):
+        assert bool(((weight - other).abs() <= weight.abs().amax(dim=-1, keepdim=True) / 253).all())
+
+
 def test_round_trip_of_what_was_trained(tmp_path: FilePath) -> None:
     """Failure: tables, bypass or LoRA that are served differ in a bit from those measured after training."""
     artifact = _artifact(decision=_folded(), bypass=_bypass(), lora=_lora())

@@ -17,6 +17,7 @@ Tables that are not on a grid of 8 bits are float32 and have no scale; in format
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,7 @@ from vllm_buddy.errors import ArtifactError
 from vllm_buddy.fingerprint import BaseModelIdentity
 from vllm_buddy.method import FoldedDecision, Router, path_of
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.method.decision import byte_grid
+from vllm_buddy.method.byte_grid import byte_grid
 from vllm_buddy.method.lora import LoraDeltas
 from vllm_buddy.method.router import OMEGA
 
@@ -43,6 +44,7 @@ WEIGHTS_FILE = "model.safetensors"
 SHIPPED_DIR = FilePath(__file__).parent / "artifacts"
 
 _TABLES = ("table_context", "table_newest")
+_BYPASS_TENSORS = ("down", "up")
 _DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
 
 
@@ -148,9 +150,14 @@ class Artifact:
         tensors = {"prior": self.prior.astype(np.float32)}
         if self.decision is not None:
             for name in _DECISION_TENSORS:
-                tensors |= _stored(f"decision.{name}", getattr(self.decision, name), table=name in _TABLES)
+                array = getattr(self.decision, name)
+                tensors |= (
+                    _in_bytes(f"decision.{name}", array, array) if name in _TABLES else {f"decision.{name}": array}
+                )
         if self.bypass is not None:
-            tensors |= {"bypass.down": _half(self.bypass.down), "bypass.up": _half(self.bypass.up)}
+            for name in _BYPASS_TENSORS:
+                weight = getattr(self.bypass, name).detach().cpu()
+                tensors |= _in_bytes(f"bypass.{name}", _rows_as_columns(weight.float().numpy()), _half(weight))
         if self.lora is not None:
             for part in ("a", "b"):
                 tensors |= {f"lora.{name}.{part}": _half(t) for name, t in getattr(self.lora, part).items()}
@@ -193,6 +200,9 @@ def _parse(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> 
     if config.bypass_rank:
         shapes["bypass.down"] = (num_middle, config.bypass_rank, base.hidden_size)
         shapes["bypass.up"] = (num_middle, base.hidden_size, config.bypass_rank)
+        for name in ("bypass.down", "bypass.up"):
+            if name in tensors and tensors[name].dtype == np.int8:
+                shapes[f"{name}_scale"] = (math.prod(tensors[name].shape[:2]),)
     names = []
     if config.lora is not None:
         names = sorted({name[5:-2] for name in tensors if name.startswith("lora.") and name.endswith((".a", ".b"))})
@@ -212,7 +222,7 @@ def _parse(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> 
     if config.has_decision_module:
         decision = _decision(tensors, source)
     if config.bypass_rank:
-        bypass = Bypass(_float32(tensors["bypass.down"]), _float32(tensors["bypass.up"]), config.bypass_eps)
+        bypass = Bypass(*(_bypass_weight(tensors, f"bypass.{name}") for name in _BYPASS_TENSORS), config.bypass_eps)
     if config.lora is not None:
         a, b = ({name: _float32(tensors[f"lora.{name}.{part}"]) for name in names} for part in ("a", "b"))
         lora = LoraDeltas(a, b, config.lora.alpha)
@@ -232,13 +242,26 @@ def _decision(tensors: dict[str, np.ndarray], source: str) -> FoldedDecision:
     return FoldedDecision(**parts)
 
 
-def _stored(name: str, array: np.ndarray, *, table: bool) -> dict[str, np.ndarray]:
-    """An array of the Decision Module as it is stored: a table as 8-bit codes if no bit is lost by it."""
-    if table:
-        codes, scale = byte_grid(array)
-        if np.array_equal(codes * scale, array):
-            return {name: codes, f"{name}_scale": scale}
-    return {name: array}
+def _in_bytes(name: str, array: np.ndarray, otherwise: np.ndarray) -> dict[str, np.ndarray]:
+    """`array` [rows, columns] as 8-bit codes in the shape of `otherwise` if no bit is lost by it, else `otherwise`."""
+    codes, scale = byte_grid(array)
+    if not np.array_equal(codes * scale, array):
+        return {name: otherwise}
+    if otherwise.ndim == 3:
+        codes = codes.T.reshape(otherwise.shape)
+    return {name: codes, f"{name}_scale": scale}
+
+
+def _rows_as_columns(weight: np.ndarray) -> np.ndarray:
+    """[n, rows, width] -> [width, n * rows]: every row of every matrix has a scale of its own."""
+    return weight.reshape(-1, weight.shape[-1]).T
+
+
+def _bypass_weight(tensors: dict[str, np.ndarray], name: str) -> torch.Tensor:
+    weight = tensors[name].astype(np.float32)
+    if (scale := tensors.get(f"{name}_scale")) is not None:
+        weight *= scale.reshape(*weight.shape[:2], 1)
+    return torch.from_numpy(weight)
 
 
 def _constants(artifact: Artifact) -> tuple[float | None, float | None]:

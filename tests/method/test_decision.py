@@ -7,7 +7,8 @@ from torch import nn
 from tests.method.conftest import Tiny
 from tests.tiny_models import VOCAB_SIZE, random_prompts
 from vllm_buddy.method import Context, DecisionModule, FoldedDecision
-from vllm_buddy.method.decision import byte_grid, value_table
+from vllm_buddy.method.byte_grid import byte_grid
+from vllm_buddy.method.decision import value_table
 
 # fp32 sums of value_dim = 64 products in another order, and scores of magnitude 1 to 10
 SCORE_TOLERANCE = 1e-4

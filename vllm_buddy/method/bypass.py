@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vllm_buddy.method.byte_grid import on_byte_grid
+
 
 @dataclass(frozen=True)
 class Bypass:
@@ -30,6 +32,14 @@ class Bypass:
     def to(self, like: torch.Tensor) -> "Bypass":
         """In the dtype and on the device of `like`."""
         return Bypass(self.down.to(like), self.up.to(like), self.eps)
+
+    def rounded(self) -> "Bypass":
+        """On a grid of 8 bits, one scale per row of each matrix: what an artifact stores without loss. float32."""
+        down, up = (
+            torch.from_numpy(on_byte_grid(t.detach().cpu().float().flatten(0, 1).T.numpy()).T.copy()).view(t.shape)
+            for t in (self.down, self.up)
+        )
+        return Bypass(down, up, self.eps)
 
     def apply(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., hidden_size] before `layer` (1 to num_layers - 2) -> what replaces that layer's output."""

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from vllm_buddy.method.byte_grid import on_byte_grid
 from vllm_buddy.method.context import Context
-
-_LARGEST_CODE = 127
-_SCALE_STEPS = 1 << 16
 
 
 class DecisionModule(nn.Module):
@@ -53,27 +51,6 @@ def value_table(model: nn.Module) -> torch.Tensor:
         return first.self_attn.v_proj(normed).float()
 
 
-def byte_grid(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 8-bit numbers nearest to a table, one scale per column.
-
-    table: [vocab_size, r], float32.
-
-    Returns:
-        (codes [vocab_size, r] int8, scale [r] float32). A scale has 16 significant bits, so codes * scale is exact,
-        and the grid of a table that is on a grid already is that grid.
-    """
-    fraction, exponent = np.frexp(np.abs(table).max(axis=0).astype(np.float64) / _LARGEST_CODE)
-    scale = np.ldexp(np.rint(fraction * _SCALE_STEPS) / _SCALE_STEPS, exponent)
-    scale[scale == 0] = 1.0
-    codes = np.rint(table / scale).clip(-_LARGEST_CODE, _LARGEST_CODE)
-    return codes.astype(np.int8), scale.astype(np.float32)
-
-
-def _on_grid(table: np.ndarray) -> np.ndarray:
-    codes, scale = byte_grid(table)
-    return codes * scale
-
-
 @dataclass(frozen=True)
 class FoldedDecision:
     """The Decision Module on token ids. All arrays float32.
@@ -97,8 +74,8 @@ class FoldedDecision:
         with torch.no_grad():
             w_mean, w_newest = module.w1.weight.float().chunk(2, dim=1)
             return cls(
-                table_context=_on_grid((values @ w_mean.T).numpy()),
-                table_newest=_on_grid((values @ w_newest.T).numpy()),
+                table_context=on_byte_grid((values @ w_mean.T).numpy()),
+                table_newest=on_byte_grid((values @ w_newest.T).numpy()),
                 b1=module.w1.bias.float().numpy().copy(),
                 w2=module.w2.weight.float().numpy().copy(),
                 b2=module.w2.bias.float().numpy().copy(),

@@ -273,8 +273,4 @@ def _artifact(
         bypass_eps=bypass.eps if bypass is not None else 0.0,
         lora=LoraConfig(rank=deltas.rank, alpha=deltas.alpha) if deltas is not None else None,
     )
-    if bypass is not None:
-        # What is stored as float16 is what is evaluated right after training.
-        down, up = (t.detach().cpu().half().float() for t in (bypass.down, bypass.up))
-        bypass = Bypass(down, up, bypass.eps)
-    return Artifact(config, prior_of(start.order), folded, bypass, deltas)
+    return Artifact(config, prior_of(start.order), folded, None if bypass is None else bypass.rounded(), deltas)

@@ -1,0 +1,28 @@
+"""Weights in 8 bits. Training rounds to the grid, so that what it evaluates is what an artifact stores."""
+
+import numpy as np
+
+_LARGEST_CODE = 127
+_SCALE_STEPS = 1 << 16
+
+
+def byte_grid(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 8-bit numbers nearest to a table, one scale per column.
+
+    table: [rows, columns], float32.
+
+    Returns:
+        (codes [rows, columns] int8, scale [columns] float32). A scale has 16 significant bits, so codes * scale is
+        exact, and the grid of a table that is on a grid already is that grid.
+    """
+    fraction, exponent = np.frexp(np.abs(table).max(axis=0).astype(np.float64) / _LARGEST_CODE)
+    scale = np.ldexp(np.rint(fraction * _SCALE_STEPS) / _SCALE_STEPS, exponent)
+    scale[scale == 0] = 1.0
+    codes = np.rint(table / scale).clip(-_LARGEST_CODE, _LARGEST_CODE)
+    return codes.astype(np.int8), scale.astype(np.float32)
+
+
+def on_byte_grid(table: np.ndarray) -> np.ndarray:
+    """The table that is stored in its place. table: [rows, columns], float32."""
+    codes, scale = byte_grid(table)
+    return codes * scale
