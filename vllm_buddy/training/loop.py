@@ -19,7 +19,7 @@ from vllm_buddy.method.batched import routed_hidden
 from vllm_buddy.method.budget import depth_for_budget
 from vllm_buddy.training.checkpoint import CHECKPOINT_FILE, load_state, save_state
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.objective import distillation_loss, next_token_loss
+from vllm_buddy.training.objective import distillation_loss, divergence, next_token_loss
 from vllm_buddy.training.repair import Repair
 from vllm_buddy.training.routing import Routing, draw_depths
 from vllm_buddy.training.settings import TrainSettings
@@ -152,7 +152,7 @@ class Run:
             masks = mask.to(device).expand(*token_ids.shape, -1)
             hidden = self.model.model.norm(routed_hidden(self.model, token_ids, masks, self.settings.kv_policy, bypass))
             ids, log_p = (t[:, context:].to(device) for t in self.teacher.top_log_probs(rows))
-            losses.append(float(distillation_loss(hidden[:, context:], self.model.lm_head.weight, ids, log_p)))
+            losses.append(float(divergence(hidden[:, context:], self.model.lm_head.weight, ids, log_p)))
         return np.array(losses)
 
     def _rate(self, step: int) -> float:

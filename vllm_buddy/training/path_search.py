@@ -14,7 +14,9 @@ from torch import nn
 
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.training.objective import divergence, top_log_probs
 
+TOP = 64  # logits of the full model that are compared
 CANDIDATES = 6  # of each round, those that looked best in the round before are measured again
 
 
@@ -30,7 +32,8 @@ class RepairedPaths:
         hidden, self._rotary = embed(model, token_ids)
         self._bypass = bypass.to(hidden) if bypass is not None else None
         self._start = hidden
-        self._teacher = self._log_probs(self._run(hidden, 0, set()))
+        full = self._norm(self._run(hidden, 0, set()))
+        self._teacher = top_log_probs(full, self._model.lm_head.weight, min(TOP, self._model.config.vocab_size))
 
     def prefixes(self, skipped: set[int]) -> list[torch.Tensor]:
         """Hidden states before every layer when `skipped` are left out."""
@@ -42,12 +45,7 @@ class RepairedPaths:
     def divergence(self, skipped: set[int], start: int = 0, hidden: torch.Tensor | None = None) -> float:
         """Nats per token. hidden: the state before layer `start`, if it is known."""
         hidden = self._run(self._start if hidden is None else hidden, start, skipped)
-        total, count = 0.0, 0
-        for row, teacher in zip(hidden, self._teacher, strict=True):
-            student = self._log_probs(row[None])[0].float()
-            total += float((teacher.exp().float() * (teacher.float() - student)).sum())
-            count += len(row)
-        return total / count
+        return float(divergence(self._norm(hidden), self._model.lm_head.weight, *self._teacher).mean())
 
     def _run(self, hidden: torch.Tensor, start: int, skipped: set[int]) -> torch.Tensor:
         for index in range(start, len(self._layers)):
@@ -59,9 +57,8 @@ class RepairedPaths:
             return dense_layer(self._layers[index], hidden, self._rotary)
         return hidden if self._bypass is None else self._bypass.apply(index, hidden)
 
-    def _log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
-        head, norm = self._model.lm_head, self._model.model.norm
-        return torch.stack([head(norm(row)).float().log_softmax(-1).to(row.dtype) for row in hidden])
+    def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.model.norm(hidden)
 
 
 @torch.no_grad()

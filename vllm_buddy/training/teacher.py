@@ -9,6 +9,7 @@ from torch import nn
 
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.objective import top_log_probs
 
 
 class Teacher:
@@ -44,14 +45,8 @@ class Teacher:
         hidden, rotary = embed(model, token_ids.to(next(model.parameters()).device))
         for layer in model.model.layers:
             hidden = dense_layer(layer, hidden, rotary)
-        top = self._ids.shape[-1]
-        ids, log_probs = [], []
-        for row in model.model.norm(hidden):
-            logits = model.lm_head(row).float()
-            best, index = logits.topk(top, dim=-1)
-            ids.append(index)
-            log_probs.append(best - logits.logsumexp(dim=-1, keepdim=True))
-        return torch.stack(ids).cpu().numpy(), torch.stack(log_probs).cpu().numpy()
+        ids, log_probs = top_log_probs(model.model.norm(hidden), model.lm_head.weight, self._ids.shape[-1])
+        return ids.cpu().numpy(), log_probs.cpu().numpy()
 
 
 def _open(path: FilePath, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
