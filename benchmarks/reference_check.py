@@ -14,9 +14,9 @@ from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
 
 NUM_CHECKED = 8  # prompts of a batch: the plain forward takes most of a second for each
-# Of the likeliest second tokens, per prompt. Seen with a bf16 engine on 8 prompts, at full depth and at 0.9 and 0.75 with
-# a random bypass of rank 64: 17 of 20 or more in common, at most 0.16 nats apart. Two engines of which one ran a layer
-# less: a median of 13 and 0.43 on 32 prompts. One prompt beyond either limit stops the run.
+# Of the likeliest second tokens, per prompt. Seen with a bf16 engine on 8 prompts, at full depth and at 0.9 and 0.75
+# with a random bypass of rank 64: 17 of 20 or more in common, at most 0.16 nats apart. Two engines of which one ran a
+# layer less: a median of 13 and 0.43 on 32 prompts. One prompt beyond either limit stops the run.
 MIN_COMMON = 12
 MAX_DISTANCE = 0.2
 
