@@ -91,8 +91,7 @@ def measure(
     variants += [routed(f"buddy {budget}", budget, router, default) for budget in (1.0, *BUDGETS)]
     variants.append(routed("buddy 0.5, R=1", 0.5, router, every_token))
     if artifact.decision is not None:
-        depths = {depth_for_budget(budget, num_layers) for budget in BUDGETS}
-        own = artifact.router(library=depths <= (artifact.config.library or {}).keys())
+        own = artifact.router()
         variants += [routed(f"buddy {budget}, own paths", budget, own, default) for budget in BUDGETS]
     reference = Reference(model, artifact, buddy.llm_engine.model_config.dtype)
     rows: list[dict[str, Any]] = []

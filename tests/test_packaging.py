@@ -30,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_wheel_holds_every_file(wheel: zipfile.ZipFile) -> None:
-    """Artifacts and layer orders are data, which a build leaves out unless told, and kernels lie outside the package's folder."""
+    """Artifacts and orders are data, which a build leaves out unless told, and kernels lie outside the package."""
     names = set(wheel.namelist())
     for root, package in ((ROOT, "vllm_buddy"), (ROOT / "kernels", "vllm_buddy_kernels")):
         wanted = {str(p.relative_to(root)) for p in (root / package).rglob("*.py")}

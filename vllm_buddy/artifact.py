@@ -111,13 +111,18 @@ class Artifact:
             h.update(np.ascontiguousarray(array).tobytes())
         return h.hexdigest()[:16]
 
-    def router(self, *, library: bool = False) -> Router:
-        """The router of this artifact. library: pick among the artifact's fixed list of paths only.
+    def router(self, *, library: bool | None = None) -> Router:
+        """The router of this artifact.
+
+        library: pick among the artifact's fixed list of paths only. None: if it has both that and a Decision Module,
+            which was then trained to.
 
         Raises:
             ArtifactError: a library was asked for and the artifact has none.
         """
         paths = None
+        if library is None:
+            library = self.config.has_decision_module and self.config.library is not None
         if library:
             if not self.config.library:
                 raise ArtifactError(
@@ -222,7 +227,8 @@ def _parse(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> 
     if config.has_decision_module:
         decision = _decision(tensors, source)
     if config.bypass_rank:
-        bypass = Bypass(*(_bypass_weight(tensors, f"bypass.{name}") for name in _BYPASS_TENSORS), config.bypass_eps)
+        down, up = (_bypass_weight(tensors, f"bypass.{name}") for name in _BYPASS_TENSORS)
+        bypass = Bypass(down, up, config.bypass_eps)
     if config.lora is not None:
         a, b = ({name: _float32(tensors[f"lora.{name}.{part}"]) for name in names} for part in ("a", "b"))
         lora = LoraDeltas(a, b, config.lora.alpha)

@@ -91,7 +91,7 @@ def test_variants_take_routing_away(data: list[str], artifact: FilePath, tmp_pat
 def test_path_library_and_kv_policy_are_used(data: list[str], tmp_path: FilePath) -> None:
     """Failure: an option is read and forgotten."""
     plain = _by_metric(_eval(data, tmp_path / "a.json", "--policy", "buddy", "--budgets", "0.5"), "buddy")
-    for options in (["--paths", "library"], ["--kv-policy", "zero"], ["--route-every", "1"], ["--text-skip", "110"]):
+    for options in (["--paths", "free"], ["--kv-policy", "zero"], ["--route-every", "1"], ["--text-skip", "110"]):
         rows = _eval(data, tmp_path / "b.json", "--policy", "buddy", "--budgets", "0.5", *options)
         assert _by_metric(rows, "buddy")[0.5, "perplexity"] != plain[0.5, "perplexity"]
     rows = _eval(data, tmp_path / "c.json", "--policy", "buddy", "--budgets", "0.5", "--piqa-rows", "4")

@@ -12,7 +12,7 @@ import pytest
 from tests.importance.conftest import model_with_tokenizer, text_file
 from tests.tiny_models import random_artifact
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # an engine is started for each of four policies
 
 __all__ = ["model_with_tokenizer", "text_file"]
 
@@ -41,7 +41,7 @@ def test_both_engines_agree(model_with_tokenizer: FilePath, text_file: FilePath,
     options = [
         *("--model", str(model_with_tokenizer), "--text", str(text_file), "--piqa", str(questions)),
         *("--artifact", str(tmp_path / "bypass"), "--dtype", "float32", "--route-every", "4"),
-        *("--policy", f"buddy,buddy:frozen,lora={tmp_path / 'lora'}", "--budgets", "1.0,0.75,0.5"),
+        *("--policy", f"buddy,reverse,lora={tmp_path / 'lora'}", "--budgets", "1.0,0.75,0.5"),
         *("--window", "64", "--context", "8", "--text-tokens", "300"),
     ]
     hf = _eval(tmp_path / "hf.json", *options)

@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=FilePath, metavar="OUT", help="*.jsonl to write, a row with `text` for each sample")
     parser.add_argument("--model", type=FilePath, metavar="DIR", help="model folder (default: the embedded model)")
     parser.add_argument("--tokens", type=int, default=200_000, metavar="N", help="tokens to sample (default: 200000)")
-    parser.add_argument(
-        "--opener", action="append", metavar="TEXT", help="how samples begin, in turn"
-    )
+    parser.add_argument("--opener", action="append", metavar="TEXT", help="how samples begin, in turn")
     parser.add_argument("--max-tokens", type=int, default=224, metavar="N", help="tokens per sample (default: 224)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="default: 0.8")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="samples at once (default: 64)")

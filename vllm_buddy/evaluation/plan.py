@@ -77,7 +77,7 @@ def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIden
             f"{artifact.config.base_model.summary()}, but the model is {base.summary()}"
         )
     schedule = PathSchedule(0 if spec.variant == PROMPT_ONLY else settings.route_every)
-    policy = Policy(spec.name, artifact, schedule, library=settings.paths == "library")
+    policy = Policy(spec.name, artifact, schedule, settings.library)
     allowed = policy.router.depths
     for budget, depth in zip(settings.budgets, depths):
         if allowed is not None and depth not in (*allowed, base.num_layers):

@@ -84,7 +84,7 @@ class Policy:
     name: str
     artifact: Artifact
     schedule: PathSchedule
-    library: bool = False
+    library: bool | None = None  # see Artifact.router
 
     @cached_property
     def router(self) -> Router:

@@ -52,8 +52,9 @@ class EvalSettings(BaseModel):
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="bfloat16 or float32")
     kv_policy: Literal["masked", "kv_only", "zero"] = Field(default="masked", description="masked, kv_only or zero")
-    paths: Literal["free", "library"] = Field(
-        default="free", description="free, or library: artifacts pick among their fixed lists of paths"
+    paths: Literal["free", "library"] | None = Field(
+        default=None,
+        description="free, or library: artifacts pick among their fixed lists of paths (absent: as in serving)",
     )
     route_every: int = Field(
         default=16, ge=0, description="scored tokens between two decisions; 1: every token; 0: the context's path"
@@ -73,6 +74,11 @@ class EvalSettings(BaseModel):
         default=None, description="text to measure layer orders on that are not on file; not the text evaluated"
     )
     seed: int = Field(default=0, description="seed of the static method random")
+
+    @property
+    def library(self) -> bool | None:
+        """`paths` as Artifact.router takes it."""
+        return None if self.paths is None else self.paths == "library"
 
     @property
     def window_stride(self) -> int:

@@ -33,7 +33,7 @@ class _Routing(_Base):
         assert settings.artifact is not None  # the config hook resolved it to a folder
         artifact = load_artifact(FilePath(settings.artifact))
         self._limits: RequestLimits = vllm_config.model_config.buddy_limits
-        self._router = artifact.router(library=settings.paths == "library")
+        self._router = artifact.router(library=settings.library)
         self._schedule = PathSchedule(interval=settings.route_every, lag=_decision_lag(settings, vllm_config))
         self._salt_prefix = f"{artifact.digest}:{settings.kv_policy}"
         self._routes: dict[str, RequestRoute] = {}

@@ -54,7 +54,7 @@ class VllmEngine:
             settings = {
                 "artifact": folder,
                 "kv_policy": self._kv_policy,
-                "paths": "library" if policy.library else "free",
+                "paths": None if policy.library is None else "library" if policy.library else "free",
                 "route_every": policy.schedule.interval,
             }
             llm = LLM(

@@ -31,9 +31,12 @@ class BuddySettings(BaseModel):
             "values projected from the hidden state that passes; zero: zeros, as in the paper."
         ),
     )
-    paths: Literal["free", "library"] = Field(
-        default="free",
-        description="free: any layers. library: the router picks among the artifact's fixed list of paths per depth.",
+    paths: Literal["free", "library"] | None = Field(
+        default=None,
+        description=(
+            "free: any layers. library: the router picks among the artifact's fixed list of paths per depth. Absent: "
+            "library if the artifact has a Decision Module and a library, else free."
+        ),
     )
     route_every: int = Field(
         default=16, ge=0, description="Decoded tokens between two decisions (R). 1: every token; 0: the prompt's path."
@@ -46,6 +49,11 @@ class BuddySettings(BaseModel):
             "which is the least it allows."
         ),
     )
+
+    @property
+    def library(self) -> bool | None:
+        """`paths` as Artifact.router takes it."""
+        return None if self.paths is None else self.paths == "library"
 
     @field_validator("default_budget", "min_budget", mode="before")
     @classmethod

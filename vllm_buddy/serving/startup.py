@@ -59,7 +59,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         artifact = load_artifact(folder)
         check_base_model(artifact, vllm_config)
         check_lora(artifact, vllm_config)
-        router = artifact.router(library=settings.paths == "library")
+        router = artifact.router(library=settings.library)
         num_layers = artifact.config.base_model.num_layers
         floor = smallest_budget(num_layers)
         limits = RequestLimits(

@@ -42,7 +42,8 @@ class _TopKL(torch.autograd.Function):
 def _masses(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """p of the top tokens [rows, top], and what teacher and student give to all others [rows, 1]."""
     p = log_p.exp()
-    return p, *((1 - part.sum(dim=-1, keepdim=True)).clamp_min(_SMALLEST_REST) for part in (p, log_q.exp()))
+    p_rest, q_rest = ((1 - part.sum(dim=-1, keepdim=True)).clamp_min(_SMALLEST_REST) for part in (p, log_q.exp()))
+    return p, p_rest, q_rest
 
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

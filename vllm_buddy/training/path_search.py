@@ -27,13 +27,13 @@ class RepairedPaths:
     """
 
     def __init__(self, model: nn.Module, token_ids: torch.Tensor, bypass: Bypass | None) -> None:
-        self._model: Any = model
-        self._layers = self._model.model.layers
+        net: Any = model
+        self._layers, self._norm, self._head = net.model.layers, net.model.norm, net.lm_head.weight
         hidden, self._rotary = embed(model, token_ids)
         self._bypass = bypass.to(hidden) if bypass is not None else None
         self._start = hidden
         full = self._norm(self._run(hidden, 0, set()))
-        self._teacher = top_log_probs(full, self._model.lm_head.weight, min(TOP, self._model.config.vocab_size))
+        self._teacher = top_log_probs(full, self._head, min(TOP, len(self._head)))
 
     def prefixes(self, skipped: set[int]) -> list[torch.Tensor]:
         """Hidden states before every layer when `skipped` are left out."""
@@ -45,7 +45,7 @@ class RepairedPaths:
     def divergence(self, skipped: set[int], start: int = 0, hidden: torch.Tensor | None = None) -> float:
         """Nats per token. hidden: the state before layer `start`, if it is known."""
         hidden = self._run(self._start if hidden is None else hidden, start, skipped)
-        return float(divergence(self._norm(hidden), self._model.lm_head.weight, *self._teacher).mean())
+        return float(divergence(self._norm(hidden), self._head, *self._teacher).mean())
 
     def _run(self, hidden: torch.Tensor, start: int, skipped: set[int]) -> torch.Tensor:
         for index in range(start, len(self._layers)):
@@ -56,9 +56,6 @@ class RepairedPaths:
         if not skip:
             return dense_layer(self._layers[index], hidden, self._rotary)
         return hidden if self._bypass is None else self._bypass.apply(index, hidden)
-
-    def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._model.model.norm(hidden)
 
 
 @torch.no_grad()

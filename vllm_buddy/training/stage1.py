@@ -174,7 +174,8 @@ def _start(
         explored[0].out.mkdir(exist_ok=True)
         repair, routing = BypassRepair(bypass), RandomRouting(single_divergences(model, windows, bypass))
         Run(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report).train()
-        bypass = Bypass(*(p.detach() for p in repair.parameters()), bypass.eps)
+        explored_bypass = repair.bypass()
+        bypass = Bypass(explored_bypass.down.detach(), explored_bypass.up.detach(), bypass.eps)
     if settings.paths == SEARCHED:
         order = _search(model, corpus.take(settings.search_tokens), bypass, smallest, "all text", note)
         if settings.router_windows:
