@@ -1,0 +1,1 @@
+"""Stage 1: what makes an artifact. See docs/training.md."""
