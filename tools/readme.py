@@ -1,38 +1,41 @@
-"""Writes the generated parts of README.md: the settings table from the schema, the figures from the results files.
+"""Writes the generated parts of README.md and of the shipped artifact's card: the settings table from the schema, the
+figures from the results files.
 
 python tools/readme.py            # rewrite
-python tools/readme.py --check    # exit 1 if README.md is not up to date
+python tools/readme.py --check    # exit 1 if a page is not up to date
 """
 
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 ROOT = FilePath(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+CARD = ROOT / "vllm_buddy" / "artifacts" / "smollm2-135m" / "README.md"
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = generate(old)
-    if "--check" in sys.argv[1:]:
-        return int(old != new)
-    path.write_text(new)
-    return 0
+    stale = False
+    for path, names in PAGES.items():
+        old = path.read_text()
+        new = generate(old, names, path.name)
+        stale |= old != new
+        if "--check" not in sys.argv[1:]:
+            path.write_text(new)
+    return int(stale and "--check" in sys.argv[1:])
 
 
-def generate(text: str) -> str:
+def generate(text: str, names: Sequence[str], page: str) -> str:
     """`text` with the parts between the markers made anew."""
-    for name, section in SECTIONS.items():
+    for name in names:
         pattern = re.compile(rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        body = section()
+        body = SECTIONS[name]()
         text, found = pattern.subn(lambda m, body=body: m[1] + body + m[2], text)  # type: ignore[misc]
         if found != 1:
-            raise SystemExit(f"README.md has {found} parts named {name}")
+            raise SystemExit(f"{page} has {found} parts named {name}")
     return text
 
 
@@ -94,6 +97,59 @@ def memory_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def quality_table() -> str:
+    """The shipped artifact against the unrouted model."""
+    return _quality(json.loads((RESULTS / "quality_shipped.json").read_text()))
+
+
+def recipes_table() -> str:
+    """Every way to choose and repair a path, at one training cost."""
+    return _quality(json.loads((RESULTS / "quality_recipes.json").read_text()))
+
+
+def _quality(rows: list[dict[str, Any]]) -> str:
+    """A line per policy and depth: perplexity over dense, accuracy, and what is kept of dense's margin over chance."""
+    found = {(r["policy"], r["layers"], r["metric"]): r for r in rows}
+    dense = {metric: row for (policy, _, metric), row in found.items() if policy == "dense"}
+    chance = 0.5
+    lines = [
+        "| layers | policy | perplexity | over dense | KL | agreement | PIQA acc | margin kept | acc_norm | paths |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    keys = dict.fromkeys((r["layers"], r["policy"]) for r in rows if r["policy"] == "dense" or r["budget"] < 1)
+    for layers, policy in sorted(keys, key=lambda key: -key[0]):
+
+        def value(metric: str, layers: int = layers, policy: str = policy) -> float | None:
+            row = found.get((policy, layers, metric))
+            return None if row is None else row["value"]
+
+        def shown(number: float | None, form: str) -> str:
+            return "" if number is None else format(number, form)
+
+        perplexity, accuracy = value("perplexity"), value("piqa_acc")
+        over = None if perplexity is None else perplexity / dense["perplexity"]["value"]
+        kept = None if accuracy is None else (accuracy - chance) / (dense["piqa_acc"]["value"] - chance)
+        cells = [
+            shown(perplexity, ",.2f"),
+            shown(over, ",.3f"),
+            shown(value("kl"), ".3f"),
+            shown(value("agreement"), ".3f"),
+            shown(accuracy, ".3f"),
+            shown(kept, ".0%"),
+            shown(value("piqa_acc_norm"), ".3f"),
+            shown(value("distinct_paths"), ".0f"),
+        ]
+        lines.append(f"| {layers} | {policy} | {' | '.join(cells)} |")
+    tokens, questions = dense["perplexity"]["n"], dense["piqa_acc"]["n"]
+    lines += [
+        "",
+        f"{tokens:,} scored tokens of the last fifth of WikiText-2's validation split, {questions} questions of PIQA. Standard "
+        f"errors: {dense['piqa_acc']['stderr']:.3f} for a PIQA accuracy; rows share text and questions, so differences "
+        "between rows are known better than the rows themselves.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _rows(name: str) -> list[dict[str, Any]]:
     path = RESULTS / name
     if not path.is_file():
@@ -109,7 +165,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "decode": decode_table,
     "memory": memory_table,
+    "quality": quality_table,
+    "recipes": recipes_table,
 }
+PAGES = {ROOT / "README.md": list(SECTIONS), CARD: ["quality"]}
 
 if __name__ == "__main__":
     sys.exit(main())

