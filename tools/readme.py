@@ -143,9 +143,9 @@ def _quality(rows: list[dict[str, Any]]) -> str:
     tokens, questions = dense["perplexity"]["n"], dense["piqa_acc"]["n"]
     lines += [
         "",
-        f"{tokens:,} scored tokens of the last fifth of WikiText-2's validation split, {questions} questions of PIQA. Standard "
-        f"errors: {dense['piqa_acc']['stderr']:.3f} for a PIQA accuracy; rows share text and questions, so differences "
-        "between rows are known better than the rows themselves.",
+        f"{tokens:,} scored tokens of the last fifth of WikiText-2's validation split, {questions} questions of PIQA. "
+        f"Standard error of a PIQA accuracy: {dense['piqa_acc']['stderr']:.3f}; rows share text and questions, so "
+        "differences between rows are known better than the rows themselves.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -36,7 +36,7 @@ RECIPES = {
 def test_every_recipe_makes_an_artifact_that_loads_and_routes(settings: dict[str, Any], name: str) -> None:
     """A recipe that trains but cannot be served is of no use."""
     artifact, stage, losses = run(settings | RECIPES[name])
-    finish_run(artifact, stage, "vllm-buddy train", None)
+    finish_run(artifact, stage, TrainSettings(**settings | RECIPES[name]), "vllm-buddy train", None)
     loaded = load_artifact(settings["out"])
     assert loaded.digest == artifact.digest
     assert all(np.isfinite(losses)) and len(losses) == RECIPES[name].get("tokens", 6 * 4 * 32) // (4 * 32)
@@ -205,3 +205,15 @@ def test_overrides_go_on_top_of_the_file(tmp_path: FilePath) -> None:
         TrainSettings.read(config, {"rnk": "16"})
     with pytest.raises(TrainingError, match="cannot read"):
         TrainSettings.read(tmp_path / "no.yaml", {})
+
+
+def test_no_room_for_the_logits_is_found_before_training(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write to a mapped file on a full disk kills the process without a message."""
+    import shutil
+
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(TrainingError, match="logits need .* MiB .* cache_dir"):
+        run(settings)

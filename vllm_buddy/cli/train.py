@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.training.stage1 import run_stage1
 
     commit = source_commit()
-    artifact, stage = run_stage1(settings, settings.model or fetch(), _progress(settings.num_steps), _note)
+    artifact, stage = run_stage1(settings, settings.model or fetch(), _progress, _note)
     if stage.accelerator.is_main_process:
         command = " ".join(["vllm-buddy", "train", str(args.config), *args.settings])
-        finish_run(artifact, stage, command, commit)
+        finish_run(artifact, stage, settings, command, commit)
         print(f"wrote artifact '{artifact.config.name}' to {settings.out}")
     return 0
 
@@ -62,13 +62,10 @@ def _note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _progress(num_steps: int) -> Any:
-    def show(row: dict[str, Any]) -> None:
-        done = row["step"] + 1
-        if done % SHOWN_EVERY == 0 or done == num_steps:
-            _note(
-                f"step {done}/{num_steps}  loss {row['loss']:.4f}  budget {row['budget']:.2f}  "
-                f"{row['tokens_per_second']:.0f} tokens/s"
-            )
-
-    return show
+def _progress(row: dict[str, Any]) -> None:
+    done, steps = row["step"] + 1, row["steps"]
+    if done % SHOWN_EVERY == 0 or done == steps:
+        _note(
+            f"step {done}/{steps}  loss {row['loss']:.4f}  budget {row['budget']:.2f}  "
+            f"{row['tokens_per_second']:.0f} tokens/s"
+        )

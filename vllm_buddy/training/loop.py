@@ -119,6 +119,7 @@ class Run:
         per_pass = np.array(depths).reshape(len(seeds), -1).mean(axis=1)
         return {
             "step": step,
+            "steps": settings.num_steps,
             "tokens": (step + 1) * settings.batch * settings.length,
             "loss": float(losses.mean()),
             "budget": round(float(np.mean(depths)) / num_layers, 4),

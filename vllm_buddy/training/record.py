@@ -20,9 +20,8 @@ _REPAIRS = {
 }
 
 
-def finish_run(artifact: Artifact, run: Run, command: str, commit: str | None) -> None:
+def finish_run(artifact: Artifact, run: Run, settings: TrainSettings, command: str, commit: str | None) -> None:
     """Write artifact, card, run.yaml and curves to the run's folder."""
-    settings = run.settings
     artifact.save(settings.out)
     draw_curves(settings.out / LOG_FILE, settings.out / CURVES_FILE, f"{artifact.config.name}: {settings.recipe}")
     (settings.out / CARD_FILE).write_text(model_card(artifact, settings, command))
@@ -39,7 +38,6 @@ def finish_run(artifact: Artifact, run: Run, command: str, commit: str | None) -
             for source in settings.data
         },
         "base_model": artifact.config.base_model.model_dump(),
-        "tokens": log[-1]["tokens"],
         "last_loss": round(sum(row["loss"] for row in log[-20:]) / len(log[-20:]), 4),
         "training_seconds": log[-1]["seconds"],
         "router_fit": run.router_figures,
@@ -72,7 +70,7 @@ def model_card(artifact: Artifact, settings: TrainSettings, command: str) -> str
         "",
         f"{_REPAIRS[settings.recipe].format(rank=settings.rank)} {routed}",
         "",
-        f"Trained on {settings.num_steps * settings.batch * settings.length:,} tokens of "
+        f"Trained on {settings.tokens:,} tokens of "
         f"{config.prior.calibration}. With the least budget the static path runs layers "
         f"{', '.join(map(str, static))}.",
         "",

@@ -1,5 +1,8 @@
 """The full model's top logits, computed once per sequence and kept on disk: every epoch and every run shares them."""
 
+import contextlib
+import os
+import shutil
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -7,9 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from vllm_buddy.errors import TrainingError
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.objective import top_log_probs
+
+BYTES_PER_LOGIT = np.dtype(np.int32).itemsize + np.dtype(np.float16).itemsize
 
 
 class Teacher:
@@ -17,6 +23,9 @@ class Teacher:
 
     folder: holds `ids` [num_sequences, length, top] int32, `log_probs` float16 of the same shape, and which of the
     sequences are there. Two runs may fill it at once: what they write is the same.
+
+    Raises:
+        TrainingError: the disk has no room for the sequences that this run uses.
     """
 
     def __init__(self, model: nn.Module, corpus: Corpus, top: int, folder: FilePath) -> None:
@@ -24,6 +33,7 @@ class Teacher:
         self._sequences = corpus.sequences
         shape = (*corpus.sequences.shape, top)
         folder.mkdir(parents=True, exist_ok=True)
+        _check_room(folder, len(np.unique(corpus.order)) * int(np.prod(shape[1:])) * BYTES_PER_LOGIT)
         self._ids = _open(folder / "ids.npy", np.int32, shape)
         self._log_probs = _open(folder / "log_probs.npy", np.float16, shape)
         self._known = _open(folder / "known.npy", np.bool_, shape[:1])
@@ -50,6 +60,21 @@ class Teacher:
 
 
 def _open(path: FilePath, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    if path.is_file():
-        return np.lib.format.open_memmap(path, mode="r+")
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    """The array in `path`, made of zeros if it is not there. Sparse: it takes the room of what is written."""
+    if not path.is_file():
+        own = path.with_name(f"{path.name}.{os.getpid()}")
+        np.lib.format.open_memmap(own, mode="w+", dtype=dtype, shape=shape)
+        with contextlib.suppress(FileExistsError):  # another process was first
+            os.link(own, path)
+        own.unlink()
+    return np.lib.format.open_memmap(path, mode="r+")
+
+
+def _check_room(folder: FilePath, num_bytes: int) -> None:
+    # Writing to a mapped file on a full disk ends the process without a message.
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise TrainingError(
+            f"the full model's logits need {num_bytes >> 20} MiB in {folder}, {free >> 20} MiB are free; name another "
+            "cache_dir or lower top_logits"
+        )
