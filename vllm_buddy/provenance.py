@@ -29,6 +29,19 @@ def run_header(command: str, commit: str | None, seed: int | None) -> dict[str, 
     }
 
 
+def card_title(name: str, base_model_id: str) -> list[str]:
+    """The first lines of a model card, as the Hugging Face hub reads them."""
+    return [
+        "---",
+        "library_name: vllm-buddy",
+        f"base_model: {json.dumps(base_model_id)}",
+        "tags: [vllm, dynamic-depth, layer-skipping]",
+        "---",
+        f"# {name}",
+        "",
+    ]
+
+
 def to_yaml(record: dict[str, Any], indent: str = "") -> str:
     """Nested dictionaries as YAML. Each value is written as JSON, which YAML contains."""
     text = ""

@@ -7,7 +7,7 @@ from vllm_buddy.importance.base import INDICATORS
 from vllm_buddy.importance.build import PriorResult
 from vllm_buddy.importance.settings import PriorSettings
 from vllm_buddy.method import depth_for_budget
-from vllm_buddy.provenance import RUN_FILE, run_header, to_yaml
+from vllm_buddy.provenance import RUN_FILE, card_title, run_header, to_yaml
 
 
 def model_card(result: PriorResult, settings: PriorSettings) -> str:
@@ -18,13 +18,7 @@ def model_card(result: PriorResult, settings: PriorSettings) -> str:
     order = (int(i) + 1 for i in result.artifact.prior.argsort(kind="stable"))
     library = f", and a path library of up to {settings.library} paths per depth" if config.library else ""
     lines = [
-        "---",
-        "library_name: vllm-buddy",
-        f"base_model: {json.dumps(base.id)}",
-        "tags: [vllm, dynamic-depth, layer-skipping]",
-        "---",
-        f"# {config.name}",
-        "",
+        *card_title(config.name, base.id),
         f"A routing prior for {base.id} ({base.architecture}, {base.num_layers} layers, fingerprint "
         f"`{base.fingerprint}`), for serving with vllm_buddy.",
         "",

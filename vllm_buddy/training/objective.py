@@ -1,42 +1,40 @@
 """What training minimises, with the language-model head inside: logits are never kept for the backward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 _SMALLEST_REST = 1e-6  # probability
+RowLoss = Callable[[torch.Tensor, slice], torch.Tensor]
+
 _ROWS = 512  # hidden states whose logits exist at once
 
 
-class _TopKL(torch.autograd.Function):
-    """KL(teacher || student) over the teacher's top tokens and one bucket for all others.
+class _HeadLoss(torch.autograd.Function):
+    """A loss of the logits, summed over rows and divided by their number; the head itself gets no gradient.
 
-    d KL / d logit_j is q_j - p_j for a top token, and q_j (1 - p_rest / q_rest) for any other.
+    row_loss: (log q [rows, vocab], which rows) -> their summed loss; leaves its gradient for the logits in log q.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor
-    ) -> torch.Tensor:
-        """hidden: [rows, hidden_size]; weight: [vocab, hidden_size]; ids, log_p: [rows, top]."""
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, row_loss: RowLoss) -> torch.Tensor:
+        """hidden: [rows, hidden_size]; head: [vocab, hidden_size]."""
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), _ROWS):
             part = slice(start, start + _ROWS)
-            q = torch.nn.functional.linear(hidden[part], weight).float()
-            q -= q.logsumexp(dim=-1, keepdim=True)
-            log_q = q.gather(1, ids[part])
-            p, p_rest, q_rest = _masses(log_p[part], log_q)
-            total += _divergence(log_p[part], log_q).sum()
-            q.exp_().mul_(1 - p_rest / q_rest).scatter_(1, ids[part], log_q.exp() - p)
-            gradient[part] = q.to(weight.dtype) @ weight
+            log_q = torch.nn.functional.linear(hidden[part], head).float()
+            log_q -= log_q.logsumexp(dim=-1, keepdim=True)
+            total += row_loss(log_q, part)
+            gradient[part] = log_q.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
         return total / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * (upstream[0] / len(gradient)), None, None, None
+        return gradient * (upstream[0] / len(gradient)), None, None
 
 
 def _masses(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -52,39 +50,22 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return (p * (log_p - log_q)).sum(dim=-1) + (p_rest * (p_rest / q_rest).log())[:, 0]
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Next-token cross-entropy."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """hidden: [rows, hidden_size]; weight: [vocab, hidden_size]; targets: [rows]."""
-        gradient = torch.empty_like(hidden)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), _ROWS):
-            part = slice(start, start + _ROWS)
-            q = torch.nn.functional.linear(hidden[part], weight).float()
-            q -= q.logsumexp(dim=-1, keepdim=True)
-            target = targets[part, None]
-            log_q = q.gather(1, target)
-            total -= log_q.sum()
-            q.exp_().scatter_(1, target, log_q.exp() - 1)
-            gradient[part] = q.to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient)
-        return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * (upstream[0] / len(gradient)), None, None
-
-
 def distillation_loss(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """KL from the full model, nats per token, over the teacher's top tokens and the rest as one.
 
     hidden: [batch, length, hidden_size], behind the final norm. head: [vocab, hidden_size], frozen.
     ids, log_p: [batch, length, top], see Teacher.
     """
-    return _TopKL.apply(hidden.flatten(0, 1), head, ids.flatten(0, 1), log_p.flatten(0, 1))
+    ids, log_p = ids.flatten(0, 1), log_p.flatten(0, 1)
+
+    def row_loss(log_q: torch.Tensor, part: slice) -> torch.Tensor:
+        top = log_q.gather(1, ids[part])
+        p, p_rest, q_rest = _masses(log_p[part], top)
+        # d KL / d logit is q - p for a top token, and q (1 - p_rest / q_rest) for any other.
+        log_q.exp_().mul_(1 - p_rest / q_rest).scatter_(1, ids[part], top.exp() - p)
+        return _divergence(log_p[part], top).sum()
+
+    return _HeadLoss.apply(hidden.flatten(0, 1), head, row_loss)
 
 
 @torch.no_grad()
@@ -112,4 +93,11 @@ def top_log_probs(hidden: torch.Tensor, head: torch.Tensor, top: int) -> tuple[t
 
 def next_token_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each next token, nats per token. hidden, head: as above; token_ids: [batch, length]."""
-    return _CrossEntropy.apply(hidden[:, :-1].flatten(0, 1), head, token_ids[:, 1:].flatten())
+    targets = token_ids[:, 1:].flatten()[:, None]
+
+    def row_loss(log_q: torch.Tensor, part: slice) -> torch.Tensor:
+        chosen = log_q.gather(1, targets[part])
+        log_q.exp_().scatter_(1, targets[part], chosen.exp() - 1)
+        return -chosen.sum()
+
+    return _HeadLoss.apply(hidden[:, :-1].flatten(0, 1), head, row_loss)

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.method import layers_of, top_k_path
-from vllm_buddy.provenance import CARD_FILE, RUN_FILE, run_header, to_yaml
+from vllm_buddy.provenance import CARD_FILE, RUN_FILE, card_title, run_header, to_yaml
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
 from vllm_buddy.training.loop import LOG_FILE, Run
 from vllm_buddy.training.settings import TrainSettings
@@ -57,13 +57,7 @@ def model_card(artifact: Artifact, settings: TrainSettings, command: str) -> str
         else "There is no Decision Module: every request of one budget runs the same layers."
     )
     lines = [
-        "---",
-        "library_name: vllm-buddy",
-        f"base_model: {json.dumps(base.id)}",
-        "tags: [vllm, dynamic-depth, layer-skipping]",
-        "---",
-        f"# {config.name}",
-        "",
+        *card_title(config.name, base.id),
         f"Dynamic depth for {base.id} ({base.architecture}, {base.num_layers} layers, fingerprint "
         f"`{base.fingerprint}`), for serving with vllm_buddy. One artifact serves every budget from "
         f"{settings.min_budget:g} to 1.",
