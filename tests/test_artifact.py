@@ -117,6 +117,16 @@ def test_round_trip(tmp_path: FilePath, decision: bool, library: dict[int, list[
             np.testing.assert_array_equal(getattr(loaded.decision, field.name), getattr(artifact.decision, field.name))
 
 
+@pytest.mark.parametrize(
+    "decision, library, own", [(True, LIBRARY, True), (True, None, False), (False, LIBRARY, False)]
+)
+def test_the_library_is_used_where_a_decision_module_was_trained_on_it(decision, library, own) -> None:
+    """Failure: a router whose scores mean something for some paths is asked for any, or the other way round."""
+    artifact = _artifact(decision=_folded() if decision else None, library=library)
+    assert (artifact.router().depths is not None) == own
+    assert artifact.router(library=False).depths is None
+
+
 def test_a_rounded_bypass_takes_a_byte_a_weight(tmp_path: FilePath) -> None:
     """Failure: the artifact in the repository is twice as big, or what is loaded is not what was measured."""
     given = _bypass()

@@ -89,7 +89,12 @@ def start_engine(tiny: Tiny, *, model_impl: str = "buddy", **overrides: Any) -> 
     """An engine in this process; fp32, eager, no tokenizer, K and V weights kept for every KV policy."""
     from vllm import LLM
 
-    settings = {"artifact": str(tiny.artifact_folder), "kv_policy": "kv_only", **overrides.pop("buddy", {})}
+    settings = {
+        "artifact": str(tiny.artifact_folder),
+        "kv_policy": "kv_only",
+        "paths": "free",
+        **overrides.pop("buddy", {}),
+    }
     options: dict[str, Any] = {
         "model_impl": model_impl,
         "dtype": "float32",

@@ -35,7 +35,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        settings = {"buddy": {"artifact": str(tiny.artifact_folder), "route_every": SCHEDULE.interval}}
+        settings = {"buddy": {"artifact": str(tiny.artifact_folder), "paths": "free", "route_every": SCHEDULE.interval}}
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny.folder)]
         command += ["--served-model-name", "tiny", "--port", str(port), "--host", "127.0.0.1"]
         command += ["--model-impl", "buddy", "--additional-config", json.dumps(settings)]

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     llm = LLM(
         model, model_impl="buddy", dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=512,
         kv_cache_memory_bytes=32 << 20, tensor_parallel_size=2, distributed_executor_backend="mp",
-        additional_config={"buddy": {"artifact": artifact, "route_every": 4}},
+        additional_config={"buddy": {"artifact": artifact, "paths": "free", "route_every": 4}},
     )
     params = [
         SamplingParams(temperature=0, max_tokens=n, detokenize=False, extra_args={"buddy_budget": b})
