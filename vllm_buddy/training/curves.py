@@ -9,7 +9,7 @@ from vllm_buddy.errors import TrainingError
 
 CURVES_FILE = "curves.png"
 BANDS = 3  # the served depths are cut into this many
-SMOOTHING = 0.05  # each point is the mean over this share of the run
+SMOOTHING = 0.1  # each point is the mean over this share of the run
 
 
 def read_log(path: FilePath) -> list[dict]:
@@ -44,6 +44,6 @@ def draw_curves(log: FilePath, out: FilePath, title: str) -> None:
     axes.set(xlabel="training tokens (thousands)", ylabel="loss (nats per token)", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(title="layers executed", frameon=False)
+    figure.legend(title="layers executed", frameon=False, loc="outside right upper")
     figure.savefig(out, dpi=130)
     plt.close(figure)
