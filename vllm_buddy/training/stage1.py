@@ -53,11 +53,12 @@ class Start:
     by_source: list[list[int]]
     bypass: Bypass | None
 
-    def library(self, paths_per_depth: int) -> dict[int, list[list[int]]]:
-        """For each depth the path of `order`, those of each source, and variants, up to `paths_per_depth` in all."""
+    def library(self, paths_per_depth: int, smallest: int) -> dict[int, list[list[int]]]:
+        """For each depth from `smallest` the path of `order`, those of each source, and variants, `paths_per_depth`."""
         variants = nested_library(prior_of(self.order), paths_per_depth)
         library = {}
-        for depth, nested in variants.items():
+        for depth in range(smallest, len(self.order) + 2):
+            nested = variants[depth]
             paths = [layers_of(static_path(order, depth)) for order in (self.order, *self.by_source)]
             unique = dict.fromkeys(map(tuple, (*paths, *nested)))
             library[depth] = [list(path) for path in unique][:paths_per_depth]
@@ -107,7 +108,8 @@ def run_stage1(
     explored, main = split(settings, corpus)
     start = _start(settings, base, model, corpus, explored, teacher, accelerator, report, note)
     repair, frozen = _repair(settings, model, start)
-    library = start.library(settings.library if settings.router_windows else 1)
+    smallest = depth_for_budget(settings.min_budget, base.num_layers)
+    library = start.library(settings.library if settings.router_windows else 1, smallest)
     routing: Routing = LibraryRouting(base.num_layers, library, settings.route_every)
     if settings.paths == LEARNED:
         values = value_table(model).to("cpu")
