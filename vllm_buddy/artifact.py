@@ -32,7 +32,7 @@ from safetensors.numpy import load_file, save
 
 from vllm_buddy.errors import ArtifactError
 from vllm_buddy.fingerprint import BaseModelIdentity
-from vllm_buddy.method import FoldedDecision, Router, path_of
+from vllm_buddy.method import FoldedDecision, PathSchedule, Router, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import byte_grid
 from vllm_buddy.method.lora import LoraDeltas
@@ -80,6 +80,9 @@ class BuddyConfig(BaseModel):
     has_decision_module: bool = Field(description="false: the path follows the prior alone")
     library: dict[int, list[list[int]]] | None = Field(
         default=None, description="for each depth, the layer sets that `paths: library` lets the router pick from"
+    )
+    route_every: int | None = Field(
+        default=None, ge=0, description="tokens between two decisions that suit this router; absent: the usual number"
     )
     recipe: Literal["bypass", "paper", "distill"] | None = Field(
         default=None, description="what was trained beside the routing, and how; absent: nothing was"
@@ -131,6 +134,11 @@ class Artifact:
                 )
             paths = {depth: [path_of(layers) for layers in sets] for depth, sets in self.config.library.items()}
         return Router(self.config.base_model.num_layers, self.prior, self.decision, self.config.omega, paths)
+
+    def schedule(self, route_every: int | None = None, lag: int = 0) -> PathSchedule:
+        """When requests are routed again. route_every: what the user asks for; None: what suits the artifact."""
+        interval = route_every if route_every is not None else self.config.route_every
+        return PathSchedule(lag=lag) if interval is None else PathSchedule(interval, lag)
 
     def save(self, folder: FilePath) -> None:
         """Write `buddy_config.json` and `model.safetensors`.

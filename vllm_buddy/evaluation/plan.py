@@ -16,7 +16,7 @@ from vllm_buddy.evaluation.settings import EvalSettings
 from vllm_buddy.evaluation.text import text_samples
 from vllm_buddy.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.importance import CalibrationText
-from vllm_buddy.method import PathSchedule, depth_for_budget
+from vllm_buddy.method import depth_for_budget
 from vllm_buddy.model_folder import load_model, load_tokenizer
 
 
@@ -76,7 +76,7 @@ def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIden
             f"policy '{spec.name}': artifact '{artifact.config.name}' was made for "
             f"{artifact.config.base_model.summary()}, but the model is {base.summary()}"
         )
-    schedule = PathSchedule(0 if spec.variant == PROMPT_ONLY else settings.route_every)
+    schedule = artifact.schedule(0 if spec.variant == PROMPT_ONLY else settings.route_every)
     policy = Policy(spec.name, artifact, schedule, settings.library)
     allowed = policy.router.depths
     for budget, depth in zip(settings.budgets, depths):

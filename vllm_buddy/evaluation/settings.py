@@ -56,8 +56,10 @@ class EvalSettings(BaseModel):
         default=None,
         description="free, or library: artifacts pick among their fixed lists of paths (absent: as in serving)",
     )
-    route_every: int = Field(
-        default=16, ge=0, description="scored tokens between two decisions; 1: every token; 0: the context's path"
+    route_every: int | None = Field(
+        default=None,
+        ge=0,
+        description="scored tokens between two decisions; 1: each; 0: the context's path (absent: as in serving)",
     )
     window: int = Field(default=512, description="tokens of text per window")
     context: int = Field(default=64, description="tokens of a window that decide the first path and are not scored")

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
-from vllm_buddy.method import PathSchedule, RequestRoute, depth_for_budget
+from vllm_buddy.method import RequestRoute, depth_for_budget
 from vllm_buddy.serving.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.prefix_cache import end_hash_chain, limit_publishing, salt
 from vllm_buddy.serving.request import RequestLimits, context_tokens
@@ -34,7 +34,7 @@ class _Routing(_Base):
         artifact = load_artifact(FilePath(settings.artifact))
         self._limits: RequestLimits = vllm_config.model_config.buddy_limits
         self._router = artifact.router(library=settings.library)
-        self._schedule = PathSchedule(interval=settings.route_every, lag=_decision_lag(settings, vllm_config))
+        self._schedule = artifact.schedule(settings.route_every, _decision_lag(settings, vllm_config))
         self._salt_prefix = f"{artifact.digest}:{settings.kv_policy}"
         self._routes: dict[str, RequestRoute] = {}
         self._outcomes: dict[str, Outcome] = {}

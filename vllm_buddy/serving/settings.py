@@ -38,8 +38,13 @@ class BuddySettings(BaseModel):
             "library if the artifact has a Decision Module and a library, else free."
         ),
     )
-    route_every: int = Field(
-        default=16, ge=0, description="Decoded tokens between two decisions (R). 1: every token; 0: the prompt's path."
+    route_every: int | None = Field(
+        default=None,
+        ge=0,
+        description=(
+            "Decoded tokens between two decisions (R). 1: every token; 0: the prompt's path. Absent: what the artifact "
+            "says suits it, else 16."
+        ),
     )
     decision_lag: int | None = Field(
         default=None,
