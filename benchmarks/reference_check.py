@@ -14,10 +14,10 @@ from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
 
 NUM_CHECKED = 8  # prompts of a batch: the plain forward takes most of a second for each
-# Of the likeliest second tokens, means over the prompts. Seen with a bf16 engine, at full depth and at 0.9 and 0.75 with
-# a random bypass of rank 64: 17 of 20 or more in common and at most 0.16 nats apart on each of 8 prompts; half the layers
-# without any repair, where nothing is likely, 15 and 0.33 on the worst. Two engines of which one ran a layer less: a
-# median of 13 and 0.43 on 32 prompts.
+# Of the likeliest second tokens, means over the prompts. Seen with a bf16 engine, at full depth and at 0.9 and 0.75
+# with a random bypass of rank 64: 17 of 20 or more in common and at most 0.16 nats apart on each of 8 prompts; half the
+# layers without any repair, where nothing is likely: 15 and 0.33 on one of them. Two engines of which one ran a layer
+# less: a median of 13 and 0.43 on 32 prompts.
 MIN_COMMON = 15
 MAX_DISTANCE = 0.3
 
