@@ -47,12 +47,14 @@ class Reference:
         """
         for variant in variants:
             found = second_token_logprobs(variant, prompts)[:NUM_CHECKED]
-            shared, distances = [], []
+            shared: list[int] = []
+            distances: list[float] = []
             for ours, prompt in zip(found, prompts):
                 expected = self._second_token_logprobs(variant, prompt)
                 common = ours.keys() & expected.keys()
                 shared.append(len(common))
-                distances.append(np.mean([abs(ours[t] - expected[t]) for t in common]) if common else np.inf)
+                apart = [abs(ours[t] - expected[t]) for t in common]
+                distances.append(float(np.mean(apart)) if apart else float("inf"))
             if not (np.mean(shared) >= MIN_COMMON and np.mean(distances) <= MAX_DISTANCE):
                 raise SystemExit(
                     f"{variant.name} does not compute what the reference computes: {np.mean(shared):.1f} of "
