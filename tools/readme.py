@@ -67,8 +67,8 @@ def decode_table() -> str:
         f"{first['n']} rounds all variants ran one after the other in one process; ratios are of tokens/s within a "
         "round, medians with 20th to 80th percentile. *pruned* is stock vLLM on a checkpoint that has only the layers "
         "of buddy's path, without a repair; buddy runs the shipped artifact's bypass on the layers it skips, on one "
-        "path for all requests or, as *own paths*, on those its Decision Module picks. At 1.0 it is compared with stock. "
-        "Routing is the share of router, plan and cache views in "
+        "path for all requests or, as *own paths*, on those its Decision Module picks. At 1.0 it is compared with "
+        "stock. Routing is the share of router, plan and cache views in "
         "the time of all steps, with the Decision Module asked every 16 tokens, or before every token "
         "(R=1).",
         "",
