@@ -23,7 +23,7 @@ from vllm_buddy.training.settings import TrainSettings
 RECIPES = {
     "bypass": {"paths": "searched"},
     "bypass, static order": {"paths": "reverse"},
-    "bypass with a router": {"paths": "searched", "router_windows": 12, "library": 2},
+    "bypass with a router": {"paths": "searched", "router_windows": 12, "library": 2, "decide_every": 0},
     "bypass from zeros, paths learned": {"paths": "learned", "prior": "reverse", "init_tokens": 0},
     "bypass explored first": {"paths": "searched", "explore_tokens": 3 * 4 * 32, "tokens": 9 * 4 * 32},
     "distill": {"recipe": "distill", "paths": "learned", "prior": "reverse"},
@@ -39,6 +39,7 @@ def test_every_recipe_makes_an_artifact_that_loads_and_routes(settings: dict[str
     finish_run(artifact, stage, TrainSettings(**settings | RECIPES[name]), "vllm-buddy train", None)
     loaded = load_artifact(settings["out"])
     assert loaded.digest == artifact.digest
+    assert loaded.schedule().interval == RECIPES[name].get("decide_every", PathSchedule().interval)
     assert all(np.isfinite(losses)) and len(losses) == RECIPES[name].get("tokens", 6 * 4 * 32) // (4 * 32)
     assert {p.name for p in settings["out"].iterdir()} >= {"README.md", "run.yaml", "curves.png", LOG_FILE}
     recipe = RECIPES[name].get("recipe", "bypass")

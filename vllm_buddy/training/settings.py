@@ -68,6 +68,11 @@ class TrainSettings(BaseModel):
     top_logits: int = Field(default=64, ge=1, description="logits of the full model that are kept per token")
     kv_policy: str = Field(default="masked", description="what a skipped layer leaves in the KV cache")
     route_every: int = Field(default=16, ge=0, description="tokens between decisions, as in serving")
+    decide_every: int | None = Field(
+        default=None,
+        ge=0,
+        description="tokens between decisions that the artifact asks serving for; absent: its default",
+    )
     init_tokens: int = Field(default=16384, ge=0, description="tokens of the bypass's first regression; 0: zeros")
     explore_tokens: int = Field(
         default=0, ge=0, description="of `tokens`, those spent on random paths before paths are searched"

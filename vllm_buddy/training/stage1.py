@@ -270,6 +270,7 @@ def _artifact(
         omega=OMEGA,
         has_decision_module=folded is not None,
         library=None if settings.paths == LEARNED else dict(library),
+        route_every=settings.decide_every,
         recipe=settings.recipe,
         budgets=(settings.min_budget, 1.0),
         bypass_rank=bypass.rank if bypass is not None else 0,
