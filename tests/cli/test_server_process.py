@@ -61,10 +61,13 @@ def test_no_process_is_left_behind(tmp_path: FilePath, monkeypatch: pytest.Monke
 
 def test_ctrl_c_stops_the_server(tmp_path: FilePath) -> None:
     """The server has its own session, so the terminal's Ctrl-C does not reach it by itself."""
+    # A shell starts what it runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), server(HANGING, tmp_path) as started:
         group = started._process.pid
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
+    signal.signal(signal.SIGINT, before)
     assert running(group) == []
 
 
