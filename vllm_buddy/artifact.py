@@ -9,10 +9,12 @@ LoRA), `README.md` (model card) and `run.yaml` (how it was made).
 | `decision.table_context`, `decision.table_newest` | [vocab_size, r], int8 |
 | `decision.table_context_scale`, `decision.table_newest_scale` | [r], float32, by which the columns are multiplied |
 | `decision.b1`, `decision.w2`, `decision.b2` | [r], [num_middle, r], [num_middle], float32 |
-| `bypass.down`, `bypass.up` | [num_middle, rank, hidden_size], [num_middle, hidden_size, rank], float16 |
+| `bypass.down`, `bypass.up` | [num_middle, rank, hidden_size], [num_middle, hidden_size, rank], int8 |
+| `bypass.down_scale`, `bypass.up_scale` | [num_middle * rank], [num_middle * hidden_size], float32, of the rows |
 | `lora.NAME.a`, `lora.NAME.b` | [rank, in], [out, rank], float16; NAME as in Hugging Face, without `.weight` |
 
-Tables that are not on a grid of 8 bits are float32 and have no scale; in format version 1 all are.
+What is not on a grid of 8 bits has no scale: tables are then float32, as all are in format version 1, and bypasses
+float16.
 """
 
 import hashlib
@@ -53,7 +55,7 @@ class PriorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    indicator: str = Field(description="taylor, delta_ppl or cosine (method.md calls the last Block Influence)")
+    indicator: str = Field(description="an indicator of `vllm-buddy prior`, a static method, or searched")
     calibration: str = Field(description="name of the calibration text")
     num_tokens: int = Field(description="calibration tokens measured")
 
@@ -97,7 +99,7 @@ class BuddyConfig(BaseModel):
 class Artifact:
     """A loaded artifact. prior: [num_layers - 2] float32, normalised, larger is more important.
 
-    bypass, lora: in float32 here, stored as float16.
+    bypass, lora: in float32 here.
     """
 
     config: BuddyConfig

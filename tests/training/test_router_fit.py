@@ -38,11 +38,12 @@ def test_text_that_says_nothing_keeps_the_static_path() -> None:
     assert fit.figures[0].routed == pytest.approx(fit.figures[0].static)
 
 
-def test_the_library_begins_with_the_static_path_and_holds_trained_depths_alone() -> None:
-    """A path of a depth that nobody trained would be served without a word."""
+def test_the_library_begins_with_the_static_path_and_has_no_choice_where_nothing_was_trained() -> None:
+    """A request below the trained range must be served, and not by a choice that nobody compared."""
     other = [6, 1, 2, 3, 4, 5]
     library = Start(ORDER, [other, ORDER], None).library(3, smallest=4)
-    assert sorted(library) == [4, 5, 6, 7]
+    assert sorted(library) == [3, 4, 5, 6, 7]
+    assert [set(path) for path in library.pop(3)] == [set(range(NUM_LAYERS)) - set(ORDER[:5])]
     for depth, paths in library.items():
         assert set(paths[0]) == set(range(NUM_LAYERS)) - set(ORDER[: NUM_LAYERS - depth])
         assert set(paths[1]) == set(range(NUM_LAYERS)) - set(other[: NUM_LAYERS - depth])

@@ -12,6 +12,7 @@ import torch
 from tests.tiny_models import NUM_LAYERS, load_model
 from tests.training.conftest import run
 from vllm_buddy.artifact import load_artifact
+from vllm_buddy.cli import main
 from vllm_buddy.errors import BuddyError, TrainingError
 from vllm_buddy.method import PathSchedule, layers_of
 from vllm_buddy.method.reference import generate, routed_logits
@@ -218,3 +219,39 @@ def test_no_room_for_the_logits_is_found_before_training(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(TrainingError, match="logits need .* MiB .* cache_dir"):
         run(settings)
+
+
+def test_a_second_run_finds_the_logits_of_the_first(
+    settings: dict[str, Any], tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that is never hit costs every run a pass of the full model, and nobody notices."""
+    from vllm_buddy.training.teacher import Teacher
+
+    computed: list[int] = []
+    compute = Teacher._compute
+
+    def counted(self: Teacher, token_ids: torch.Tensor) -> Any:
+        computed.append(len(token_ids))
+        return compute(self, token_ids)
+
+    monkeypatch.setattr(Teacher, "_compute", counted)
+    cache = {"cache_dir": tmp_path / "cache"}
+    _, stage, losses = run(settings | cache)
+    assert sum(computed) == len(np.unique(stage.corpus.order))
+    computed.clear()
+    assert run(settings | cache | {"out": tmp_path / "again"})[2] == losses
+    assert computed == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data: FilePath) -> None:
+    """A user who names a file as folder should read why, not a traceback."""
+    with pytest.raises(TrainingError, match="cannot make the folder"):
+        run(settings | {"out": data})
+
+
+def test_list_shows_the_settings_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    """The list is for those who do not have a configuration yet."""
+    assert main(["train", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in TrainSettings.model_fields)
+    assert main(["train"]) == 2

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import math
 from pathlib import Path as FilePath
 
 from vllm_buddy.errors import TrainingError
 
+LONGEST_OPENER = 64  # tokens
 OPENERS = (
     "Question: How do I",
     "Question: How to",
@@ -43,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         TrainingError: a number that is not positive, or OUT cannot be written.
     """
-    if min(args.tokens, args.max_tokens, args.batch) < 1 or not args.temperature > 0:
-        raise TrainingError("--tokens, --max-tokens, --batch and --temperature must be positive")
+    if min(args.tokens, args.max_tokens, args.batch) < 1 or not 0 < args.temperature < math.inf:
+        raise TrainingError("--tokens, --max-tokens, --batch and --temperature must be positive numbers")
+    if args.out.suffix != ".jsonl":
+        raise TrainingError(f"{args.out} must end in .jsonl, by which `vllm-buddy train` knows what is in it")
     try:
         args.out.write_text("")
     except OSError as error:
@@ -52,10 +56,14 @@ def run(args: argparse.Namespace) -> int:
     from vllm import LLM, SamplingParams
 
     from vllm_buddy.embedded_model import fetch
+    from vllm_buddy.serving.kv_size import kv_bytes
 
+    model_dir, length = args.model or fetch(), args.max_tokens + LONGEST_OPENER
     llm = LLM(
-        str(args.model or fetch()),
-        max_model_len=args.max_tokens + 64,
+        str(model_dir),
+        dtype="bfloat16",
+        max_model_len=length,
+        kv_cache_memory_bytes=kv_bytes(model_dir, args.batch, length, "bfloat16"),
         max_num_seqs=args.batch,
         enforce_eager=True,
         enable_prefix_caching=False,

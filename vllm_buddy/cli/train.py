@@ -13,7 +13,7 @@ SHOWN_EVERY = 10  # steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A configuration file, and settings on top of it."""
-    parser.add_argument("config", type=FilePath, metavar="CONFIG", help="YAML file of settings")
+    parser.add_argument("config", type=FilePath, nargs="?", metavar="CONFIG", help="YAML file of settings")
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="settings on top of the file; `--list` shows all"
     )
@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
             default = "required" if field.is_required() else json.dumps(field.default, default=str)
             print(f"{name:22} {default:12} {field.description or ''}")
         return 0
+    if args.config is None:
+        raise TrainingError("give a CONFIG, a YAML file of settings; --list shows what it may hold")
     settings = TrainSettings.read(args.config, _overrides(args.settings))
     from vllm_buddy.embedded_model import fetch
     from vllm_buddy.provenance import source_commit
@@ -43,7 +45,12 @@ def run(args: argparse.Namespace) -> int:
     artifact, stage = run_stage1(settings, settings.model or fetch(), _progress, _note)
     if stage.accelerator.is_main_process:
         command = " ".join(["vllm-buddy", "train", str(args.config), *args.settings])
-        finish_run(artifact, stage, settings, command, commit)
+        try:
+            finish_run(artifact, stage, settings, command, commit)
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write to {settings.out}: {error}; the checkpoint is intact, run the same command again"
+            ) from None
         print(f"wrote artifact '{artifact.config.name}' to {settings.out}")
     return 0
 

@@ -4,7 +4,6 @@ What is measured is what is served. An engine is started for each policy, one af
 """
 
 import itertools
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from vllm import LLM, SamplingParams
 from vllm_buddy.evaluation.engine import Report, Scores, Task, Variant
 from vllm_buddy.evaluation.policy import Policy
 from vllm_buddy.evaluation.sample import Sample
+from vllm_buddy.serving.kv_size import kv_bytes
 from vllm_buddy.serving.request import BUDGET_KEY, CONTEXT_TOKENS_KEY
 from vllm_buddy.serving.settings import CONFIG_KEY
 
 _MAX_SEQUENCES = 32  # that run at once
-_LARGEST_BLOCK = 128  # tokens per KV block, at most
 _SHUTDOWN_S = 30  # after which the engine is killed
 
 
@@ -67,22 +66,13 @@ class VllmEngine:
                 async_scheduling=False,  # a decision sees the token itself, as in the Hugging Face engine
                 max_model_len=max_tokens + 1,
                 max_num_seqs=_MAX_SEQUENCES,
-                kv_cache_memory_bytes=_MAX_SEQUENCES * self._kv_bytes(max_tokens + 1),
+                kv_cache_memory_bytes=kv_bytes(self._model_dir, _MAX_SEQUENCES, max_tokens + 1, self._dtype),
                 seed=0,
             )
             try:
                 yield llm
             finally:
                 llm.llm_engine.engine_core.shutdown(timeout=_SHUTDOWN_S)
-
-    def _kv_bytes(self, num_tokens: int) -> int:
-        """KV cache of one sequence, in whole blocks. Asked for by size: a share of a busy machine may not be free."""
-        config = json.loads((self._model_dir / "config.json").read_text())
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        per_token = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * head_dim
-        element = 4 if self._dtype == "float32" else 2
-        return per_token * element * (-(-num_tokens // _LARGEST_BLOCK) + 1) * _LARGEST_BLOCK
 
 
 def _score(llm: LLM, samples: Sequence[Sample], budget: float) -> Scores:

@@ -59,6 +59,13 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         artifact = load_artifact(folder)
         check_base_model(artifact, vllm_config)
         check_lora(artifact, vllm_config)
+        trained = artifact.config.budgets
+        if trained is not None and (settings.min_budget or 0) < trained[0]:
+            logger.info(
+                "artifact '%s' was trained for budgets from %g up; smaller ones run untrained, min_budget refuses them",
+                artifact.config.name,
+                trained[0],
+            )
         router = artifact.router(library=settings.library)
         num_layers = artifact.config.base_model.num_layers
         floor = smallest_budget(num_layers)

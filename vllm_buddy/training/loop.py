@@ -86,8 +86,7 @@ class Run:
             row |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2)}
             row["tokens_per_second"] = round(tokens / (time.perf_counter() - began), 1)
             if self.accelerator.is_main_process:
-                with (self.folder / LOG_FILE).open("a") as log:
-                    log.write(json.dumps(row) + "\n")
+                self._log(row)
                 self.report(row)
                 if done % settings.save_every == 0 or done == settings.num_steps:
                     save_state(self.folder / CHECKPOINT_FILE, self._state(done, seconds, optimizer, parameters))
@@ -155,6 +154,15 @@ class Run:
             ids, log_p = (t[:, context:].to(device) for t in self.teacher.top_log_probs(rows))
             losses.append(float(divergence(hidden[:, context:], self.model.lm_head.weight, ids, log_p)))
         return np.array(losses)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        try:
+            with (self.folder / LOG_FILE).open("a") as log:
+                log.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write {self.folder / LOG_FILE}: {error}; the last checkpoint is intact"
+            ) from None
 
     def _rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to FINAL_RATE."""

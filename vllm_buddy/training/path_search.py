@@ -29,7 +29,7 @@ class RepairedPaths:
     def __init__(self, model: nn.Module, token_ids: torch.Tensor, bypass: Bypass | None) -> None:
         net: Any = model
         self._layers, self._norm, self._head = net.model.layers, net.model.norm, net.lm_head.weight
-        hidden, self._rotary = embed(model, token_ids)
+        hidden, self._rotary = embed(model, token_ids.to(self._head.device))
         self._bypass = bypass.to(hidden) if bypass is not None else None
         self._start = hidden
         full = self._norm(self._run(hidden, 0, set()))

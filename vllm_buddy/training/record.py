@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.method import layers_of, top_k_path
+from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
 from vllm_buddy.provenance import CARD_FILE, RUN_FILE, card_title, run_header, to_yaml
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
 from vllm_buddy.training.loop import LOG_FILE, Run
@@ -46,10 +46,10 @@ def finish_run(artifact: Artifact, run: Run, settings: TrainSettings, command: s
 
 
 def model_card(artifact: Artifact, settings: TrainSettings, command: str) -> str:
-    """README.md of a trained artifact, with a place for its evaluation table."""
+    """README.md of a trained artifact."""
     config = artifact.config
     base = config.base_model
-    smallest = round(settings.min_budget * base.num_layers)
+    smallest = depth_for_budget(settings.min_budget, base.num_layers)
     static = layers_of(top_k_path(artifact.prior, smallest))
     routed = (
         "A Decision Module picks each request's path from its tokens."
@@ -65,7 +65,7 @@ def model_card(artifact: Artifact, settings: TrainSettings, command: str) -> str
         f"{_REPAIRS[settings.recipe].format(rank=settings.rank)} {routed}",
         "",
         f"Trained on {settings.tokens:,} tokens of "
-        f"{config.prior.calibration}. With the least budget the static path runs layers "
+        f"{', '.join(source.file.name for source in settings.data)}. With the least budget the static path runs layers "
         f"{', '.join(map(str, static))}.",
         "",
         "`vllm-buddy eval --artifact DIR --text FILE --piqa FILE` measures what that is worth.",

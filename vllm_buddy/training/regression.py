@@ -6,7 +6,6 @@ spent where the loss feels it: errors are weighted with G, the covariance of the
 linear map of rank r / 2, and training bends it from there.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ class LayerMoments:
         self.xx, self.xy, self.gg = (torch.zeros(hidden_size, hidden_size, device=device) for _ in range(3))
         self.num_tokens = 0
 
-    def add(self, before: torch.Tensor, after: torch.Tensor, gradient: torch.Tensor | None, eps: float) -> None:
+    def add(self, before: torch.Tensor, after: torch.Tensor, gradient: torch.Tensor, eps: float) -> None:
         """before, after, gradient: [tokens, hidden_size], float32."""
         norm = before.norm(dim=-1)
         keep = norm < OUTLIER * norm.median()
@@ -39,9 +38,8 @@ class LayerMoments:
         self.xx += x.T @ x
         self.xy += x.T @ y
         self.num_tokens += len(x)
-        if gradient is not None:
-            gradient = gradient[keep]
-            self.gg += gradient.T @ gradient
+        gradient = gradient[keep]
+        self.gg += gradient.T @ gradient
 
     def low_rank(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(down [rank, hidden], up [hidden, rank]) of the best linear map, in balanced scale."""
@@ -51,7 +49,7 @@ class LayerMoments:
         xx += RIDGE * xx.trace() / size * eye
         full = torch.linalg.solve(xx, self.xy.double() / self.num_tokens)  # [in, out]
         gg = self.gg.double()
-        metric = gg / (gg.trace() / size) + GRADIENT_FLOOR * eye if bool(gg.any()) else eye
+        metric = gg / (gg.trace() / size) + GRADIENT_FLOOR * eye
         values, vectors = torch.linalg.eigh(metric)
         root, inverse_root = (vectors * values.pow(p) @ vectors.T for p in (0.5, -0.5))
         # The rank-r part of `full` that loses least of what x predicts, measured in the output metric.
@@ -68,14 +66,11 @@ def fit_bypass(
     model: nn.Module,
     token_ids: torch.Tensor,
     rank: int,
-    *,
     batch_size: int = 8,
-    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bypass:
     """The starting bypass of every middle layer.
 
     model: a Hugging Face Llama, Qwen2 or Qwen3. token_ids: [num_sequences, length], int64. rank: even.
-    report: called as report(sequences done, sequences in all).
     """
     if rank < 2 or rank % 2:
         raise ValueError(f"a bypass starts as pairs of units, so its rank must be even and positive, not {rank}")
@@ -90,7 +85,6 @@ def fit_bypass(
             gradient = states[layer + 1].grad
             assert gradient is not None
             moment.add(before, after, gradient.flatten(0, 1).float() * gradient.shape[0], config.rms_norm_eps)
-        report(min(start + batch_size, len(token_ids)), len(token_ids))
     pairs = [moment.low_rank(rank // 2) for moment in moments]
     return Bypass(
         torch.stack([torch.cat([down, -down]) for down, _ in pairs]),

@@ -48,11 +48,6 @@ class RouterFit:
     decision: DecisionModule
     figures: list[FitFigures]
 
-    @property
-    def gain(self) -> float:
-        """Nats per token won over the static paths, mean over depths."""
-        return float(np.mean([f.static - f.routed for f in self.figures]))
-
 
 def measure_paths(
     loss: Callable[[np.ndarray, torch.Tensor], np.ndarray],
@@ -60,19 +55,15 @@ def measure_paths(
     library: Mapping[int, Sequence[Sequence[int]]],
     depths: Sequence[int],
     num_layers: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[PathLosses]:
     """The loss of every path on every window.
 
     loss: (sequence indices [batch], layer mask [num_layers]) -> nats per token behind the context, [batch].
     """
-    total, done, measured = sum(len(library[depth]) for depth in depths), 0, []
+    measured = []
     for depth in depths:
-        columns = []
-        for layers in library[depth]:
-            columns.append(loss(indices, torch.from_numpy(path_mask(path_of(layers), num_layers).copy())))
-            done += 1
-            report(done, total)
+        masks = [torch.from_numpy(path_mask(path_of(layers), num_layers).copy()) for layers in library[depth]]
+        columns = [loss(indices, mask) for mask in masks]
         measured.append(PathLosses(depth, library[depth], np.stack(columns, axis=1)))
     return measured
 

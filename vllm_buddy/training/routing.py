@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -100,14 +100,15 @@ class LearnedRouting:
     Forward: the k highest of s' = s + omega * standardise(prior). Backward: straight through a sigmoid around the
     threshold between chosen and unchosen scores. A sequence is routed once, from a random number of its first tokens.
 
-    values: [vocab_size, value_dim], see decision.value_table. prior: [num_layers - 2], larger is more important.
+    values: [vocab_size, value_dim], see decision.value_table; on the device of the token ids.
+    prior: [num_layers - 2], larger is more important.
     """
 
     def __init__(self, decision: DecisionModule, values: torch.Tensor, prior: np.ndarray, omega: float = OMEGA) -> None:
         self.decision = decision
         self._values = values
         prior = np.asarray(prior, dtype=np.float64)
-        self._bias = torch.tensor(omega * (prior - prior.mean()) / (prior.std() + 1e-12), dtype=torch.float32)
+        self._bias = torch.from_numpy(omega * (prior - prior.mean()) / (prior.std() + 1e-12)).to(values)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.decision.parameters())
@@ -121,7 +122,7 @@ class LearnedRouting:
         scores = self.decision(means, newest) + self._bias
         # A stable sort: of equal scores the lower layer is chosen, as in path.top_k_path.
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        gates = torch.ones(batch, num_layers)
+        gates = torch.ones(batch, num_layers, device=scores.device)
         for row, depth in enumerate(depths):
             k = depth - 2
             if depth == num_layers:
@@ -138,8 +139,3 @@ class LearnedRouting:
 def draw_depths(num_layers: int, smallest: int, count: int, rng: np.random.Generator, *, full: bool) -> list[int]:
     """A depth for each sequence, uniform over the served range. full: the full depth is one of them."""
     return [int(depth) for depth in rng.integers(smallest, num_layers + full, size=count)]
-
-
-def state_of(parameters: Sequence[Any]) -> list[torch.Tensor]:
-    """Copies of the parameters, for a checkpoint."""
-    return [parameter.detach().cpu().clone() for parameter in parameters]

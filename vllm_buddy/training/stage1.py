@@ -54,11 +54,16 @@ class Start:
     bypass: Bypass | None
 
     def library(self, paths_per_depth: int, smallest: int) -> dict[int, list[list[int]]]:
-        """For each depth from `smallest` the path of `order`, those of each source, and variants, `paths_per_depth`."""
+        """For each depth the path of `order`, those of each source, and variants, up to `paths_per_depth` in all.
+
+        Below `smallest`, for which nothing was trained, the path of `order` alone.
+        """
         variants = nested_library(prior_of(self.order), paths_per_depth)
         library = {}
-        for depth in range(smallest, len(self.order) + 2):
-            nested = variants[depth]
+        for depth, nested in variants.items():
+            if depth < smallest:
+                library[depth] = [layers_of(static_path(self.order, depth))]
+                continue
             paths = [layers_of(static_path(order, depth)) for order in (self.order, *self.by_source)]
             unique = dict.fromkeys(map(tuple, (*paths, *nested)))
             library[depth] = [list(path) for path in unique][:paths_per_depth]
@@ -91,7 +96,10 @@ def run_stage1(
     from accelerate import Accelerator
 
     check_settings(settings)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot make the folder {settings.out}: {error.strerror or error}") from None
     accelerator = Accelerator()
     torch.manual_seed(settings.seed)
     base = identify(model_dir, settings.base_model_id)
@@ -112,16 +120,17 @@ def run_stage1(
     library = start.library(settings.library if settings.router_windows else 1, smallest)
     routing: Routing = LibraryRouting(base.num_layers, library, settings.route_every)
     if settings.paths == LEARNED:
-        values = value_table(model).to("cpu")
-        decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH)
+        values = value_table(model)
+        decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
         routing = LearnedRouting(decision, values, prior_of(start.order))
     run = Run(*main, model, repair, routing, teacher, accelerator, frozen, report)
     run.train()
     folded = None
     if isinstance(routing, LearnedRouting):
-        folded = FoldedDecision.fold(routing.decision, value_table(model).to("cpu"))
+        folded = FoldedDecision.fold(routing.decision.cpu(), value_table(model).cpu())
     elif settings.router_windows:
-        folded = _fit_router(run, library, prior_of(start.order), note)
+        trained = {depth: paths for depth, paths in library.items() if depth >= smallest}
+        folded = _fit_router(run, trained, prior_of(start.order), note)
     artifact = _artifact(settings, base, start, repair, folded, library)
     return artifact, run
 
@@ -217,7 +226,8 @@ def _starting_bypass(
 def _repair(settings: TrainSettings, model: nn.Module, start: Start) -> tuple[Repair, Callable[[], Any]]:
     """The repair, and a context in which the model is the base model."""
     if start.bypass is not None:
-        return BypassRepair(start.bypass), contextlib.nullcontext
+        device = next(model.parameters()).device
+        return BypassRepair(start.bypass.to(torch.empty(0, device=device))), contextlib.nullcontext
     repair = LoraRepair(model, settings.rank, settings.lora_alpha)
     return repair, repair.disabled
 
@@ -257,16 +267,17 @@ def _artifact(
     library: Mapping[int, list[list[int]]],
 ) -> Artifact:
     bypass, deltas = repair.bypass(), repair.deltas()
-    indicator = "searched with the bypass" if settings.paths == SEARCHED else settings.paths
+    prior = PriorConfig(indicator=settings.prior, calibration="as `vllm-buddy orders` has it", num_tokens=0)
+    if settings.paths == SEARCHED:
+        names = ", ".join(source.file.name for source in settings.data)
+        prior = PriorConfig(indicator="searched", calibration=names, num_tokens=settings.search_tokens)
+    elif settings.paths != LEARNED:
+        prior = prior.model_copy(update={"indicator": settings.paths})
     config = BuddyConfig(
         format_version=FORMAT_VERSION,
         name=settings.name or settings.out.absolute().name,
         base_model=base,
-        prior=PriorConfig(
-            indicator=settings.prior if settings.paths == LEARNED else indicator,
-            calibration=", ".join(source.file.name for source in settings.data),
-            num_tokens=settings.search_tokens,
-        ),
+        prior=prior,
         omega=OMEGA,
         has_decision_module=folded is not None,
         library=None if settings.paths == LEARNED else dict(library),

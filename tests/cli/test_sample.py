@@ -1,0 +1,49 @@
+"""`vllm-buddy sample`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path as FilePath
+
+import pytest
+
+from tests.importance.conftest import model_with_tokenizer
+from vllm_buddy.cli import main
+
+__all__ = ["model_with_tokenizer"]
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["a.jsonl", "--tokens", "0"], "must be positive"),
+        (["a.jsonl", "--temperature", "nan"], "must be positive"),
+        (["a.jsonl", "--temperature", "inf"], "must be positive"),
+        (["a.txt"], "must end in .jsonl"),
+        (["none/a.jsonl"], "cannot write"),
+    ],
+)
+def test_bad_input_is_refused_before_vllm_starts(
+    arguments: list[str], told: str, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine start costs half a minute, and a file that training cannot read costs the sampling too."""
+    out, *options = arguments
+    assert main(["sample", str(tmp_path / out), *options]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_samples_can_be_trained_on(model_with_tokenizer: FilePath, tmp_path: FilePath) -> None:
+    """Fails if rows are of another form than training reads, or begin otherwise than asked."""
+    out = tmp_path / "sampled.jsonl"
+    command = [sys.executable, "-m", "vllm_buddy", "sample", str(out), "--model", str(model_with_tokenizer)]
+    command += ["--tokens", "100", "--max-tokens", "32", "--batch", "2", "--opener", "ab", "--opener", "cd"]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    assert (
+        len(texts) == 8 and {text[:2] for text in texts[::2]} == {"ab"} and {text[:2] for text in texts[1::2]} == {"cd"}
+    )
+    # The random model follows "ab" with tokens that are no text.
+    assert len(set(texts[1::2])) == 4
