@@ -6,6 +6,7 @@ The norm has no weight of its own (it would be absorbed by D). The bypass acts o
 others, so that at full depth the model is the base model, exactly, and the base weights stay untouched.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,21 @@ class Bypass:
         return hidden + bypass_delta(hidden, self.down[layer - 1], self.up[layer - 1], self.eps)
 
 
-def bypass_delta(hidden: torch.Tensor, down: torch.Tensor, up: torch.Tensor, eps: float) -> torch.Tensor:
-    """What one bypass adds. hidden: [..., hidden_size]; down: [rank, hidden_size]; up: [hidden_size, rank]."""
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def bypass_delta(
+    hidden: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    eps: float,
+    products: tuple[Product, Product] = (nn.functional.linear, nn.functional.linear),
+) -> torch.Tensor:
+    """What one bypass adds.
+
+    hidden: [..., hidden_size]. down: [rank, hidden_size]; up: [hidden_size, rank]; or in the form that `products`, the
+    functions that multiply by them, take.
+    """
+    by_down, by_up = products
     normed = nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=eps)
-    return nn.functional.linear(nn.functional.silu(nn.functional.linear(normed, down)), up)
+    return by_up(nn.functional.silu(by_down(normed, down)), up)

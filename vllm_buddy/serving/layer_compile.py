@@ -14,16 +14,20 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch._inductor.output_code import CompiledFxGraph
+from vllm import _custom_ops as ops
 from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
-from vllm_buddy.method.bypass import Bypass, bypass_delta
+from vllm_buddy.method.bypass import Bypass, Product, bypass_delta
 
 logger = init_logger(f"vllm.{__name__}")
 
 # (positions, hidden_states, residual) -> (hidden_states, residual)
 LayerFn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+_ONEDNN_PRIMITIVES = 32  # numbers of rows a packed weight is prepared for at a time, as in vLLM
 
 
 def layer_functions(layers: Sequence[nn.Module], first_layer: int, vllm_config: VllmConfig) -> list[LayerFn]:
@@ -47,17 +51,17 @@ def bypass_functions(bypass: Bypass, vllm_config: VllmConfig) -> list[LayerFn]:
     bypass: of a whole model, in its dtype. The first and the last layer, which no row skips, have none: calling their
         entries is an error.
     """
-    weights = list(zip(bypass.down.unbind(), bypass.up.unbind()))
+    weights = [(_weight(down), _weight(up)) for down, up in zip(bypass.down.unbind(), bypass.up.unbind())]
+    products = (weights[0][0].product, weights[0][1].product)
 
     def step(hidden: Any, residual: Any, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A row's state is their sum, rounded. Left as a sum with what the bypass adds, it is rounded by the next layer
         # as the reference rounds it.
         state = hidden + residual
-        return bypass_delta(state, down, up, bypass.eps), state
+        return bypass_delta(state, down, up, bypass.eps, products), state
 
     if _compiles(vllm_config):
-        # Copies: inputs are told apart by their memory.
-        down, up = (weight.clone() for weight in weights[0])
+        down, up = (weight.tensor for weight in weights[0])
         step = DirectCall.of(
             _compile(step, _states(vllm_config, _most_tokens(vllm_config)), vllm_config, down, up),
             lambda num_tokens: (*_states(vllm_config, num_tokens), down, up),
@@ -71,13 +75,41 @@ class BypassCall:
     """One layer's bypass in the form of a layer: the function that all share, on its weights."""
 
     step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    down: torch.Tensor
-    up: torch.Tensor
+    down: "_Weight"
+    up: "_Weight"
 
     def __call__(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.step(hidden, residual, self.down, self.up)
+        return self.step(hidden, residual, self.down.tensor, self.up.tensor)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A matrix of a bypass. tensor: as `product` takes it behind the rows. owner: what keeps its memory."""
+
+    tensor: torch.Tensor
+    product: Product
+    owner: Any = None
+
+
+def _weight(matrix: torch.Tensor) -> _Weight:
+    """On CPU in the packed form that vLLM has for its linear layers: torch's own product of a few rows is two to three
+    times as slow, nearly all of it preparation.
+
+    matrix: [out, in].
+    """
+    if not (current_platform.is_cpu() and ops._supports_onednn):
+        # A copy, since inputs of compiled functions are told apart by their memory.
+        return _Weight(matrix.clone(), nn.functional.linear)
+    packed, num_out = ops.create_onednn_mm(matrix.t(), _ONEDNN_PRIMITIVES), matrix.shape[0]
+
+    def product(rows: torch.Tensor, handler: torch.Tensor) -> torch.Tensor:
+        output = rows.new_empty(rows.shape[0], num_out)
+        torch.ops._C.onednn_mm(output, rows, None, handler)
+        return output
+
+    return _Weight(packed.handler_tensor, product, packed)
 
 
 def _never_skipped(positions: Any, hidden: Any, residual: Any) -> Any:

@@ -44,6 +44,7 @@ class RoutedBackbone(_Backbone):
             self._functions = layer_functions(list(self.layers), 0, self.vllm_config)
             if self.buddy_bypass is not None:
                 self._bypasses = bypass_functions(self.buddy_bypass, self.vllm_config)
+                self.buddy_bypass = None  # the functions have copies, in the form they want
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
         if step is None:
