@@ -118,6 +118,15 @@ def test_round_trip(tmp_path: FilePath, decision: bool, library: dict[int, list[
 
 
 @pytest.mark.parametrize(
+    ("parts", "repair"),
+    [({}, "none"), ({"lora": _lora()}, "lora"), ({"bypass": _bypass(), "lora": _lora()}, "bypass")],
+)
+def test_repair_says_what_runs_on_skipped_rows(parts: dict[str, Any], repair: str) -> None:
+    """Failure: a policy is drawn at the speed of one that has nothing to compute where a layer is skipped."""
+    assert _artifact(**parts).repair == repair
+
+
+@pytest.mark.parametrize(
     "decision, library, own", [(True, LIBRARY, True), (True, None, False), (False, LIBRARY, False)]
 )
 def test_the_library_is_used_where_a_decision_module_was_trained_on_it(decision, library, own) -> None:

@@ -45,6 +45,8 @@ CONFIG_FILE = "buddy_config.json"
 WEIGHTS_FILE = "model.safetensors"
 SHIPPED_DIR = FilePath(__file__).parent / "artifacts"
 
+RepairKind = Literal["none", "bypass", "lora"]
+
 _TABLES = ("table_context", "table_newest")
 _BYPASS_TENSORS = ("down", "up")
 _DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
@@ -107,6 +109,13 @@ class Artifact:
     decision: FoldedDecision | None = None
     bypass: Bypass | None = None
     lora: LoraDeltas | None = None
+
+    @property
+    def repair(self) -> RepairKind:
+        """What makes up for skipped layers. bypass: runs where a layer is skipped; lora: in the weights, at no cost."""
+        if self.bypass is not None:
+            return "bypass"
+        return "none" if self.lora is None else "lora"
 
     @cached_property
     def digest(self) -> str:

@@ -12,6 +12,23 @@ from vllm_buddy.method.reference import check_config
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
+def load_config(folder: FilePath) -> Any:
+    """The Hugging Face configuration of the model in `folder`.
+
+    Raises:
+        ModelError: it cannot be read.
+        UnsupportedError: it is not that of a dense Llama, Qwen2 or Qwen3.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: transformers cannot read config.json ({error})") from None
+    check_config(config)
+    return config
+
+
 def load_model(folder: FilePath, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The causal language model in `folder`, for inference.
 
@@ -19,13 +36,9 @@ def load_model(folder: FilePath, dtype: torch.dtype = torch.float32) -> nn.Modul
         ModelError: the files cannot be loaded.
         UnsupportedError: it is not a dense Llama, Qwen2 or Qwen3, or is quantised.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: transformers cannot read config.json ({error})") from None
-    check_config(config)
+    config = load_config(folder)
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{folder} is quantised; measure the model it was made from, the artifact fits both")
     try:

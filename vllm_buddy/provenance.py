@@ -2,16 +2,33 @@
 
 import json
 import platform
+import shlex
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path as FilePath
 from typing import Any
 
+from pydantic import BaseModel
+
 import vllm_buddy
 
 CARD_FILE = "README.md"
 RUN_FILE = "run.yaml"
+
+
+def command_line(command: str, settings: BaseModel, positional: Sequence[str]) -> str:
+    """The command line of `vllm-buddy COMMAND` with these settings; those left at their defaults are left out."""
+    words = ["vllm-buddy", command, *(str(getattr(settings, name)) for name in positional)]
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if name in positional or value == field.default:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words)
 
 
 def run_header(command: str, commit: str | None, seed: int | None) -> dict[str, Any]:

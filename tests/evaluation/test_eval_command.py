@@ -50,7 +50,9 @@ def _eval(data: list[str], out: FilePath, *options: str) -> list[dict[str, Any]]
 def test_rows(data: list[str], tmp_path: FilePath, capsys: pytest.CaptureFixture[str]) -> None:
     """Failure: a figure is missing, in another form, or at another number of layers than the budget's."""
     rows = _eval(data, tmp_path / "out.json", "--policy", "buddy,reverse", "--budgets", "1.0,0.75,0.5")
-    assert all(list(row) == ["policy", "budget", "layers", "metric", "value", "stderr", "n"] for row in rows)
+    assert all(list(row) == ["policy", "repair", "budget", "layers", "metric", "value", "stderr", "n"] for row in rows)
+    repairs = {("dense", "none"), ("buddy", "bypass"), ("reverse", "none")}
+    assert {(row["policy"], row["repair"]) for row in rows} == repairs
     measured = [(row["policy"], row["budget"], row["layers"]) for row in rows if row["metric"] == "kl"]
     settings = [(1.0, 8), (0.75, 6), (0.5, 4)]
     assert measured == [("dense", 1.0, 8), *(("buddy", *s) for s in settings), *(("reverse", *s) for s in settings)]
@@ -212,7 +214,14 @@ def test_results_are_read_as_they_were_written(data: list[str], tmp_path: FilePa
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[]", "holds no figures"), ("{}", "is not a results file"), ('[{"policy": "a"}]', "is not a results file")],
+    [
+        ("[]", "holds no figures"),
+        ("{}", "is not a results file"),
+        (
+            '[{"policy": "a", "budget": 1, "layers": 3, "metric": "kl", "value": 0, "stderr": 0, "n": 1}]',
+            "is not a results file of `vllm-buddy eval`: 0.repair: Field required",
+        ),
+    ],
 )
 def test_a_results_file_of_another_form(
     tmp_path: FilePath, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: str, message: str

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_buddy.errors import BudgetError
-from vllm_buddy.method import depth_for_budget, parse_budget, smallest_budget
+from vllm_buddy.method import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,16 @@ def test_too_low_a_budget_names_the_smallest() -> None:
     """Failure: a budget that leaves no middle layer is clamped in silence, or refused without saying what works."""
     with pytest.raises(BudgetError, match=r"leaves 2 of 30 layers.*smallest allowed budget is 0\.1$"):
         depth_for_budget(0.0999, 30)
+
+
+@pytest.mark.parametrize(
+    ("depth", "num_layers", "budget"),
+    [(15, 30, 0.5), (22, 30, 0.74), (26, 30, 0.87), (29, 30, 0.97), (3, 8, 0.4), (7, 8, 0.9), (125, 126, 0.993)],
+)
+def test_budget_for_a_depth_is_short(depth: int, num_layers: int, budget: float) -> None:
+    """Failure: a command that is printed asks for a layer more or less, or for 0.7333333333333333."""
+    assert budget_for_depth(depth, num_layers) == budget
+    assert all(depth_for_budget(budget_for_depth(d, num_layers), num_layers) == d for d in range(3, num_layers + 1))
 
 
 def test_smallest_budget_works_and_the_next_smaller_does_not() -> None:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_buddy.baselines import static_prior
 from vllm_buddy.method.router import OMEGA
 from vllm_buddy.training.router_fit import PathLosses, fit_decision
-from vllm_buddy.training.stage1 import Start, prior_of
+from vllm_buddy.training.stage1 import Start
 
 NUM_LAYERS = 8
 ORDER = [3, 5, 2, 6, 1, 4]
@@ -52,5 +53,5 @@ def test_the_library_begins_with_the_static_path_and_has_no_choice_where_nothing
 
 
 def _bias() -> torch.Tensor:
-    prior = prior_of(ORDER)
+    prior = static_prior(ORDER)
     return torch.from_numpy(OMEGA * (prior - prior.mean()) / prior.std()).float()

@@ -1,8 +1,25 @@
 """Static pruning, the baseline to beat."""
 
-from vllm_buddy.baselines.base import MEASURED, POSITIONAL, STATIC_METHODS, check_static_method, static_path
-from vllm_buddy.baselines.orders import LayerOrder, OrderFile, layer_order, measure_order, shipped_orders
+from vllm_buddy.baselines.base import (
+    MEASURED,
+    POSITIONAL,
+    STATIC_METHODS,
+    check_static_method,
+    static_path,
+    static_prior,
+)
+from vllm_buddy.baselines.orders import (
+    LayerOrder,
+    OrderFile,
+    find_order,
+    layer_order,
+    measure_order,
+    shipped_orders,
+)
 from vllm_buddy.baselines.pruned_checkpoint import save_pruned_checkpoint
+from vllm_buddy.baselines.pruning import PrunedModel, prune, save_pruned
+from vllm_buddy.baselines.settings import OrdersSettings, PruneSettings
+from vllm_buddy.baselines.static_artifact import bare_artifact, static_artifact, with_fixed_paths
 
 __all__ = [
     "MEASURED",
@@ -10,10 +27,20 @@ __all__ = [
     "STATIC_METHODS",
     "LayerOrder",
     "OrderFile",
+    "OrdersSettings",
+    "PruneSettings",
+    "PrunedModel",
+    "bare_artifact",
     "check_static_method",
+    "find_order",
     "layer_order",
     "measure_order",
+    "prune",
+    "save_pruned",
     "save_pruned_checkpoint",
     "shipped_orders",
+    "static_artifact",
     "static_path",
+    "static_prior",
+    "with_fixed_paths",
 ]

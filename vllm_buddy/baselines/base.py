@@ -7,6 +7,7 @@ layer always run.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -59,3 +60,10 @@ def static_path(order: Sequence[int], depth: int) -> Path:
     """
     num_layers = len(order) + 2
     return path_of([0, *order[num_layers - depth :], num_layers - 1])
+
+
+def static_prior(order: Sequence[int]) -> np.ndarray:
+    """[num_layers - 2], float32 in (0, 1): the rank of each middle layer, the last to leave highest."""
+    prior = np.empty(len(order), dtype=np.float32)
+    prior[np.array(order) - 1] = (1 + np.arange(len(order))) / (len(order) + 1)
+    return prior

@@ -10,12 +10,12 @@ from pathlib import Path as FilePath
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import nn
 
 from vllm_buddy.baselines.base import MEASURED, POSITIONAL, check_static_method
 from vllm_buddy.errors import BaselineError
 from vllm_buddy.fingerprint import BaseModelIdentity
 from vllm_buddy.importance import CalibrationText
+from vllm_buddy.model_folder import load_model, load_tokenizer
 
 SHIPPED_DIR = FilePath(__file__).parent / "orders"
 WINDOW = 512
@@ -97,10 +97,19 @@ def layer_order(
     check_static_method(name)
     if name in POSITIONAL:
         return POSITIONAL[name](base.num_layers, seed)
+    return find_order(name, base, files).layers
+
+
+def find_order(name: str, base: BaseModelIdentity, files: Sequence[OrderFile] | None = None) -> LayerOrder:
+    """The order of measured method `name` for `base`, from `files`; None: from what comes with the package.
+
+    Raises:
+        BaselineError: it has not been measured for this model.
+    """
     for file in shipped_orders() if files is None else files:
         for order in file.orders:
             if order.method == name and file.base_model.same_model(base):
-                return order.layers
+                return order
     raise BaselineError(
         f"the layer order of '{name}' has not been measured for {base.summary()}; measure it with `vllm-buddy orders`"
     )
@@ -108,8 +117,7 @@ def layer_order(
 
 def measure_order(
     name: str,
-    model: nn.Module,
-    tokenizer: object,
+    model_dir: FilePath,
     text: CalibrationText,
     tokens: int | None = None,
     window: int = WINDOW,
@@ -117,17 +125,18 @@ def measure_order(
 ) -> LayerOrder:
     """Measure the order of method `name` on the start of `text`.
 
-    model: in any dtype; it is left in the dtype that the method wants. tokens: None takes the method's own number.
+    tokens: None takes the method's own number.
 
     Raises:
-        BaselineError: no method of that name is measured. CalibrationError: the text is too short.
+        BaselineError: no method of that name is measured. CalibrationError: the text is too short. ModelError,
+        UnsupportedError: the model in `model_dir` cannot be used.
     """
     check_static_method(name)
     if name not in MEASURED:
         raise BaselineError(f"the order of '{name}' is not measured; measured are {', '.join(MEASURED)}")
     method = MEASURED[name]
-    windows, _ = text.windows(tokenizer, window, tokens or method.tokens)
-    layers = method.order(model.to(method.dtype), windows, partial(report, name))
+    windows, _ = text.windows(load_tokenizer(model_dir), window, tokens or method.tokens)
+    layers = method.order(load_model(model_dir, method.dtype), windows, partial(report, name))
     return LayerOrder(
         method=name,
         calibration=text.name,

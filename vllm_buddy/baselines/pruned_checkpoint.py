@@ -3,48 +3,120 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Any
 
-import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vllm_buddy.errors import BuddyError
+from vllm_buddy.embedded_model import SOURCE_FILE
+from vllm_buddy.errors import BaselineError
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+# Not copied: the weights, in whatever format, what is written anew, and what vouches for the whole model.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+_REPLACED = {CONFIG_FILE, INDEX_FILE, SOURCE_FILE}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of weights. renamed: for each tensor that is kept its new name."""
+
+    path: FilePath
+    renamed: dict[str, str]
 
 
 def save_pruned_checkpoint(model_dir: FilePath, layers: Sequence[int], out: FilePath) -> FilePath:
     """Write the Hugging Face model in `model_dir` with `layers` only, renumbered, to `out`; returns `out`.
 
-    The speed limit for routing at the same depth: stock vLLM runs these layers and knows of no others.
+    The speed limit for routing at the same depth: stock vLLM runs these layers and knows of no others. One shard of the
+    weights is in memory at a time, and each that has a kept tensor becomes one of the checkpoint's.
 
     Raises:
-        BuddyError: a layer index that the model does not have.
+        BaselineError: a layer index that the model does not have; the model is quantised or not complete. Nothing is
+            written then.
     """
-    config = json.loads((model_dir / "config.json").read_text())
+    config = _read_json(model_dir / CONFIG_FILE)
     kept = sorted(set(layers))
     if not kept or kept[0] < 0 or kept[-1] >= config["num_hidden_layers"]:
-        raise BuddyError(f"layers {list(layers)} are not layers of a model with {config['num_hidden_layers']}")
-    new_index = {old: new for new, old in enumerate(kept)}
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as f:
-            for name in f.keys():
-                layer = _LAYER.match(name)
-                if layer is None:
-                    tensors[name] = f.get_tensor(name)
-                elif int(layer[1]) in new_index:
-                    new = f"model.layers.{new_index[int(layer[1])]}.{name[layer.end() :]}"
-                    tensors[new] = f.get_tensor(name)
-    config["num_hidden_layers"] = len(kept)
-    if config.get("layer_types"):
-        config["layer_types"] = [config["layer_types"][layer] for layer in kept]
+        raise BaselineError(f"layers {list(layers)} are not layers of a model with {config['num_hidden_layers']}")
+    if config.get("quantization_config"):
+        # What it says of single layers goes by their old numbers.
+        raise BaselineError(f"{model_dir} is quantised; prune the model it was made from and quantise what is left")
+    shards = _kept_shards(model_dir, {old: new for new, old in enumerate(kept)})
     out.mkdir(parents=True, exist_ok=True)
     for path in model_dir.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+        if path.is_file() and path.suffix not in _WEIGHTS and path.name not in _REPLACED:
             shutil.copy(path, out / path.name)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+    (out / CONFIG_FILE).write_text(json.dumps(pruned_config(config, kept), indent=2))
+    _write_shards(shards, out)
     return out
+
+
+def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """A model's config.json for its layers `kept`, ascending. What it says layer by layer goes with the layers."""
+    pruned = {**config, "num_hidden_layers": len(kept)}
+    if config.get("layer_types"):
+        pruned["layer_types"] = [config["layer_types"][layer] for layer in kept]
+    if config.get("max_window_layers") is not None:  # the first so many have no sliding window
+        pruned["max_window_layers"] = sum(layer < config["max_window_layers"] for layer in kept)
+    return pruned
+
+
+def _kept_shards(model_dir: FilePath, new_index: Mapping[int, int]) -> list[Shard]:
+    """The files of weights that hold a kept tensor, in the order of their names."""
+    shards = []
+    for path in _weight_files(model_dir):
+        renamed = {}
+        try:
+            with safe_open(path, framework="pt") as f:
+                names = list(f.keys())
+        except (SafetensorError, OSError) as error:
+            raise BaselineError(f"{path} is not a complete safetensors file ({error}); get the model again") from None
+        for name in names:
+            layer = _LAYER.match(name)
+            if layer is None:
+                renamed[name] = name
+            elif int(layer[1]) in new_index:
+                renamed[name] = f"model.layers.{new_index[int(layer[1])]}.{name[layer.end() :]}"
+        if renamed:
+            shards.append(Shard(path, renamed))
+    if not shards:
+        raise BaselineError(f"{model_dir} holds no safetensors; a checkpoint in another format has to be converted")
+    return shards
+
+
+def _weight_files(model_dir: FilePath) -> list[FilePath]:
+    """Those that the index names where there is one: others may hold the same tensors a second time."""
+    index = model_dir / INDEX_FILE
+    if index.is_file():
+        return [model_dir / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+    return sorted(model_dir.glob("*.safetensors"))
+
+
+def _write_shards(shards: Sequence[Shard], out: FilePath) -> None:
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with safe_open(shard.path, framework="pt") as f:
+            tensors = {new: f.get_tensor(old) for old, new in shard.renamed.items()}
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        shutil.copymode(shard.path, out / file)  # safetensors makes a file that only its owner can read
+        weight_map |= dict.fromkeys(tensors, file)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        (out / INDEX_FILE).write_text(json.dumps(index, indent=2))
+
+
+def _read_json(path: FilePath) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BaselineError(f"{path} cannot be read ({error}), so its folder holds no Hugging Face model") from None

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "measure quality by policy and budget: perplexity, multiple choice, closeness to the unrouted model",
     "plot": "draw the figures of `vllm-buddy eval`",
     "orders": "measure in which order static pruning takes layers out",
+    "prune": "write static pruning as an artifact and as a checkpoint for stock vLLM",
     "artifacts": "list the artifacts that come with this package",
     "demo": "serve the embedded model and compare budgets",
     "doctor": "check the installation and say what to do about each failure",

@@ -3,6 +3,7 @@
 import argparse
 
 from vllm_buddy.artifact import CONFIG_FILE
+from vllm_buddy.cli.new_folder import require_new_folder
 from vllm_buddy.cli.progress import print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.errors import CalibrationError
@@ -22,8 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """
     settings = read_settings(PriorSettings, args, CalibrationError)
     out = settings.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CalibrationError(f"{out} is not an empty folder; name a new one, so that no artifact is lost")
+    require_new_folder(out, CalibrationError)
     from vllm_buddy.importance.build import build_prior
     from vllm_buddy.importance.record import model_card, run_record
     from vllm_buddy.provenance import CARD_FILE, RUN_FILE, source_commit

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_buddy.artifact import RepairKind
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.choices import ChoiceRow, is_right
 from vllm_buddy.evaluation.engine import Scores, Variant
@@ -15,9 +16,14 @@ from vllm_buddy.evaluation.sample import Sample
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured value. layers: executed per token. n: what was counted, tokens, questions or sequences."""
+    """One measured value.
+
+    repair: of the policy's artifact, which with `layers`, executed per token, decides the speed. n: what was counted,
+    tokens, questions or sequences.
+    """
 
     policy: str
+    repair: RepairKind
     budget: float
     layers: int
     metric: str
@@ -81,7 +87,8 @@ def path_figures(variant: Variant, samples: Sequence[Sample]) -> list[Figure]:
 
 
 def _figure(variant: Variant, metric: str, value: float, stderr: float, n: int) -> Figure:
-    return Figure(variant.policy.name, variant.budget, variant.depth, metric, value, stderr, n)
+    policy = variant.policy
+    return Figure(policy.name, policy.artifact.repair, variant.budget, variant.depth, metric, value, stderr, n)
 
 
 def _mean_over_windows(per_token: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from vllm_buddy.artifact import load_artifact, shipped_artifacts
-from vllm_buddy.baselines import MEASURED, OrderFile, layer_order, measure_order, shipped_orders
+from vllm_buddy.baselines import OrderFile, layer_order, measure_order, shipped_orders
 from vllm_buddy.errors import BaselineError, EvaluationError
 from vllm_buddy.evaluation.choices import ChoiceRow, read_choices
 from vllm_buddy.evaluation.engine import Report, Variant
@@ -17,7 +17,7 @@ from vllm_buddy.evaluation.text import text_samples
 from vllm_buddy.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.importance import CalibrationText
 from vllm_buddy.method import depth_for_budget
-from vllm_buddy.model_folder import load_model, load_tokenizer
+from vllm_buddy.model_folder import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ def _orders(
     def find(name: str) -> list[int]:
         if name not in orders:
             assert calibration is not None
-            model = load_model(model_dir, MEASURED[name].dtype)
-            orders[name] = measure_order(name, model, load_tokenizer(model_dir), calibration, report=report).layers
+            orders[name] = measure_order(name, model_dir, calibration, report=report).layers
         return orders[name]
 
     return find

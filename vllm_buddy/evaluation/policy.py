@@ -12,19 +12,17 @@ depth for every token; `:prompt_only` switches re-routing off.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path as FilePath
 
-import numpy as np
-
-from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, PriorConfig
-from vllm_buddy.baselines import STATIC_METHODS, static_path
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.baselines import STATIC_METHODS, bare_artifact, static_artifact, with_fixed_paths
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.sample import Sample
 from vllm_buddy.fingerprint import BaseModelIdentity
-from vllm_buddy.method import Path, PathSchedule, RequestRoute, Router, Run, layers_of
+from vllm_buddy.method import Path, PathSchedule, RequestRoute, Router, Run
 
 DENSE = "dense"
 BUDDY = "buddy"
@@ -106,35 +104,15 @@ class Policy:
     def frozen(self, samples: Sequence[Sample], depths: Sequence[int]) -> "Policy":
         """This artifact with one path per depth, the one that most tokens of `samples` run."""
         paths = {depth: self.path_counts(samples, depth).most_common(1)[0][0] for depth in depths}
-        fixed = _with_fixed_paths(replace(self.artifact, decision=None), paths)
-        return replace(self, artifact=fixed, library=True)
+        return replace(self, artifact=with_fixed_paths(self.artifact, paths), library=True)
 
 
 def static_policy(name: str, base: BaseModelIdentity, order: Sequence[int]) -> Policy:
     """The bare base model with layers left out in `order` (see vllm_buddy.baselines)."""
-    paths = {depth: static_path(order, depth) for depth in range(3, base.num_layers)}
-    return Policy(name, _with_fixed_paths(_bare_artifact(name, base), paths), PathSchedule(0), library=True)
+    artifact = static_artifact(name, base, order)
+    return Policy(name, artifact, artifact.schedule(), library=True)
 
 
 def dense_policy(base: BaseModelIdentity) -> Policy:
     """The base model; to be run at full depth."""
-    return Policy(DENSE, _bare_artifact(DENSE, base), PathSchedule(0))
-
-
-def _bare_artifact(name: str, base: BaseModelIdentity) -> Artifact:
-    config = BuddyConfig(
-        format_version=FORMAT_VERSION,
-        name=name,
-        base_model=base,
-        prior=PriorConfig(indicator=name, calibration="none", num_tokens=0),
-        has_decision_module=False,
-    )
-    return Artifact(config, np.zeros(base.num_layers - 2, dtype=np.float32))
-
-
-def _with_fixed_paths(artifact: Artifact, paths: Mapping[int, Path]) -> Artifact:
-    """`artifact`, which has no Decision Module, with a library of one path per depth."""
-    num_layers = artifact.config.base_model.num_layers
-    library = {depth: [layers_of(path)] for depth, path in paths.items() if depth < num_layers}
-    config = artifact.config.model_copy(update={"library": library, "has_decision_module": False})
-    return replace(artifact, config=config)
+    return Policy(DENSE, bare_artifact(DENSE, base), PathSchedule(0))

@@ -1,9 +1,10 @@
 """Everything that decides what `vllm-buddy prior` writes."""
 
-import shlex
 from pathlib import Path as FilePath
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_buddy.provenance import command_line
 
 
 class PriorSettings(BaseModel):
@@ -27,12 +28,4 @@ class PriorSettings(BaseModel):
 
     def command(self) -> str:
         """The command line that makes the same artifact again."""
-        words = ["vllm-buddy", "prior", str(self.model_dir), str(self.out)]
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if name in ("model_dir", "out") or value == field.default:
-                continue
-            words.append(f"--{name.replace('_', '-')}")
-            if value is not True:
-                words.append(str(value))
-        return shlex.join(words)
+        return command_line("prior", self, positional=("model_dir", "out"))

@@ -1,6 +1,6 @@
 """The method: token ids in, paths out. Imports torch and numpy only, never vLLM or Triton."""
 
-from vllm_buddy.method.budget import depth_for_budget, parse_budget, smallest_budget
+from vllm_buddy.method.budget import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
 from vllm_buddy.method.context import Context
 from vllm_buddy.method.decision import DecisionModule, FoldedDecision
 from vllm_buddy.method.path import Path, full_path, layers_of, path_of, top_k_path
@@ -16,6 +16,7 @@ __all__ = [
     "RequestRoute",
     "Router",
     "Run",
+    "budget_for_depth",
     "depth_for_budget",
     "full_path",
     "layers_of",

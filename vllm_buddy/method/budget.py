@@ -35,6 +35,14 @@ def smallest_budget(num_layers: int) -> float:
     return math.ceil(1000 * MIN_DEPTH / num_layers - 1e-9) / 1000
 
 
+def budget_for_depth(depth: int, num_layers: int) -> float:
+    """The budget of fewest decimals, and of these the smallest, that runs `depth` of `num_layers` layers."""
+    steps = 10
+    while depth_for_budget(budget := math.ceil(steps * depth / num_layers - 1e-9) / steps, num_layers) != depth:
+        steps *= 10
+    return budget
+
+
 def parse_budget(value: object) -> float:
     """A budget as a request carries it, checked for type and range.
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, LoraConfig, PriorConfig
-from vllm_buddy.baselines import check_static_method, layer_order, static_path
+from vllm_buddy.baselines import check_static_method, layer_order, static_path, static_prior
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.importance.library import nested_library
@@ -58,7 +58,7 @@ class Start:
 
         Below `smallest`, for which nothing was trained, the path of `order` alone.
         """
-        variants = nested_library(prior_of(self.order), paths_per_depth)
+        variants = nested_library(static_prior(self.order), paths_per_depth)
         library = {}
         for depth, nested in variants.items():
             if depth < smallest:
@@ -122,7 +122,7 @@ def run_stage1(
     if settings.paths == LEARNED:
         values = value_table(model)
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
-        routing = LearnedRouting(decision, values, prior_of(start.order))
+        routing = LearnedRouting(decision, values, static_prior(start.order))
     run = Run(*main, model, repair, routing, teacher, accelerator, frozen, report)
     run.train()
     folded = None
@@ -130,7 +130,7 @@ def run_stage1(
         folded = FoldedDecision.fold(routing.decision.cpu(), value_table(model).cpu())
     elif settings.router_windows:
         trained = {depth: paths for depth, paths in library.items() if depth >= smallest}
-        folded = _fit_router(run, trained, prior_of(start.order), note)
+        folded = _fit_router(run, trained, static_prior(start.order), note)
     artifact = _artifact(settings, base, start, repair, folded, library)
     return artifact, run
 
@@ -144,13 +144,6 @@ def split(settings: TrainSettings, corpus: Corpus) -> tuple[tuple[TrainSettings,
         (explore, dataclasses.replace(corpus, order=corpus.order[:count])),
         (settings.model_copy(update={"tokens": rest}), dataclasses.replace(corpus, order=corpus.order[count:])),
     )
-
-
-def prior_of(order: Sequence[int]) -> np.ndarray:
-    """[num_layers - 2], float32 in (0, 1): the rank of each middle layer, the last to leave highest."""
-    prior = np.empty(len(order), dtype=np.float32)
-    prior[np.array(order) - 1] = (1 + np.arange(len(order))) / (len(order) + 1)
-    return prior
 
 
 def _start(
@@ -288,4 +281,4 @@ def _artifact(
         bypass_eps=bypass.eps if bypass is not None else 0.0,
         lora=LoraConfig(rank=deltas.rank, alpha=deltas.alpha) if deltas is not None else None,
     )
-    return Artifact(config, prior_of(start.order), folded, None if bypass is None else bypass.rounded(), deltas)
+    return Artifact(config, static_prior(start.order), folded, None if bypass is None else bypass.rounded(), deltas)

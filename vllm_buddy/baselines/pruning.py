@@ -1,0 +1,82 @@
+"""Static pruning written out, in the two forms that can be served."""
+
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from vllm_buddy.artifact import Artifact, PriorConfig
+from vllm_buddy.baselines.base import MEASURED, static_path
+from vllm_buddy.baselines.orders import LayerOrder, OrderFile, Report, find_order, layer_order, measure_order
+from vllm_buddy.baselines.pruned_checkpoint import save_pruned_checkpoint
+from vllm_buddy.baselines.settings import PruneSettings
+from vllm_buddy.baselines.static_artifact import static_artifact
+from vllm_buddy.errors import BaselineError
+from vllm_buddy.fingerprint import BaseModelIdentity, identify
+from vllm_buddy.importance import CalibrationText
+from vllm_buddy.method import layers_of
+from vllm_buddy.method.budget import MIN_DEPTH
+from vllm_buddy.model_folder import load_config
+
+ARTIFACT_DIR = "artifact"
+CHECKPOINT_DIR = "checkpoint"
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """What pruning decided.
+
+    order: middle layers, the first to leave first. measured: what the order is measured on; None where it goes by
+    position. layers: those that are kept. artifact: the order at every depth.
+    """
+
+    order: list[int]
+    measured: LayerOrder | None
+    layers: list[int]
+    artifact: Artifact
+
+    @property
+    def base(self) -> BaseModelIdentity:
+        return self.artifact.config.base_model
+
+
+def prune(settings: PruneSettings, model_dir: FilePath, report: Report = lambda what, done, total: None) -> PrunedModel:
+    """Decide which layers of the model in `model_dir` are kept. Writes nothing.
+
+    report: progress of measuring an order, which alone loads the model and is done last.
+
+    Raises:
+        BuddyError: the model, the number of layers, the order or the text cannot be used.
+    """
+    text = None if settings.text is None else CalibrationText.read(settings.text)
+    files = None if settings.orders is None else [OrderFile.load(settings.orders)]
+    base = identify(model_dir, settings.base_model_id)
+    load_config(model_dir)
+    if not MIN_DEPTH <= settings.layers < base.num_layers:
+        raise BaselineError(
+            f"{settings.layers} layers cannot be kept of {base.num_layers}; allowed are {MIN_DEPTH} to "
+            f"{base.num_layers - 1}, the first and the last included"
+        )
+    measured = None
+    if text is not None:
+        measured = measure_order(settings.method, model_dir, text, settings.tokens, settings.window, report)
+    elif settings.method in MEASURED:
+        try:
+            measured = find_order(settings.method, base, files)
+        except BaselineError as error:
+            raise BaselineError(
+                f"{error} and name its file with --orders, or give a text to measure it on with --text"
+            ) from None
+    order = measured.layers if measured is not None else layer_order(settings.method, base, seed=settings.seed)
+    calibration, num_tokens = ("none", 0) if measured is None else (measured.calibration, measured.num_tokens)
+    prior = PriorConfig(indicator=settings.method, calibration=calibration, num_tokens=num_tokens)
+    artifact = static_artifact(settings.out.absolute().name, base, order, prior)
+    return PrunedModel(order, measured, layers_of(static_path(order, settings.layers)), artifact)
+
+
+def save_pruned(pruned: PrunedModel, model_dir: FilePath, out: FilePath) -> None:
+    """Write checkpoint and artifact to `out`.
+
+    Raises:
+        BaselineError: the model is quantised or not complete; nothing is written then.
+    """
+    save_pruned_checkpoint(model_dir, pruned.layers, out / CHECKPOINT_DIR)
+    pruned.artifact.save(out / ARTIFACT_DIR)

@@ -1,0 +1,46 @@
+"""Artifacts in which nothing is trained: the base model, and which of its layers run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, PriorConfig
+from vllm_buddy.baselines.base import static_path, static_prior
+from vllm_buddy.fingerprint import BaseModelIdentity
+from vllm_buddy.method import Path, layers_of
+from vllm_buddy.method.budget import MIN_DEPTH
+
+
+def bare_artifact(name: str, base: BaseModelIdentity, prior: PriorConfig | None = None) -> Artifact:
+    """The base model and no opinion on its layers. prior: where the one that is put in comes from."""
+    config = BuddyConfig(
+        format_version=FORMAT_VERSION,
+        name=name,
+        base_model=base,
+        prior=prior or PriorConfig(indicator=name, calibration="none", num_tokens=0),
+        has_decision_module=False,
+    )
+    return Artifact(config, np.zeros(base.num_layers - 2, dtype=np.float32))
+
+
+def with_fixed_paths(artifact: Artifact, paths: Mapping[int, Path]) -> Artifact:
+    """`artifact` with a library of one path per depth in place of its Decision Module."""
+    num_layers = artifact.config.base_model.num_layers
+    library = {depth: [layers_of(path)] for depth, path in paths.items() if depth < num_layers}
+    config = artifact.config.model_copy(update={"library": library, "has_decision_module": False})
+    return replace(artifact, config=config, decision=None)
+
+
+def static_artifact(
+    name: str, base: BaseModelIdentity, order: Sequence[int], prior: PriorConfig | None = None
+) -> Artifact:
+    """The bare base model with layers left out in `order`, at every depth (see static_path).
+
+    Paths of a request never change. The prior says the same as the library, so that an engine which is not told to
+    look at the library runs these layers too. prior: where the order comes from.
+    """
+    paths = {depth: static_path(order, depth) for depth in range(MIN_DEPTH, base.num_layers)}
+    fixed = with_fixed_paths(bare_artifact(name, base, prior), paths)
+    config = fixed.config.model_copy(update={"route_every": 0})
+    return replace(fixed, config=config, prior=static_prior(order))
