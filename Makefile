@@ -38,8 +38,8 @@ format: setup  ## let ruff rewrite what it can
 	@$(VENV)/ruff check --fix .
 	@$(VENV)/ruff format .
 
-bench: setup  ## decode speed: stock, pruned and buddy, alternating in one session
-	@$(VENV)/python benchmarks/decode.py
+bench: setup  ## the short form of all benchmarks, under 20 minutes on 2 cores
+	@$(VENV)/python benchmarks/run.py
 
 clean:  ## remove builds and caches; .venv stays (rm -rf .venv to start over)
 	rm -rf build dist *.egg-info results .pytest_cache .mypy_cache .ruff_cache .hypothesis

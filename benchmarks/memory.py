@@ -12,7 +12,7 @@ import sys
 from pathlib import Path as FilePath
 from typing import Any
 
-from result_rows import RESULTS_DIR, environment, write_rows
+from result_rows import RESULTS_DIR, device, environment, write_rows
 
 from vllm_buddy.embedded_model import fetch
 
@@ -23,13 +23,14 @@ PROMPTS = [list(range(100 + i, 400 + i)) for i in range(8)]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / "cpu_memory.jsonl")
+    parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_memory.jsonl")
     parser.add_argument("--child", choices=["stock", "buddy"], help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(args.child, args.model)))
         return
+    env = environment()
     model = fetch(report=print)
     found: dict[str, list[dict[str, float]]] = {"stock": [], "buddy": []}
     for _ in range(args.rounds):
@@ -43,8 +44,7 @@ def main() -> None:
         rows += [{"metric": metric, "variant": v, "value": m, "n": args.rounds} for v, m in mean.items()]
         ratio = {"metric": f"{metric}_ratio", "variant": "buddy", "value": mean["buddy"] / mean["stock"]}
         rows.append({**ratio, "n": args.rounds})
-    env = environment("cpu")
-    write_rows(args.out, [{**row, **env} for row in rows])
+    write_rows(args.out, rows, env)
     for row in rows:
         print(f"{row['variant']:6} {row['metric']:26} {row['value']:12.3f}")
 

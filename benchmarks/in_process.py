@@ -1,0 +1,60 @@
+"""Decode, prefill, mixed budgets, the parts of a step and the union effect, one after the other on the same engines.
+
+    python benchmarks/in_process.py OUT_DIR            # what the single benchmarks do by default
+    python benchmarks/in_process.py OUT_DIR --short    # fewer rounds
+
+An engine takes most of a minute to start and compile; decode.py and the others start their own.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from typing import Any
+
+import decode
+import mixed
+import prefill
+import profile_step
+import union
+from lineup import add_lineup_options, open_lineup
+from result_rows import device, environment, print_rows, write_rows
+
+BUDGET = 0.5  # of the parts of a step and of the union effect
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=FilePath, help="folder of the results files")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--rounds", type=int, help="default: 8, or 3 if short")
+    add_lineup_options(parser)
+    args = parser.parse_args()
+    short, rounds = args.short, args.rounds or (3 if args.short else 8)
+    tokens = 17 if short else 33
+    env = environment()
+    with open_lineup(args) as lineup:
+        jobs: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "decode": lambda: decode.measure(lineup, [8] if short else [1, 8, 32], rounds, tokens),
+            "prefill": lambda: prefill.measure(lineup, [1500] if short else [256, 1500], rounds),
+            "mixed": lambda: mixed.measure(lineup, 8, rounds, tokens),
+            "profile": lambda: [
+                row
+                for batch in ([8] if short else [1, 8, 32])
+                for row in profile_step.measure_split(lineup, batch, BUDGET, [1, 4, 8, 32], rounds, tokens)
+            ],
+            "union": lambda: union.measure(
+                lineup, 32, BUDGET, [8, 32] if short else [2, 4, 8, 16, 32], rounds, tokens, profile_step.PROMPT_TOKENS
+            ),
+        }
+        for name, measure in jobs.items():
+            started = time.monotonic()
+            rows = measure()
+            out = args.out / f"{device()}_{name}.jsonl"
+            write_rows(out, rows, env)
+            print_rows(rows)
+            print(f"{name}: {time.monotonic() - started:.0f} s, written to {out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
