@@ -5,9 +5,10 @@
 *Split*: the time of a decode step by part (see step_parts.PARTS), for stock vLLM, buddy at budget 1.0, and buddy at
 --budget with 1 and more distinct paths in the batch. Paths are random, given to the requests in turn; a Decision Module
 of the real size is asked all the same, every 16 tokens. A part is the mean over a run's steps, not the median: only
-means sum to the step, and all requests ask the Decision Module in the same step, one of 16. Every run is repeated
-without the wrappers that take the time: `step_ms` is of that run, `instrumented_ratio` is what the wrappers cost. On a
-GPU they wait for the device around each part, so parts do not overlap there.
+means sum to the step, and all requests ask the Decision Module in the same step, one of 16. The step that ends the
+requests is left out. Every run is repeated without the wrappers that take the time: `step_ms` is of that run,
+`instrumented_ratio` is what the wrappers cost. On a GPU they wait for the device around each part, so parts do not
+overlap there.
 
 *Union*: see union.py.
 
@@ -22,12 +23,11 @@ from typing import Any
 
 import engines
 import numpy as np
-import torch
 import union
 from engines import Variant
 from given_paths import GivenPaths, draw_paths, draw_prompts, on_paths, union_of
 from lineup import Lineup, add_lineup_options, in_turn, open_lineup
-from result_rows import RESULTS_DIR, environment, print_rows, write_rows
+from result_rows import RESULTS_DIR, device, environment, print_rows, write_rows
 from rounds import Rounds
 from step_parts import PARTS, instrumented
 from union_plot import plot_union
@@ -35,11 +35,9 @@ from union_plot import plot_union
 from vllm_buddy.method import depth_for_budget
 
 PROMPT_TOKENS = 64
-SEED = 0
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["split", "union"], help="default: both")
     parser.add_argument("--budget", type=float, default=0.5)
@@ -48,54 +46,55 @@ def main() -> None:
     parser.add_argument("--union-batch", type=int, default=32)
     parser.add_argument("--union-paths", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=33, help="decoded tokens per run; each gives one step")
-    parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device}_profile.jsonl", help="of the split")
-    parser.add_argument("--union-out", type=FilePath, default=RESULTS_DIR / f"{device}_union.jsonl")
+    parser.add_argument("--tokens", type=int, default=34, help="decoded tokens per run; each gives one step")
+    parser.add_argument("--seed", type=int, default=0, help="of the random paths")
+    parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_profile.jsonl", help="of the split")
+    parser.add_argument("--union-out", type=FilePath, default=RESULTS_DIR / f"{device()}_union.jsonl")
     parser.add_argument("--plot", type=FilePath, help="picture of the union effect; see also union_plot.py")
     add_lineup_options(parser)
     args = parser.parse_args()
-    env = environment(device)
+    env = environment()
     with open_lineup(args) as lineup:
         if args.only != "union":
             rows = []
             for batch in args.batch:
-                rows += measure_split(lineup, batch, args.budget, args.paths, args.rounds, args.tokens)
+                rows += measure_split(lineup, batch, args.budget, args.paths, args.rounds, args.tokens, args.seed)
             write_rows(args.out, rows, env)
             print_split(rows)
         if args.only != "split":
-            rows = union.measure(
-                lineup, args.union_batch, args.budget, args.union_paths, args.rounds, args.tokens, PROMPT_TOKENS
-            )
+            load = (args.rounds, args.tokens, PROMPT_TOKENS)
+            rows = union.measure(lineup, args.union_batch, args.budget, args.union_paths, *load, args.seed)
             write_rows(args.union_out, rows, env)
             print_rows(rows)
             if args.plot is not None:
                 plot_union(rows, args.plot)
 
 
-def split_variants(lineup: Lineup, batch: int, budget: float, path_counts: Sequence[int]) -> list[Variant]:
+def split_variants(lineup: Lineup, batch: int, budget: float, path_counts: Sequence[int], seed: int) -> list[Variant]:
     """Stock, full depth, and one variant for each number of distinct paths that the batch has requests for."""
-    drawn = draw_paths(
-        np.random.default_rng(SEED), max(path_counts), depth_for_budget(budget, lineup.num_layers), lineup.num_layers
-    )
-    counts = [count for count in path_counts if count <= batch]
-    return [
-        lineup.stock(),
-        lineup.routed(1.0),
-        *(on_paths(lineup, drawn[:count], f"buddy {budget}, {_paths(count)}") for count in counts),
-    ]
-
-
-def _paths(count: int) -> str:
-    return "1 path" if count == 1 else f"{count} paths"
+    depth = depth_for_budget(budget, lineup.num_layers)
+    drawn = draw_paths(np.random.default_rng(seed), max(path_counts), depth, lineup.num_layers)
+    variants = [lineup.stock(), lineup.routed(1.0)]
+    for count in path_counts:
+        if count <= batch:
+            noun = "path" if count == 1 else "paths"
+            variants.append(on_paths(lineup, drawn[:count], f"buddy {budget}, {count} {noun}"))
+    return variants
 
 
 def measure_split(
-    lineup: Lineup, batch: int, budget: float, path_counts: Sequence[int], num_rounds: int, tokens: int
+    lineup: Lineup,
+    batch: int,
+    budget: float,
+    path_counts: Sequence[int],
+    num_rounds: int,
+    tokens: int,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """All figures of one batch size."""
+    """Check all variants of one batch size, take their steps apart; one row per figure."""
     rng = np.random.default_rng(batch)
     rounds = Rounds(num_rounds)
-    variants = split_variants(lineup, batch, budget, path_counts)
+    variants = split_variants(lineup, batch, budget, path_counts, seed)
     lineup.check(variants, draw_prompts(lineup, rng, batch, PROMPT_TOKENS), rounds)
     for index in range(-1, num_rounds):  # the first warms up
         prompts = draw_prompts(lineup, rng, batch, PROMPT_TOKENS)
@@ -104,7 +103,8 @@ def measure_split(
             with instrumented(variant) as clock:
                 engines.decode(variant, prompts, tokens)
             if index >= 0:
-                rounds.add(index, variant.name, **split_figures(plain.step_ms, clock.steps[1:tokens]))
+                # The first step is the prefill, and the last also ends the requests and writes the metrics.
+                rounds.add(index, variant.name, **split_figures(plain.all_ms[1:-1], clock.steps[1:-1]))
     return [row for variant in variants for row in split_rows(rounds, variant, batch, lineup)]
 
 

@@ -3,7 +3,8 @@
 A layer runs once for all rows whose path holds it, so a batch calls every layer of the union of its paths. Two bounds
 hold what that can cost, both measured in the same rounds: at best a batch is as fast as when all rows run one path of
 its depth, and at worst, but for rows gathered and scattered, as when all rows run one path of as many layers as the
-union has (in between the depths measured, ms per step are interpolated).
+union has (in between the depths measured, ms per step are interpolated). Those paths are the artifact's: a random one
+without repair may be so badly conditioned that rounding alone changes its outputs, and the check refuses it.
 
 Two series of batches, all of one depth: *random* paths, whose union grows with their number until it is the whole
 model; and as many paths as the batch has requests, drawn from a *pool* of layers, so that the union is any size.
@@ -17,14 +18,12 @@ from typing import Any
 
 import engines
 import numpy as np
-from engines import Variant
 from given_paths import draw_paths, draw_prompts, on_paths, union_of
 from lineup import Lineup, in_turn
 from rounds import Rounds
 
 from vllm_buddy.method import Path, depth_for_budget
 
-SEED = 0
 NUM_DEPTHS = 6  # at which the bounds are measured
 
 
@@ -51,7 +50,9 @@ class Point:
     @property
     def name(self) -> str:
         repair = "" if self.bypass else ", no bypass"
-        return f"{self.series}: {len(self.paths)} of {self.depth} layers, union {self.union_layers}{repair}"
+        number = len(self.paths)
+        kind = {"random": f"{number} random paths", "pool": f"{number} paths from a pool"}.get(self.series, self.series)
+        return f"{kind}, {self.depth} layers, union {self.union_layers}{repair}"
 
     def about(self, batch: int) -> dict[str, Any]:
         """What its rows say of it."""
@@ -66,6 +67,19 @@ class Point:
         }
 
 
+def all_points(lineup: Lineup, depth: int, batch: int, path_counts: Sequence[int], seed: int) -> list[Point]:
+    """One path of each depth from `depth` to the whole model, and the two series of batches."""
+    rng = np.random.default_rng(seed)
+    depths = bound_depths(depth, lineup.num_layers)
+    counts = [count for count in path_counts if 1 < count <= batch]
+    drawn = draw_paths(rng, max(counts, default=1), depth, lineup.num_layers)
+    batches = [("one path", [lineup.path(d)]) for d in depths]
+    batches += [("random", drawn[:count]) for count in counts]
+    batches += [("pool", draw_paths(rng, batch, depth, lineup.num_layers, union=pool)) for pool in depths[1:-1]]
+    bypasses = (False,) if lineup.artifact.bypass is None else (True, False)
+    return [Point(series, tuple(paths), bypass) for series, paths in batches for bypass in bypasses]
+
+
 def measure(
     lineup: Lineup,
     batch: int,
@@ -74,42 +88,21 @@ def measure(
     num_rounds: int,
     tokens: int,
     prompt_tokens: int,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Check all batches, time their decode steps; one row per figure."""
-    depth = depth_for_budget(budget, lineup.num_layers)
-    bypasses = (True, False) if lineup.artifact.bypass is not None else (False,)
-    points = all_points(depth, lineup.num_layers, batch, path_counts, bypasses)
+    """Check all batches, time their decode steps; one row per figure. seed: of the random paths."""
+    points = all_points(lineup, depth_for_budget(budget, lineup.num_layers), batch, path_counts, seed)
     variants = [on_paths(lineup, point.paths, point.name, bypass=point.bypass) for point in points]
     rounds = Rounds(num_rounds)
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(batch)
     lineup.check(variants, draw_prompts(lineup, rng, batch, prompt_tokens), rounds)
     for index in range(-1, num_rounds):  # the first warms up
         prompts = draw_prompts(lineup, rng, batch, prompt_tokens)
-        time_round(rounds, index, in_turn(variants, index), prompts, tokens)
-    rows = rows_of(points, rounds, batch, depth)
-    return [{**row, **lineup.about()} for row in rows]
-
-
-def time_round(rounds: Rounds, index: int, variants: Sequence[Variant], prompts: list[list[int]], tokens: int) -> None:
-    """ms_per_step of all variants, unless the round warms up."""
-    for variant in variants:
-        run = engines.decode(variant, prompts, tokens)
-        if index >= 0:
-            rounds.add(index, variant.name, ms_per_step=float(np.median(run.step_ms)))
-
-
-def all_points(
-    depth: int, num_layers: int, batch: int, path_counts: Sequence[int], bypasses: Sequence[bool]
-) -> list[Point]:
-    """One path of each depth from `depth` to the whole model, and the two series of batches."""
-    rng = np.random.default_rng(SEED)
-    depths = bound_depths(depth, num_layers)
-    counts = [count for count in path_counts if 1 < count <= batch]
-    drawn = draw_paths(rng, max(counts, default=1), depth, num_layers)
-    batches = [("one path", draw_paths(rng, 1, d, num_layers)) for d in depths]
-    batches += [("random", drawn[:count]) for count in counts]
-    batches += [("pool", draw_paths(rng, batch, depth, num_layers, union=pool)) for pool in depths[1:-1]]
-    return [Point(series, tuple(paths), bypass) for series, paths in batches for bypass in bypasses]
+        for variant in in_turn(variants, index):
+            run = engines.decode(variant, prompts, tokens)
+            if index >= 0:
+                rounds.add(index, variant.name, ms_per_step=float(np.median(run.step_ms)))
+    return [{**row, **lineup.about()} for row in rows_of(points, rounds, batch)]
 
 
 def bound_depths(depth: int, num_layers: int) -> list[int]:
@@ -130,7 +123,7 @@ def interpolated(union_layers: int, ms_by_depth: dict[int, np.ndarray]) -> np.nd
     return np.array([np.interp(union_layers, depths, ms) for ms in by_round])
 
 
-def rows_of(points: Sequence[Point], rounds: Rounds, batch: int, depth: int) -> list[dict[str, Any]]:
+def rows_of(points: Sequence[Point], rounds: Rounds, batch: int) -> list[dict[str, Any]]:
     """Decode tokens/s of all points, and those of the series beside both bounds, taken within each round."""
     rows = []
     for point in points:
@@ -144,7 +137,10 @@ def rows_of(points: Sequence[Point], rounds: Rounds, batch: int, depth: int) -> 
             for p in points
             if p.series == "one path" and p.bypass == point.bypass
         }
-        for bound, bound_ms in ("one path", one_path[depth]), ("union", interpolated(point.union_layers, one_path)):
+        for bound, bound_ms in (
+            ("one path", one_path[point.depth]),
+            ("union", interpolated(point.union_layers, one_path)),
+        ):
             rows.append(rounds.row("bound_tokens_per_s", _tokens_per_s(batch, bound_ms), bound=bound, **about))
             rows.append(rounds.row(f"ratio_to_{bound.replace(' ', '_')}", bound_ms / ms, **about))
     return rows

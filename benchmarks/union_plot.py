@@ -13,6 +13,7 @@ from result_rows import read_rows
 Row = dict[str, Any]
 
 _COLOURS = {True: "C0", False: "C1"}  # by bypass
+_ASIDE = {True: -0.15, False: 0.15}  # of points that would lie on one another
 _MARKERS = {"random": "o", "pool": "s"}
 
 
@@ -73,7 +74,8 @@ def _draw_by_union(axis: Any, rows: Sequence[Row], bypass: bool) -> None:
     for series, marker in _MARKERS.items():
         points = [row for row in rows if row["series"] == series]
         label = f"{repair}: random paths" if series == "random" else f"{repair}: a path each, from a pool of layers"
-        _bars(axis, points, "union_layers", color=colour, marker=marker, label=label)
+        x = [row["union_layers"] + _ASIDE[bypass] for row in points]
+        _bars(axis, x, points, color=colour, marker=marker, label=label)
 
 
 def _draw_by_number(axis: Any, rows: Sequence[Row]) -> None:
@@ -85,15 +87,14 @@ def _draw_by_number(axis: Any, rows: Sequence[Row]) -> None:
         found = [row for row in rows if row["metric"] == "bound_tokens_per_s" and row["bound"] == bound]
         axis.plot([r["distinct_paths"] for r in found], [r["p50"] for r in found], color=colour, linestyle=style)
     measured = [row for row in rows if row["metric"] == "tokens_per_s"]
-    _bars(axis, measured, "distinct_paths", color=colour, marker=_MARKERS["random"])
+    x = [row["distinct_paths"] * 1.2 ** _ASIDE[row["bypass"]] for row in measured]
+    _bars(axis, x, measured, color=colour, marker=_MARKERS["random"])
 
 
-def _bars(axis: Any, rows: Sequence[Row], x: str, **look: Any) -> None:
+def _bars(axis: Any, x: Sequence[float], rows: Sequence[Row], **look: Any) -> None:
     """Medians with bars from p20 to p80."""
     bars = [[row["p50"] - row["p20"] for row in rows], [row["p80"] - row["p50"] for row in rows]]
-    axis.errorbar(
-        [row[x] for row in rows], [row["p50"] for row in rows], yerr=bars, linestyle="", markersize=5, capsize=2, **look
-    )
+    axis.errorbar(x, [row["p50"] for row in rows], yerr=bars, linestyle="", markersize=5, capsize=2, **look)
 
 
 if __name__ == "__main__":

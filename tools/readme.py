@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import quality_tables
 import speed_tables
+import step_tables
 from results import ROOT, table
 
 CARD = ROOT / "vllm_buddy" / "artifacts" / "smollm2-135m" / "README.md"
@@ -58,13 +59,15 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "mixed": speed_tables.mixed_table,
     "serving": speed_tables.serving_summary,
     "serving in full": speed_tables.serving_table,
+    "profile": step_tables.profile_table,
+    "union": step_tables.union_table,
     "memory": speed_tables.memory_table,
     "quality": quality_tables.quality_table,
     "recipes": quality_tables.recipes_table,
 }
 PAGES = {
     ROOT / "README.md": ["settings", "decode", "prefill", "mixed", "serving", "memory", "quality", "recipes"],
-    ROOT / "docs" / "benchmarks.md": ["decode in full", "serving in full"],
+    ROOT / "docs" / "benchmarks.md": ["decode in full", "serving in full", "profile", "union"],
     CARD: ["quality"],
 }
 

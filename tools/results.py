@@ -30,6 +30,11 @@ def where(row: Row) -> str:
     return f"{row['hardware']}, commit {row['commit']}, {row['date']}"
 
 
+def rounds_note(rows: Sequence[Row]) -> str:
+    """What the figures of a file are medians of, and where they were taken."""
+    return f"medians of {rows[0]['n']} rounds with 20th to 80th percentile, {where(rows[0])}."
+
+
 def number(value: float) -> str:
     """Two decimals below 100, none above."""
     return f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"

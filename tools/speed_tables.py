@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from results import Row, by_key, load_rows, percent, spread, table, where
+from results import Row, by_key, load_rows, percent, rounds_note, spread, table, where
 
 
 def decode_summary() -> str:
@@ -43,7 +43,7 @@ def decode_table() -> str:
             lines.append([str(batch), variant, str(layers), *cells, routing])
     return "\n".join(
         [
-            f"{_rounds(rows)}",
+            rounds_note(rows),
             "",
             *table(["batch", "variant", "layers", "ms per step", "over stock", "over pruned", "routing"], lines),
         ]
@@ -67,7 +67,7 @@ def prefill_table() -> str:
     return "\n".join(
         [
             f"`python benchmarks/prefill.py`: time to first token of one request, over that of stock vLLM and of the "
-            f"pruned checkpoint (below 1 is sooner); {_rounds(rows)}",
+            f"pruned checkpoint (below 1 is sooner); {rounds_note(rows)}",
             "",
             *table(["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines),
         ]
@@ -96,7 +96,7 @@ def mixed_table() -> str:
     return "\n".join(
         [
             f"`python benchmarks/mixed.py`: {rows[0]['batch']} requests in one batch, a third each at 1.0, 0.75 and "
-            f"0.5; {_rounds(rows)}",
+            f"0.5; {rounds_note(rows)}",
             "",
             *table(["decode", "median (p20 to p80)"], lines),
         ]
@@ -160,8 +160,9 @@ def _serving(columns: dict[str, str], shown: Callable[[Row | None], str]) -> str
         for variant in _variants([row for row in rows if (row["workload"], row["rate"]) == (workload, rate)])
     ]
     note = (
-        f"`python benchmarks/serving.py`: `vllm bench serve` against servers on one machine, {_rounds(rows)} Latencies "
-        f"in ms, goodput in requests/s within `{rows[0]['objective']}` (ms). Rate: requests/s, `inf`: all at once."
+        f"`python benchmarks/serving.py`: `vllm bench serve` against servers on one machine, {rounds_note(rows)} "
+        f"Latencies in ms, goodput in requests/s within `{rows[0]['objective']}` (ms). Rate: requests/s, `inf`: all at "
+        "once."
     )
     return "\n".join([note, "", *table(["prompts", "rate", "variant", *columns.values()], lines)])
 
@@ -172,7 +173,3 @@ def _variants(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _p50(row: Row | None) -> str:
     return "" if row is None else f"{row['p50']:.2f}"
-
-
-def _rounds(rows: Sequence[Row]) -> str:
-    return f"medians of {rows[0]['n']} rounds with 20th to 80th percentile, {where(rows[0])}."

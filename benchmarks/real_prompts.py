@@ -1,0 +1,43 @@
+"""Prompts of real text: passages of this repository's documentation, with something to do.
+
+Random tokens will not do where a peer drafts by copying from the context: how much there is to copy is the figure.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+
+# What the answer shares with the prompt: nearly all of it, or what subject and a small model's repetitions bring.
+TASKS = {
+    "proofread": "Correct the spelling and grammar of this text. Write out the corrected text and nothing else.\n\n{}",
+    "explain": "Explain to a beginner what this text is about.\n\n{}",
+}
+PASSAGE_WORDS = range(45, 111)
+
+_ROOT = FilePath(__file__).parent.parent
+_FENCED = re.compile(r"```.*?```", re.DOTALL)
+_PARAGRAPH_END = re.compile(r"\n\s*\n|\n(?=- |\d\. )")
+_NOT_PROSE = re.compile(r"^\s*[#<]|^ {4}|\|")
+_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
+_MARKUP = re.compile(r"[*`]|^(- |\d\. )")
+
+
+def passages() -> list[str]:
+    """Paragraphs of README.md and docs/*.md that are prose of a length in PASSAGE_WORDS, without markup."""
+    found = []
+    for path in [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]:
+        for block in _PARAGRAPH_END.split(_FENCED.sub("\n\n", path.read_text())):
+            if not _NOT_PROSE.search(block):
+                text = " ".join(_MARKUP.sub("", _LINK.sub(r"\1", block.strip())).split())
+                found += [text] if len(text.split()) in PASSAGE_WORDS else []
+    return found
+
+
+def draw_prompts(tokenizer: Any, task: str, texts: Sequence[str], rng: np.random.Generator, num: int) -> list[list[int]]:
+    """Token ids of `num` prompts, each about another text, in the chat format that the tokenizer knows."""
+    chosen = rng.choice(len(texts), num, replace=False)
+    messages = [[{"role": "user", "content": TASKS[task].format(texts[i])}] for i in chosen]
+    return [list(tokenizer.apply_chat_template(m, add_generation_prompt=True)["input_ids"]) for m in messages]
