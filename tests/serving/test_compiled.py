@@ -31,7 +31,8 @@ def test_compiled_layers_give_the_reference_tokens(compiled: Engine, policy: str
 
 def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Engine) -> None:
     """Fails if the bypasses run uncompiled or through torch's wrappers, or a layer gets another one's bypass."""
-    from vllm_buddy.serving.layer_compile import DirectCall, bypass_functions
+    from vllm_buddy.serving.direct_call import DirectCall
+    from vllm_buddy.serving.layer_compile import bypass_functions
 
     bypass = compiled.tiny.artifact.bypass
     functions = bypass_functions(bypass, compiled.core.vllm_config)
@@ -44,7 +45,7 @@ def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Eng
 
 def test_paths_and_batch_sizes_compile_nothing_new(compiled: Engine) -> None:
     """Fails if a path, a batch size or a prompt length makes a graph of its own."""
-    from vllm_buddy.serving.layer_compile import DirectCall
+    from vllm_buddy.serving.direct_call import DirectCall
 
     functions = compiled.runner.model.model._functions
     assert len(functions) == compiled.runner.buddy_policy.num_layers

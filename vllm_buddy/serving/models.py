@@ -12,7 +12,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.serving.kv_policy.kv_only import KVOnly, keep_kv_weights
-from vllm_buddy.serving.layer_compile import LayerFn, bypass_functions, layer_functions
+from vllm_buddy.serving.layer_compile import LayerFn, NormFn, bypass_functions, layer_functions, norm_function
 from vllm_buddy.serving.routed_step import RoutedStep
 from vllm_buddy.serving.startup import SCHEDULER, engine_settings
 
@@ -30,6 +30,7 @@ class RoutedBackbone(_Backbone):
     buddy_bypass: Bypass | None = None
     _functions: list[LayerFn] | None = None
     _bypasses: list[LayerFn] | None = None
+    _last_norm: NormFn | None = None
 
     def forward(
         self,
@@ -42,6 +43,7 @@ class RoutedBackbone(_Backbone):
         """Hidden states [num_tokens, hidden_size]. step None, in profiling and dummy runs: all layers, all rows."""
         if self._functions is None:
             self._functions = layer_functions(list(self.layers), 0, self.vllm_config)
+            self._last_norm = norm_function(self.norm, self.vllm_config)
             if self.buddy_bypass is not None:
                 self._bypasses = bypass_functions(self.buddy_bypass, self.vllm_config)
                 self.buddy_bypass = None  # the functions have copies, in the form they want
@@ -52,7 +54,8 @@ class RoutedBackbone(_Backbone):
                 hidden, residual = function(positions, hidden, residual)
         else:
             hidden, residual = step.run(self.layers, self._functions, positions, hidden, residual, self._bypasses)
-        hidden, _ = self.norm(hidden, residual)
+        assert self._last_norm is not None and residual is not None
+        hidden, _ = self._last_norm(hidden, residual)
         return hidden
 
 

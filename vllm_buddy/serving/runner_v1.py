@@ -1,6 +1,7 @@
 """Adapter for vLLM's model runner V1: from the plan and the runner's batch to a RoutedStep."""
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
 else:
     _Base = object
+
+
+def _executed_by_request(
+    layers: np.ndarray, req_ids: Sequence[str], query_start_loc: np.ndarray
+) -> dict[str, Executed]:
+    """layers: [num_tokens], executed per token of the step. query_start_loc: [num_reqs + 1]."""
+    if len(layers) == len(req_ids):  # a token each
+        return {req_id: Executed(1, n, n, n) for req_id, n in zip(req_ids, layers.tolist())}
+    columns = [np.diff(query_start_loc)]
+    columns += [ufunc.reduceat(layers, query_start_loc[:-1]) for ufunc in (np.add, np.minimum, np.maximum)]
+    return {req_id: Executed(*c) for req_id, *c in zip(req_ids, *(column.tolist() for column in columns))}
 
 
 class _RoutedRunner(_Base):
@@ -52,10 +64,7 @@ class _RoutedRunner(_Base):
         output = super().sample_tokens(*args, **kwargs)
         if step is not None:
             self.buddy_step = None
-            first = query_start_loc[:-1]
-            columns = [np.diff(query_start_loc)]
-            columns += [ufunc.reduceat(step.executed, first) for ufunc in (np.add, np.minimum, np.maximum)]
-            executed = {r: Executed(*c) for r, *c in zip(batch_req_ids, *(column.tolist() for column in columns))}
+            executed = _executed_by_request(step.executed, batch_req_ids, query_start_loc)
             # Under asynchronous scheduling the output is wrapped until its tokens have arrived.
             setattr(getattr(output, "_model_runner_output", output), EXECUTED_ATTRIBUTE, executed)
         return output
