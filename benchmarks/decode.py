@@ -1,6 +1,6 @@
 """Decode speed against stock vLLM and against physical pruning, in one process, alternating.
 
-    python benchmarks/decode.py            # SmolLM2-135M, CPU, about 15 minutes on 2 cores
+    python benchmarks/decode.py            # SmolLM2-135M, CPU, about 10 minutes on 2 cores
 
 Engines: stock dense; stock on a checkpoint pruned to the layers of buddy's path, for each budget, without any repair;
 buddy with the artifact's bypass, where it has one, and, as *no bypass*, without. Requests of buddy share one path per
@@ -35,7 +35,7 @@ PROMPT_TOKENS = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=33, help="decoded tokens per run; each gives one step")
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_decode.jsonl")
     add_lineup_options(parser)

@@ -27,10 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=FilePath, help="folder of the results files")
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--rounds", type=int, help="default: 8, or 3 if short")
+    parser.add_argument("--rounds", type=int, help="default: 6, or 3 if short")
     add_lineup_options(parser)
     args = parser.parse_args()
-    short, rounds = args.short, args.rounds or (3 if args.short else 8)
+    short, rounds = args.short, args.rounds or (3 if args.short else 6)
     tokens = 17 if short else 33
     env = environment()
     with open_lineup(args) as lineup:

@@ -1,6 +1,6 @@
 """Budgets mixed in one batch: is a step as fast as its layers' costs predict, and does a class wait for another?
 
-    python benchmarks/mixed.py            # SmolLM2-135M, CPU, about 6 minutes on 2 cores
+    python benchmarks/mixed.py            # SmolLM2-135M, CPU, about 3 minutes on 2 cores
 
 8 requests each at budgets 1.0, 0.75 and 0.5 decode together: a step runs the union of their layers, each on the rows
 that need it. What it should cost is predicted from runs in which all n = 8, 16 or 24 requests have one budget:
@@ -36,7 +36,7 @@ MIXED = "mixed"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=8, help="requests at each budget")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=33, help="decoded tokens per run; each gives one step")
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_mixed.jsonl")
     add_lineup_options(parser)

@@ -1,6 +1,6 @@
 """Time to the first token of a prompt: arithmetic, not weights, so that a layer saves its share per token.
 
-    python benchmarks/prefill.py            # SmolLM2-135M, CPU, about 8 minutes on 2 cores
+    python benchmarks/prefill.py            # SmolLM2-135M, CPU, about 5 minutes on 2 cores
 
 One request at a time in an otherwise idle engine, prefix caching off, the first token included. The same engines as in
 decode.py, in alternating rounds; `over_stock` is time over time: below 1 is sooner than stock vLLM's whole model.
@@ -26,7 +26,7 @@ NUM_CHECKED = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[256, 1500])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_prefill.jsonl")
     add_lineup_options(parser)
     args = parser.parse_args()

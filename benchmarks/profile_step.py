@@ -1,6 +1,6 @@
 """Where the time goes: the parts of a decode step, and what many paths in one batch cost.
 
-    python benchmarks/profile_step.py --plot docs/union.png     # SmolLM2-135M, CPU, about 30 minutes on 2 cores
+    python benchmarks/profile_step.py --plot docs/union.png     # SmolLM2-135M, CPU, about 10 minutes on 2 cores
 
 *Split*: the time of a decode step by part (see step_parts.PARTS), for stock vLLM, buddy at budget 1.0, and buddy at
 --budget with 1 and more distinct paths in the batch. Paths are random, given to the requests in turn; a Decision Module
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--paths", type=int, nargs="+", default=[1, 4, 8, 32], help="distinct paths, of the split")
     parser.add_argument("--union-batch", type=int, default=32)
     parser.add_argument("--union-paths", type=int, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=34, help="decoded tokens per run; each gives one step")
     parser.add_argument("--seed", type=int, default=0, help="of the random paths")
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_profile.jsonl", help="of the split")

@@ -1,7 +1,7 @@
 """All benchmarks, one after the other.
 
     python benchmarks/run.py            # the short form, to results/bench: under 20 minutes on 2 cores
-    python benchmarks/run.py --full     # what the README shows, to benchmarks/results: about 90 minutes
+    python benchmarks/run.py --full     # what the README shows, to benchmarks/results: about an hour
 
 Each runs in a process of its own, so that none finds the engines of another in memory. One that refuses its figures
 does not keep the others from running; the exit status then is 1.

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+import peer_tables
 import quality_tables
 import speed_tables
 import step_tables
@@ -61,13 +62,23 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "serving in full": speed_tables.serving_table,
     "profile": step_tables.profile_table,
     "union": step_tables.union_table,
+    "peers": peer_tables.peers_summary,
+    "peers in full": peer_tables.peers_table,
+    "capabilities": peer_tables.capabilities_table,
     "memory": speed_tables.memory_table,
     "quality": quality_tables.quality_table,
     "recipes": quality_tables.recipes_table,
 }
 PAGES = {
-    ROOT / "README.md": ["settings", "decode", "prefill", "mixed", "serving", "memory", "quality", "recipes"],
-    ROOT / "docs" / "benchmarks.md": ["decode in full", "serving in full", "profile", "union"],
+    ROOT / "README.md": ["settings", "decode", "prefill", "mixed", "serving", "peers", "memory", "quality", "recipes"],
+    ROOT / "docs" / "benchmarks.md": [
+        "decode in full",
+        "serving in full",
+        "profile",
+        "union",
+        "peers in full",
+        "capabilities",
+    ],
     CARD: ["quality"],
 }
 

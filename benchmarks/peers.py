@@ -1,0 +1,179 @@
+"""The same model and prompts under what else there is: n-gram speculation, pruned checkpoints, economize.
+
+    python benchmarks/peers.py            # SmolLM2-135M, CPU, about 15 minutes on 2 cores
+
+vLLM, in this process: stock; stock with n-gram speculation; stock on checkpoints pruned to 22 and 15 layers, without
+repair; buddy with the artifact's own router and repair. In a process of their own, which waits while others run:
+transformers' generate, and economize 0.3.2 (PyPI), the nearest relative in a Hugging Face loop, with what it has that
+makes tokens cheaper without training: *dense* is its plain loop; *lookup* (drafts by n-grams, under the same settings
+as stock vLLM's) and *layer_skip* (drafts by 22 of the layers) are lossless; *depth_prune* removes layers by ShortGPT
+(SLEB removes others, the speed is the same); *skipdecode* runs decoded tokens through the upper 22 or 15 layers. bf16,
+the same number of threads; vLLM compiles, the others do not.
+
+Prompts are passages of the documentation; *proofread* is answered by copying, *explain* much less so. tokens/s are
+those of greedy decoding, from when all prompts of a batch have their first token to when all have their last; ratios
+are taken within a round. accepted_per_step: tokens beyond one that a pass of the whole model brings a request.
+agreed_tokens: of an answer with drafts, before the first difference from the plain loop of the same framework.
+
+Before anything is timed, the distributions of vLLM's variants are compared with the method's plain forward, and the
+tokens of all but buddy must be greedy choices of the layers they say they ran (greedy_check.py). What each system can
+and cannot do besides is in the same results (peer_capabilities.py).
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import economize_process
+import numpy as np
+import peer_capabilities
+import torch
+from greedy_check import GreedyCheck, num_agreed
+from lineup import Lineup, add_lineup_options, in_turn, open_lineup
+from peer_lineup import Answer, Peer, loop_peers, vllm_peers
+from real_prompts import TASKS, draw_prompts, passages
+from result_rows import RESULTS_DIR, device, environment, percentiles, print_rows, write_rows
+from rounds import Refused, Rounds
+
+from vllm_buddy.embedded_model import fetch
+
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 4, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="batch 8, 2 rounds, 33 tokens")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 8")
+    parser.add_argument("--rounds", type=int, help="default: 6")
+    parser.add_argument("--tokens", type=int, help="of an answer; default: 64")
+    parser.add_argument("--economize", type=FilePath, help="folder it is installed in; default: pip gets it")
+    parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_peers.jsonl")
+    add_lineup_options(parser)
+    args = parser.parse_args()
+    if device() != "cpu":
+        raise Refused("economize's process runs on the CPU, with which vLLM on another device is not compared")
+    env = environment()
+    batches = args.batch or ([8] if args.short else [1, 8])
+    num_rounds = args.rounds or (2 if args.short else 6)
+    tokens = args.tokens or (33 if args.short else 64)
+    args.model = args.model or fetch(report=print)
+    with tempfile.TemporaryDirectory(prefix="vllm_buddy-peers-") as folder:
+        work = FilePath(folder)
+        site = args.economize or economize_process.install(work / "site")
+        with economize_process.started(args.model, site, work, torch.get_num_threads()) as process:
+            env["versions"].update(process.ask("about")["versions"])
+            with open_lineup(args) as lineup:
+                tokenizer = load_tokenizer(lineup.model)
+                loops = loop_peers(process, lineup.num_layers, calibration_rows(tokenizer))
+                rows = measure(lineup, [*vllm_peers(lineup), *loops], tokenizer, batches, num_rounds, tokens)
+    write_rows(args.out, [*rows, *peer_capabilities.rows()], env)
+    print_rows(rows)
+    print(f"written to {args.out}")
+
+
+def load_tokenizer(model: FilePath) -> Any:
+    """With its chat format; engines here start without."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model, local_files_only=True)
+
+
+def calibration_rows(tokenizer: Any) -> list[list[int]]:
+    """Text by which economize chooses layers: of the kind that is asked about."""
+    token_ids = tokenizer(" ".join(passages())).input_ids
+    starts = range(0, CALIBRATION_ROWS * CALIBRATION_TOKENS, CALIBRATION_TOKENS)
+    return [list(token_ids[start : start + CALIBRATION_TOKENS]) for start in starts]
+
+
+def measure(
+    lineup: Lineup, peers: Sequence[Peer], tokenizer: Any, batches: Sequence[int], num_rounds: int, tokens: int
+) -> list[dict[str, Any]]:
+    """Check and time everything for each task and batch size; one row per figure."""
+    greedy = GreedyCheck.load(lineup.model)
+    texts = passages()
+    rows = []
+    for task in TASKS:
+        for batch in batches:
+            rng = np.random.default_rng(batch)
+            draws = [draw_prompts(tokenizer, task, texts, rng, batch) for _ in range(num_rounds + 1)]
+            rounds = Rounds(num_rounds)
+            agreed = check(lineup, greedy, peers, draws[0], tokens, rounds)
+            time_rounds(peers, draws[1:], tokens, rounds)
+            rows += figures(peers, rounds, agreed, {"task": task, "batch": batch}, lineup.about())
+    return rows
+
+
+def check(
+    lineup: Lineup, greedy: GreedyCheck, peers: Sequence[Peer], prompts: list[list[int]], tokens: int, rounds: Rounds
+) -> dict[str, list[int]]:
+    """Compare all answers with what they should be, and mark the peers in `rounds`; this also warms them up.
+
+    Returns:
+        For each peer with drafts, the tokens that each of its answers has in common with the plain loop's.
+
+    Raises:
+        Refused: something else comes out.
+    """
+    answers = {peer.name: complete_answer(peer, prompts, tokens) for peer in peers}
+    for peer in peers:
+        if peer.layers_run is not None:
+            greedy.check(peer.name, prompts, answers[peer.name].token_ids, peer.layers_run)
+            rounds.mark_checked([peer.name])
+    lineup.check([peer.variant for peer in peers if peer.variant is not None], prompts, rounds)
+    pairs = [(peer.name, answers[peer.name].token_ids, answers[peer.dense].token_ids) for peer in peers if peer.drafts]
+    return {name: [num_agreed(a, b) for a, b in zip(ours, dense)] for name, ours, dense in pairs}
+
+
+def time_rounds(peers: Sequence[Peer], draws: Sequence[list[list[int]]], tokens: int, rounds: Rounds) -> None:
+    """Ask all peers once a round, each round beginning with another one."""
+    for index, prompts in enumerate(draws):
+        for peer in in_turn(peers, index):
+            answer = complete_answer(peer, prompts, tokens)
+            rounds.add(index, peer.name, tokens_per_s=answer.tokens_per_s)
+            if peer.drafts:
+                rounds.add(index, peer.name, accepted_per_step=answer.accepted_per_step)
+
+
+def complete_answer(peer: Peer, prompts: list[list[int]], tokens: int) -> Answer:
+    """Raises Refused if it is not `tokens` for each prompt."""
+    answer = peer.ask(prompts, tokens)
+    lengths = [len(token_ids) for token_ids in answer.token_ids]
+    if lengths != [tokens] * len(prompts):
+        raise Refused(f"'{peer.name}' gave {lengths} tokens where {len(prompts)} times {tokens} were asked for")
+    return answer
+
+
+def figures(
+    peers: Sequence[Peer], rounds: Rounds, agreed: dict[str, list[int]], setting: dict[str, Any], about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of one setting. about: what is said of buddy's artifact."""
+    rows = []
+    for peer in peers:
+        routed = peer.variant is not None and peer.variant.budget is not None
+        row = {
+            "variant": peer.name,
+            "framework": peer.framework,
+            **setting,
+            "layers": peer.layers,
+            "lossless": peer.lossless,
+            **(about if routed else {}),
+        }
+        found = {
+            "tokens_per_s": rounds.values("tokens_per_s", peer.name),
+            "ratio_to_stock": rounds.ratio("tokens_per_s", peer.name, "stock"),
+        }
+        if peer.dense not in ("stock", peer.name):
+            found["ratio_to_own_dense"] = rounds.ratio("tokens_per_s", peer.name, peer.dense)
+        if peer.drafts:
+            found["accepted_per_step"] = rounds.values("accepted_per_step", peer.name)
+        rows += [rounds.row(metric, values, **row) for metric, values in found.items()]
+        if peer.drafts:
+            common = agreed[peer.name]
+            rows.append({"metric": "agreed_tokens", **row, **percentiles(common), "n": len(common)})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
