@@ -95,7 +95,13 @@ def started(model: FilePath, site: FilePath, work: FilePath, threads: int) -> It
         Refused: it does not start, is another version, or may use less of the machine than is asked.
     """
     path = os.pathsep.join(part for part in (str(site), os.environ.get("PYTHONPATH")) if part)
-    env = {**os.environ, "PYTHONPATH": path, "VLLM_PLUGINS": "", "KMP_BLOCKTIME": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "VLLM_PLUGINS": "",
+        "KMP_BLOCKTIME": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     command = [sys.executable, str(LOOP), str(model), "--threads", str(threads)]
     with LoopProcess(command, work / "economize.log", env) as process:
         about = process.ask("about")
@@ -103,6 +109,6 @@ def started(model: FilePath, site: FilePath, work: FilePath, threads: int) -> It
             raise Refused(f"{site} has economize {about['versions']['economize']}; what is compared here is {VERSION}")
         if about["threads"] != threads or about["cores"] < threads:
             raise Refused(
-                f"economize's process has {about['threads']} threads on {about['cores']} cores, where vLLM has {threads}"
+                f"economize's process has {about['threads']} threads on {about['cores']} cores, not {threads} as vLLM"
             )
         yield process

@@ -1,10 +1,10 @@
 """Whether generated tokens are the greedy choices of the model: the check of loops that only give tokens.
 
-Equal tokens would be too much to ask. In bf16 the two likeliest tokens are often equal to the last bit, a batch of
-another shape rounds otherwise, and after one such difference two correct loops write different texts. So each token
-is judged by itself: a plain forward in float32, on the layers that the loop says it ran, reads prompt and answer, and
-the token must be its likeliest there or behind it by no more than rounding explains. A draft that was kept though the
-model says otherwise, a layer too many or a stale cache entry is behind by much more.
+Equal tokens would be too much to ask. In bf16 the two likeliest tokens are often as good as equal, a batch of another
+shape rounds otherwise, and after one such difference two correct loops write different texts. So each token is judged
+by itself: a plain forward in float32, on the layers that the loop says it ran, reads prompt and answer, and the token
+must be its likeliest there, or behind it by no more than rounding explains. A draft that was kept though the model says
+otherwise, a layer too many or a stale cache entry is behind by much more.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from rounds import Refused
 
-MAX_GAP = 0.5  # placeholder
+# Nats behind the likeliest token. Seen with SmolLM2-135M: in float32 0.0 for all loops, in bf16 0.2 for the whole model.
+# Half the layers without repair are so unsure that rounding decided by up to 6; these are judged in float32 only.
+# Answers of the whole model, judged by one without its layer 20: 1.9 to 6.5 at worst, 10% of the tokens beyond 0.5.
+FLOAT32_GAP = 0.001
+BFLOAT16_GAP = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,20 @@ class GreedyCheck:
         return cls(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, local_files_only=True))
 
     def check(
-        self, name: str, prompts: Sequence[list[int]], answers: Sequence[list[int]], run: LayersRun = LayersRun()
+        self, name: str, prompts: Sequence[list[int]], answers: Sequence[list[int]], run: LayersRun, max_gap: float
     ) -> None:
-        """Raises Refused where a token of an answer is not the greedy choice."""
+        """Raises Refused where a token of an answer is further behind the greedy choice than `max_gap`."""
         for prompt, answer in zip(prompts, answers, strict=True):
             gaps = self.gaps(prompt, answer, run)
-            if not float(gaps.max()) <= MAX_GAP:
+            if not float(gaps.max()) <= max_gap:
                 at = int(gaps.argmax())
                 raise Refused(
                     f"'{name}' does not decode greedily: token {at} of an answer is {float(gaps[at]):.2f} nats behind "
-                    f"the likeliest, {MAX_GAP} are rounding; nothing is timed"
+                    f"the likeliest, where rounding explains {max_gap}; nothing is timed"
                 )
 
     @torch.no_grad()
-    def gaps(self, prompt: list[int], answer: list[int], run: LayersRun = LayersRun()) -> torch.Tensor:
+    def gaps(self, prompt: list[int], answer: list[int], run: LayersRun) -> torch.Tensor:
         """[len(answer)], how far, in nats, each token is behind the likeliest one at its place."""
         key = (tuple(prompt), tuple(answer), run)
         if key not in self._known:

@@ -37,7 +37,9 @@ CAPABILITIES: dict[str, dict[str, Known]] = {
         BUDDY: Known("yes", "run", "own paths"),
         NGRAM: Known("no", "read", "vLLM 0.32: every token runs all layers"),
         PRUNED: Known("no", "read", "the checkpoint has one path"),
-        ECONOMIZE: Known("partly", "read", "economize/techniques/dynamic_depth: calm sets no depth, others need training"),
+        ECONOMIZE: Known(
+            "partly", "read", "economize/techniques/dynamic_depth: calm sets no depth, others need training"
+        ),
     },
     "full depth beside reduced depth, exact": {
         BUDDY: Known("yes", "test", "tests/serving/test_full_depth.py"),
@@ -167,7 +169,7 @@ NOT_TIMED = {
     "medusa": "needs training: heads",
     "early_exit": "needs training: a readout, or a model trained to exit",
     "draft_model": "needs a smaller model of the same vocabulary; this one is the smallest of its family",
-    "prune, quant, lowrank, teal, kivi, kv_evict": "another axis: depth stays, and pruned checkpoints could have it too",
+    "prune, quant, lowrank, teal, kivi, kv_evict": "another axis: the depth stays, and vLLM has its own of these",
 }
 
 

@@ -1,4 +1,4 @@
-"""Everything that peers.py compares, behind one way of asking: vLLM's engines here, and the loops of economize's process."""
+"""Everything that peers.py compares, asked in one way: vLLM's engines here, and the loops of economize's process."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from greedy_check import LayersRun
 from lineup import Lineup
 from rounds import Refused
 
-from vllm_buddy.method import Path, depth_for_budget, layers_of
+from vllm_buddy.method import depth_for_budget
 
 BUDGETS = (0.75, 0.5)
 # As many drafts, found by the same rule, as economize's lookup gets.
@@ -19,7 +19,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3,
 
 @dataclass(frozen=True)
 class Answer:
-    """To all prompts of a batch. seconds: from when all had their first token. passes: of the whole model since, each."""
+    """To a batch of prompts. seconds: since all had their first token. passes: of the whole model since then, each."""
 
     token_ids: list[list[int]]
     seconds: float
@@ -48,8 +48,8 @@ class Peer:
     """One thing to measure.
 
     ask: (prompts, tokens each) to the answer. layers: of a decoded token. dense: the peer that is its framework's plain
-    loop. drafts: speculates, losslessly. layers_run: what its tokens are checked by; None for buddy. variant: what its
-    distributions are checked by, if it is vLLM's.
+    loop. drafts: speculates, losslessly. How it is checked: run: by the layers it says it ran; None for what stock
+    layers do not explain. ask_float32: the same loop in float32. variant: by its distributions, which vLLM gives.
     """
 
     name: str
@@ -58,13 +58,14 @@ class Peer:
     layers: int
     dense: str
     drafts: bool = False
-    layers_run: LayersRun | None = LayersRun()
+    run: LayersRun | None = None
+    ask_float32: Ask | None = None
     variant: Variant | None = None
 
     @property
     def lossless(self) -> bool:
         """Gives the whole model's tokens."""
-        return self.layers_run == LayersRun() or (self.variant is not None and self.variant.budget == 1.0)
+        return self.run == LayersRun() or (self.variant is not None and self.variant.budget == 1.0)
 
 
 def vllm_peers(lineup: Lineup) -> list[Peer]:
@@ -81,7 +82,7 @@ def vllm_peers(lineup: Lineup) -> list[Peer]:
     peers.append(
         Peer(
             name="stock, n-gram", framework="vLLM", layers=lineup.num_layers, dense="stock", drafts=True,
-            ask=_ask_engine(Variant(name="stock, n-gram", layers=lineup.num_layers, llm=engine)),
+            ask=_ask_engine(Variant(name="stock, n-gram", layers=lineup.num_layers, llm=engine)), run=LayersRun(),
         )
     )  # fmt: skip
     return peers
@@ -104,11 +105,12 @@ def loop_peers(process: LoopProcess, num_layers: int, calibration: list[list[int
             Peer(
                 name=name if layers == num_layers else f"{name} {layers}",
                 framework=framework,
-                ask=_ask_loop(process, loop, layers),
+                ask=_ask_loop(process, loop, layers, "bfloat16"),
                 layers=layers,
                 dense="transformers generate" if loop == "transformers" else "economize dense",
                 drafts=loop in ("lookup", "layer_skip"),
-                layers_run=run,
+                run=run,
+                ask_float32=_ask_loop(process, loop, layers, "float32"),
             )
         )
     return peers
@@ -121,27 +123,26 @@ def _vllm_peer(lineup: Lineup, variant: Variant) -> Peer:
         ask=_ask_engine(variant),
         layers=variant.layers,
         dense="stock",
-        layers_run=None if variant.path is None else LayersRun(_left_out(variant.path, lineup.num_layers)),
+        run=LayersRun() if variant.path is not None and variant.layers == lineup.num_layers else None,
         variant=variant,
     )
-
-
-def _left_out(path: Path, num_layers: int) -> frozenset[int]:
-    return frozenset(range(num_layers)) - frozenset(layers_of(path))
 
 
 def _ask_engine(variant: Variant) -> Ask:
     def ask(prompts: Sequence[list[int]], tokens: int) -> Answer:
         run = engines.decode(variant, prompts, tokens)
         if any(steps[0] != 0 for steps in run.token_steps):
-            raise Refused(f"'{variant.name}': the prompts of a batch did not fit one step, so its decoding has no start")
+            raise Refused(
+                f"'{variant.name}': the prompts of a batch did not fit one step, so its decoding has no start"
+            )
         return Answer(run.token_ids, sum(run.all_ms[1:]) / 1e3, [len(steps) - 1 for steps in run.token_steps])
 
     return ask
 
 
-def _ask_loop(process: LoopProcess, loop: str, layers: int) -> Ask:
+def _ask_loop(process: LoopProcess, loop: str, layers: int, dtype: str) -> Ask:
     def ask(prompts: Sequence[list[int]], tokens: int) -> Answer:
-        return Answer(**process.ask("generate", loop=loop, layers=layers, prompts=list(prompts), tokens=tokens))
+        what = {"loop": loop, "layers": layers, "dtype": dtype}
+        return Answer(**process.ask("generate", **what, prompts=list(prompts), tokens=tokens))
 
     return ask

@@ -10,14 +10,15 @@ as stock vLLM's) and *layer_skip* (drafts by 22 of the layers) are lossless; *de
 (SLEB removes others, the speed is the same); *skipdecode* runs decoded tokens through the upper 22 or 15 layers. bf16,
 the same number of threads; vLLM compiles, the others do not.
 
-Prompts are passages of the documentation; *proofread* is answered by copying, *explain* much less so. tokens/s are
-those of greedy decoding, from when all prompts of a batch have their first token to when all have their last; ratios
-are taken within a round. accepted_per_step: tokens beyond one that a pass of the whole model brings a request.
-agreed_tokens: of an answer with drafts, before the first difference from the plain loop of the same framework.
+Prompts come from the documentation: *proofread* is answered by copying, *story* is not. tokens/s are those of greedy
+decoding, from when all prompts of a batch have their first token to when all have their last; ratios are taken within
+a round. accepted_per_step: tokens beyond one that a pass of the whole model brings a request. agreed_tokens: of an
+answer with drafts, before the first difference from the plain loop of the same framework.
 
-Before anything is timed, the distributions of vLLM's variants are compared with the method's plain forward, and the
-tokens of all but buddy must be greedy choices of the layers they say they ran (greedy_check.py). What each system can
-and cannot do besides is in the same results (peer_capabilities.py).
+Before anything is timed, the distributions of vLLM's variants are compared with the method's plain forward; tokens of
+all that run the whole model must be its greedy choices up to bf16's rounding, with n-grams too; and in float32 the
+loops of the other process must give the greedy choices of the layers they say they ran (greedy_check.py). What each
+system can and cannot do besides is in the same results (peer_capabilities.py).
 """
 
 import argparse
@@ -30,16 +31,17 @@ import economize_process
 import numpy as np
 import peer_capabilities
 import torch
-from greedy_check import GreedyCheck, num_agreed
+from greedy_check import BFLOAT16_GAP, FLOAT32_GAP, GreedyCheck, LayersRun, num_agreed
 from lineup import Lineup, add_lineup_options, in_turn, open_lineup
-from peer_lineup import Answer, Peer, loop_peers, vllm_peers
+from peer_lineup import Answer, Ask, Peer, loop_peers, vllm_peers
 from real_prompts import TASKS, draw_prompts, passages
 from result_rows import RESULTS_DIR, device, environment, percentiles, print_rows, write_rows
 from rounds import Refused, Rounds
 
 from vllm_buddy.embedded_model import fetch
 
-CALIBRATION_ROWS, CALIBRATION_TOKENS = 4, 64
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 2, 64
+FLOAT32_TOKENS = 24
 
 
 def main() -> None:
@@ -116,10 +118,14 @@ def check(
     Raises:
         Refused: something else comes out.
     """
-    answers = {peer.name: complete_answer(peer, prompts, tokens) for peer in peers}
+    answers = {peer.name: complete_answer(peer, peer.ask, prompts, tokens) for peer in peers}
     for peer in peers:
-        if peer.layers_run is not None:
-            greedy.check(peer.name, prompts, answers[peer.name].token_ids, peer.layers_run)
+        if peer.run == LayersRun():
+            greedy.check(peer.name, prompts, answers[peer.name].token_ids, peer.run, BFLOAT16_GAP)
+            rounds.mark_checked([peer.name])
+        if peer.run is not None and peer.ask_float32 is not None:
+            exact = complete_answer(peer, peer.ask_float32, prompts, FLOAT32_TOKENS)
+            greedy.check(peer.name, prompts, exact.token_ids, peer.run, FLOAT32_GAP)
             rounds.mark_checked([peer.name])
     lineup.check([peer.variant for peer in peers if peer.variant is not None], prompts, rounds)
     pairs = [(peer.name, answers[peer.name].token_ids, answers[peer.dense].token_ids) for peer in peers if peer.drafts]
@@ -130,15 +136,15 @@ def time_rounds(peers: Sequence[Peer], draws: Sequence[list[list[int]]], tokens:
     """Ask all peers once a round, each round beginning with another one."""
     for index, prompts in enumerate(draws):
         for peer in in_turn(peers, index):
-            answer = complete_answer(peer, prompts, tokens)
+            answer = complete_answer(peer, peer.ask, prompts, tokens)
             rounds.add(index, peer.name, tokens_per_s=answer.tokens_per_s)
             if peer.drafts:
                 rounds.add(index, peer.name, accepted_per_step=answer.accepted_per_step)
 
 
-def complete_answer(peer: Peer, prompts: list[list[int]], tokens: int) -> Answer:
+def complete_answer(peer: Peer, ask: Ask, prompts: list[list[int]], tokens: int) -> Answer:
     """Raises Refused if it is not `tokens` for each prompt."""
-    answer = peer.ask(prompts, tokens)
+    answer = ask(prompts, tokens)
     lengths = [len(token_ids) for token_ids in answer.token_ids]
     if lengths != [tokens] * len(prompts):
         raise Refused(f"'{peer.name}' gave {lengths} tokens where {len(prompts)} times {tokens} were asked for")

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-# What the answer shares with the prompt: nearly all of it, or what subject and a small model's repetitions bring.
+# One is answered by copying, the other brings nothing to copy but what the answer itself repeats.
 TASKS = {
-    "proofread": "Correct the spelling and grammar of this text. Write out the corrected text and nothing else.\n\n{}",
-    "explain": "Explain to a beginner what this text is about.\n\n{}",
+    "proofread": "Correct spelling and grammar of this text. Write out the corrected text and nothing else.\n\n{text}",
+    "story": "Write a short story in which somebody says: {opening}",
 }
+OPENING_WORDS = 10
 PASSAGE_WORDS = range(45, 111)
 
 _ROOT = FilePath(__file__).parent.parent
@@ -36,8 +37,13 @@ def passages() -> list[str]:
     return found
 
 
-def draw_prompts(tokenizer: Any, task: str, texts: Sequence[str], rng: np.random.Generator, num: int) -> list[list[int]]:
-    """Token ids of `num` prompts, each about another text, in the chat format that the tokenizer knows."""
-    chosen = rng.choice(len(texts), num, replace=False)
-    messages = [[{"role": "user", "content": TASKS[task].format(texts[i])}] for i in chosen]
-    return [list(tokenizer.apply_chat_template(m, add_generation_prompt=True)["input_ids"]) for m in messages]
+def draw_prompts(
+    tokenizer: Any, task: str, texts: Sequence[str], rng: np.random.Generator, num: int
+) -> list[list[int]]:
+    """Token ids of `num` prompts, each about another text, in the tokenizer's chat format."""
+    prompts = []
+    for index in rng.choice(len(texts), num, replace=False):
+        opening = " ".join(texts[index].split()[:OPENING_WORDS])
+        message = {"role": "user", "content": TASKS[task].format(text=texts[index], opening=opening)}
+        prompts.append(list(tokenizer.apply_chat_template([message], add_generation_prompt=True)["input_ids"]))
+    return prompts

@@ -1,6 +1,6 @@
 """Requests that arrive at a server: stock vLLM, stock vLLM on pruned checkpoints, and buddy, under `vllm bench serve`.
 
-    python benchmarks/serving.py            # SmolLM2-135M, CPU, about 30 minutes on 2 cores
+    python benchmarks/serving.py            # SmolLM2-135M, CPU, about 20 minutes on 2 cores
 
 Four servers stay up: stock dense, stock pruned to 22 and to 15 layers (without repair), and buddy on its artifact, with
 the artifact's own router and repair. buddy serves one budget at a time, and, as *mixed*, requests of three budgets in
@@ -74,12 +74,12 @@ def main() -> None:
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """--rates, --prefix-rates, --rounds, --seconds, --burst, --goodput."""
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[2, 4, 6, float("inf")], help="requests/s; inf: at once"
     )
     parser.add_argument("--prefix-rates", type=float, nargs="*", default=[4], help="the same with a shared prefix")
-    parser.add_argument("--seconds", type=float, default=8, help="of arrivals in a run")
+    parser.add_argument("--seconds", type=float, default=6, help="of arrivals in a run")
     parser.add_argument("--burst", type=int, default=48, help="requests of a run at rate inf")
     parser.add_argument("--goodput", default=GOODPUT, help=f"the objective, in ms; default: {GOODPUT!r}")
 

@@ -110,8 +110,8 @@ ABOUT = {"versions": {"economize": "0.3.2", "transformers": "5"}, "threads": 2, 
     "about, said",
     [
         ({**ABOUT, "versions": {"economize": "0.4.0"}}, "has economize 0.4.0; what is compared here is 0.3.2"),
-        ({**ABOUT, "threads": 1}, "1 threads on 2 cores, where vLLM has 2"),
-        ({**ABOUT, "cores": 1}, "2 threads on 1 cores, where vLLM has 2"),
+        ({**ABOUT, "threads": 1}, "1 threads on 2 cores, not 2 as vLLM"),
+        ({**ABOUT, "cores": 1}, "2 threads on 1 cores, not 2 as vLLM"),
     ],
 )
 def test_an_unfair_start_is_refused(

@@ -23,7 +23,7 @@ def answering(token_ids: list[list[int]], seconds: float = 2.0, passes: int = 3)
 
 
 def peer(name: str, dense: str, **options: Any) -> Peer:
-    options.setdefault("ask", answering([[7] * 4, [8] * 4]))
+    options = {"ask": answering([[7] * 4, [8] * 4]), "run": LayersRun(), **options}
     return Peer(name=name, framework="any", layers=30, dense=dense, **options)
 
 
@@ -91,17 +91,31 @@ def test_a_wrong_answer_gives_no_figure() -> None:
         run(compared, lenient=Lenient(wrong=["other"]))
 
 
-def test_only_buddy_is_excused_from_the_check_of_tokens() -> None:
-    """Fails if a peer without layers to be checked by is timed though its distributions were not compared either."""
+def test_what_nothing_was_compared_with_gives_no_figure() -> None:
+    """Fails if a peer is timed that has neither layers to be judged by nor distributions to compare."""
     lenient = Lenient()
     routed = SimpleNamespace(name="buddy", budget=0.5)
-    compared = [peer("stock", "stock"), peer("buddy", "stock", layers_run=None, variant=routed)]
+    compared = [peer("stock", "stock"), peer("buddy", "stock", run=None, variant=routed)]
     rounds, _ = run(compared, lenient=lenient)
     assert lenient.seen == ["stock"]
     assert rounds.values("tokens_per_s", "buddy").tolist() == [3.0, 3.0]
-    unchecked, _ = run([peer("stock", "stock"), peer("loop", "stock", layers_run=None)])
+    unchecked, _ = run([peer("stock", "stock"), peer("loop", "stock", run=None)])
     with pytest.raises(Refused, match="was not checked"):
         unchecked.values("tokens_per_s", "loop")
+
+
+def test_fewer_layers_are_judged_in_float32() -> None:
+    """Fails if a pruned loop is refused for bf16's rounding, or not judged at all."""
+    cut = LayersRun(frozenset({3}))
+    judged: list[tuple[list[list[int]], float]] = []
+    greedy = SimpleNamespace(check=lambda name, prompts, tokens, run, gap: judged.append((tokens, gap)))
+    exact = answering([[9] * peers.FLOAT32_TOKENS] * 2)
+    compared = [peer("pruned", "pruned", run=cut, ask_float32=exact), peer("dense", "dense", ask_float32=exact)]
+    rounds = Rounds(1)
+    peers.check(SimpleNamespace(check=lambda *_: None), greedy, compared, PROMPTS, 4, rounds)
+    in_float32 = ([[9] * peers.FLOAT32_TOKENS] * 2, peers.FLOAT32_GAP)
+    assert judged == [in_float32, ([[7] * 4, [8] * 4], peers.BFLOAT16_GAP), in_float32]
+    assert rounds._checked == {"pruned", "dense"}
 
 
 @pytest.mark.parametrize("token_ids", [[[7] * 4, [8] * 3], [[7] * 4], [[7] * 5, [8] * 5]])
@@ -130,9 +144,9 @@ def test_every_round_begins_with_another_peer() -> None:
 def test_lossless_is_what_runs_all_layers() -> None:
     """Fails if skipped layers pass for the whole model's output."""
     assert peer("stock", "stock").lossless
-    assert not peer("pruned", "stock", layers_run=LayersRun(frozenset({3}))).lossless
-    assert peer("buddy", "stock", layers_run=None, variant=SimpleNamespace(budget=1.0)).lossless
-    assert not peer("buddy", "stock", layers_run=None, variant=SimpleNamespace(budget=0.5)).lossless
+    assert not peer("pruned", "stock", run=LayersRun(frozenset({3}))).lossless
+    assert peer("buddy", "stock", run=None, variant=SimpleNamespace(budget=1.0)).lossless
+    assert not peer("buddy", "stock", run=None, variant=SimpleNamespace(budget=0.5)).lossless
 
 
 def test_an_engine_is_timed_from_the_step_that_brought_all_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +188,7 @@ def test_loops_are_asked_for_both_depths() -> None:
         "economize skipdecode 22": 22, "economize skipdecode 15": 15,
     }  # fmt: skip
     assert [name for name, p in found.items() if p.drafts] == ["economize lookup", "economize layer_skip"]
-    assert found["economize skipdecode 15"].layers_run == LayersRun(frozenset(range(15)), in_prompt=False)
+    assert found["economize skipdecode 15"].run == LayersRun(frozenset(range(15)), in_prompt=False)
     assert found["transformers generate"].dense == "transformers generate"
     assert {p.dense for p in found.values() if p.framework == "economize"} == {"economize dense"}
 

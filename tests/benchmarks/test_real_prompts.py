@@ -31,15 +31,16 @@ def test_there_are_enough_passages_for_a_batch() -> None:
 def test_prompts_of_a_batch_differ_and_can_be_drawn_again() -> None:
     """Fails if requests share a prompt, or a round cannot be repeated."""
     texts = passages()
-    first = draw_prompts(Letters(), "explain", texts, np.random.default_rng(3), LARGEST_BATCH)
-    again = draw_prompts(Letters(), "explain", texts, np.random.default_rng(3), LARGEST_BATCH)
+    first = draw_prompts(Letters(), "proofread", texts, np.random.default_rng(3), LARGEST_BATCH)
+    again = draw_prompts(Letters(), "proofread", texts, np.random.default_rng(3), LARGEST_BATCH)
     assert first == again
     assert len({tuple(prompt) for prompt in first}) == LARGEST_BATCH
 
 
-def test_each_task_asks_about_the_passage() -> None:
-    """Fails if the text is not in the prompt, so that there is nothing to copy."""
+def test_only_one_task_brings_the_text_to_copy() -> None:
+    """Fails if there is nothing to copy where copying is the task, or much where it is not."""
     texts = passages()[:1]
-    for task in TASKS:
-        prompt = draw_prompts(Letters(), task, texts, np.random.default_rng(0), 1)[0]
-        assert texts[0] in "".join(map(chr, prompt))
+    prompts = {task: draw_prompts(Letters(), task, texts, np.random.default_rng(0), 1)[0] for task in TASKS}
+    assert texts[0] in "".join(map(chr, prompts["proofread"]))
+    assert len(prompts["story"]) < len(prompts["proofread"]) / 2
+    assert texts[0][:20] in "".join(map(chr, prompts["story"]))
