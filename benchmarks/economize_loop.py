@@ -198,7 +198,7 @@ def _attach(model: Any, *configs: Any, cycle_length: int = 1, calibration: torch
 def _economize_loop(model: Any, skipped: Sequence[int] = (), in_prompt: bool = True) -> Loop:
     import economize
 
-    class Selector(economize.GreedySelector):  # type: ignore[misc]
+    class Selector(economize.GreedySelector):
         def __init__(self, first: FirstTokens) -> None:
             self._first = first
 

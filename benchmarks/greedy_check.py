@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rounds import Refused
 
-# Nats behind the likeliest token. Seen with SmolLM2-135M: in float32 0.0 for all loops, in bf16 0.2 for the whole model.
+# Nats behind the likeliest token. With SmolLM2-135M: in float32 0.0 for all loops, in bf16 0.2 for the whole model.
 # Half the layers without repair are so unsure that rounding decided by up to 6; these are judged in float32 only.
 # Answers of the whole model, judged by one without its layer 20: 1.9 to 6.5 at worst, 10% of the tokens beyond 0.5.
 FLOAT32_GAP = 0.001

@@ -63,9 +63,10 @@ def draw(panels: dict[str, list[Point]], batch: int, out: FilePath) -> None:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
         raise Refused("a plot needs matplotlib; pip install 'vllm-buddy[plot]'") from None
-    canvas = Canvas(figsize=(10, 6.4), layout="constrained")
-    grid = canvas.add_gridspec(2, 2, height_ratios=[5, 1])
     looks = _looks(point for found in panels.values() for point in found)
+    legend_inches = 0.19 * (2 + max(_legend_rows(looks, family) for family in _FAMILIES))
+    canvas = Canvas(figsize=(10, 5.4 + legend_inches), layout="constrained")
+    grid = canvas.add_gridspec(2, 2, height_ratios=[5.4, legend_inches])
     for column, (metric, found) in enumerate(panels.items()):
         axis = canvas.add_subplot(grid[0, column])
         _draw_panel(axis, found, looks, lower_is_better=metric == PERPLEXITY)
@@ -170,6 +171,15 @@ def _errorbar(axis: Any, found: Sequence[Point], look: dict[str, Any]) -> None:
     axis.plot(middle, quality, **look)
 
 
+def _legend_rows(looks: dict[tuple[str, str], dict[str, Any]], family: str) -> int:
+    num_policies = sum(own == family for own, _ in looks)
+    return -(-num_policies // _legend_columns(num_policies))
+
+
+def _legend_columns(num_labels: int) -> int:
+    return 2 if num_labels > 4 else 1
+
+
 def _draw_legend(below: Any, panel: Any, looks: dict[tuple[str, str], dict[str, Any]]) -> None:
     """A block for each family, from left to right; handles are those of `panel`."""
     from matplotlib.legend import Legend
@@ -180,7 +190,7 @@ def _draw_legend(below: Any, panel: Any, looks: dict[tuple[str, str], dict[str, 
         policies = [policy for own, policy in looks if own == family]
         if policies:
             blocks.append((title, policies))
-    columns = [2 if len(labels) > 4 else 1 for _, labels in blocks]
+    columns = [_legend_columns(len(labels)) for _, labels in blocks]
     # In characters; a handle takes about nine.
     widths = [max(2 + len(title), n * (8 + max(map(len, labels)))) for n, (title, labels) in zip(columns, blocks)]
     for index, (title, labels) in enumerate(blocks):

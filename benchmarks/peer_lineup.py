@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import engines
 from economize_process import LoopProcess
@@ -142,7 +143,7 @@ def _ask_engine(variant: Variant) -> Ask:
 
 def _ask_loop(process: LoopProcess, loop: str, layers: int, dtype: str) -> Ask:
     def ask(prompts: Sequence[list[int]], tokens: int) -> Answer:
-        what = {"loop": loop, "layers": layers, "dtype": dtype}
-        return Answer(**process.ask("generate", **what, prompts=list(prompts), tokens=tokens))
+        asked: dict[str, Any] = {"layers": layers, "dtype": dtype, "prompts": list(prompts), "tokens": tokens}
+        return Answer(**process.ask("generate", loop=loop, **asked))
 
     return ask

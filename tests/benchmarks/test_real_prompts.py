@@ -18,7 +18,7 @@ def test_passages_are_prose() -> None:
     """Fails if tables, code or headings get in, of which no continuation means anything."""
     for text in passages():
         assert len(text.split()) in PASSAGE_WORDS
-        assert not text.startswith(("#", "|", "-", "    "))
+        assert not text.startswith(("#", "|", "- ", "    "))
         assert not {"|", "`", "\n", "](", "<!--"} & {text[i : i + n] for i in range(len(text)) for n in (1, 2, 4)}
 
 
