@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from results import Row, by_key, load_rows, percent, rounds_note, spread, table, where
+from results import Row, by_key, load_rows, number, percent, rounds_note, spread, table, where
 
 
 def decode_summary() -> str:
@@ -104,8 +104,12 @@ def mixed_table() -> str:
 
 
 def serving_summary() -> str:
-    """Load up to saturation: throughput over stock and what a user waits."""
+    """Throughput over stock and what a user waits, at the highest rate, with all at once, and with a shared prefix."""
+    rows = load_rows("cpu_serving.jsonl")
+    highest = max(row["rate"] for row in rows if row["rate"] != "inf" and row["workload"] == "unique")
+    shown = [row for row in rows if row["workload"] != "unique" or row["rate"] in (highest, "inf")]
     return _serving(
+        shown,
         {
             "output_tokens_per_s": "tokens/s",
             "ratio_to_stock": "over stock",
@@ -115,13 +119,14 @@ def serving_summary() -> str:
             "p99_itl_ms": "ITL p99",
             "goodput_per_s": "goodput/s",
         },
-        lambda row: "" if row is None else f"{row['p50']:,.2f}" if row["p50"] < 100 else f"{row['p50']:,.0f}",
+        lambda row: "" if row is None else number(row["p50"]),
     )
 
 
 def serving_table() -> str:
     """All figures of the serving benchmark with their spread."""
     return _serving(
+        load_rows("cpu_serving.jsonl"),
         {
             "output_tokens_per_s": "tokens/s",
             "ratio_to_stock": "over stock",
@@ -151,8 +156,7 @@ def memory_table() -> str:
 _RATIOS = ("ratio_to_stock", "ratio_to_pruned")
 
 
-def _serving(columns: dict[str, str], shown: Callable[[Row | None], str]) -> str:
-    rows = load_rows("cpu_serving.jsonl")
+def _serving(rows: Sequence[Row], columns: dict[str, str], shown: Callable[[Row | None], str]) -> str:
     found = by_key(rows, "metric", "workload", "rate", "variant")
     lines = [
         [workload, str(rate), variant, *(shown(found.get((metric, workload, rate, variant))) for metric in columns)]
