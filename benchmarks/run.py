@@ -44,7 +44,7 @@ def commands(full: bool, out: FilePath) -> dict[str, list[str]]:
     def to(name: str) -> list[str]:
         return ["--out", str(out / f"{device()}_{name}.jsonl")]
 
-    serving_load = [] if full else ["--rounds", "2", "--rates", "4", "inf", "--prefix-rates", "--seconds", "5"]
+    serving_load = [] if full else ["--rounds", "2", "--rates", "inf", "--prefix-rates", "--burst", "32"]
     return {
         "in process": ["in_process.py", str(out), *([] if full else ["--short"])],
         "serving": ["serving.py", *serving_load, *to("serving")],

@@ -15,7 +15,7 @@ def peers_summary() -> str:
         lines.append([*what, *(f"{row['p50']:.2f}" for row in own)])
     heads = ["", "framework", "layers", "lossless", *(f"{task}, batch {batch}" for task, batch in settings)]
     note = (
-        "`python benchmarks/peers.py`: decode tokens/s over stock vLLM on the same prompts, greedy; "
+        "`python benchmarks/peers.py`: decode tokens/s over stock vLLM on the same prompts, greedy. "
         f"{rounds_note(rows)} The spread, and what each can and cannot do, is in "
         "[docs/benchmarks.md](docs/benchmarks.md#peers)."
     )

@@ -31,8 +31,8 @@ def where(row: Row) -> str:
 
 
 def rounds_note(rows: Sequence[Row]) -> str:
-    """What the figures of a file are medians of, and where they were taken."""
-    return f"medians of {rows[0]['n']} rounds with 20th to 80th percentile, {where(rows[0])}."
+    """What the figures of a file are medians of, and where they were taken: a sentence."""
+    return f"Medians of {rows[0]['n']} rounds with 20th to 80th percentile, {where(rows[0])}."
 
 
 def number(value: float) -> str:

@@ -67,7 +67,7 @@ def prefill_table() -> str:
     return "\n".join(
         [
             f"`python benchmarks/prefill.py`: time to first token of one request, over that of stock vLLM and of the "
-            f"pruned checkpoint (below 1 is sooner); {rounds_note(rows)}",
+            f"pruned checkpoint (below 1 is sooner). {rounds_note(rows)}",
             "",
             *table(["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines),
         ]
@@ -96,7 +96,7 @@ def mixed_table() -> str:
     return "\n".join(
         [
             f"`python benchmarks/mixed.py`: {rows[0]['batch']} requests in one batch, a third each at 1.0, 0.75 and "
-            f"0.5; {rounds_note(rows)}",
+            f"0.5. {rounds_note(rows)}",
             "",
             *table(["decode", "median (p20 to p80)"], lines),
         ]
@@ -164,7 +164,7 @@ def _serving(rows: Sequence[Row], columns: dict[str, str], shown: Callable[[Row 
         for variant in _variants([row for row in rows if (row["workload"], row["rate"]) == (workload, rate)])
     ]
     note = (
-        f"`python benchmarks/serving.py`: `vllm bench serve` against servers on one machine, {rounds_note(rows)} "
+        f"`python benchmarks/serving.py`: `vllm bench serve` against servers on one machine. {rounds_note(rows)} "
         f"Latencies in ms, goodput in requests/s within `{rows[0]['objective']}` (ms). Rate: requests/s, `inf`: all at "
         "once."
     )

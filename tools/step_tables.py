@@ -42,7 +42,7 @@ def union_table() -> str:
             ]
         )
     heads = ["paths", "bypass", "layers", "distinct", "union", "tokens/s", "over one path", "over a path of the union"]
-    return "\n".join([f"Batch {rows[0]['batch']}; {rounds_note(rows)}", "", *table(heads, lines)])
+    return "\n".join([f"Batch {rows[0]['batch']}. {rounds_note(rows)}", "", *table(heads, lines)])
 
 
 def _p50(row: dict[str, float]) -> str:
