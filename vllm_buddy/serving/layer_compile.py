@@ -49,7 +49,7 @@ def norm_function(norm: nn.Module, vllm_config: VllmConfig) -> NormFn:
     norm: a vLLM RMSNorm. Uncompiled it is half a dozen small operations of torch.
     """
     if not _compiles(vllm_config):
-        return norm
+        return norm.forward  # not the module: the model that keeps it would take it for one of its own
     compiled = _compile(norm.forward, _states(vllm_config, _most_tokens(vllm_config)), vllm_config)
     return DirectCall.of(partial(compiled, norm), partial(_states, vllm_config))
 
