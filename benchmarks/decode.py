@@ -23,8 +23,8 @@ import engines
 import numpy as np
 from engines import DecodeRun, Variant
 from lineup import Lineup, add_lineup_options, in_turn, open_lineup
-from result_rows import RESULTS_DIR, device, environment, print_rows, write_rows
-from rounds import Rounds
+from result_rows import RESULTS_DIR, device, environment, report
+from rounds import Rounds, add_rounds_option, at_least, positive_int
 
 from vllm_buddy.method import PathSchedule
 
@@ -34,18 +34,16 @@ PROMPT_TOKENS = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=33, help="decoded tokens per run; each gives one step")
+    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8, 32])
+    add_rounds_option(parser, 6)
+    parser.add_argument("--tokens", type=at_least(2), default=33, help="decoded tokens per run; each gives one step")
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_decode.jsonl")
     add_lineup_options(parser)
     args = parser.parse_args()
     env = environment()
     with open_lineup(args) as lineup:
         rows = measure(lineup, args.batch, args.rounds, args.tokens)
-    write_rows(args.out, rows, env)
-    print_rows(rows)
-    print(f"written to {args.out}")
+    report(args.out, rows, env)
 
 
 def measure(lineup: Lineup, batches: Sequence[int], num_rounds: int, tokens: int) -> list[dict[str, Any]]:

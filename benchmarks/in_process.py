@@ -18,19 +18,21 @@ import prefill
 import profile_step
 import union
 from lineup import add_lineup_options, open_lineup
-from result_rows import device, environment, print_rows, write_rows
+from result_rows import device, environment, report
+from rounds import add_rounds_option
 
 BUDGET = 0.5  # of the parts of a step and of the union effect
+ROUNDS, SHORT_ROUNDS = 6, 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=FilePath, help="folder of the results files")
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--rounds", type=int, help="default: 6, or 3 if short")
+    add_rounds_option(parser, ROUNDS, SHORT_ROUNDS)
     add_lineup_options(parser)
     args = parser.parse_args()
-    short, rounds = args.short, args.rounds or (3 if args.short else 6)
+    short, rounds = args.short, args.rounds or (SHORT_ROUNDS if args.short else ROUNDS)
     tokens = 17 if short else 33
     env = environment()
     with open_lineup(args) as lineup:
@@ -38,22 +40,17 @@ def main() -> None:
             "decode": lambda: decode.measure(lineup, [8] if short else [1, 8, 32], rounds, tokens),
             "prefill": lambda: prefill.measure(lineup, [1500] if short else [256, 1500], rounds),
             "mixed": lambda: mixed.measure(lineup, 8, rounds, tokens),
-            "profile": lambda: [
-                row
-                for batch in ([8] if short else [1, 8, 32])
-                for row in profile_step.measure_split(lineup, batch, BUDGET, [1, 4, 8, 32], rounds, tokens)
-            ],
+            "profile": lambda: profile_step.measure(
+                lineup, [8] if short else [1, 8, 32], BUDGET, [1, 4, 8, 32], rounds, tokens
+            ),
             "union": lambda: union.measure(
                 lineup, 32, BUDGET, [8, 32] if short else [2, 4, 8, 16, 32], rounds, tokens, profile_step.PROMPT_TOKENS
             ),
         }
         for name, measure in jobs.items():
             started = time.monotonic()
-            rows = measure()
-            out = args.out / f"{device()}_{name}.jsonl"
-            write_rows(out, rows, env)
-            print_rows(rows)
-            print(f"{name}: {time.monotonic() - started:.0f} s, written to {out}", flush=True)
+            report(args.out / f"{device()}_{name}.jsonl", measure(), env)
+            print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

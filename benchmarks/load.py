@@ -1,5 +1,6 @@
 """Load on a server, sent and timed by `vllm bench serve`."""
 
+import argparse
 import asyncio
 import contextlib
 import io
@@ -50,6 +51,19 @@ class Load:
     def row(self) -> dict[str, Any]:
         rate = "inf" if self.rate == float("inf") else self.rate
         return {"workload": self.workload.name, "rate": rate, "requests": self.num_requests}
+
+
+def positive_number(text: str) -> float:
+    """An option's type: above 0, and finite."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
+
+
+def arrival_rate(text: str) -> float:
+    """An option's type: requests/s, or `inf` for all at once."""
+    return float(text) if text == "inf" else positive_number(text)
 
 
 def class_latencies(result: dict[str, Any], requests: range) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from result_rows import RESULTS_DIR, device, environment, write_rows
+from rounds import add_rounds_option
 
 from vllm_buddy.embedded_model import fetch
 
@@ -22,7 +23,7 @@ PROMPTS = [list(range(100 + i, 400 + i)) for i in range(8)]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    add_rounds_option(parser, 2)
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_memory.jsonl")
     parser.add_argument("--child", choices=["stock", "buddy"], help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)

@@ -25,8 +25,8 @@ import engines
 import numpy as np
 from engines import Variant
 from lineup import Lineup, add_lineup_options, in_turn, open_lineup
-from result_rows import RESULTS_DIR, device, environment, print_rows, write_rows
-from rounds import Rounds
+from result_rows import RESULTS_DIR, device, environment, report
+from rounds import Rounds, add_rounds_option, at_least, positive_int
 
 BUDGETS = (1.0, 0.75, 0.5)
 PROMPT_TOKENS = 64
@@ -35,18 +35,16 @@ MIXED = "mixed"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=8, help="requests at each budget")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=33, help="decoded tokens per run; each gives one step")
+    parser.add_argument("--each", type=positive_int, default=8, help="requests at each budget")
+    add_rounds_option(parser, 6)
+    parser.add_argument("--tokens", type=at_least(2), default=33, help="decoded tokens per run; each gives one step")
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_mixed.jsonl")
     add_lineup_options(parser)
     args = parser.parse_args()
     env = environment()
     with open_lineup(args) as lineup:
         rows = measure(lineup, args.each, args.rounds, args.tokens)
-    write_rows(args.out, rows, env)
-    print_rows(rows)
-    print(f"written to {args.out}")
+    report(args.out, rows, env)
 
 
 def measure(lineup: Lineup, each: int, num_rounds: int, tokens: int) -> list[dict[str, Any]]:

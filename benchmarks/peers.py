@@ -35,21 +35,22 @@ from greedy_check import BFLOAT16_GAP, FLOAT32_GAP, GreedyCheck, LayersRun, num_
 from lineup import Lineup, add_lineup_options, in_turn, open_lineup
 from peer_lineup import Answer, Ask, Peer, loop_peers, vllm_peers
 from real_prompts import TASKS, draw_prompts, passages
-from result_rows import RESULTS_DIR, device, environment, percentiles, print_rows, write_rows
-from rounds import Refused, Rounds
+from result_rows import RESULTS_DIR, device, environment, percentiles, report
+from rounds import Refused, Rounds, add_rounds_option, at_least, positive_int
 
 from vllm_buddy.embedded_model import fetch
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 2, 64
 FLOAT32_TOKENS = 24
+ROUNDS, SHORT_ROUNDS = 4, 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="batch 8, 2 rounds, 33 tokens")
-    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 8")
-    parser.add_argument("--rounds", type=int, help="default: 6")
-    parser.add_argument("--tokens", type=int, help="of an answer; default: 64")
+    parser.add_argument("--short", action="store_true", help="batch 8, fewer rounds, 33 tokens")
+    parser.add_argument("--batch", type=positive_int, nargs="+", help="default: 1 8")
+    add_rounds_option(parser, ROUNDS, SHORT_ROUNDS)
+    parser.add_argument("--tokens", type=at_least(2), help="of an answer; default: 64")
     parser.add_argument("--economize", type=FilePath, help="folder it is installed in; default: pip gets it")
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_peers.jsonl")
     add_lineup_options(parser)
@@ -58,7 +59,7 @@ def main() -> None:
         raise Refused("economize's process runs on the CPU, with which vLLM on another device is not compared")
     env = environment()
     batches = args.batch or ([8] if args.short else [1, 8])
-    num_rounds = args.rounds or (2 if args.short else 6)
+    num_rounds = args.rounds or (SHORT_ROUNDS if args.short else ROUNDS)
     tokens = args.tokens or (33 if args.short else 64)
     args.model = args.model or fetch(report=print)
     with tempfile.TemporaryDirectory(prefix="vllm_buddy-peers-") as folder:
@@ -70,9 +71,7 @@ def main() -> None:
                 tokenizer = load_tokenizer(lineup.model)
                 loops = loop_peers(process, lineup.num_layers, calibration_rows(tokenizer))
                 rows = measure(lineup, [*vllm_peers(lineup), *loops], tokenizer, batches, num_rounds, tokens)
-    write_rows(args.out, [*rows, *peer_capabilities.rows()], env)
-    print_rows(rows)
-    print(f"written to {args.out}")
+    report(args.out, [*rows, *peer_capabilities.rows()], env)
 
 
 def load_tokenizer(model: FilePath) -> Any:

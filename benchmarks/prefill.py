@@ -15,27 +15,25 @@ import engines
 import numpy as np
 from decode import peer_of
 from lineup import Lineup, add_lineup_options, in_turn, open_lineup
-from result_rows import RESULTS_DIR, device, environment, print_rows, write_rows
-from rounds import Rounds
+from reference_check import NUM_CHECKED
+from result_rows import RESULTS_DIR, device, environment, report
+from rounds import Rounds, add_rounds_option, positive_int
 
 BUDGETS = (0.75, 0.5)
 CHECKED_TOKENS = 64
-NUM_CHECKED = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[256, 1500])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--prompt-tokens", type=positive_int, nargs="+", default=[256, 1500])
+    add_rounds_option(parser, 6)
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_prefill.jsonl")
     add_lineup_options(parser)
     args = parser.parse_args()
     env = environment()
     with open_lineup(args) as lineup:
         rows = measure(lineup, args.prompt_tokens, args.rounds)
-    write_rows(args.out, rows, env)
-    print_rows(rows)
-    print(f"written to {args.out}")
+    report(args.out, rows, env)
 
 
 def measure(lineup: Lineup, lengths: Sequence[int], num_rounds: int) -> list[dict[str, Any]]:

@@ -27,8 +27,8 @@ import union
 from engines import Variant
 from given_paths import GivenPaths, draw_paths, draw_prompts, on_paths, union_of
 from lineup import Lineup, add_lineup_options, in_turn, open_lineup
-from result_rows import RESULTS_DIR, device, environment, print_rows, write_rows
-from rounds import Rounds
+from result_rows import RESULTS_DIR, device, environment, report
+from rounds import Rounds, add_rounds_option, at_least, positive_int
 from step_parts import PARTS, instrumented
 from union_plot import plot_union
 
@@ -41,12 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["split", "union"], help="default: both")
     parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="of the split")
-    parser.add_argument("--paths", type=int, nargs="+", default=[1, 4, 8, 32], help="distinct paths, of the split")
-    parser.add_argument("--union-batch", type=int, default=32)
-    parser.add_argument("--union-paths", type=int, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=34, help="decoded tokens per run; each gives one step")
+    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8, 32], help="of the split")
+    parser.add_argument(
+        "--paths", type=positive_int, nargs="+", default=[1, 4, 8, 32], help="distinct paths, of the split"
+    )
+    parser.add_argument("--union-batch", type=positive_int, default=32)
+    parser.add_argument("--union-paths", type=positive_int, nargs="+", default=[2, 4, 8, 16, 32])
+    add_rounds_option(parser, 6)
+    parser.add_argument("--tokens", type=at_least(3), default=34, help="decoded tokens per run; each gives one step")
     parser.add_argument("--seed", type=int, default=0, help="of the random paths")
     parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_profile.jsonl", help="of the split")
     parser.add_argument("--union-out", type=FilePath, default=RESULTS_DIR / f"{device()}_union.jsonl")
@@ -56,18 +58,28 @@ def main() -> None:
     env = environment()
     with open_lineup(args) as lineup:
         if args.only != "union":
-            rows = []
-            for batch in args.batch:
-                rows += measure_split(lineup, batch, args.budget, args.paths, args.rounds, args.tokens, args.seed)
-            write_rows(args.out, rows, env)
-            print_split(rows)
+            rows = measure(lineup, args.batch, args.budget, args.paths, args.rounds, args.tokens, args.seed)
+            report(args.out, rows, env, print_split)
         if args.only != "split":
             load = (args.rounds, args.tokens, PROMPT_TOKENS)
             rows = union.measure(lineup, args.union_batch, args.budget, args.union_paths, *load, args.seed)
-            write_rows(args.union_out, rows, env)
-            print_rows(rows)
+            report(args.union_out, rows, env)
             if args.plot is not None:
                 plot_union(rows, args.plot)
+
+
+def measure(
+    lineup: Lineup,
+    batches: Sequence[int],
+    budget: float,
+    path_counts: Sequence[int],
+    num_rounds: int,
+    tokens: int,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """The split at all batch sizes; one row per figure. seed: of the random paths."""
+    asked = (budget, path_counts, num_rounds, tokens, seed)
+    return [row for batch in batches for row in measure_split(lineup, batch, *asked)]
 
 
 def split_variants(lineup: Lineup, batch: int, budget: float, path_counts: Sequence[int], seed: int) -> list[Variant]:
@@ -89,7 +101,7 @@ def measure_split(
     path_counts: Sequence[int],
     num_rounds: int,
     tokens: int,
-    seed: int = 0,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """Check all variants of one batch size, take their steps apart; one row per figure."""
     rng = np.random.default_rng(batch)

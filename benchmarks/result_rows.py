@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path as FilePath
 from typing import Any
@@ -37,6 +37,18 @@ def environment(on: str | None = None) -> dict[str, Any]:
     }
 
 
+def report(
+    path: FilePath,
+    rows: Sequence[dict[str, Any]],
+    env: dict[str, Any],
+    show: Callable[[Sequence[dict[str, Any]]], None] | None = None,
+) -> None:
+    """Write the results file, print the figures and where they are. show: prints them; None is `print_rows`."""
+    write_rows(path, rows, env)
+    (show or print_rows)(rows)
+    print(f"written to {path}", flush=True)
+
+
 def write_rows(path: FilePath, rows: Sequence[dict[str, Any]], env: dict[str, Any]) -> None:
     """Replace the file by these rows. env: `environment`, asked for before the measurement began."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,9 +56,9 @@ def write_rows(path: FilePath, rows: Sequence[dict[str, Any]], env: dict[str, An
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """A line per figure: what it is of, p50, p20 to p80."""
+    """A line per figure: what it is of, p50, p20 to p80. Rows that are no figures are left out."""
     figures = {"metric", "p20", "p50", "p80", "n", "artifact", "recipe", "bypass_rank"}
-    for row in rows:
+    for row in (row for row in rows if "p50" in row):
         about = "  ".join(str(value) for key, value in row.items() if key not in figures and value is not None)
         print(f"{about:44} {row['metric']:22} {row['p50']:10.3f}  [{row['p20']:.3f}, {row['p80']:.3f}]")
 

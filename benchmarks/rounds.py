@@ -1,7 +1,8 @@
 """What several variants took, round by round, and which of it may be shown."""
 
+import argparse
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,29 @@ from result_rows import percentiles
 
 class Refused(SystemExit):
     """Ends a benchmark with the reason why its figures must not be printed."""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An option's type: a whole number that is not below `least`; what is refused is refused before anything starts."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is too few; at least {least} is needed")
+        return number
+
+    return whole_number
+
+
+positive_int = at_least(1)
+
+
+def add_rounds_option(parser: argparse.ArgumentParser, default: int, short: int | None = None) -> None:
+    """--rounds. short: the default of a benchmark with a short form, whose --rounds is then None unless given."""
+    if short is None:
+        parser.add_argument("--rounds", type=positive_int, default=default, help=f"default: {default}")
+    else:
+        parser.add_argument("--rounds", type=positive_int, help=f"default: {default}, or {short} if short")
 
 
 class Rounds:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from vllm_buddy.cli.server_process import HOST, ServerProcess
 from vllm_buddy.errors import ServerError
 
 SERVED_NAME = "model"  # of every model on every server
+DTYPE = "bfloat16"  # of all servers, whatever a checkpoint is stored in: what the reference rounds its weights to
 START_TIMEOUT_S = 600.0
 _TIMEOUT_S = 120.0
+_RESET_TIMEOUT_S = 5.0  # the requests before have been answered, but the server may still be letting go of their blocks
+_RESET_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,19 @@ class Server:
             raise Refused(f"server '{self.name}': {error}; nothing is said about it") from None
 
     def reset_prefix_cache(self) -> None:
-        """Forget all prompts, so that a run finds only its own."""
-        self._post("/reset_prefix_cache", None)
+        """Forget all prompts, so that a run finds only its own.
+
+        Raises:
+            Refused: the server goes on saying that it could not, as it does while a request holds blocks.
+        """
+        end = time.monotonic() + _RESET_TIMEOUT_S
+        while not json.loads(self._post("/reset_prefix_cache", None))["success"]:
+            if time.monotonic() > end:
+                raise Refused(
+                    f"server '{self.name}' has not emptied its prefix cache in {_RESET_TIMEOUT_S:g} s, as if requests "
+                    "were still running; a run would find the prompts of another"
+                )
+            time.sleep(_RESET_POLL_S)
 
     def second_token_logprobs(self, asked: Sequence[tuple[Routing, list[int]]]) -> list[dict[int, float]]:
         """The likeliest tokens, and their logprobs, of the first decode step after each prompt.
@@ -94,6 +109,6 @@ def start_server(name: str, model_dir: FilePath, log: FilePath, options: Sequenc
     """A server process, to be entered as a context, with settings that are the same for everything compared."""
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # see engines.py
-    shared = ["--served-model-name", SERVED_NAME, "--max-model-len", "2048", "--max-num-seqs", "64"]
+    shared = ["--served-model-name", SERVED_NAME, "--dtype", DTYPE, "--max-model-len", "2048", "--max-num-seqs", "64"]
     shared += ["--kv-cache-memory-bytes", str(1 << 30), "--disable-uvicorn-access-log"]
     return ServerProcess([str(model_dir), *shared, *options], log / f"{name}.log", START_TIMEOUT_S)

@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from load import LATENCIES, WORKLOADS, Load, bench_serve, class_latencies
+from load import LATENCIES, WORKLOADS, Load, arrival_rate, bench_serve, class_latencies, positive_number
 from reference_check import Reference, Routing
-from result_rows import RESULTS_DIR, device, environment, print_rows, write_rows
-from rounds import Refused, Rounds
-from servers import SERVED_NAME, Server, start_server
+from result_rows import RESULTS_DIR, device, environment, report
+from rounds import Refused, Rounds, add_rounds_option, positive_int
+from servers import DTYPE, SERVED_NAME, Server, start_server
 
 from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
 from vllm_buddy.baselines import save_pruned_checkpoint
@@ -67,20 +67,20 @@ def main() -> None:
     args = parser.parse_args()
     env = environment()
     rows = measure(args.model or fetch(report=print), args.artifact, args)
-    write_rows(args.out, rows, env)
-    print_rows(rows)
-    print(f"written to {args.out}")
+    report(args.out, rows, env)
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """--rates, --prefix-rates, --rounds, --seconds, --burst, --goodput."""
-    parser.add_argument("--rounds", type=int, default=3)
+    add_rounds_option(parser, 3)
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[2, 4, 6, float("inf")], help="requests/s; inf: at once"
+        "--rates", type=arrival_rate, nargs="+", default=[2, 4, 6, float("inf")], help="requests/s; inf: at once"
     )
-    parser.add_argument("--prefix-rates", type=float, nargs="*", default=[4], help="the same with a shared prefix")
-    parser.add_argument("--seconds", type=float, default=6, help="of arrivals in a run")
-    parser.add_argument("--burst", type=int, default=48, help="requests of a run at rate inf")
+    parser.add_argument(
+        "--prefix-rates", type=arrival_rate, nargs="*", default=[4], help="the same with a shared prefix"
+    )
+    parser.add_argument("--seconds", type=positive_number, default=6, help="of arrivals in a run")
+    parser.add_argument("--burst", type=positive_int, default=48, help="requests of a run at rate inf")
     parser.add_argument("--goodput", default=GOODPUT, help=f"the objective, in ms; default: {GOODPUT!r}")
 
 
@@ -148,7 +148,7 @@ def check(variants: Sequence[Served], model: FilePath, artifact: Artifact) -> li
     Raises:
         Refused: one of them computes something else.
     """
-    reference = Reference(model, artifact, torch.bfloat16)
+    reference = Reference(model, artifact, getattr(torch, DTYPE))
     rng = np.random.default_rng(0)
     vocab_size = artifact.config.base_model.vocab_size
     for served in variants:

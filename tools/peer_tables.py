@@ -1,6 +1,6 @@
 """The tables of README.md and docs/benchmarks.md that say what else there is, from the results files."""
 
-from results import by_key, load_rows, rounds_note, spread, table
+from results import by_key, load_rows, rounds_note, section, spread, table
 
 
 def peers_summary() -> str:
@@ -19,7 +19,7 @@ def peers_summary() -> str:
         f"{rounds_note(rows)} The spread, and what each can and cannot do, is in "
         "[docs/benchmarks.md](docs/benchmarks.md#peers)."
     )
-    return "\n".join([note, "", *table(heads, lines)])
+    return section(note, heads, lines)
 
 
 def peers_table() -> str:
@@ -33,7 +33,7 @@ def peers_table() -> str:
             cells = [spread(found.get((metric, variant, task, batch))) for metric in metrics]
             lines.append([task, str(batch), variant, *cells])
     heads = ["task", "batch", "", "tokens/s", "over stock vLLM", "over its own plain loop", "accepted a step"]
-    return "\n".join([rounds_note(rows), "", *table([*heads, "tokens as in the plain loop"], lines)])
+    return section(rounds_note(rows), [*heads, "tokens as in the plain loop"], lines)
 
 
 def capabilities_table() -> str:

@@ -15,6 +15,11 @@ def recipes_table() -> str:
     return _quality(load_rows("quality_recipes.json"))
 
 
+def static_table() -> str:
+    """Static layer sets without any repair."""
+    return _quality(load_rows("quality_static.json"))
+
+
 def _quality(rows: list[Row]) -> str:
     """A line per policy and depth: perplexity over dense, accuracy, and what is kept of dense's margin over chance."""
     found = by_key(rows, "policy", "layers", "metric")

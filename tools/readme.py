@@ -68,6 +68,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "memory": speed_tables.memory_table,
     "quality": quality_tables.quality_table,
     "recipes": quality_tables.recipes_table,
+    "static": quality_tables.static_table,
 }
 PAGES = {
     ROOT / "README.md": ["settings", "decode", "prefill", "mixed", "serving", "peers", "memory", "quality", "recipes"],
@@ -78,6 +79,7 @@ PAGES = {
         "union",
         "peers in full",
         "capabilities",
+        "static",
     ],
     CARD: ["quality"],
 }

@@ -54,5 +54,10 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return [_line(heads), _line(["---"] * len(heads)), *map(_line, lines)]
 
 
+def section(note: str, heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A sentence, and the table it is about."""
+    return "\n".join([note, "", *table(heads, lines)])
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"

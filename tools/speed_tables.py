@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from results import Row, by_key, load_rows, number, percent, rounds_note, spread, table, where
+from results import Row, by_key, load_rows, number, percent, rounds_note, section, spread, table, where
 
 
 def decode_summary() -> str:
@@ -19,15 +19,12 @@ def decode_summary() -> str:
         cells = [_p50(found.get((metric, variant, batch))) for metric in _RATIOS for batch in batches]
         lines.append([variant, str(layers), *cells])
     heads = [f"over {peer}, {batch}" for peer in ("stock", "pruned") for batch in batches]
-    return "\n".join(
-        [
-            f"`python benchmarks/decode.py`: tokens/s of decode steps over stock vLLM and over the pruned checkpoint, "
-            f"at batch {', '.join(map(str, batches))}; medians of {rows[0]['n']} rounds, {where(rows[0])}. "
-            "[docs/benchmarks.md](docs/benchmarks.md#decode) has the spread.",
-            "",
-            *table(["variant", "layers", *heads], lines),
-        ]
+    note = (
+        f"`python benchmarks/decode.py`: tokens/s of decode steps over stock vLLM and over the pruned checkpoint, at "
+        f"batch {', '.join(map(str, batches))}; medians of {rows[0]['n']} rounds, {where(rows[0])}. "
+        "[docs/benchmarks.md](docs/benchmarks.md#decode) has the spread."
     )
+    return section(note, ["variant", "layers", *heads], lines)
 
 
 def decode_table() -> str:
@@ -41,13 +38,8 @@ def decode_table() -> str:
             cells = [spread(found.get((metric, variant, batch))) for metric in ("ms_per_step", *_RATIOS)]
             routing = spread(found.get(("routing_share", variant, batch)), percent)
             lines.append([str(batch), variant, str(layers), *cells, routing])
-    return "\n".join(
-        [
-            rounds_note(rows),
-            "",
-            *table(["batch", "variant", "layers", "ms per step", "over stock", "over pruned", "routing"], lines),
-        ]
-    )
+    heads = ["batch", "variant", "layers", "ms per step", "over stock", "over pruned", "routing"]
+    return section(rounds_note(rows), heads, lines)
 
 
 def prefill_table() -> str:
@@ -64,14 +56,11 @@ def prefill_table() -> str:
         for length in sorted({row["prompt_tokens"] for row in rows})
         for variant in _variants(rows)
     ]
-    return "\n".join(
-        [
-            f"`python benchmarks/prefill.py`: time to first token of one request, over that of stock vLLM and of the "
-            f"pruned checkpoint (below 1 is sooner). {rounds_note(rows)}",
-            "",
-            *table(["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines),
-        ]
+    note = (
+        f"`python benchmarks/prefill.py`: time to first token of one request, over that of stock vLLM and of the "
+        f"pruned checkpoint (below 1 is sooner). {rounds_note(rows)}"
     )
+    return section(note, ["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines)
 
 
 def mixed_table() -> str:
@@ -93,14 +82,11 @@ def mixed_table() -> str:
             budget = variant.removeprefix("mixed: ")
             text = f"budget {budget}: step of the first token; steps from token to token"
             lines.append([text, f"{first['p50']:.0f}; {row['p50']:.2f} ({row['p20']:.2f} to {row['p80']:.2f})"])
-    return "\n".join(
-        [
-            f"`python benchmarks/mixed.py`: {rows[0]['batch']} requests in one batch, a third each at 1.0, 0.75 and "
-            f"0.5. {rounds_note(rows)}",
-            "",
-            *table(["decode", "median (p20 to p80)"], lines),
-        ]
+    note = (
+        f"`python benchmarks/mixed.py`: {rows[0]['batch']} requests in one batch, a third each at 1.0, 0.75 and 0.5. "
+        f"{rounds_note(rows)}"
     )
+    return section(note, ["decode", "median (p20 to p80)"], lines)
 
 
 def serving_summary() -> str:
@@ -168,7 +154,7 @@ def _serving(rows: Sequence[Row], columns: dict[str, str], shown: Callable[[Row 
         f"Latencies in ms, goodput in requests/s within `{rows[0]['objective']}` (ms). Rate: requests/s, `inf`: all at "
         "once."
     )
-    return "\n".join([note, "", *table(["prompts", "rate", "variant", *columns.values()], lines)])
+    return section(note, ["prompts", "rate", "variant", *columns.values()], lines)
 
 
 def _variants(rows: Sequence[dict[str, Any]]) -> list[str]:

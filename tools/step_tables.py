@@ -1,6 +1,6 @@
 """The tables of docs/benchmarks.md that say where a step's time goes, from the results files."""
 
-from results import by_key, load_rows, percent, rounds_note, spread, table
+from results import by_key, load_rows, percent, rounds_note, section, spread, table
 
 
 def profile_table() -> str:
@@ -42,7 +42,7 @@ def union_table() -> str:
             ]
         )
     heads = ["paths", "bypass", "layers", "distinct", "union", "tokens/s", "over one path", "over a path of the union"]
-    return "\n".join([f"Batch {rows[0]['batch']}. {rounds_note(rows)}", "", *table(heads, lines)])
+    return section(f"Batch {rows[0]['batch']}. {rounds_note(rows)}", heads, lines)
 
 
 def _p50(row: dict[str, float]) -> str:

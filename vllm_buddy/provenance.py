@@ -59,6 +59,11 @@ def card_title(name: str, base_model_id: str) -> list[str]:
     ]
 
 
+def card_origin(command: str, recorded: str = "every setting and version") -> list[str]:
+    """The last lines of a model card: the command that made what lies there. recorded: what RUN_FILE has."""
+    return ["## How it was made", "", f"    {command}", "", f"`{RUN_FILE}` has {recorded}."]
+
+
 def to_yaml(record: dict[str, Any], indent: str = "") -> str:
     """Nested dictionaries as YAML. Each value is written as JSON, which YAML contains."""
     text = ""

@@ -30,7 +30,7 @@ def test_compiled_layers_give_the_reference_tokens(compiled: Engine, policy: str
 
 
 def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Engine) -> None:
-    """Fails if the bypasses run uncompiled or through torch's wrappers, or a layer gets another one's bypass."""
+    """Fails if the bypasses run uncompiled, unpacked or through torch's wrappers, or a layer gets another one's."""
     from vllm_buddy.serving.direct_call import DirectCall
     from vllm_buddy.serving.layer_compile import bypass_functions
 
@@ -39,8 +39,20 @@ def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Eng
     hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
     for layer in range(1, NUM_LAYERS - 1):
         assert isinstance(functions[layer].step, DirectCall)
+        assert functions[layer].down.owner is not None and functions[layer].up.owner is not None
         added, state = functions[layer](torch.arange(5), hidden, residual)
         torch.testing.assert_close(added + state, bypass.apply(layer, hidden + residual), atol=ATOL, rtol=0)
+
+
+def test_the_last_norm_is_called_directly(compiled: Engine) -> None:
+    """Fails if the last norm runs as half a dozen operations of torch, or through its wrappers, at every step."""
+    from vllm_buddy.serving.direct_call import DirectCall
+
+    backbone = compiled.runner.model.model
+    assert isinstance(backbone._last_norm, DirectCall)
+    hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
+    expected, _ = backbone.norm.forward_native(hidden.clone(), residual.clone())
+    torch.testing.assert_close(backbone._last_norm(hidden, residual)[0], expected, atol=ATOL, rtol=0)
 
 
 def test_paths_and_batch_sizes_compile_nothing_new(compiled: Engine) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm_buddy.baselines.pruning import CHECKPOINT_DIR, PrunedModel
 from vllm_buddy.baselines.settings import PruneSettings
-from vllm_buddy.provenance import RUN_FILE, card_title, run_header, to_yaml
+from vllm_buddy.provenance import card_origin, card_title, run_header, to_yaml
 
 
 def model_card(pruned: PrunedModel, settings: PruneSettings) -> str:
@@ -34,11 +34,7 @@ def model_card(pruned: PrunedModel, settings: PruneSettings) -> str:
         "",
         f"    {' '.join(map(str, pruned.layers))}",
         "",
-        "## How it was made",
-        "",
-        f"    {settings.command()}",
-        "",
-        f"`{RUN_FILE}` has every setting and version.",
+        *card_origin(settings.command()),
     ]
     return "\n".join(lines) + "\n"
 

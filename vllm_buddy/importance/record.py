@@ -7,7 +7,7 @@ from vllm_buddy.importance.base import INDICATORS
 from vllm_buddy.importance.build import PriorResult
 from vllm_buddy.importance.settings import PriorSettings
 from vllm_buddy.method import depth_for_budget
-from vllm_buddy.provenance import RUN_FILE, card_title, run_header, to_yaml
+from vllm_buddy.provenance import card_origin, card_title, run_header, to_yaml
 
 
 def model_card(result: PriorResult, settings: PriorSettings) -> str:
@@ -33,11 +33,7 @@ def model_card(result: PriorResult, settings: PriorSettings) -> str:
         f"    {' '.join(map(str, order))}",
         "",
         *_perplexity_section(result, settings),
-        "## How it was made",
-        "",
-        f"    {settings.command()}",
-        "",
-        f"`{RUN_FILE}` has every setting and version.",
+        *card_origin(settings.command()),
     ]
     return "\n".join(lines) + "\n"
 

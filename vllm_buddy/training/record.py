@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
-from vllm_buddy.provenance import CARD_FILE, RUN_FILE, card_title, run_header, to_yaml
+from vllm_buddy.provenance import CARD_FILE, RUN_FILE, card_origin, card_title, run_header, to_yaml
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
 from vllm_buddy.training.loop import LOG_FILE, Run
 from vllm_buddy.training.settings import TrainSettings
@@ -70,10 +70,6 @@ def model_card(artifact: Artifact, settings: TrainSettings, command: str) -> str
         "",
         "`vllm-buddy eval --artifact DIR --text FILE --piqa FILE` measures what that is worth.",
         "",
-        "## How it was made",
-        "",
-        f"    {command}",
-        "",
-        f"`{RUN_FILE}` has every setting, the hashes of the data, and versions; `{CURVES_FILE}` shows the loss.",
+        *card_origin(command, f"every setting, the hashes of the data, and versions; `{CURVES_FILE}` shows the loss"),
     ]
     return "\n".join(lines) + "\n"

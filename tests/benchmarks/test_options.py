@@ -1,0 +1,63 @@
+"""Options that no measurement can be made with are refused before an engine starts."""
+
+import argparse
+import importlib
+
+import pytest
+from rounds import at_least, positive_int
+
+pytest.importorskip("vllm")
+from load import arrival_rate, positive_number
+
+ROUNDS = ("decode", "prefill", "mixed", "profile_step", "serving", "peers", "memory", "in_process")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "option", "value"),
+    [
+        *((name, "--rounds", "0") for name in ROUNDS),
+        *((name, "--batch", "0") for name in ("decode", "profile_step", "peers")),
+        *((name, "--tokens", "1") for name in ("decode", "mixed", "profile_step", "peers")),
+        ("profile_step", "--tokens", "2"),
+        ("profile_step", "--paths", "0"),
+        ("profile_step", "--union-batch", "0"),
+        ("profile_step", "--union-paths", "-1"),
+        ("prefill", "--prompt-tokens", "0"),
+        ("mixed", "--each", "0"),
+        ("serving", "--rates", "0"),
+        ("serving", "--prefix-rates", "-2"),
+        ("serving", "--seconds", "0"),
+        ("serving", "--burst", "0"),
+    ],
+)
+def test_it_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], benchmark: str, option: str, value: str
+) -> None:
+    """Fails if an empty median, or a division by zero, ends a benchmark after minutes."""
+    module = importlib.import_module(benchmark)
+
+    def start() -> None:
+        raise AssertionError("the measurement begins")
+
+    monkeypatch.setattr(module, "environment", start)
+    out = ["out"] if benchmark == "in_process" else []
+    monkeypatch.setattr("sys.argv", [f"{benchmark}.py", *out, option, value])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_numbers_that_can_be_measured_with_pass() -> None:
+    """Fails if the least allowed number, or all requests at once, is refused."""
+    assert positive_int("1") == 1
+    assert at_least(3)("3") == 3
+    assert arrival_rate("0.5") == positive_number("0.5") == 0.5
+    assert arrival_rate("inf") == float("inf")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "many"])
+def test_no_time_is_refused(text: str) -> None:
+    """Fails if a run could take no time, or all of it."""
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        positive_number(text)
