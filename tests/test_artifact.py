@@ -11,17 +11,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.method.random_router import NUM_LAYERS, VOCAB_SIZE, random_decision
-from vllm_buddy.artifact import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    WEIGHTS_FILE,
-    Artifact,
-    BuddyConfig,
-    LoraConfig,
-    PriorConfig,
-    load_artifact,
-    shipped_artifacts,
-)
+from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE, Artifact, load_artifact, shipped_artifacts
+from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, LoraConfig, PriorConfig
 from vllm_buddy.errors import ArtifactError
 from vllm_buddy.fingerprint import BaseModelIdentity
 from vllm_buddy.method import DecisionModule, FoldedDecision, path_of
@@ -259,7 +250,7 @@ def test_config_that_is_not_a_json_object(folder: FilePath, text: str) -> None:
 def test_newer_format(folder: FilePath) -> None:
     """Failure: an artifact of a later vllm_buddy is read as if its fields still meant the same."""
     _edit_config(folder, format_version=FORMAT_VERSION + 1, something_new=[1, 2])
-    with pytest.raises(ArtifactError, match=r"has format version 3, this vllm_buddy reads up to 2; update vllm_buddy"):
+    with pytest.raises(ArtifactError, match=r"has format version 4, this vllm_buddy reads up to 3; update vllm_buddy"):
         load_artifact(folder)
 
 
@@ -295,7 +286,7 @@ def test_wrong_shapes(folder: FilePath, name: str, array: np.ndarray | None) -> 
 def test_widths_that_disagree(folder: FilePath) -> None:
     """Failure: two tables of different width pass the shape check one by one and fail at the first request."""
     _edit_tensors(folder, decision__table_newest=np.zeros((VOCAB_SIZE, 5), np.float32))
-    with pytest.raises(ArtifactError, match=r"disagree on its width: \[5, 6\]"):
+    with pytest.raises(ArtifactError, match=r"disagree on their width: \[5, 6\]"):
         load_artifact(folder)
 
 
@@ -309,7 +300,7 @@ def test_widths_that_disagree(folder: FilePath) -> None:
         ("lora__model.layers.0.mlp.down_proj__a", np.zeros((3, 8), np.float16), r"\(3, 8\), expected \(2, None\)"),
         ("lora__model.layers.0.mlp.down_proj__b", None, r"shape None, expected \(None, 2\)"),
         ("lora__something__c", np.zeros(1, np.float16), "says nothing of tensor 'lora.something.c'"),
-        ("decision__table_context_scale", np.ones(5, np.float32), r"disagree on its width: \[5, 6\]"),
+        ("decision__table_context_scale", np.ones(5, np.float32), r"disagree on their width: \[5, 6\]"),
         ("decision__table_context_scale", None, r"shape None, expected \(None,\)"),
     ],
 )
@@ -328,7 +319,7 @@ def test_weights_that_the_configuration_does_not_mention(tmp_path: FilePath) -> 
     plain = _artifact()
     with pytest.raises(ArtifactError, match="says nothing of tensor 'bypass.down'"):
         dataclasses.replace(plain, bypass=_bypass()).save(tmp_path)
-    with pytest.raises(ArtifactError, match="bypass_eps and lora.alpha of the configuration are .*1e-05, None.*0.1"):
+    with pytest.raises(ArtifactError, match="lora.alpha and predictor.depths of the configuration are .*1e-05, .*0.1"):
         dataclasses.replace(_artifact(bypass=_bypass()), bypass=dataclasses.replace(_bypass(), eps=0.1)).save(tmp_path)
     with pytest.raises(ArtifactError, match="'bypass.down' holds values that are not finite"):
         too_large = dataclasses.replace(_bypass(), down=1e6 * _bypass().down)

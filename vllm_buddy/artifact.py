@@ -1,7 +1,7 @@
 """The artifact on disk: what training makes and serving loads.
 
-A Hugging Face folder: `buddy_config.json` (this schema), `model.safetensors` (prior, folded Decision Module, bypass or
-LoRA), `README.md` (model card) and `run.yaml` (how it was made).
+A Hugging Face folder: `buddy_config.json` (see artifact_config), `model.safetensors` (prior, folded Decision Module,
+bypass or LoRA, folded Budget Predictor), `README.md` (model card) and `run.yaml` (how it was made).
 
 | tensor | shape and type |
 |---|---|
@@ -9,6 +9,7 @@ LoRA), `README.md` (model card) and `run.yaml` (how it was made).
 | `decision.table_context`, `decision.table_newest` | [vocab_size, r], int8 |
 | `decision.table_context_scale`, `decision.table_newest_scale` | [r], float32, by which the columns are multiplied |
 | `decision.b1`, `decision.w2`, `decision.b2` | [r], [num_middle, r], [num_middle], float32 |
+| `predictor.*` | as `decision.*`, with as many outputs as the predictor's grid has steps |
 | `bypass.down`, `bypass.up` | [num_middle, rank, hidden_size], [num_middle, hidden_size, rank], int8 |
 | `bypass.down_scale`, `bypass.up_scale` | [num_middle * rank], [num_middle * hidden_size], float32, of the rows |
 | `lora.NAME.a`, `lora.NAME.b` | [rank, in], [out, rank], float16; NAME as in Hugging Face, without `.weight` |
@@ -21,80 +22,35 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig
 from vllm_buddy.errors import ArtifactError
 from vllm_buddy.fingerprint import BaseModelIdentity
-from vllm_buddy.method import FoldedDecision, PathSchedule, Router, path_of
+from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, Router, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import byte_grid
 from vllm_buddy.method.lora import LoraDeltas
-from vllm_buddy.method.router import OMEGA
 
-FORMAT_VERSION = 2
 CONFIG_FILE = "buddy_config.json"
 WEIGHTS_FILE = "model.safetensors"
 SHIPPED_DIR = FilePath(__file__).parent / "artifacts"
 
 RepairKind = Literal["none", "bypass", "lora"]
 
+_DECISION, _PREDICTOR = "decision", "predictor"
 _TABLES = ("table_context", "table_newest")
 _BYPASS_TENSORS = ("down", "up")
 _DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
-
-
-class PriorConfig(BaseModel):
-    """Where the static layer importance comes from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    indicator: str = Field(description="an indicator of `vllm-buddy prior`, a static method, or searched")
-    calibration: str = Field(description="name of the calibration text")
-    num_tokens: int = Field(description="calibration tokens measured")
-
-
-class LoraConfig(BaseModel):
-    """How the change of the base weights is scaled: by alpha / rank."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rank: int = Field(ge=1)
-    alpha: float = Field(allow_inf_nan=False)
-
-
-class BuddyConfig(BaseModel):
-    """`buddy_config.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int = Field(description="this schema's version")
-    name: str = Field(description="name of the artifact")
-    base_model: BaseModelIdentity = Field(description="the model it was made for")
-    prior: PriorConfig
-    omega: float = Field(default=OMEGA, description="weight of the standardised prior beside the trained scores")
-    has_decision_module: bool = Field(description="false: the path follows the prior alone")
-    library: dict[int, list[list[int]]] | None = Field(
-        default=None, description="for each depth, the layer sets that `paths: library` lets the router pick from"
-    )
-    route_every: int | None = Field(
-        default=None, ge=0, description="tokens between two decisions that suit this router; absent: the usual number"
-    )
-    recipe: Literal["bypass", "paper", "distill"] | None = Field(
-        default=None, description="what was trained beside the routing, and how; absent: nothing was"
-    )
-    budgets: tuple[float, float] | None = Field(default=None, description="smallest and largest budget trained for")
-    bypass_rank: int = Field(default=0, ge=0, description="rank of the bypasses of skipped layers; 0: there are none")
-    bypass_eps: float = Field(default=0.0, ge=0, description="epsilon of the bypasses' RMSNorm, the base model's")
-    lora: LoraConfig | None = Field(default=None, description="the artifact changes base weights, at every budget")
 
 
 @dataclass(frozen=True)
@@ -109,6 +65,7 @@ class Artifact:
     decision: FoldedDecision | None = None
     bypass: Bypass | None = None
     lora: LoraDeltas | None = None
+    predictor: FoldedPredictor | None = None
 
     @property
     def repair(self) -> RepairKind:
@@ -124,6 +81,10 @@ class Artifact:
         for _, array in sorted(self._tensors().items()):
             h.update(np.ascontiguousarray(array).tobytes())
         return h.hexdigest()[:16]
+
+    def without_predictor(self) -> "Artifact":
+        """The same routing and repair, with no budget `auto`."""
+        return replace(self, config=self.config.model_copy(update={"predictor": None}), predictor=None)
 
     def router(self, *, library: bool | None = None) -> Router:
         """The router of this artifact.
@@ -162,8 +123,8 @@ class Artifact:
         stored = _parse(config, tensors, f"artifact '{config.name}'")
         if _constants(stored) != _constants(self):
             raise ArtifactError(
-                f"artifact '{config.name}': bypass_eps and lora.alpha of the configuration are {_constants(stored)}, "
-                f"those of the weights are {_constants(self)}"
+                f"artifact '{config.name}': bypass_eps, lora.alpha and predictor.depths of the configuration are "
+                f"{_constants(stored)}, those of the weights are {_constants(self)}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         # Not safetensors' own save_file: it makes a file that only its owner can read.
@@ -172,12 +133,11 @@ class Artifact:
 
     def _tensors(self) -> dict[str, np.ndarray]:
         tensors = {"prior": self.prior.astype(np.float32)}
-        if self.decision is not None:
-            for name in _DECISION_TENSORS:
-                array = getattr(self.decision, name)
-                tensors |= (
-                    _in_bytes(f"decision.{name}", array, array) if name in _TABLES else {f"decision.{name}": array}
-                )
+        predictor = None if self.predictor is None else self.predictor.decision
+        for part, folded in ((_DECISION, self.decision), (_PREDICTOR, predictor)):
+            for name in () if folded is None else _DECISION_TENSORS:
+                array = getattr(folded, name)
+                tensors |= _in_bytes(f"{part}.{name}", array, array) if name in _TABLES else {f"{part}.{name}": array}
         if self.bypass is not None:
             for name in _BYPASS_TENSORS:
                 weight = getattr(self.bypass, name).detach().cpu()
@@ -212,15 +172,9 @@ def _parse(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> 
     num_middle = base.num_layers - 2
     shapes: dict[str, tuple[int | None, ...]] = {"prior": (num_middle,)}
     if config.has_decision_module:
-        shapes |= {
-            "decision.table_context": (base.vocab_size, None),
-            "decision.table_newest": (base.vocab_size, None),
-            "decision.b1": (None,),
-            "decision.w2": (num_middle, None),
-            "decision.b2": (num_middle,),
-        }
-        scales = [f"decision.{name}_scale" for name in _TABLES if tensors.get(f"decision.{name}") is not None]
-        shapes |= {name: (None,) for name in scales if tensors[name.removesuffix("_scale")].dtype == np.int8}
+        shapes |= _decision_shapes(_DECISION, base.vocab_size, num_middle, tensors)
+    if config.predictor is not None:
+        shapes |= _decision_shapes(_PREDICTOR, base.vocab_size, len(config.predictor.depths) - 1, tensors)
     if config.bypass_rank:
         shapes["bypass.down"] = (num_middle, config.bypass_rank, base.hidden_size)
         shapes["bypass.up"] = (num_middle, base.hidden_size, config.bypass_rank)
@@ -242,25 +196,36 @@ def _parse(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> 
             raise ArtifactError(f"{source}: tensor '{name}' holds values that are not finite")
     if unknown := tensors.keys() - shapes.keys():
         raise ArtifactError(f"{source}: the configuration says nothing of tensor '{min(unknown)}'")
-    decision = bypass = lora = None
+    decision = bypass = lora = predictor = None
     if config.has_decision_module:
-        decision = _decision(tensors, source)
+        decision = _decision(_DECISION, tensors, source)
+    if config.predictor is not None:
+        predictor = FoldedPredictor(_decision(_PREDICTOR, tensors, source), config.predictor.depths, base.num_layers)
     if config.bypass_rank:
         down, up = (_bypass_weight(tensors, f"bypass.{name}") for name in _BYPASS_TENSORS)
         bypass = Bypass(down, up, config.bypass_eps)
     if config.lora is not None:
         a, b = ({name: _float32(tensors[f"lora.{name}.{part}"]) for name in names} for part in ("a", "b"))
         lora = LoraDeltas(a, b, config.lora.alpha)
-    return Artifact(config, tensors["prior"].astype(np.float32), decision, bypass, lora)
+    return Artifact(config, tensors["prior"].astype(np.float32), decision, bypass, lora, predictor)
 
 
-def _decision(tensors: dict[str, np.ndarray], source: str) -> FoldedDecision:
-    parts = {name: tensors[f"decision.{name}"].astype(np.float32) for name in _DECISION_TENSORS}
+def _decision_shapes(
+    part: str, vocab_size: int, num_outputs: int, tensors: dict[str, np.ndarray]
+) -> dict[str, tuple[int | None, ...]]:
+    shapes: dict[str, tuple[int | None, ...]] = {f"{part}.{name}": (vocab_size, None) for name in _TABLES}
+    scales = [name for name in shapes if name in tensors and tensors[name].dtype == np.int8]
+    shapes |= {f"{name}_scale": (None,) for name in scales}
+    return shapes | {f"{part}.b1": (None,), f"{part}.w2": (num_outputs, None), f"{part}.b2": (num_outputs,)}
+
+
+def _decision(part: str, tensors: dict[str, np.ndarray], source: str) -> FoldedDecision:
+    parts = {name: tensors[f"{part}.{name}"].astype(np.float32) for name in _DECISION_TENSORS}
     widths = {parts[name].shape[-1] for name in (*_TABLES, "b1", "w2")}
-    scales = {name: tensors.get(f"decision.{name}_scale") for name in _TABLES}
+    scales = {name: tensors.get(f"{part}.{name}_scale") for name in _TABLES}
     widths |= {len(scale) for scale in scales.values() if scale is not None}
     if len(widths) > 1:
-        raise ArtifactError(f"{source}: the Decision Module's tensors disagree on its width: {sorted(widths)}")
+        raise ArtifactError(f"{source}: the tensors {part}.* disagree on their width: {sorted(widths)}")
     for name, scale in scales.items():
         if scale is not None:
             parts[name] *= scale
@@ -289,10 +254,11 @@ def _bypass_weight(tensors: dict[str, np.ndarray], name: str) -> torch.Tensor:
     return torch.from_numpy(weight)
 
 
-def _constants(artifact: Artifact) -> tuple[float | None, float | None]:
+def _constants(artifact: Artifact) -> tuple[float | None, float | None, tuple[int, ...] | None]:
     return (
         None if artifact.bypass is None else artifact.bypass.eps,
         None if artifact.lora is None else artifact.lora.alpha,
+        None if artifact.predictor is None else artifact.predictor.depths,
     )
 
 
@@ -307,6 +273,23 @@ def _float32(array: np.ndarray) -> torch.Tensor:
 def shipped_artifacts() -> dict[str, FilePath]:
     """Artifacts that come with the package: name -> folder."""
     return {p.name: p for p in sorted(SHIPPED_DIR.iterdir()) if (p / CONFIG_FILE).is_file()}
+
+
+def artifact_folder(name: str | None, base: BaseModelIdentity) -> FilePath:
+    """Folder of a shipped artifact's name, or `name` itself; None: of the shipped artifact for the model `base`.
+
+    Raises:
+        ArtifactError: no shipped one is for that model.
+    """
+    shipped = shipped_artifacts()
+    if name is not None:
+        return shipped.get(name, FilePath(name))
+    for folder in shipped.values():
+        if load_artifact(folder).config.base_model.same_model(base):
+            return folder
+    raise ArtifactError(
+        f"no shipped artifact fits the model {base.summary()}; shipped are {', '.join(shipped)}. Name one that does"
+    )
 
 
 def _read_config(folder: FilePath) -> BuddyConfig:

@@ -41,6 +41,10 @@ class BaselineError(BuddyError):
     """A static layer order that is unknown, belongs to another model or has not been measured."""
 
 
+class DataError(BuddyError):
+    """A file of text or of rows that cannot be read or is of another form."""
+
+
 class EvaluationError(BuddyError):
     """Data, a policy or a setting that quality cannot be measured with."""
 

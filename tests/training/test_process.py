@@ -72,4 +72,4 @@ def test_a_mistake_is_one_line_and_an_exit_code(settings: dict[str, Any], tmp_pa
     config = write_config(settings | {"data": [{"file": str(tmp_path / "none.txt")}]}, tmp_path / "run.yaml")
     _, stderr = (process := train(config)).communicate(timeout=120)
     assert process.returncode == 2
-    assert "cannot read the training data" in stderr and "Traceback" not in stderr
+    assert "cannot read the data file" in stderr and "Traceback" not in stderr

@@ -13,7 +13,7 @@ from tests.tiny_models import NUM_LAYERS, load_model
 from tests.training.conftest import run
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.cli import main
-from vllm_buddy.errors import BuddyError, TrainingError
+from vllm_buddy.errors import BuddyError, DataError, TrainingError
 from vllm_buddy.method import PathSchedule, layers_of
 from vllm_buddy.method.reference import generate, routed_logits
 from vllm_buddy.training import checkpoint
@@ -181,7 +181,7 @@ def test_data_that_cannot_be_used_is_refused(
     """The message names the file and what is allowed."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(TrainingError, match=message) as caught:
+    with pytest.raises((DataError, TrainingError), match=message) as caught:
         run(settings | {"data": [{"file": tmp_path / name}]})
     assert name in str(caught.value)
 

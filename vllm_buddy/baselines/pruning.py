@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
-from vllm_buddy.artifact import Artifact, PriorConfig
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.artifact_config import PriorConfig
 from vllm_buddy.baselines.base import MEASURED, static_path
 from vllm_buddy.baselines.orders import LayerOrder, OrderFile, Report, find_order, layer_order, measure_order
 from vllm_buddy.baselines.pruned_checkpoint import save_pruned_checkpoint

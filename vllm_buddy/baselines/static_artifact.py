@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, PriorConfig
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, PriorConfig
 from vllm_buddy.baselines.base import static_path, static_prior
 from vllm_buddy.fingerprint import BaseModelIdentity
 from vllm_buddy.method import Path, layers_of

@@ -73,7 +73,8 @@ def write_tiny_model(folder: FilePath) -> None:
     import numpy as np
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, PriorConfig
+    from vllm_buddy.artifact import Artifact
+    from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, PriorConfig
     from vllm_buddy.fingerprint import identify
 
     config = LlamaConfig(

@@ -4,15 +4,23 @@ import argparse
 import json
 import sys
 from pathlib import Path as FilePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.errors import TrainingError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 SHOWN_EVERY = 10  # steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A configuration file, and settings on top of it."""
+    add_config_arguments(parser)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, KEY=VALUE and --list."""
     parser.add_argument("config", type=FilePath, nargs="?", metavar="CONFIG", help="YAML file of settings")
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="settings on top of the file; `--list` shows all"
@@ -29,20 +37,17 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.training.settings import TrainSettings
 
     if args.list:
-        for name, field in TrainSettings.model_fields.items():
-            default = "required" if field.is_required() else json.dumps(field.default, default=str)
-            print(f"{name:22} {default:12} {field.description or ''}")
-        return 0
+        return list_settings(TrainSettings)
     if args.config is None:
         raise TrainingError("give a CONFIG, a YAML file of settings; --list shows what it may hold")
-    settings = TrainSettings.read(args.config, _overrides(args.settings))
+    settings = TrainSettings.read(args.config, overrides(args.settings))
     from vllm_buddy.embedded_model import fetch
     from vllm_buddy.provenance import source_commit
     from vllm_buddy.training.record import finish_run
     from vllm_buddy.training.stage1 import run_stage1
 
     commit = source_commit()
-    artifact, stage = run_stage1(settings, settings.model or fetch(), _progress, _note)
+    artifact, stage = run_stage1(settings, settings.model or fetch(), _progress, note)
     if stage.accelerator.is_main_process:
         command = " ".join(["vllm-buddy", "train", str(args.config), *args.settings])
         try:
@@ -55,7 +60,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _overrides(words: list[str]) -> dict[str, str]:
+def list_settings(settings: type["BaseModel"]) -> int:
+    """Print every setting with its default; returns 0."""
+    for name, field in settings.model_fields.items():
+        default = "required" if field.is_required() else json.dumps(field.default, default=str)
+        print(f"{name:22} {default:12} {field.description or ''}")
+    return 0
+
+
+def overrides(words: list[str]) -> dict[str, str]:
+    """KEY=VALUE words as a dictionary.
+
+    Raises:
+        TrainingError: a word has no "=".
+    """
     pairs = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -65,14 +83,15 @@ def _overrides(words: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _note(line: str) -> None:
+def note(line: str) -> None:
+    """A line about what is going on."""
     print(line, file=sys.stderr, flush=True)
 
 
 def _progress(row: dict[str, Any]) -> None:
     done, steps = row["step"] + 1, row["steps"]
     if done % SHOWN_EVERY == 0 or done == steps:
-        _note(
+        note(
             f"step {done}/{steps}  loss {row['loss']:.4f}  budget {row['budget']:.2f}  "
             f"{row['tokens_per_second']:.0f} tokens/s"
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from vllm_buddy.artifact import load_artifact, shipped_artifacts
+from vllm_buddy.artifact import artifact_folder, load_artifact
 from vllm_buddy.baselines import OrderFile, layer_order, measure_order, shipped_orders
 from vllm_buddy.errors import BaselineError, EvaluationError
 from vllm_buddy.evaluation.choices import ChoiceRow, read_choices
@@ -70,7 +70,7 @@ def make_plan(settings: EvalSettings, model_dir: FilePath, report: Report) -> Ev
 
 
 def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIdentity, depths: list[int]) -> Policy:
-    artifact = load_artifact(_artifact_folder(spec, settings, base))
+    artifact = load_artifact(spec.folder or artifact_folder(settings.artifact, base))
     if not artifact.config.base_model.same_model(base):
         raise EvaluationError(
             f"policy '{spec.name}': artifact '{artifact.config.name}' was made for "
@@ -86,21 +86,6 @@ def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIden
                 f"it has paths of {', '.join(map(str, allowed))} layers"
             )
     return policy
-
-
-def _artifact_folder(spec: PolicySpec, settings: EvalSettings, base: BaseModelIdentity) -> FilePath:
-    if spec.folder is not None:
-        return spec.folder
-    shipped = shipped_artifacts()
-    if settings.artifact is not None:
-        return shipped.get(settings.artifact, FilePath(settings.artifact))
-    for folder in shipped.values():
-        if load_artifact(folder).config.base_model.same_model(base):
-            return folder
-    raise EvaluationError(
-        f"no shipped artifact fits the model {base.summary()}; shipped are {', '.join(shipped)}. Name one with "
-        "--artifact, or leave out policy buddy"
-    )
 
 
 def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> list[Sample]:

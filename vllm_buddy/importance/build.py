@@ -6,7 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, PriorConfig
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, PriorConfig
 from vllm_buddy.errors import CalibrationError
 from vllm_buddy.fingerprint import identify
 from vllm_buddy.importance.base import INDICATORS, find_indicator

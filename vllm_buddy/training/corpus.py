@@ -1,7 +1,6 @@
 """Training text as sequences of token ids, in an order that depends on the seed alone."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.training.settings import DataSource
 
@@ -35,15 +35,16 @@ class Corpus:
         """Read and tokenize. used: sequences that training will take.
 
         Raises:
-            TrainingError: a file is missing, empty, binary, of another form, or too short for one sequence.
+            DataError: a file is missing, empty, binary or of another form.
+            TrainingError: a file is too short for one sequence.
         """
         parts, hashes = [], {}
         rng = np.random.default_rng(seed)
         for source in sources:
             path = source.file if folder is None else folder / source.file
-            data = _read_bytes(path)
-            hashes[source.file.name] = hashlib.sha256(data).hexdigest()
-            ids = _tokenize(path, data, tokenizer)
+            file = DataFile.read(path)
+            hashes[source.file.name] = file.sha256
+            ids = _tokenize(file, tokenizer)
             ids = ids[: int(len(ids) * source.share)]
             if len(ids) < length:
                 raise TrainingError(f"{path} gives {len(ids)} tokens, less than one sequence of {length}")
@@ -75,50 +76,11 @@ class Corpus:
         return torch.from_numpy(self.sequences[chosen].astype(np.int64))
 
 
-def _read_bytes(path: FilePath) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TrainingError(f"cannot read the training data {path}: {error.strerror or error}") from None
-    if not data.strip():
-        raise TrainingError(f"the training data {path} is empty")
-    if b"\0" in data:
-        raise TrainingError(f"{path} holds NUL bytes, so it is not text; give *.txt, *.json or *.jsonl")
-    return data
-
-
-def _tokenize(path: FilePath, data: bytes, tokenizer: Any) -> np.ndarray:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if path.suffix == ".txt":
-        return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
-    try:
-        if path.suffix == ".json":
-            rows = json.loads(text)
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            raise TrainingError(f"{path}: what is in it follows from its ending; known are .txt, .json and .jsonl")
-    except json.JSONDecodeError as error:
-        raise TrainingError(f"{path} is not JSON: {error}") from None
-    if not isinstance(rows, list) or not rows:
-        raise TrainingError(f"{path} must hold a list of rows")
-    documents = [_document(path, index, row, tokenizer) for index, row in enumerate(rows)]
+def _tokenize(file: DataFile, tokenizer: Any) -> np.ndarray:
+    if file.rows is None:
+        return np.array(tokenizer(file.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+    plain = [file.plain(index) for index in range(len(file.rows))]
+    documents = [file.exchange(i, tokenizer).whole if text is None else text for i, text in enumerate(plain)]
     encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return np.array([token for ids in encoded for token in (*ids, *end)], dtype=np.int32)
-
-
-def _document(path: FilePath, index: int, row: Any, tokenizer: Any) -> str:
-    found = row if isinstance(row, dict) else {}
-    if isinstance(found.get("text"), str):
-        return found["text"]
-    if not isinstance(found.get("instruction"), str) or not isinstance(found.get("output"), str):
-        raise TrainingError(f"{path}: row {index} has neither `text` nor `instruction` and `output`")
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input") or "") if part)
-    if not tokenizer.chat_template:
-        return f"{question}\n\n{row['output']}"
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    return tokenizer.apply_chat_template(messages, tokenize=False)

@@ -2,12 +2,14 @@
 
 import hashlib
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_buddy.errors import TrainingError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class DataSource(BaseModel):
@@ -117,26 +119,31 @@ class TrainSettings(BaseModel):
 
     @classmethod
     def read(cls, config: FilePath, overrides: dict[str, str]) -> "TrainSettings":
-        """Settings from a YAML file, then from overrides, whose values are YAML too.
+        """See `read_settings`."""
+        return read_settings(cls, config, overrides)
 
-        Raises:
-            TrainingError: the file cannot be read, a key is unknown or a value is not allowed.
-        """
-        try:
-            loaded = yaml.safe_load(config.read_text())
-            values: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
-            if not isinstance(loaded, dict):
-                raise TrainingError(f"{config} must hold `key: value` lines")
-            values |= {key: yaml.safe_load(text) for key, text in overrides.items()}
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrainingError(f"cannot read {config}: {error}") from None
-        except yaml.YAMLError as error:
-            raise TrainingError(f"{config} or an override is not YAML: {error}") from None
-        unknown = sorted(set(values) - set(cls.model_fields))
-        if unknown:
-            raise TrainingError(f"unknown settings {', '.join(unknown)}; known are {', '.join(cls.model_fields)}")
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-            raise TrainingError(f"not a valid setting: {problems}") from None
+
+def read_settings(settings: type[Settings], config: FilePath, overrides: dict[str, str]) -> Settings:
+    """Settings from a YAML file, then from overrides, whose values are YAML too.
+
+    Raises:
+        TrainingError: the file cannot be read, a key is unknown or a value is not allowed.
+    """
+    try:
+        loaded = yaml.safe_load(config.read_text())
+        values: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+        if not isinstance(loaded, dict):
+            raise TrainingError(f"{config} must hold `key: value` lines")
+        values |= {key: yaml.safe_load(text) for key, text in overrides.items()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"cannot read {config}: {error}") from None
+    except yaml.YAMLError as error:
+        raise TrainingError(f"{config} or an override is not YAML: {error}") from None
+    unknown = sorted(set(values) - set(settings.model_fields))
+    if unknown:
+        raise TrainingError(f"unknown settings {', '.join(unknown)}; known are {', '.join(settings.model_fields)}")
+    try:
+        return settings(**values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise TrainingError(f"not a valid setting: {problems}") from None

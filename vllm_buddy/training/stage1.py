@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, LoraConfig, PriorConfig
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, LoraConfig, PriorConfig
 from vllm_buddy.baselines import check_static_method, layer_order, static_path, static_prior
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.fingerprint import BaseModelIdentity, identify

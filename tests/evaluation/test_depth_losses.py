@@ -1,0 +1,94 @@
+"""Losses of every depth, and the samples that they are measured on."""
+
+import json
+from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from tests.evaluation.conftest import Tiny
+from tests.tiny_models import NUM_LAYERS
+from vllm_buddy.data_file import DataFile
+from vllm_buddy.errors import DataError, EvaluationError
+from vllm_buddy.evaluation import Sample
+from vllm_buddy.evaluation.depth_losses import measure_depth_losses
+from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
+from vllm_buddy.method.lora import LoraDeltas
+
+FP32 = 2e-4  # sums of another order, through eight layers
+DEPTHS = (3, 5, NUM_LAYERS)
+SHAPE = SampleShape(context=8, prompt=40, answer=12, shortest_answer=4)
+
+
+def _ignore(done: int, total: int) -> None:
+    pass
+
+
+def test_losses_are_those_of_the_reference(tiny: Tiny, samples: list[Sample]) -> None:
+    """A reward that is off by a token, or of another path, trains a predictor of something else."""
+    found = measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore)
+    for sample, losses in zip(samples, found.losses, strict=True):
+        for depth, loss in zip(DEPTHS, losses, strict=True):
+            log_probs = tiny.by_hand(sample, depth, 0, "masked")
+            wanted = -np.mean([float(row[t]) for row, t in zip(log_probs, sample.targets, strict=True)])
+            assert loss == pytest.approx(wanted, abs=FP32)
+
+
+def test_what_was_measured_is_not_measured_again(tiny: Tiny, samples: list[Sample], tmp_path: FilePath) -> None:
+    """An hour of measuring must survive a stop; and other depths must not find these losses."""
+    first = measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore, tmp_path)
+    (file,) = tmp_path.glob("losses-*.npy")
+    halved = np.load(file)
+    halved[0] = 7.0
+    halved[2:] = np.nan
+    np.save(file, halved)
+    resumed = measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore, tmp_path)
+    assert (resumed.losses[0] == 7.0).all()
+    np.testing.assert_array_equal(resumed.losses[1:], first.losses[1:])
+    measure_depth_losses(tiny.model, tiny.artifact, samples, (3, 4), _ignore, tmp_path)
+    assert len(list(tmp_path.glob("losses-*.npy"))) == 2
+
+
+def test_an_artifact_that_changes_weights_is_refused(tiny: Tiny, samples: list[Sample]) -> None:
+    """Its losses would be measured without the change."""
+    artifact = replace(tiny.artifact, lora=LoraDeltas({}, {}, 1.0))
+    with pytest.raises(EvaluationError, match="changes the base weights"):
+        measure_depth_losses(tiny.model, artifact, samples, DEPTHS, _ignore)
+
+
+@pytest.fixture
+def tokenizer(model_with_tokenizer: FilePath) -> Any:
+    return AutoTokenizer.from_pretrained(model_with_tokenizer)
+
+
+def test_a_row_is_a_prompt_and_its_answer(tokenizer: Any, tmp_path: FilePath) -> None:
+    """What decides must be what a server would see, and the answer alone is scored."""
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    rows = [{"instruction": "Add.", "input": "1+1", "output": "It is two, and no more."}]
+    rows.append({"instruction": "x" * 60, "output": "too long a prompt"})
+    rows.append({"instruction": "Short.", "output": "no"})
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    (sample,) = request_samples(DataFile.read(path), tokenizer, (0, 1), 1, SHAPE, 0)
+    assert tokenizer.decode(sample.token_ids[: sample.num_context]) == "<user>Add.\n\n1+1<assistant>"
+    assert tokenizer.decode(sample.targets) == "It is two, a"
+    with pytest.raises(DataError, match="2 samples were asked for, but from 0% to 100% of it there are 1"):
+        request_samples(DataFile.read(path), tokenizer, (0, 1), 2, SHAPE, 0)
+
+
+def test_parts_of_a_text_share_nothing(tokenizer: Any, tmp_path: FilePath) -> None:
+    """What is held out must not be trained on."""
+    path = tmp_path / "text.txt"
+    text = "".join(f"{number:05d} " for number in range(200))
+    path.write_text(text)
+    file = DataFile.read(path)
+    train = request_samples(file, tokenizer, (0.0, 0.8), 48, SHAPE, 0)
+    test = request_samples(file, tokenizer, (0.8, 1.0), 12, SHAPE, 0)
+    starts = [text.index(tokenizer.decode(sample.token_ids)) for sample in (*train, *test)]
+    assert len(set(starts)) == 60
+    assert max(starts[:48]) + 20 <= 0.8 * len(text) <= min(starts[48:])
+    assert {(len(s.token_ids), s.num_context) for s in (*train, *test)} == {(20, 8)}

@@ -1,0 +1,177 @@
+"""Stage 2: what the predictor learns, and from files to an artifact with one."""
+
+import json
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_models import NUM_LAYERS, random_artifact
+from vllm_buddy.artifact import load_artifact
+from vllm_buddy.cli.main import main
+from vllm_buddy.evaluation.cost_quality import choices, compare
+from vllm_buddy.training.budget_record import CURVES_FILE, LOG_FILE, with_section, without_key
+from vllm_buddy.training.budget_settings import BudgetSettings
+from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
+
+DEPTHS = (4, 6, 8)
+DATA = [{"file": "not used"}]
+
+
+def _fit(kinds: np.ndarray, losses: np.ndarray, **settings: Any) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray]:
+    """(expected excess of all samples, log, indices held out); kinds: [num_samples], what contexts tell."""
+    rng = np.random.default_rng(0)
+    means, newest = torch.from_numpy(rng.normal(size=(2, len(kinds), 6)).astype(np.float32))
+    means[:, 0] += torch.from_numpy(6.0 * kinds).float()
+    contexts, log = Contexts(means, newest), []
+    checked = BudgetSettings(out="x", data=DATA, steps=200, **settings)
+    predictor, held_out = fit_predictor(contexts, losses, DEPTHS, NUM_LAYERS, checked, log.append)
+    with torch.no_grad():
+        return predictor.excess(means, newest).numpy(), log, held_out.numpy()
+
+
+@pytest.fixture(scope="module")
+def two_kinds() -> tuple[np.ndarray, np.ndarray]:
+    """Half of the samples gain nothing from layers, the others one nat; and noise between samples of several."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(2, size=400)
+    curve = np.where(kinds[:, None], [1.0, 0.5, 0.0], 0.0)
+    return kinds, curve + rng.normal(3.0, 2.0, (400, 1)) + rng.normal(0, 0.1, (400, 3))
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_layers_go_where_they_help(two_kinds: tuple[np.ndarray, np.ndarray], group: int) -> None:
+    """The noise between samples is four times what depths differ by: without the groups' baseline it drowns them."""
+    kinds, losses = two_kinds
+    excess, log, held_out = _fit(kinds, losses, group=group, max_price=3.0)
+    chosen = choices(excess, DEPTHS, NUM_LAYERS, 1.0)[held_out]
+    assert (np.asarray(DEPTHS)[chosen][kinds[held_out] == 0] == 4).mean() > 0.9
+    assert (np.asarray(DEPTHS)[chosen][kinds[held_out] == 1] == 8).mean() > 0.9
+    found = compare(losses[held_out], DEPTHS, chosen)
+    assert found.gain > 4 * found.stderr
+    assert log[-1]["budget_stdev"] > log[0]["budget_stdev"] + 0.05
+    assert min(row["held_out"] for row in log) < log[0]["held_out"]
+
+
+def test_price_is_in_nats(two_kinds: tuple[np.ndarray, np.ndarray]) -> None:
+    """A nat for half the layers: at prices a little below 2 layers are worth it, above they are not."""
+    kinds, losses = two_kinds
+    excess, _, held_out = _fit(kinds, losses, max_price=3.0)
+    of_kind = np.flatnonzero(kinds[held_out] == 1)
+    mean = {
+        price: np.asarray(DEPTHS)[choices(excess, DEPTHS, NUM_LAYERS, price)[held_out][of_kind]].mean()
+        for price in (1.5, 2.5)
+    }
+    assert mean[1.5] > 7 > 5 > mean[2.5]
+    assert set(choices(excess, DEPTHS, NUM_LAYERS, 0.0)) == {2}
+    assert set(choices(excess, DEPTHS, NUM_LAYERS, 100.0)) == {0}
+
+
+def test_contexts_that_say_nothing_choose_nothing() -> None:
+    """A fit to noise must not do worse than the constant budget that it starts from."""
+    rng = np.random.default_rng(1)
+    losses = np.array([1.0, 0.6, 0.3]) + rng.normal(0, 1.0, (200, 1)) + rng.normal(0, 0.3, (200, 3))
+    _, log, _ = _fit(rng.integers(2, size=200), losses)
+    assert min(row["held_out"] for row in log) <= log[0]["held_out"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"depths": [6, 4]}, "must be at least two and ascend"),
+        ({"depths": [6]}, "must be at least two and ascend"),
+        ({"group": 1}, "a group of one has nothing to compare"),
+        ({"max_price": float("nan")}, "max_price"),
+        ({"examples": 8, "held_out": 0.1}, "of 8 examples is none"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
+    """Found after the losses were measured, a wrong setting costs half an hour."""
+    with pytest.raises(ValueError, match=message):
+        BudgetSettings(out="x", data=DATA, **change)
+
+
+@pytest.fixture
+def run(tmp_path: FilePath, model_with_tokenizer: FilePath) -> tuple[FilePath, list[str]]:
+    """(folder that gets the artifact, command line)."""
+    random_artifact(tmp_path / "artifact", model_with_tokenizer, bypass_rank=4)
+    (tmp_path / "text.txt").write_text(" ".join(f"{i * i % 97} and {i % 13}" for i in range(200)))
+    rows = [{"instruction": f"Say {i}.", "output": f"Here is {i}, as you asked."} for i in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = tmp_path / "budget.yaml"
+    config.write_text(
+        f"artifact: {tmp_path / 'artifact'}\nmodel: {model_with_tokenizer}\ndata_dir: {tmp_path}\n"
+        "data: [{file: text.txt, share: 0.8}, {file: rows.json, share: 0.8}]\n"
+        "examples: 12\ndepths: [4, 6, 8]\ncontext: 16\nanswer: 16\nsteps: 20\nbatch: 8\ndtype: float32\n"
+    )
+    return tmp_path / "out", ["train-budget", str(config), f"out={tmp_path / 'out'}"]
+
+
+def test_from_files_to_an_artifact_that_is_evaluated(
+    run: tuple[FilePath, list[str]], model_with_tokenizer: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of the README, on a tiny model."""
+    out, command = run
+    assert main(command) == 0
+    artifact, before = load_artifact(out), load_artifact(out.parent / "artifact")
+    assert artifact.config.predictor is not None and artifact.predictor is not None
+    assert artifact.predictor.depths == (4, 6, 8)
+    assert artifact.without_predictor().digest == before.digest != artifact.digest
+    budgets = [point.budget for point in artifact.config.predictor.prices]
+    assert budgets == sorted(budgets, reverse=True)
+    assert {LOG_FILE, CURVES_FILE, "README.md", "run.yaml"} <= {path.name for path in out.iterdir()}
+    assert "## Budget Predictor" in (out / "README.md").read_text()
+    # Once more, from its own result: what was measured is found, and the section is replaced.
+    assert main([*command, f"artifact={out}"]) == 0
+    assert (out / "README.md").read_text().count("## Budget Predictor") == 1
+    assert (out / "run.yaml").read_text().count("budget_predictor:") == 1
+    data = ",".join(str(out.parent / name) for name in ("text.txt", "rows.json"))
+    options = ["--model", str(model_with_tokenizer), "--artifact", str(out), "--examples", "3", "--context", "16"]
+    options += ["--answer", "16", "--dtype", "float32", "--json", str(out / "e.json"), "--plot", str(out / "e.png")]
+    capsys.readouterr()
+    assert main(["eval-budget", data, *options]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((out / "e.json").read_text())
+    assert found["num_samples"] == {"text.txt": 3, "rows.json": 3, "mixed": 6}
+    assert {row["layers"] for row in found["auto"] if row["price"] == 0.0} == {8.0}
+    assert all(row["oracle"] <= row["loss"] + 1e-9 for row in found["auto"])
+    assert "mixed" in printed and (out / "e.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("depths=[4, 9]", "must lie in 3 to 8"),
+        ("artifact=nowhere", "no artifact at nowhere"),
+        ("data=[{file: missing.txt}]", "cannot read the data file"),
+        ("examples=1000", "1000 samples were asked for"),
+        ("stpes=3", "unknown settings stpes"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(
+    run: tuple[FilePath, list[str]], change: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback says nothing to a user."""
+    assert main([*run[1], change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_artifact_without_a_predictor_cannot_be_evaluated(
+    run: tuple[FilePath, list[str]], model_with_tokenizer: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The way out is in the message."""
+    folder = run[0].parent
+    options = ["--model", str(model_with_tokenizer), "--artifact", str(folder / "artifact")]
+    assert main(["eval-budget", str(folder / "text.txt"), *options]) == 2
+    assert "`vllm-buddy train-budget` makes one" in capsys.readouterr().err
+
+
+def test_a_part_of_a_card_is_replaced_and_the_rest_kept() -> None:
+    """The evaluation and the origin of the repair must not get lost."""
+    card = "# a\n\ntext\n\n## Evaluation\n\nx\n\n## How it was made\n\ny\n"
+    once = with_section(card, "## New\n\nfirst\n\n")
+    assert once == "# a\n\ntext\n\n## Evaluation\n\nx\n\n## New\n\nfirst\n\n## How it was made\n\ny\n"
+    assert with_section(once, "## New\n\nsecond\n\n") == once.replace("first", "second")
+    assert without_key("a: 1\nb:\n  c: 2\nd: 3\n", "b") == "a: 1\nd: 3\n"

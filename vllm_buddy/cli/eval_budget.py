@@ -1,0 +1,75 @@
+"""`vllm-buddy eval-budget`: what budget `auto` is worth."""
+
+import argparse
+import json
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+from vllm_buddy.cli.progress import print_progress
+from vllm_buddy.cli.setting_options import add_setting_options, read_settings
+from vllm_buddy.cli.table import format_table
+from vllm_buddy.errors import EvaluationError
+from vllm_buddy.evaluation.budget_settings import BudgetEvalSettings
+
+if TYPE_CHECKING:
+    from vllm_buddy.evaluation.auto_budget import AutoEvaluation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of BudgetEvalSettings, and where the figures go."""
+    add_setting_options(parser, BudgetEvalSettings, positional=("data",))
+    parser.add_argument("--json", type=FilePath, metavar="OUT", help="file for the figures")
+    parser.add_argument("--plot", type=FilePath, metavar="OUT.png", help="picture of loss against layers")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, write what was asked for; returns 0.
+
+    Raises:
+        BuddyError: a setting, data, model or artifact cannot be used.
+    """
+    settings = read_settings(BudgetEvalSettings, args, EvaluationError)
+    from vllm_buddy.embedded_model import fetch
+    from vllm_buddy.evaluation.auto_budget import evaluate_auto
+    from vllm_buddy.evaluation.auto_plot import plot_auto
+    from vllm_buddy.evaluation.plot import check_plotting
+
+    if args.plot is not None:
+        check_plotting()
+    found = evaluate_auto(settings, settings.model or fetch(), print_progress)
+    print(gain_table(found))
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise EvaluationError(f"cannot write {args.json}: {error.strerror or error}") from None
+    if args.plot is not None:
+        plot_auto(found, args.plot)
+    for written in (args.json, args.plot):
+        if written is not None:
+            print(f"wrote {written}")
+    return 0
+
+
+def gain_table(found: "AutoEvaluation") -> str:
+    """For each data set a line at the artifact's price, and for the whole one near each constant budget."""
+    names = list(found.num_samples)
+    rows = [found.at_artifact_price(name) for name in names]
+    depths = sorted({row["layers"] for row in found.constants})[1:-1]
+    rows += [found.nearest(names[-1], depth) for depth in depths]
+    return format_table(
+        ["data", "price", "layers", "auto", "constant", "best", "saved", "share of best"],
+        [
+            [
+                row["data_set"],
+                f"{row['price']:g}",
+                f"{row['layers']:.2f}",
+                f"{row['loss']:.4f}",
+                f"{row['constant']:.4f}",
+                f"{row['oracle']:.4f}",
+                f"{row['gain']:.4f} ± {row['stderr']:.4f}",
+                f"{row['share_of_oracle']:.0%}",
+            ]
+            for row in rows
+        ],
+    )

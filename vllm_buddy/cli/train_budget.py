@@ -1,0 +1,64 @@
+"""`vllm-buddy train-budget`: stage 2, a Budget Predictor for an artifact."""
+
+import argparse
+from typing import Any
+
+from vllm_buddy.cli.train import add_config_arguments, list_settings, note, overrides
+from vllm_buddy.errors import TrainingError
+
+SHOWN_EVERY = 100  # steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A configuration file, and settings on top of it."""
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure losses, train the predictor and write the artifact; returns 0.
+
+    Raises:
+        BuddyError: a setting, the data, the artifact or the model cannot be used.
+    """
+    from vllm_buddy.training.budget_settings import BudgetSettings
+
+    if args.list:
+        return list_settings(BudgetSettings)
+    if args.config is None:
+        raise TrainingError("give a CONFIG, a YAML file of settings; --list shows what it may hold")
+    from vllm_buddy.training.settings import read_settings
+
+    settings = read_settings(BudgetSettings, args.config, overrides(args.settings))
+    from vllm_buddy.artifact import artifact_folder
+    from vllm_buddy.embedded_model import fetch
+    from vllm_buddy.fingerprint import identify
+    from vllm_buddy.provenance import source_commit
+    from vllm_buddy.training.budget_record import finish_run
+    from vllm_buddy.training.stage2 import run_stage2
+
+    commit = source_commit()
+    model_dir = settings.model or fetch()
+    folder = artifact_folder(settings.artifact, identify(model_dir))
+    log: list[dict[str, Any]] = []
+
+    def report(row: dict[str, Any]) -> None:
+        log.append(row)
+        if row["step"] % SHOWN_EVERY == 0:
+            note(
+                f"step {row['step']}/{settings.steps}  held out {row['held_out']:.4f}  entropy {row['entropy']:.3f}  "
+                f"budget {row['budget']:.3f}"
+            )
+
+    stage = run_stage2(settings, folder, model_dir, report, note)
+    command = " ".join(["vllm-buddy", "train-budget", str(args.config), *args.settings])
+    try:
+        finish_run(stage, folder, log, settings, command, commit)
+    except OSError as error:
+        raise TrainingError(f"cannot write to {settings.out}: {error}; run the same command again") from None
+    gain = stage.gain
+    print(
+        f"held out: {gain.layers:.1f} layers on average lose {gain.loss:.4f} nats per token; the best constant budget "
+        f"{gain.constant:.4f}, the best choice in hindsight {gain.oracle:.4f}"
+    )
+    print(f"wrote artifact '{stage.artifact.config.name}' to {settings.out}")
+    return 0

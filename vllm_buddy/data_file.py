@@ -1,0 +1,93 @@
+"""Files of text for training and measuring: plain text, or rows such as instruction data has."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from vllm_buddy.errors import DataError
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer. prompt: in the model's chat template, if it has one, up to where the answer starts."""
+
+    prompt: str
+    whole: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file that was read. Exactly one of text and rows is not None. sha256: of its bytes."""
+
+    path: FilePath
+    sha256: str
+    text: str | None = None
+    rows: list[Any] | None = None
+
+    @classmethod
+    def read(cls, path: FilePath) -> "DataFile":
+        """Read *.txt as text; *.json (a list) and *.jsonl as rows.
+
+        Raises:
+            DataError: missing, unreadable, empty, binary, or not what its ending says.
+        """
+        data = _read_bytes(path)
+        digest = hashlib.sha256(data).hexdigest()
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        if path.suffix == ".txt":
+            return cls(path, digest, text=text)
+        try:
+            if path.suffix == ".json":
+                rows = json.loads(text)
+            elif path.suffix == ".jsonl":
+                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            else:
+                raise DataError(f"{path}: what is in it follows from its ending; known are .txt, .json and .jsonl")
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is not JSON: {error}") from None
+        if not isinstance(rows, list) or not rows:
+            raise DataError(f"{path} must hold a list of rows")
+        return cls(path, digest, rows=rows)
+
+    def plain(self, index: int) -> str | None:
+        """The text of a row that is no exchange; None if it is one.
+
+        Raises:
+            DataError: the row is neither.
+        """
+        assert self.rows is not None
+        row = self.rows[index] if isinstance(self.rows[index], dict) else {}
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
+            raise DataError(f"{self.path}: row {index} has neither `text` nor `instruction` and `output`")
+        return None
+
+    def exchange(self, index: int, tokenizer: Any) -> Exchange:
+        """Row `index`, for which `plain` is None, as the model is to see it."""
+        assert self.rows is not None
+        row = self.rows[index]
+        question = "\n\n".join(part for part in (row["instruction"], row.get("input") or "") if part)
+        if not tokenizer.chat_template:
+            return Exchange(f"{question}\n\n", f"{question}\n\n{row['output']}", row["output"])
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        return Exchange(prompt, tokenizer.apply_chat_template(messages, tokenize=False), row["output"])
+
+
+def _read_bytes(path: FilePath) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from None
+    if not data.strip():
+        raise DataError(f"the data file {path} is empty")
+    if b"\0" in data:
+        raise DataError(f"{path} holds NUL bytes, so it is not text; give *.txt, *.json or *.jsonl")
+    return data

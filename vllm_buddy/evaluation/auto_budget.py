@@ -1,0 +1,150 @@
+"""Budget `auto` on data sets: what each price comes to, beside constant budgets and the best choice in hindsight."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_buddy.artifact import Artifact, artifact_folder, load_artifact
+from vllm_buddy.data_file import DataFile
+from vllm_buddy.errors import EvaluationError
+from vllm_buddy.evaluation.budget_settings import BudgetEvalSettings
+from vllm_buddy.evaluation.cost_quality import best_choice, choices, compare
+from vllm_buddy.evaluation.depth_losses import DepthLosses, measure_depth_losses
+from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
+from vllm_buddy.fingerprint import identify
+from vllm_buddy.model_folder import load_model, load_tokenizer
+
+MIXED = "mixed"  # all data sets as one
+PRICE_STEPS = 400
+ORACLE_POINTS = 24
+
+
+@dataclass(frozen=True)
+class AutoEvaluation:
+    """Rows of the results file; losses in nats per scored token, means over samples.
+
+    constants: of each data set and depth. oracle: of each data set, the best choice at some mean numbers of layers.
+    auto: of each data set and price; `depths` counts the samples that got each depth. artifact_price: in use where
+    neither server nor request sets one.
+    """
+
+    num_layers: int
+    artifact_price: float
+    num_samples: dict[str, int]
+    constants: list[dict[str, Any]]
+    oracle: list[dict[str, Any]]
+    auto: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def points(self, data_set: str) -> list[dict[str, Any]]:
+        """Rows of `auto` for one data set, by price."""
+        return [row for row in self.auto if row["data_set"] == data_set]
+
+    def nearest(self, data_set: str, layers: float) -> dict[str, Any]:
+        """The row of `auto` whose mean number of layers is nearest."""
+        return min(self.points(data_set), key=lambda row: abs(row["layers"] - layers))
+
+    def at_artifact_price(self, data_set: str) -> dict[str, Any]:
+        return min(self.points(data_set), key=lambda row: abs(row["price"] - self.artifact_price))
+
+
+def evaluate_auto(
+    settings: BudgetEvalSettings, model_dir: FilePath, report: Callable[[str, int, int], None]
+) -> AutoEvaluation:
+    """Measure every data set at every depth of the predictor's grid, and let the predictor choose.
+
+    report: called with (data set, samples done, samples in all).
+
+    Raises:
+        BuddyError: data, artifact or model cannot be used, or the artifact has no Budget Predictor.
+    """
+    base = identify(model_dir)
+    artifact = load_artifact(artifact_folder(settings.artifact, base))
+    if artifact.predictor is None:
+        raise EvaluationError(
+            f"artifact '{artifact.config.name}' has no Budget Predictor; `vllm-buddy train-budget` makes one"
+        )
+    if not artifact.config.base_model.same_model(base):
+        raise EvaluationError(
+            f"artifact '{artifact.config.name}' was made for {artifact.config.base_model.summary()}, but the model is "
+            f"{base.summary()}"
+        )
+    names = [path.name for path in settings.data]
+    for name in names:
+        if names.count(name) > 1:
+            raise EvaluationError(f"two data sets are called {name}")
+    tokenizer = load_tokenizer(model_dir)
+    shape = SampleShape(settings.context, settings.prompt, settings.answer)
+    samples = {
+        path.name: request_samples(
+            DataFile.read(path), tokenizer, settings.part, settings.examples, shape, settings.seed
+        )
+        for path in settings.data
+    }
+    model = load_model(model_dir, getattr(torch, settings.dtype))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    measured = {}
+    for name, part in samples.items():
+
+        def progress(done: int, total: int, name: str = name) -> None:
+            report(name, done, total)
+
+        measured[name] = measure_depth_losses(
+            model, artifact, part, artifact.predictor.depths, progress, settings.cache_dir
+        )
+    return compare_auto(artifact, measured)
+
+
+def compare_auto(artifact: Artifact, measured: Mapping[str, DepthLosses]) -> AutoEvaluation:
+    """The rows, of measured losses at the depths of the artifact's predictor."""
+    predictor, config = artifact.predictor, artifact.config.predictor
+    assert predictor is not None and config is not None
+    losses = {name: part.losses for name, part in measured.items()}
+    excess = {
+        name: np.stack([predictor.excess(s.token_ids[: s.num_context]) for s in part.samples])
+        for name, part in measured.items()
+    }
+    if len(measured) > 1:
+        losses[MIXED], excess[MIXED] = (np.concatenate(list(parts.values())) for parts in (losses, excess))
+    depths, num_layers = predictor.depths, predictor.num_layers
+    top = max([4.0, config.price, *(point.price for point in config.prices)])
+    prices = sorted({*np.linspace(0, top, PRICE_STEPS + 1).round(4).tolist(), config.price})
+    return AutoEvaluation(
+        num_layers,
+        config.price,
+        {name: len(rows) for name, rows in losses.items()},
+        [
+            {"data_set": name, "layers": depth, "loss": float(loss)}
+            for name, rows in losses.items()
+            for depth, loss in zip(depths, rows.mean(axis=0))
+        ],
+        [
+            {"data_set": name, "layers": float(layers), "loss": best_choice(rows, depths, float(layers))}
+            for name, rows in losses.items()
+            for layers in np.linspace(depths[0], depths[-1], ORACLE_POINTS)
+        ],
+        [
+            _row(name, price, rows, depths, choices(excess[name], depths, num_layers, price))
+            for name, rows in losses.items()
+            for price in prices
+        ],
+    )
+
+
+def _row(name: str, price: float, losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray) -> dict[str, Any]:
+    found = compare(losses, depths, chosen)
+    counts = np.bincount(chosen, minlength=len(depths))
+    return {
+        "data_set": name,
+        "price": price,
+        **asdict(found),
+        "gain": found.gain,
+        "share_of_oracle": found.share_of_oracle,
+        "depths": {str(depth): int(count) for depth, count in zip(depths, counts) if count},
+    }
