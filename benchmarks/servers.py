@@ -81,11 +81,17 @@ class Server:
         likeliest: Mapping[str, float] = json.loads(answer)["choices"][0]["logprobs"]["top_logprobs"][1]
         return {int(name.removeprefix("token_id:")): value for name, value in likeliest.items()}
 
+    def get(self, path: str) -> bytes:
+        """What the server answers to GET. Raises Refused if that is not status 200."""
+        return self._ask("GET", path, None)
+
     def _post(self, path: str, body: dict[str, Any] | None) -> bytes:
+        return self._ask("POST", path, None if body is None else json.dumps(body))
+
+    def _ask(self, method: str, path: str, content: str | None) -> bytes:
         connection = http.client.HTTPConnection(HOST, self.process.port, timeout=_TIMEOUT_S)
         try:
-            content = None if body is None else json.dumps(body)
-            connection.request("POST", path, content, {"Content-Type": "application/json"})
+            connection.request(method, path, content, {"Content-Type": "application/json"})
             response = connection.getresponse()
             answer = response.read()
         except OSError as error:

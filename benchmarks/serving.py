@@ -112,13 +112,7 @@ def open_servers(model: FilePath, artifact: Artifact, artifact_dir: FilePath, wo
     with ExitStack() as stack:
 
         def serve(name: str, folder: FilePath, *options: str) -> Server:
-            print(f"starting server '{name}'", flush=True)
-            process = stack.enter_context(start_server(name, folder, work, options))
-            try:
-                process.wait_until_healthy(lambda seconds, gist: None)
-            except ServerError as error:
-                raise Refused(f"server '{name}' did not start: {error}") from None
-            return Server(name, process, folder)
+            return open_server(stack, name, folder, work, *options)
 
         def stock(name: str, depth: int) -> Served:
             path = one_path.full if depth == num_layers else one_path.path(None, depth)
@@ -140,6 +134,17 @@ def open_servers(model: FilePath, artifact: Artifact, artifact_dir: FilePath, wo
         variants += [Served(f"buddy {b}", server, (b,), [one]) for b, one in zip(MIXED, routings)]
         variants.append(Served("buddy mixed", server, MIXED, routings))
         yield variants
+
+
+def open_server(stack: ExitStack, name: str, folder: FilePath, log: FilePath, *options: str) -> Server:
+    """A server that is ready, and is stopped with `stack`. Raises Refused if it does not start."""
+    print(f"starting server '{name}'", flush=True)
+    process = stack.enter_context(start_server(name, folder, log, options))
+    try:
+        process.wait_until_healthy(lambda seconds, gist: None)
+    except ServerError as error:
+        raise Refused(f"server '{name}' did not start: {error}") from None
+    return Server(name, process, folder)
 
 
 def check(variants: Sequence[Served], model: FilePath, artifact: Artifact) -> list[str]:
@@ -193,7 +198,19 @@ def names(served: Served) -> list[str]:
 
 
 def run(served: Served, load: Load, seed: int, goodput: str) -> dict[str, dict[str, float]]:
-    """One run of `vllm bench serve`: figures by name (see `names`) and metric.
+    """One run: figures by name (see `names`) and metric. Raises as `send` does."""
+    result = send(served, load, seed, "--goodput", *goodput.split())
+    figures = {metric: result[metric] for metric in LATENCIES}
+    figures |= {"output_tokens_per_s": result["output_throughput"], "goodput_per_s": result["request_goodput"]}
+    by_class = {
+        name: class_latencies(result, range(start, load.num_requests, len(served.budgets)))
+        for start, name in enumerate(names(served)[1:])
+    }
+    return {served.name: figures, **by_class}
+
+
+def send(served: Served, load: Load, seed: int, *more_options: str) -> dict[str, Any]:
+    """The result of one run of `vllm bench serve`, with what each request took.
 
     Raises:
         Refused: the server died, or a request failed or was cut short.
@@ -207,7 +224,7 @@ def run(served: Served, load: Load, seed: int, goodput: str) -> dict[str, dict[s
     options += ["--num-prompts", str(load.num_requests), "--request-rate", str(load.rate), "--seed", str(seed)]
     options += ["--temperature", "0", "--ready-check-timeout-sec", "0", "--disable-tqdm", "--save-detailed"]
     options += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"]
-    result = bench_serve([*options, "--goodput", *goodput.split()], served.budgets)
+    result = bench_serve([*options, *more_options], served.budgets)
     server.check_alive()
     expected = load.num_requests * load.workload.output
     if result["completed"] != load.num_requests or sum(result["output_lens"]) != expected:
@@ -216,13 +233,7 @@ def run(served: Served, load: Load, seed: int, goodput: str) -> dict[str, dict[s
             f"'{served.name}': {result['completed']} of {load.num_requests} requests finished, with "
             f"{sum(result['output_lens'])} of {expected} tokens; nothing is said about it. {' '.join(errors)}"
         )
-    figures = {metric: result[metric] for metric in LATENCIES}
-    figures |= {"output_tokens_per_s": result["output_throughput"], "goodput_per_s": result["request_goodput"]}
-    by_class = {
-        name: class_latencies(result, range(start, load.num_requests, len(served.budgets)))
-        for start, name in enumerate(names(served)[1:])
-    }
-    return {served.name: figures, **by_class}
+    return result
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from vllm_buddy.artifact import FORMAT_VERSION, Artifact, BuddyConfig, LoraConfig, PriorConfig, load_artifact
+from vllm_buddy.artifact import Artifact, load_artifact
+from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, LoraConfig, PredictorConfig, PriorConfig
 from vllm_buddy.fingerprint import identify
-from vllm_buddy.method import DecisionModule, FoldedDecision
+from vllm_buddy.method import BudgetPredictor, DecisionModule, FoldedDecision, FoldedPredictor
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
@@ -33,6 +34,9 @@ HIDDEN_SIZE = 128
 NUM_KV_HEADS = 2
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention accepts
 VOCAB_SIZE = 512
+
+PREDICTOR_DEPTHS = (3, 4, 6, 8)
+PREDICTOR_PRICE = 8.0  # at which random prompts take every depth of the grid
 
 _MATRIX_STD = 0.08
 _EMBEDDING_STD = 0.5
@@ -95,20 +99,24 @@ def random_artifact(
     paths_per_depth: int = 3,
     bypass_rank: int = 0,
     lora_rank: int = 0,
+    predictor_depths: Sequence[int] = (),
 ) -> Artifact:
     """Write an artifact for the model in `model_dir` and return it as loaded from `folder`.
 
     decision: with a random Decision Module, so wide that paths differ between prompts and along one decoding.
     paths_per_depth: size of the path library at every depth below full; 0 for none.
     bypass_rank, lora_rank: with random bypasses, or changes of some weights, that change every token; 0 for none.
+    predictor_depths: grid of a random Budget Predictor; empty for none.
     """
     base = identify(model_dir)
     num_middle = base.num_layers - 2
     rng = np.random.default_rng(seed)
     model = load_model(model_dir)
-    folded = _random_decision(model, num_middle, seed) if decision else None
+    values = value_table(model)
+    folded = _random_decision(values, num_middle, seed) if decision else None
     bypass = _random_bypass(model, bypass_rank, seed) if bypass_rank else None
     lora = _random_lora(model, lora_rank, seed) if lora_rank else None
+    predictor = _random_predictor(values, predictor_depths, base.num_layers, seed) if predictor_depths else None
     config = BuddyConfig(
         format_version=FORMAT_VERSION,
         name=folder.name,
@@ -119,8 +127,10 @@ def random_artifact(
         bypass_rank=bypass_rank,
         bypass_eps=0.0 if bypass is None else bypass.eps,
         lora=None if lora is None else LoraConfig(rank=lora_rank, alpha=lora.alpha),
+        predictor=None if predictor is None else PredictorConfig(depths=predictor.depths, price=PREDICTOR_PRICE),
     )
-    Artifact(config, rng.standard_normal(num_middle).astype(np.float32), folded, bypass, lora).save(folder)
+    prior = rng.standard_normal(num_middle).astype(np.float32)
+    Artifact(config, prior, folded, bypass, lora, predictor).save(folder)
     return load_artifact(folder)
 
 
@@ -141,20 +151,29 @@ def _randomise(model: nn.Module, seed: int) -> None:
                 parameter.copy_(_MATRIX_STD * noise)
 
 
-def _random_decision(model: nn.Module, num_middle: int, seed: int) -> FoldedDecision:
-    values = value_table(model)
+def _random_decision(values: torch.Tensor, num_middle: int, seed: int) -> FoldedDecision:
+    module = DecisionModule(values.shape[1], num_middle, hidden=16)
+    _randomise_decision(module, values, seed)
+    return FoldedDecision.fold(module, values)
+
+
+def _random_predictor(values: torch.Tensor, depths: Sequence[int], num_layers: int, seed: int) -> FoldedPredictor:
+    predictor = BudgetPredictor(values.shape[1], depths, num_layers)
+    _randomise_decision(predictor.module, values, seed)
+    return FoldedPredictor.fold(predictor, values, num_layers)
+
+
+def _randomise_decision(module: DecisionModule, values: torch.Tensor, seed: int) -> None:
     # A mean over n tokens varies 1/sqrt(n) as much as one token: the context half gets the larger weight.
     scale = values.std(dim=0)
     value_dim = values.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    module = DecisionModule(value_dim, num_middle, hidden=16)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         w_mean, w_newest = module.w1.weight.chunk(2, dim=1)
         w_mean.mul_(4.0 / (scale * value_dim**0.5))
         w_newest.mul_(1.0 / (scale * value_dim**0.5))
-    return FoldedDecision.fold(module, values)
 
 
 def _random_bypass(model: nn.Module, rank: int, seed: int) -> Bypass:

@@ -77,7 +77,8 @@ class Artifact:
     @cached_property
     def digest(self) -> str:
         """Sixteen hex digits that change with anything that can change a path or what a path computes."""
-        h = hashlib.sha256(self.config.model_dump_json().encode())
+        # Not with the format: an artifact that is saved again by a later version is the same.
+        h = hashlib.sha256(self.config.model_dump_json(exclude={"format_version"}).encode())
         for _, array in sorted(self._tensors().items()):
             h.update(np.ascontiguousarray(array).tobytes())
         return h.hexdigest()[:16]

@@ -1,12 +1,13 @@
 """The Budget Predictor: its dial, and its folded form."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from tests.method.conftest import Tiny
 from tests.tiny_models import NUM_LAYERS, random_prompts
-from vllm_buddy.errors import BudgetError
 from vllm_buddy.method import BudgetPredictor, FoldedPredictor
 from vllm_buddy.method.decision import value_table
 
@@ -63,24 +64,14 @@ def test_the_policy_is_most_likely_where_serving_goes(predictor: tuple[BudgetPre
             assert float(log_pi.exp().sum()) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    "smallest, largest, depths", [(0.5, 1.0, (4, 6, 8)), (0.375, 0.8, (3, 4, 6)), (0.76, 0.76, (6,)), (1, 1, (8,))]
-)
-def test_a_range_of_budgets_is_the_depths_that_they_run(
-    predictor: tuple[BudgetPredictor, torch.Tensor], smallest: float, largest: float, depths: tuple[int, ...]
-) -> None:
-    """auto_max 0.8 is six of eight layers, as the budget 0.8 is."""
-    assert FoldedPredictor.fold(*predictor, NUM_LAYERS).allowed(smallest, largest) == depths
-
-
-def test_a_range_without_a_depth_is_refused(predictor: tuple[BudgetPredictor, torch.Tensor]) -> None:
-    """The message lists what the predictor can choose."""
-    with pytest.raises(BudgetError, match=r"no budget in \[0.63, 0.7\]; it chooses among 0.4, 0.5, 0.8, 1"):
-        FoldedPredictor.fold(*predictor, NUM_LAYERS).allowed(0.63, 0.7)
-
-
 def test_of_equal_costs_the_greatest_depth_is_taken() -> None:
     """At price 0 a request whose loss does not depend on depth must get all layers, as price 0 promises."""
     folded = FoldedPredictor(None, DEPTHS, NUM_LAYERS)  # type: ignore[arg-type]
     assert folded.depth(np.zeros(4), 0.0, DEPTHS) == NUM_LAYERS
     assert folded.depth(np.array([0.5, 0.375, 0.125, 0.0]), 1.0, (4, 6)) == 6
+
+
+def test_the_largest_price_there_is_takes_the_fewest_layers() -> None:
+    """Overflow to infinity makes all depths cost the same, and the greatest is taken."""
+    folded = FoldedPredictor(None, DEPTHS, NUM_LAYERS)  # type: ignore[arg-type]
+    assert folded.depth(np.array([3.0, 2.0, 1.0, 0.0]), sys.float_info.max, DEPTHS) == 3

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.tiny_models import load_model, random_artifact, save_tiny_model
+from tests.tiny_models import PREDICTOR_DEPTHS, load_model, random_artifact, save_tiny_model
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.method import PathSchedule, depth_for_budget
 from vllm_buddy.method.reference import GeneratedSequence, generate
@@ -16,7 +16,7 @@ from vllm_buddy.method.reference import GeneratedSequence, generate
 BLOCK_SIZE = 32
 MAX_MODEL_LEN = 512
 MAX_TOKENS_PER_STEP = 8192
-BYPASS_RANK = 4
+USUAL_PARTS = {"bypass_rank": 4, "predictor_depths": PREDICTOR_DEPTHS}
 MAX_STEPS = 5000  # a request that never ends fails its test instead of hanging it
 
 # vLLM ends what all engines of a process share with the first of them, so none ends before the process does.
@@ -25,18 +25,19 @@ _STARTED: list[Any] = []
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. budget None sends none, context None is the whole prompt."""
+    """One request. budget None sends none, context None is the whole prompt. options: more that it says."""
 
     prompt: tuple[int, ...]
     budget: float | None = 1.0
     max_tokens: int = 8
     sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
     context: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def extra_args(self) -> dict[str, Any] | None:
         """What it says to the plugin."""
-        options = {"buddy_budget": self.budget, "buddy_context_tokens": self.context}
+        options = {"buddy_budget": self.budget, "buddy_context_tokens": self.context, **self.options}
         return {key: value for key, value in options.items() if value is not None} or None
 
 
@@ -76,9 +77,10 @@ class Tiny:
 
 
 def make_tiny(root: FilePath, family: str, **parts: Any) -> Tiny:
-    """Write the model and the artifact under `root`. parts: of the artifact, see random_artifact; none: a bypass."""
+    """Write the model and the artifact under `root`. parts: of the artifact, see random_artifact; none: a bypass and a
+    Budget Predictor."""
     folder = save_tiny_model(root / "model", family)
-    artifact = random_artifact(root / "artifact", folder, **(parts or {"bypass_rank": BYPASS_RANK}))
+    artifact = random_artifact(root / "artifact", folder, **(parts or USUAL_PARTS))
     model = load_model(folder)
     if artifact.lora is not None:
         artifact.lora.merge_into(model)

@@ -8,7 +8,7 @@ not offer on CPU.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,17 @@ def _sample(history: int) -> int:
 class PretendEngine:
     """Scheduler, bookkeeping worker, and the queue of steps in flight between them."""
 
-    def __init__(self, tiny: Tiny, schedule: PathSchedule, *, asynchronous: bool, num_blocks: int, chunk: int) -> None:
+    def __init__(
+        self,
+        tiny: Tiny,
+        schedule: PathSchedule,
+        *,
+        asynchronous: bool,
+        num_blocks: int,
+        chunk: int,
+        buddy: Mapping[str, Any] | None = None,
+    ) -> None:
+        """buddy: more server settings."""
         from vllm import EngineArgs
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -66,6 +76,7 @@ class PretendEngine:
                     "paths": "library",
                     "route_every": schedule.interval,
                     "decision_lag": schedule.lag,
+                    **(buddy or {}),
                 }
             },
         ).create_engine_config()
@@ -98,17 +109,22 @@ class PretendEngine:
 
     # --- requests ----------------------------------------------------------------------------------------------
 
-    def add(self, ask: Ask) -> str:
+    def add(self, ask: Ask, runs_as: Ask | None = None) -> str:
+        """Send a request; returns its id. runs_as: the one with a number for a budget that it must equal."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
         request_id = f"r{len(self.asks)}"
-        self.asks[request_id] = ask
         params = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True, extra_args=ask.extra_args)
         self.scheduler.add_request(Request(request_id, list(ask.prompt), params, None, block_hasher=self._hasher))
-        self._routes[request_id] = self._route(ask)
+        self.expect(request_id, runs_as or ask)
         self.generated[request_id] = []
         return request_id
+
+    def expect(self, request_id: str, ask: Ask) -> None:
+        """Hold a request that was just sent to what `ask` gets."""
+        self.asks[request_id] = ask
+        self._routes[request_id] = self._route(ask)
 
     def expected(self, ask: Ask) -> list[int]:
         """What `ask` generates alone, without scheduler and cache."""

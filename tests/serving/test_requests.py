@@ -1,6 +1,8 @@
 """What requests may ask for, and what becomes of those that ask for something else."""
 
 import math
+import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,8 +54,6 @@ def test_a_budget_below_the_servers_floor_is_refused_with_the_floor(
     llama: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if `min_budget` of the server is not enforced."""
-    from dataclasses import replace
-
     model_config = llama.llm.llm_engine.model_config
     monkeypatch.setattr(model_config, "buddy_limits", replace(model_config.buddy_limits, min_budget=0.6))
     assert "0.6" in str(refused_only(llama, 0.59))
@@ -72,8 +72,6 @@ def test_a_depth_that_the_library_lacks_is_refused_with_those_it_has(
     llama: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if `paths: library` meets a depth without paths in the scheduler, where it would end the engine."""
-    from dataclasses import replace
-
     model_config = llama.llm.llm_engine.model_config
     monkeypatch.setattr(model_config, "buddy_limits", replace(model_config.buddy_limits, depths=(4, 6)))
     message = str(refused_only(llama, 0.625))
@@ -81,10 +79,95 @@ def test_a_depth_that_the_library_lacks_is_refused_with_those_it_has(
     llama.run([Ask(PROMPTS[1], budget, 2) for budget in (0.5, 0.75, 1.0)])
 
 
-def test_auto_is_refused_without_a_budget_predictor(llama: Engine) -> None:
-    """Fails if "auto" is taken for a number, or its refusal does not say why."""
+def limit(engine: Engine, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Change what the server allows requests with budget "auto"."""
+    model_config = engine.llm.llm_engine.model_config
+    limits = model_config.buddy_limits
+    monkeypatch.setattr(model_config, "buddy_limits", replace(limits, auto=replace(limits.auto, **changes)))
+
+
+def test_auto_is_refused_without_a_budget_predictor(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if "auto" is taken for a number, or its refusal does not say why and what else can be sent."""
+    model_config = llama.llm.llm_engine.model_config
+    monkeypatch.setattr(model_config, "buddy_limits", replace(model_config.buddy_limits, auto=None))
     error = refused(llama, {"buddy_budget": "auto"})
-    assert error.parameter == "vllm_xargs.buddy_budget" and "Budget Predictor" in str(error)
+    assert error.parameter == "vllm_xargs.buddy_budget"
+    assert all(told in str(error) for told in ("no Budget Predictor", "(0, 1]", "train-budget"))
+    assert "auto" not in str(refused(llama, {"buddy_budget": "half"}))
+
+
+@pytest.mark.parametrize("value", ("Auto", "auto ", "AUTO", ["auto"]), ids=repr)
+def test_what_only_looks_like_auto_is_refused(llama: Engine, value: Any) -> None:
+    """Fails if a misspelt "auto" is served, or the user is not told how it is spelt."""
+    error = refused(llama, {"buddy_budget": value})
+    assert error.parameter == "vllm_xargs.buddy_budget" and '(0, 1] or "auto"' in str(error)
+
+
+@pytest.mark.parametrize("value", (-0.1, -1, math.nan, math.inf, -math.inf, True, "1", "", [1.0], {}), ids=repr)
+def test_a_price_that_is_no_finite_number_from_0_up_is_refused(llama: Engine, value: Any) -> None:
+    """Fails if a bad price ends the engine, or turns the choice around."""
+    error = refused(llama, {"buddy_budget": "auto", "buddy_price": value})
+    assert error.parameter == "vllm_xargs.buddy_price"
+    assert "buddy_price" in str(error) and "from 0 up" in str(error)
+
+
+@pytest.mark.parametrize("key", ("buddy_auto_min", "buddy_auto_max"))
+@pytest.mark.parametrize("value", (0, 1.5, math.nan, "0.5", "auto", True, [0.5]), ids=repr)
+def test_an_end_of_the_range_that_is_no_budget_is_refused(llama: Engine, key: str, value: Any) -> None:
+    """Fails if the range of "auto" is not checked as budgets are."""
+    error = refused(llama, {"buddy_budget": "auto", key: value})
+    assert error.parameter == f"vllm_xargs.{key}" and "(0, 1]" in str(error)
+
+
+@pytest.mark.parametrize("key", ("buddy_auto_min", "buddy_auto_max"))
+@pytest.mark.parametrize("value", (0.4, 0.9))
+def test_a_range_beyond_the_servers_is_refused_with_the_servers(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch, key: str, value: float
+) -> None:
+    """Fails if a request makes the server spend, or save, more than its operator lets "auto"."""
+    limit(llama, monkeypatch, smallest=0.5, largest=0.8)
+    error = refused(llama, {"buddy_budget": "auto", key: value})
+    assert error.parameter == f"vllm_xargs.{key}" and "0.5 to 0.8" in str(error)
+
+
+@pytest.mark.parametrize(("low", "high"), ((0.625, 0.7), (0.8, 0.5), (0.9, None)))
+def test_a_range_without_a_budget_of_the_grid_is_refused_with_the_grid(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch, low: float, high: float | None
+) -> None:
+    """Fails if an empty choice ends the engine. Of the grid of 3, 4, 6 and 8 layers the server allows 4 and 6."""
+    limit(llama, monkeypatch, smallest=0.5, largest=0.95)
+    error = refused(llama, {"buddy_budget": "auto", "buddy_auto_min": low, "buddy_auto_max": high})
+    assert error.parameter == "vllm_xargs.buddy_auto_min" and "among 0.5, 0.8 (" in str(error)
+
+
+@pytest.mark.parametrize("budget", (0.5, None))
+@pytest.mark.parametrize("key", ("buddy_price", "buddy_auto_min", "buddy_auto_max"))
+def test_an_option_of_auto_beside_another_budget_is_refused(llama: Engine, key: str, budget: float | None) -> None:
+    """Fails if a price that changes nothing is accepted in silence."""
+    error = refused(llama, {"buddy_budget": budget, key: 0.5})
+    assert error.parameter == f"vllm_xargs.{key}"
+    assert f'budget "auto", but the budget is {budget or 1:g}' in str(error)
+
+
+def test_options_of_auto_need_no_budget_where_auto_is_the_default(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the server's default does not count as the request's budget when its options are checked."""
+    for config in (llama.llm.llm_engine.model_config, llama.scheduler.vllm_config.model_config):
+        monkeypatch.setattr(config, "buddy_limits", replace(config.buddy_limits, default_budget="auto"))
+    monkeypatch.setattr(llama.scheduler, "_limits", replace(llama.scheduler._limits, default_budget="auto"))
+    asks = [Ask(PROMPTS[0], None, 2, options={"buddy_price": price}) for price in (0, 1e6)]
+    told = [output.kv_transfer_params["buddy"] for output in llama.run(asks)]
+    assert [(outcome["depth"], outcome["price"]) for outcome in told] == [(8, 0.0), (3, 1e6)]
+    error = refused(llama, {"buddy_budget": 0.5, "buddy_price": 1.0})
+    assert error.parameter == "vllm_xargs.buddy_price"
+
+
+def test_what_the_server_allows_travels_to_other_processes(llama: Engine) -> None:
+    """Fails if the limits cannot be pickled, or the tables of the predictor go with them to every process."""
+    limits = llama.llm.llm_engine.model_config.buddy_limits
+    text = pickle.dumps(limits)
+    assert pickle.loads(text) == limits and limits.auto is not None and len(text) < 1000
 
 
 @pytest.mark.parametrize("value", (0, -1, len(PROMPTS[1]) + 1, 2**40, 3.0, "3", True, [3], math.nan), ids=repr)
@@ -106,7 +189,8 @@ def test_an_option_that_does_not_exist_is_refused_by_name(llama: Engine) -> None
     """Fails if a misspelt option is passed over: the request would run at another budget than it asked for."""
     error = refused(llama, {"buddy_bugdet": 0.5})
     assert error.parameter == "vllm_xargs.buddy_bugdet"
-    assert "buddy_budget, buddy_context_tokens" in str(error)
+    names = ("buddy_budget", "buddy_context_tokens", "buddy_price", "buddy_auto_min", "buddy_auto_max")
+    assert ", ".join(names) in str(error)
 
 
 def test_options_of_others_are_left_alone(llama: Engine) -> None:

@@ -1,6 +1,7 @@
 """One real server, over HTTP: budgets in, outcomes and metrics out."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -17,14 +18,16 @@ from typing import Any
 import pytest
 
 from tests.serving.engine import BLOCK_SIZE, Ask, Tiny
-from tests.tiny_models import NUM_LAYERS, random_prompts
-from vllm_buddy.method import PathSchedule, depth_for_budget
+from tests.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE, random_prompts
+from vllm_buddy.method import PathSchedule, budget_for_depth, depth_for_budget
 
 START_TIMEOUT_S = 240.0  # about 20 s on two idle cores
 REQUEST_TIMEOUT_S = 60.0
 SCHEDULE = PathSchedule(1)
 PROMPTS = [tuple(p) for p in random_prompts(4, seed=71, min_tokens=5, max_tokens=60)]
 NUM_TOKENS = 12
+LOAD_PRICE = 40.0
+LOAD = {"load_price": LOAD_PRICE, "load_running": [0, 1]}  # one request that runs is a full load
 
 
 class Server:
@@ -35,7 +38,8 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        settings = {"buddy": {"artifact": str(tiny.artifact_folder), "paths": "free", "route_every": SCHEDULE.interval}}
+        buddy = {"artifact": str(tiny.artifact_folder), "paths": "free", "route_every": SCHEDULE.interval, **LOAD}
+        settings = {"buddy": buddy}
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny.folder)]
         command += ["--served-model-name", "tiny", "--port", str(port), "--host", "127.0.0.1"]
         command += ["--model-impl", "buddy", "--additional-config", json.dumps(settings)]
@@ -121,6 +125,8 @@ def test_mixed_budgets_at_once_give_the_references_tokens_and_tell_what_ran(
         assert answer["kv_transfer_params"]["buddy"] == {
             "budget": asked,
             "depth": depth,
+            "auto": False,
+            "price": None,
             "layers_executed_mean": depth,
             "layers_executed_min": depth,
             "layers_executed_max": depth,
@@ -131,7 +137,7 @@ def test_mixed_budgets_at_once_give_the_references_tokens_and_tell_what_ran(
 
 
 # As JSON text: NaN and 1e400 are not JSON by the letter, but Python's parser takes them.
-BAD = ("0", "-0.5", "1.5", "NaN", "Infinity", "1e400", "[0.5]", '"half"', '"0.5"', '"auto"', "0.3", "false", "[]")
+BAD = ("0", "-0.5", "1.5", "NaN", "Infinity", "1e400", "[0.5]", '"half"', '"0.5"', '"Auto"', "0.3", "false", "[]")
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -145,6 +151,75 @@ def test_a_bad_budget_is_answered_400_while_others_go_on(server: Server, value: 
     assert answer["error"]["param"] == "vllm_xargs.buddy_budget"
     assert "buddy_budget" in answer["error"]["message"]
     assert ("0.375" if value == "0.3" else "(0, 1]") in answer["error"]["message"]
+
+
+def auto(**options: float | str) -> str:
+    return f'"vllm_xargs": {json.dumps({"buddy_budget": "auto", **options})}'
+
+
+@pytest.mark.parametrize(
+    ("body", "key", "told"),
+    (
+        (auto(buddy_price=-0.1), "buddy_price", "from 0 up"),
+        (auto(buddy_price=math.nan), "buddy_price", "from 0 up"),
+        (auto(buddy_price=math.inf), "buddy_price", "from 0 up"),
+        (auto(buddy_price="cheap"), "buddy_price", "from 0 up"),
+        (auto(buddy_auto_max=2), "buddy_auto_max", "(0, 1]"),
+        (auto(buddy_auto_min=0.2), "buddy_auto_min", "0.375 to 1"),
+        (auto(buddy_auto_min=0.625, buddy_auto_max=0.7), "buddy_auto_min", "among 0.4, 0.5, 0.8, 1"),
+        ('"vllm_xargs": {"buddy_price": 0.1}', "buddy_price", "the budget is 1"),
+    ),
+)
+def test_a_bad_option_of_auto_is_answered_400_while_others_go_on(
+    server: Server, body: str, key: str, told: str
+) -> None:
+    """Fails if what cannot be chosen is found out in the engine, where it would end all requests."""
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(server.complete, PROMPTS[0], budget("0.5"), 40)
+        status, answer = server.complete(PROMPTS[1], body)
+        assert good.result()[0] == 200
+    assert status == 400
+    assert answer["error"]["param"] == f"vllm_xargs.{key}"
+    assert key in answer["error"]["message"] and told in answer["error"]["message"]
+
+
+def test_auto_is_chosen_at_the_price_of_the_moment(server: Server, tiny: Callable[[str], Tiny]) -> None:
+    """Fails if price, range or load do not reach the choice, or the response does not tell what was chosen.
+
+    What is chosen under load is asked for until it is: that a request is running is known in the server only.
+    """
+    predictor = tiny("llama").artifact.predictor
+    assert predictor is not None
+
+    def told(prompt: tuple[int, ...], price: float, **options: float) -> float:
+        """Ask; returns the effective price, after a look at the rest."""
+        status, answer = server.complete(prompt, auto(**options))
+        assert status == 200
+        outcome = answer["kv_transfer_params"]["buddy"]
+        allowed = [d for d in PREDICTOR_DEPTHS if d / NUM_LAYERS >= options.get("buddy_auto_min", 0)]
+        depth = predictor.depth(predictor.excess(prompt), outcome["price"], allowed)
+        assert (outcome["auto"], outcome["depth"]) == (True, depth)
+        assert outcome["budget"] == budget_for_depth(depth, NUM_LAYERS)
+        assert outcome["layers_executed_min"] == outcome["layers_executed_max"] == depth
+        expected = tiny("llama").expected(Ask(prompt, outcome["budget"], NUM_TOKENS), "masked", SCHEDULE)
+        assert answer["choices"][0]["token_ids"] == expected.token_ids
+        assert outcome["price"] in (price, LOAD_PRICE)
+        return outcome["price"]
+
+    for prompt in PROMPTS:
+        assert told(prompt, PREDICTOR_PRICE) == PREDICTOR_PRICE
+    assert told(PROMPTS[0], 0.0, buddy_price=0.0) == 0.0
+    assert told(PROMPTS[0], 1e6, buddy_price=1e6, buddy_auto_min=0.5) == 1e6
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(server.complete, prompt, budget("0.5"), 440) for prompt in PROMPTS * 2]
+        seen = []
+        while LOAD_PRICE not in seen and not all(request.done() for request in running):
+            seen.append(told(PROMPTS[1], PREDICTOR_PRICE))
+        assert LOAD_PRICE in seen
+        assert all(request.result()[1]["kv_transfer_params"]["buddy"]["depth"] == 4 for request in running)
+    assert told(PROMPTS[1], PREDICTOR_PRICE) == PREDICTOR_PRICE
+    metrics = server.metrics()
+    assert (metrics["vllm_buddy:load"], metrics["vllm_buddy:auto_price"]) == (0, PREDICTOR_PRICE)
 
 
 def test_a_context_beyond_the_prompt_is_answered_400_while_others_go_on(server: Server) -> None:
@@ -194,10 +269,12 @@ def test_metrics_count_what_was_served(server: Server) -> None:
     before = server.metrics()
     asked = ((PROMPTS[0], 0.5), (PROMPTS[1], 0.75), (PROMPTS[2], 1.0))
     outcomes = [server.complete(p, budget(str(b)))[1]["kv_transfer_params"]["buddy"] for p, b in asked]
+    outcomes.append(server.complete(PROMPTS[3], auto())[1]["kv_transfer_params"]["buddy"])
     after = server.metrics()
     grown = {name.removeprefix("vllm_buddy:"): after[name] - before[name] for name in after}
-    assert grown["budget_count"] == grown["layers_executed_count"] == 3
-    assert grown["budget_sum"] == pytest.approx(0.5 + 0.75 + 1.0)  # a difference of sums
+    assert grown["budget_count"] == grown["layers_executed_count"] == 4
+    assert grown["budget_sum"] == pytest.approx(0.5 + 0.75 + 1.0 + outcomes[3]["budget"])  # a difference of sums
+    assert grown["auto_budget_count"] == 1 and grown["auto_budget_sum"] == pytest.approx(outcomes[3]["budget"])
     assert grown["layers_executed_sum"] == sum(o["depth"] for o in outcomes)
     assert grown["layer_tokens_executed_total"] == sum(o["depth"] * o["tokens"] for o in outcomes)
     assert grown["layer_tokens_skipped_total"] == sum((NUM_LAYERS - o["depth"]) * o["tokens"] for o in outcomes)

@@ -13,8 +13,17 @@ from typing import Any
 import pytest
 
 from tests.serving.engine import Tiny
-from tests.tiny_models import random_artifact, save_tiny_model
-from vllm_buddy.artifact import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
+from tests.tiny_models import (
+    NUM_LAYERS,
+    PREDICTOR_DEPTHS,
+    PREDICTOR_PRICE,
+    random_artifact,
+    save_tiny_model,
+)
+from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE
+from vllm_buddy.artifact_config import FORMAT_VERSION
+from vllm_buddy.serving import startup
+from vllm_buddy.serving.auto_budget import AutoLimits
 from vllm_buddy.serving.settings import BuddySettings
 
 START_TIMEOUT_S = 300.0  # importing vLLM takes 5 s on an idle core
@@ -82,6 +91,33 @@ def test_a_good_configuration_gets_our_scheduler_and_worker(llama_model: Tiny) -
         {"default_budget": math.nan},
         {"min_budget": -0.5},
         {"min_budget": [0.5]},
+        {"default_budget": "Auto"},
+        {"default_budget": None},
+        {"auto_min": "auto"},
+        {"auto_min": 0},
+        {"auto_max": 1.1},
+        {"price": -0.1},
+        {"price": math.nan},
+        {"price": math.inf},
+        {"price": True},
+        {"price": "1"},
+        {"load_price": -1},
+        {"load_price": math.inf},
+        {"load_waiting": [8, 1]},
+        {"load_waiting": [1, 1]},
+        {"load_waiting": [1]},
+        {"load_waiting": [1, 8.0]},
+        {"load_waiting": 8},
+        {"load_waiting": None},
+        {"load_running": [-1, 8]},
+        {"load_running": [False, True]},
+        {"load_kv_use": [0.5, 1.1]},
+        {"load_kv_use": [0.9, 0.5]},
+        {"load_kv_use": [math.nan, 0.5]},
+        {"load_floor": 0},
+        {"load_hysteresis": 1},
+        {"load_hysteresis": -0.1},
+        {"load_hysteresis": math.nan},
     ),
     ids=str,
 )
@@ -89,7 +125,7 @@ def test_a_setting_that_is_unknown_or_wrong_is_refused_with_the_known_ones(llama
     """Fails if a misspelt or impossible setting starts a server that does something else."""
     message = refusal(llama_model, buddy)
     (name,) = buddy
-    assert f"'{name}'" in message
+    assert f"'{name}" in message
     assert all(known in message for known in BuddySettings.model_fields)
 
 
@@ -103,6 +139,88 @@ def test_a_default_budget_that_no_request_could_ask_for_is_refused(llama_model: 
     """Fails if the server's default is below its own floor, below three layers, or without a path in the library."""
     assert "0.375" in refusal(llama_model, {"default_budget": 0.3})
     assert "0.6" in refusal(llama_model, {"default_budget": 0.5, "min_budget": 0.6})
+
+
+@pytest.fixture(scope="module")
+def without_predictor(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An artifact of the tiny Llama that chooses no budgets."""
+    folder = tmp_path_factory.mktemp("without") / "plain"
+    random_artifact(folder, tiny("llama").folder)
+    return str(folder)
+
+
+AUTO_ALONE: tuple[dict[str, Any], ...] = (
+    {"default_budget": "auto"},
+    {"auto_min": 0.5},
+    {"auto_max": 0.9},
+    {"price": 0.1},
+    {"load_price": 0.1},
+    {"load_price": 0.1, "load_waiting": [1, 8]},
+    {"default_budget": "auto", "price": 0.0},
+)
+
+
+@pytest.mark.parametrize("buddy", AUTO_ALONE, ids=str)
+def test_auto_without_a_budget_predictor_is_refused_with_the_ways_out(
+    llama_model: Tiny, without_predictor: str, buddy: dict[str, Any]
+) -> None:
+    """Fails if a server whose operator counts on "auto" starts with something else."""
+    message = refusal(llama_model, {"artifact": without_predictor, **buddy})
+    assert "artifact 'plain' has no Budget Predictor" in message and "`vllm-buddy train-budget`" in message
+    assert ("set default_budget to a number in (0, 1]" in message) == ("default_budget" in buddy)
+    assert all(name in message for name in buddy)
+
+
+def test_an_artifact_without_a_budget_predictor_is_served(llama_model: Tiny, without_predictor: str) -> None:
+    """Fails if the settings of "auto" are in the way of those who do not use it."""
+    config = configure(llama_model, {"artifact": without_predictor, "load_running": None, "auto_min": None})
+    assert config.model_config.buddy_limits.auto is None
+
+
+@pytest.mark.parametrize("name", ("load_waiting", "load_running", "load_kv_use", "load_floor", "load_hysteresis"))
+def test_a_setting_of_load_without_a_price_under_load_is_refused(llama_model: Tiny, name: str) -> None:
+    """Fails if an operator describes the load and the price does not follow it; also where the value is the usual."""
+    value = BuddySettings.model_fields[name].default
+    value = [2, 9] if name == "load_running" else 0.5 if name == "load_floor" else value
+    message = refusal(llama_model, {name: value})
+    assert f"{name} without load_price" in message
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "turned range": ({"auto_min": 0.8, "auto_max": 0.5}, "auto_max 0.5 is below auto_min, 0.8"),
+    "range below all requests": ({"min_budget": 0.6, "auto_max": 0.5}, "auto_max 0.5 is below the smallest budget"),
+    "below min_budget": ({"min_budget": 0.6, "auto_min": 0.5}, "auto_min 0.5 is below the smallest budget"),
+    "below three layers": ({"auto_min": 0.2}, "0.375"),
+    "nothing of the grid": ({"auto_min": 0.625, "auto_max": 0.7}, "has no budget in [0.625, 0.7]"),
+    "floor above the range": ({"auto_max": 0.8, "load_price": 90.0, "load_floor": 0.9}, "load_floor 0.9 lies outside"),
+    "floor below the range": ({"auto_min": 0.5, "load_price": 90.0, "load_floor": 0.4}, "load_floor 0.4 lies outside"),
+    "no dearer": ({"price": 2.0, "load_price": 2.0}, "load_price 2 is not above the price without load, 2"),
+    "no dearer than the artifact says": ({"load_price": PREDICTOR_PRICE}, "is not above the price without load, 8"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_settings_of_auto_that_contradict_each_other_are_refused(llama_model: Tiny, name: str) -> None:
+    """Fails if a server starts whose requests with budget "auto" would be refused, or whose load changes nothing."""
+    buddy, told = CONTRADICTIONS[name]
+    assert told in refusal(llama_model, buddy)
+
+
+def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a setting is dropped on the way, or the operator cannot see what "auto" will do."""
+    said: list[str] = []
+    monkeypatch.setattr(startup.logger, "info", lambda message, *args: said.append(message % args))
+    settings = {"min_budget": 0.45, "price": 2.0, "load_price": 9, "load_floor": 0.8, "load_waiting": [0, 4]}
+    config = configure(llama_model, {"default_budget": "auto", **settings})
+    limits = config.model_config.buddy_limits
+    assert limits.default_budget == "auto"
+    assert limits.auto == AutoLimits(NUM_LAYERS, PREDICTOR_DEPTHS, 0.45, 1.0, 2.0, 9.0, 0.8)
+    told = 'default budget auto, smallest 0.45, "auto" chooses among 0.45, 0.5, 0.8, 1 at price 2, 9 when fully loaded'
+    assert said[-1].endswith(told)
+    # The engine's process reads them again; what nobody gave must not look given there.
+    read = startup.engine_settings(config)
+    assert read.load_waiting == (0, 4) and read.load_price == 9
+    assert "load_kv_use" not in read.model_fields_set
 
 
 def test_without_an_artifact_the_ways_to_get_one_are_told(llama_model: Tiny) -> None:

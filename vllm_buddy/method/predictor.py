@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_buddy.errors import BudgetError
-from vllm_buddy.method.budget import budget_for_depth, depth_for_budget
 from vllm_buddy.method.context import Context
 from vllm_buddy.method.decision import DecisionModule, FoldedDecision
 
@@ -71,25 +69,11 @@ class FoldedPredictor:
         above = np.logaddexp(0.0, self.decision.scores(context))[::-1].cumsum()[::-1]
         return np.append(above, 0.0)
 
-    def allowed(self, smallest: float, largest: float) -> tuple[int, ...]:
-        """Depths of the grid that budgets in [smallest, largest] run.
-
-        Raises:
-            BudgetError: there is none, or one of the two is no budget.
-        """
-        low, high = (depth_for_budget(budget, self.num_layers) for budget in (smallest, largest))
-        depths = tuple(d for d in self.depths if low <= d <= high)
-        if not depths:
-            grid = ", ".join(f"{budget_for_depth(d, self.num_layers):g}" for d in self.depths)
-            raise BudgetError(
-                f"the Budget Predictor has no budget in [{smallest:g}, {largest:g}]; it chooses among {grid}"
-            )
-        return depths
-
     def depth(self, excess: np.ndarray, price: float, allowed: Sequence[int]) -> int:
         """The depth among `allowed` that costs least at `price`, nats per token for all layers of the model.
 
-        excess: see there. Of depths that cost the same the greatest.
+        excess: see there. allowed: depths of the grid. Of depths that cost the same the greatest.
         """
         by_depth = dict(zip(self.depths, excess.tolist()))
-        return min(allowed, key=lambda d: (by_depth[d] + price * d / self.num_layers, -d))
+        # The share first: the largest finite price must not overflow.
+        return min(allowed, key=lambda d: (by_depth[d] + price * (d / self.num_layers), -d))

@@ -1,55 +1,124 @@
 """A request's own options: `vllm_xargs` over HTTP, `SamplingParams(extra_args=...)` offline."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_buddy.errors import BudgetError
 from vllm_buddy.method import depth_for_budget, parse_budget
+from vllm_buddy.serving.auto_budget import AutoBudget, AutoLimits
+from vllm_buddy.serving.settings import AUTO
 
 BUDGET_KEY = "buddy_budget"
 CONTEXT_TOKENS_KEY = "buddy_context_tokens"
-_KEYS = (BUDGET_KEY, CONTEXT_TOKENS_KEY)
+PRICE_KEY = "buddy_price"
+AUTO_MIN_KEY = "buddy_auto_min"
+AUTO_MAX_KEY = "buddy_auto_max"
+_AUTO_KEYS = (PRICE_KEY, AUTO_MIN_KEY, AUTO_MAX_KEY)
+_KEYS = (BUDGET_KEY, CONTEXT_TOKENS_KEY, *_AUTO_KEYS)
 _PREFIX = "buddy_"
+
+
+class OptionError(BudgetError):
+    """An option of a request that cannot be served. key: its name."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(problem)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class FixedBudget:
+    """The budget of a request that says a number, or of one that says nothing where the default is a number."""
+
+    budget: float
+    depth: int
 
 
 @dataclass(frozen=True)
 class RequestLimits:
     """What a server allows its requests. Set on vLLM's ModelConfig as `buddy_limits` at start.
 
-    depths: depths that the path library holds; None if all are allowed.
+    depths: depths that the path library holds; None if all are allowed. auto: None without a Budget Predictor.
     """
 
     num_layers: int
-    default_budget: float
+    default_budget: float | Literal["auto"]
     min_budget: float
     depths: tuple[int, ...] | None = None
+    auto: AutoLimits | None = None
 
-    def budget(self, extra_args: Mapping[str, Any] | None) -> float:
-        """The budget of a request: its own, or the server's default.
+    def resolve(self, extra_args: Mapping[str, Any] | None) -> FixedBudget | AutoBudget:
+        """What a request is to run: its own budget, or the server's default.
 
         Raises:
-            BudgetError: not a number in (0, 1], below the floor, or of a depth the library lacks.
+            OptionError: a budget that is no number in (0, 1], below the floor or of a depth the library lacks; "auto"
+                without a Budget Predictor; options of "auto" out of range, or beside another budget.
         """
-        value = (extra_args or {}).get(BUDGET_KEY)
-        if value is None:
-            return self.default_budget
-        if isinstance(value, str) and value == "auto":
-            raise BudgetError(
-                "budget is 'auto', but the server's artifact has no Budget Predictor; send a number in (0, 1]"
-            )
-        budget = parse_budget(value)
+        options = {key: value for key, value in (extra_args or {}).items() if value is not None}
+        value = options.get(BUDGET_KEY, self.default_budget)
+        if isinstance(value, str) and value == AUTO:
+            return self._auto_budget(options)
+        budget = self._fixed_budget(value)
+        for key in _AUTO_KEYS:
+            if key in options:
+                raise OptionError(
+                    key, f'goes with budget "{AUTO}", but the budget is {budget.budget:g}; leave one of them out'
+                )
+        return budget
+
+    def _fixed_budget(self, value: Any) -> FixedBudget:
+        try:
+            budget = parse_budget(value)
+        except BudgetError as error:
+            raise OptionError(BUDGET_KEY, f'{error} or "{AUTO}"' if self.auto else str(error)) from None
         if budget < self.min_budget:
-            raise BudgetError(f"budget {budget:g} is below the smallest allowed budget {self.min_budget:g}")
+            raise OptionError(BUDGET_KEY, f"budget {budget:g} is below the smallest allowed budget {self.min_budget:g}")
         depth = depth_for_budget(budget, self.num_layers)
         if self.depths is not None and depth != self.num_layers and depth not in self.depths:
             allowed = ", ".join(str(d) for d in (*self.depths, self.num_layers))
-            raise BudgetError(
+            raise OptionError(
+                BUDGET_KEY,
                 f"budget {budget:g} is {depth} of {self.num_layers} layers, for which the path library has no path; "
-                f"it has paths of {allowed} layers"
+                f"it has paths of {allowed} layers",
+            )
+        return FixedBudget(budget, depth)
+
+    def _auto_budget(self, options: Mapping[str, Any]) -> AutoBudget:
+        if self.auto is None:
+            raise OptionError(
+                BUDGET_KEY,
+                f'budget is "{AUTO}", but the server\'s artifact has no Budget Predictor; send a number in (0, 1], or '
+                "serve an artifact that has one, which `vllm-buddy train-budget` makes",
+            )
+        price = options.get(PRICE_KEY)
+        if price is not None:
+            is_number = isinstance(price, (int, float)) and not isinstance(price, bool)
+            if not is_number or not 0 <= price <= sys.float_info.max:  # NaN is not, either
+                raise OptionError(PRICE_KEY, f"price is {price!r}; allowed is a finite number from 0 up")
+            price = float(price)
+        ends = {key: self._end(key, options[key]) for key in (AUTO_MIN_KEY, AUTO_MAX_KEY) if key in options}
+        try:
+            return self.auto.budget(price, ends.get(AUTO_MIN_KEY), ends.get(AUTO_MAX_KEY))
+        except BudgetError as error:
+            raise OptionError(next(iter(ends), BUDGET_KEY), str(error)) from None
+
+    def _end(self, key: str, value: Any) -> float:
+        """One end of the range that a request gives to "auto"."""
+        assert self.auto is not None
+        try:
+            budget = parse_budget(value)
+        except BudgetError as error:
+            raise OptionError(key, str(error)) from None
+        if not self.auto.smallest <= budget <= self.auto.largest:
+            raise OptionError(
+                key,
+                f'budget {budget:g} lies outside what the server lets "{AUTO}" choose, '
+                f"{self.auto.smallest:g} to {self.auto.largest:g}",
             )
         return budget
 
@@ -68,10 +137,10 @@ def verify_request(params: SamplingParams, model_config: Any) -> None:
                 value=extra_args[key],
             )
     try:
-        model_config.buddy_limits.budget(extra_args)
-    except BudgetError as error:
+        model_config.buddy_limits.resolve(extra_args)
+    except OptionError as error:
         raise VLLMValidationError(
-            f"{BUDGET_KEY}: {error}", parameter=f"vllm_xargs.{BUDGET_KEY}", value=extra_args[BUDGET_KEY]
+            f"{error.key}: {error}", parameter=f"vllm_xargs.{error.key}", value=extra_args.get(error.key)
         ) from None
 
 

@@ -10,10 +10,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
-from vllm_buddy.method import RequestRoute, depth_for_budget
+from vllm_buddy.method import RequestRoute
+from vllm_buddy.serving.auto_budget import budget_chooser
 from vllm_buddy.serving.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.prefix_cache import end_hash_chain, limit_publishing, salt
-from vllm_buddy.serving.request import RequestLimits, context_tokens
+from vllm_buddy.serving.request import FixedBudget, RequestLimits, context_tokens
+from vllm_buddy.serving.settings import BuddySettings
 from vllm_buddy.serving.startup import engine_settings
 from vllm_buddy.serving.telemetry import EngineMetrics, Outcome
 
@@ -40,6 +42,9 @@ class _Routing(_Base):
         self._outcomes: dict[str, Outcome] = {}
         self._routing_seconds = 0.0  # of the current step
         self._metrics = EngineMetrics.for_engine(vllm_config)
+        self._chooser = budget_chooser(settings, artifact, self._limits.auto)
+        self._observe_load()
+        self._metrics.export(idle=True)
         limit_publishing(self.kv_cache_manager.coordinator, self._publishable_tokens)
 
     # --- one request -------------------------------------------------------------------------------------------
@@ -48,20 +53,31 @@ class _Routing(_Base):
         """Decide the paths of the prompt, and make the first part of the request's prefix-cache keys."""
         if request.request_id not in self.requests:
             started = time.perf_counter()
-            assert request.sampling_params is not None  # generation models only, checked at start
-            # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by.
-            budget = 1.0 if request.resumable else self._limits.budget(request.sampling_params.extra_args)
-            depth = depth_for_budget(budget, self._limits.num_layers)
-            num_context = None if request.resumable else context_tokens(request.sampling_params.extra_args)
-            route = RequestRoute(self._router, self._schedule, depth, request.all_token_ids, num_context)
+            outcome, num_context = self._decide_budget(request)
+            route = RequestRoute(self._router, self._schedule, outcome.depth, request.all_token_ids, num_context)
             self._routes[request.request_id] = route
-            self._outcomes[request.request_id] = Outcome(budget, depth)
+            self._outcomes[request.request_id] = outcome
             if route.first_path != self._router.full:
                 salt(request, f"{self._salt_prefix}:{route.first_path:x}")
                 # The path may change within the prompt, which must not find blocks beyond that.
                 self._publishable_tokens(request, request.num_tokens)
             self._metrics.observe_routing(time.perf_counter() - started)
         super().add_request(request)
+
+    def _decide_budget(self, request: Request) -> tuple[Outcome, int | None]:
+        """Budget and depth of an arriving request, and how much of its prompt they depend on; None is all of it."""
+        assert request.sampling_params is not None  # generation models only, checked at start
+        if request.resumable:
+            # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by.
+            return Outcome(1.0, self._limits.num_layers), None
+        extra_args = request.sampling_params.extra_args
+        asked = self._limits.resolve(extra_args)
+        num_context = context_tokens(extra_args)
+        if isinstance(asked, FixedBudget):
+            return Outcome(asked.budget, asked.depth), num_context
+        assert self._chooser is not None  # "auto" was refused otherwise
+        self._observe_load()
+        return Outcome(*self._chooser.choose(asked, request.all_token_ids[:num_context])), num_context
 
     def _publishable_tokens(self, request: Request, num_tokens: int) -> int:
         """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""
@@ -116,8 +132,22 @@ class _Routing(_Base):
                 self._outcomes[req_id].add(counts)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._observe_load()
         self._metrics.export(idle=not self.has_unfinished_requests())
         return outputs
+
+    def _observe_load(self) -> None:
+        """Let the price of budget "auto" follow the load: at each arrival that it decides, and after each step.
+
+        The last step of a server that runs out of work leaves no load.
+        """
+        if self._chooser is None:
+            return
+        num_running, num_waiting = self.get_request_counts()
+        # A streaming-input session without input waits for its client.
+        num_waiting -= self.num_waiting_for_streaming_input
+        self._chooser.observe(num_waiting, num_running, self.kv_cache_manager.usage)
+        self._metrics.show_load(self._chooser.level, self._chooser.price)
 
 
 class BuddyScheduler(_Routing, Scheduler):
@@ -134,6 +164,6 @@ def make_scheduler(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Sche
     return cls(vllm_config, *args, **kwargs)
 
 
-def _decision_lag(settings: Any, vllm_config: "VllmConfig") -> int:
+def _decision_lag(settings: BuddySettings, vllm_config: "VllmConfig") -> int:
     least = 1 if vllm_config.scheduler_config.async_scheduling else 0
     return max(settings.decision_lag or 0, least)

@@ -1,14 +1,19 @@
 """Server settings: `--additional-config '{"buddy": {...}}'`."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vllm_buddy.errors import BudgetError, SettingsError
 from vllm_buddy.method import parse_budget
 
 CONFIG_KEY = "buddy"
+AUTO: Literal["auto"] = "auto"
+
+_Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class BuddySettings(BaseModel):
@@ -20,7 +25,13 @@ class BuddySettings(BaseModel):
         default=None,
         description="Folder, hub id or name of a shipped artifact. Absent: the shipped artifact that fits the model.",
     )
-    default_budget: float = Field(default=1.0, description="Budget of requests that send none, in (0, 1].")
+    default_budget: float | Literal["auto"] = Field(
+        default=1.0,
+        description=(
+            'Budget of requests that send none: in (0, 1], or "auto", which the artifact\'s Budget Predictor chooses '
+            "for each prompt."
+        ),
+    )
     min_budget: float | None = Field(
         default=None, description="Smallest budget a request may ask for. Absent: three layers' worth."
     )
@@ -54,21 +65,88 @@ class BuddySettings(BaseModel):
             "which is the least it allows."
         ),
     )
+    auto_min: float | None = Field(
+        default=None, description='Smallest budget that "auto" may choose. Absent: `min_budget`.'
+    )
+    auto_max: float | None = Field(default=None, description='Largest budget that "auto" may choose. Absent: 1.0.')
+    price: _Price | None = Field(
+        default=None,
+        description=(
+            'Price of compute for "auto", in nats per token for all layers of the model; 0 takes the largest budget. '
+            "Absent: what the artifact says."
+        ),
+    )
+    load_price: _Price | None = Field(
+        default=None,
+        description="Price when the server is fully loaded. Absent: the price does not follow the load.",
+    )
+    load_waiting: tuple[_Count, _Count] = Field(
+        default=(1, 8),
+        description="Waiting requests at which the price starts to rise, and at which it is `load_price`.",
+    )
+    load_running: tuple[_Count, _Count] | None = Field(
+        default=None, description="The same for running requests. Absent: they do not count."
+    )
+    load_kv_use: tuple[_Share, _Share] = Field(
+        default=(0.8, 0.95), description="The same for the share of the KV cache in use."
+    )
+    load_floor: float | None = Field(
+        default=None, description="Smallest budget that load alone brings. Absent: `auto_min`."
+    )
+    load_hysteresis: float = Field(
+        default=0.25,
+        ge=0,
+        lt=1,
+        description=(
+            "How far the load must fall before the price falls, as a share of the distance between the two values of a "
+            "signal."
+        ),
+    )
 
     @property
     def library(self) -> bool | None:
         """`paths` as Artifact.router takes it."""
         return None if self.paths is None else self.paths == "library"
 
-    @field_validator("default_budget", "min_budget", mode="before")
+    @property
+    def for_auto(self) -> list[str]:
+        """Those given that count for budget "auto" alone."""
+        return [name for name in self._given if name == "price" or name.startswith(("auto_", "load_"))]
+
+    @property
+    def _given(self) -> list[str]:
+        names = (name for name in type(self).model_fields if name in self.model_fields_set)
+        return [name for name in names if getattr(self, name) is not None]
+
+    @field_validator("default_budget", "min_budget", "auto_min", "auto_max", "load_floor", mode="before")
     @classmethod
-    def _budget_in_range(cls, value: Any) -> Any:
-        if value is None:
-            return None
+    def _budget_in_range(cls, value: Any, info: ValidationInfo) -> Any:
+        is_default = info.field_name == "default_budget"
+        if (value is None and not is_default) or (value == AUTO and is_default):
+            return value
         try:
             return parse_budget(value)
         except BudgetError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(f'{error} or "{AUTO}"' if is_default else str(error)) from None
+
+    @field_validator("load_waiting", "load_running", "load_kv_use", mode="before")
+    @classmethod
+    def _pair_of_json(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("load_waiting", "load_running", "load_kv_use")
+    @classmethod
+    def _ascending(cls, pair: tuple[float, float] | None) -> tuple[float, float] | None:
+        if pair is not None and not pair[0] < pair[1]:
+            raise ValueError("the first of the two must be the smaller")
+        return pair
+
+    @model_validator(mode="after")
+    def _load_is_switched_on(self) -> "BuddySettings":
+        of_load = [name for name in self._given if name.startswith("load_")]
+        if of_load and self.load_price is None:
+            raise ValueError(f"{', '.join(of_load)} without load_price, which switches the price under load on")
+        return self
 
 
 def parse_settings(additional_config: Any) -> BuddySettings:
@@ -87,7 +165,10 @@ def parse_settings(additional_config: Any) -> BuddySettings:
         return BuddySettings(**raw)
     except (ValidationError, TypeError) as error:
         problems = (
-            [f"'{'.'.join(map(str, e['loc']))}': {e['msg']} (found {e['input']!r})" for e in error.errors()]
+            [
+                f"'{'.'.join(map(str, e['loc']))}': {e['msg']} (found {e['input']!r})" if e["loc"] else e["msg"]
+                for e in error.errors()
+            ]
             if isinstance(error, ValidationError)
             else [str(error)]
         )

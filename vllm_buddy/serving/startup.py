@@ -14,6 +14,7 @@ from vllm_buddy.errors import ArtifactError, SettingsError, UnsupportedError
 from vllm_buddy.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.method import smallest_budget
 from vllm_buddy.serving import telemetry
+from vllm_buddy.serving.auto_budget import auto_limits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
 from vllm_buddy.serving.request import RequestLimits
 from vllm_buddy.serving.settings import CONFIG_KEY, BuddySettings, parse_settings
@@ -69,30 +70,34 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         router = artifact.router(library=settings.library)
         num_layers = artifact.config.base_model.num_layers
         floor = smallest_budget(num_layers)
+        min_budget = max(settings.min_budget or floor, floor)
         limits = RequestLimits(
             num_layers=num_layers,
             default_budget=settings.default_budget,
-            min_budget=max(settings.min_budget or floor, floor),
+            min_budget=min_budget,
             depths=None if router.depths is None else tuple(router.depths),
+            auto=auto_limits(settings, artifact, min_budget),
         )
-        limits.budget({"buddy_budget": settings.default_budget})  # the default must be allowed too
+        limits.resolve(None)  # the default must be allowed too
         # Attributes of the config objects travel with them to every process; additional_config alone is hashed.
         vllm_config.model_config.buddy_limits = limits
         vllm_config.additional_config = {
             **vllm_config.additional_config,
-            CONFIG_KEY: settings.model_copy(update={"artifact": str(folder)}).model_dump(),
+            # What was not given must not look given to the process that reads this.
+            CONFIG_KEY: settings.model_copy(update={"artifact": str(folder)}).model_dump(exclude_unset=True),
         }
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
         _configure_compilation(vllm_config)
         telemetry.export_from_this_process(vllm_config.instance_id)
         logger.info(
-            "vllm_buddy: artifact %s (%s), KV policy %s, default budget %g, smallest %g",
+            "vllm_buddy: artifact %s (%s), KV policy %s, default budget %s, smallest %g%s",
             artifact.config.name,
             artifact.digest,
             settings.kv_policy,
             limits.default_budget,
             limits.min_budget,
+            "" if limits.auto is None else f', "auto" chooses {limits.auto.summary()}',
         )
 
 

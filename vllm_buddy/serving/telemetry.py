@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -30,11 +30,15 @@ _SECONDS_BUCKETS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
 class Outcome:
-    """What one request got: its budget, and the layers that its tokens executed as counted in the engine."""
+    """What one request got: its budget, and the layers that its tokens executed as counted in the engine.
 
-    def __init__(self, budget: float, depth: int) -> None:
+    price: the one at which budget "auto" was decided; None if the budget was given as a number.
+    """
+
+    def __init__(self, budget: float, depth: int, price: float | None = None) -> None:
         self.budget = budget
         self.depth = depth
+        self.price = price
         self.num_tokens = 0
         self._total = 0
         self._fewest: int | None = None
@@ -56,6 +60,8 @@ class Outcome:
         return {
             "budget": self.budget,
             "depth": self.depth,
+            "auto": self.price is not None,
+            "price": self.price,
             "layers_executed_mean": self.mean_layers,
             "layers_executed_min": self._fewest,
             "layers_executed_max": self._most,
@@ -66,9 +72,9 @@ class Outcome:
 
 
 class EngineMetrics:
-    """The metrics of one engine, in a registry of their own."""
+    """The metrics of one engine, in a registry of their own. has_auto: with those of budget "auto"."""
 
-    def __init__(self, num_layers: int, engine: int, export_to: FilePath | None) -> None:
+    def __init__(self, num_layers: int, engine: int, export_to: FilePath | None, *, has_auto: bool) -> None:
         self._registry = CollectorRegistry()
         self._export_to = export_to
         self._next_export = 0.0
@@ -89,6 +95,12 @@ class EngineMetrics:
             "Layers skipped, summed over tokens. Share skipped: this over the sum with layer_tokens_executed.",
             engine,
         )
+        if has_auto:
+            self._auto_budget = self._histogram(
+                "auto_budget", "Budget that was chosen for finished requests.", _BUDGET_BUCKETS, engine
+            )
+            self._auto_price = self._gauge("auto_price", "Price of compute, nats per token for all layers.", engine)
+            self._load = self._gauge("load", "Load that the price follows, from 0 to 1.", engine)
 
     @classmethod
     def for_engine(cls, vllm_config: "VllmConfig") -> "EngineMetrics":
@@ -97,11 +109,14 @@ class EngineMetrics:
         folder = os.environ.get(METRICS_DIR_VARIABLE)
         # With several API servers vLLM collects the metrics of all processes itself (PROMETHEUS_MULTIPROC_DIR).
         export_to = FilePath(folder) / f"engine-{engine}.prom" if folder and not _multiprocess() else None
-        return cls(vllm_config.model_config.hf_text_config.num_hidden_layers, engine, export_to)
+        limits = vllm_config.model_config.buddy_limits
+        return cls(limits.num_layers, engine, export_to, has_auto=limits.auto is not None)
 
     def observe_request(self, outcome: Outcome, route: RequestRoute) -> None:
         """A request ended, finished or aborted."""
         self._budget.observe(outcome.budget)
+        if outcome.price is not None:
+            self._auto_budget.observe(outcome.budget)
         if outcome.mean_layers is not None:
             self._layers.observe(outcome.mean_layers)
         self._reroutes.inc(route.num_reroutes)
@@ -111,6 +126,11 @@ class EngineMetrics:
         """One arriving request or one step was routed."""
         self._routing.observe(seconds)
         self.routing_seconds += seconds
+
+    def show_load(self, level: float, price: float) -> None:
+        """The load, and the price of budget "auto" under it, are these now."""
+        self._load.set(level)
+        self._auto_price.set(price)
 
     def observe_step(self, executed: Iterable[Executed], num_layers: int) -> None:
         """Count one step's layer executions."""
@@ -135,6 +155,11 @@ class EngineMetrics:
 
     def _counter(self, name: str, description: str, engine: int) -> Counter:
         return Counter(f"vllm_buddy:{name}", description, ["engine"], registry=self._registry).labels(engine)
+
+    def _gauge(self, name: str, description: str, engine: int) -> Gauge:
+        return Gauge(
+            f"vllm_buddy:{name}", description, ["engine"], registry=self._registry, multiprocess_mode="mostrecent"
+        ).labels(engine)
 
     def _histogram(self, name: str, description: str, buckets: Iterable[float], engine: int) -> Histogram:
         return Histogram(

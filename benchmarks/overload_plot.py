@@ -1,0 +1,66 @@
+"""Draws a server under too many requests from the rows of its results file alone.
+
+python benchmarks/overload_plot.py benchmarks/results/cpu_overload.jsonl docs/overload.png
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+from result_rows import read_rows
+
+Row = dict[str, Any]
+LIMIT = 1.3  # of the unloaded server's p99
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=FilePath)
+    parser.add_argument("out", type=FilePath)
+    args = parser.parse_args()
+    plot_overload(read_rows(args.rows), args.out)
+
+
+def plot_overload(rows: Sequence[Row], out: FilePath) -> None:
+    """Latency between tokens, requests in the server, and load over the seconds of one run, for each server.
+
+    Raises:
+        SystemExit: no series in `rows`, or no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure as Canvas
+    except ImportError:
+        raise SystemExit("a plot needs matplotlib; pip install 'vllm-buddy[plot]'") from None
+    names = list(dict.fromkeys(row["variant"] for row in rows if row.get("series") == "itl"))
+    if not names:
+        raise SystemExit("these rows have no series, so there is nothing to draw")
+    canvas = Canvas(figsize=(11.5, 3.8), layout="constrained")
+    latency, requests, load = canvas.subplots(1, 3, sharex=True)
+    for colour, name in zip(("C1", "C0"), names):
+        itl, gauges, unloaded = (
+            [row for row in rows if row.get("series") == series and row["variant"] == name]
+            for series in ("itl", "gauges", "unloaded")
+        )
+        seconds = [row["second"] for row in itl]
+        latency.plot(seconds, [row["p99_itl_ms"] for row in itl], color=colour, label=name)
+        latency.axhline(LIMIT * unloaded[0]["p99_itl_ms"], color=colour, linestyle=":")
+        seconds = [row["second"] for row in gauges]
+        requests.plot(seconds, [r["num_requests_running"] + r["num_requests_waiting"] for r in gauges], color=colour)
+        load.plot(seconds, [row["load"] for row in gauges], color=colour)
+    latency.set(title=f"p99 inter-token latency (dotted: {LIMIT} x unloaded)", ylabel="ms")
+    requests.set(title="requests in the server, running and waiting")
+    load.set(title="load that the price follows")
+    load.set_ylim(-0.03, 1.03)
+    for axis in (latency, requests, load):
+        axis.set_xlabel("seconds")
+        axis.grid(True, alpha=0.3)
+    for axis in (latency, requests):
+        axis.set_ylim(bottom=0)
+    canvas.legend(loc="outside lower center", ncols=2, frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(out, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The price of compute, which budget "auto" follows, under load. Knows numbers only, nothing of vLLM.
+
+Each signal x (waiting requests, running requests, share of the KV cache in use) is put on a line that is 0 up to `low`
+and 1 from `high` on; the largest of them is the load. A load that wavers must not waver in the price, so there is a
+second line per signal for the way down: both ends lowered by hysteresis * (high - low), though not below 0. The level
+goes up with the first and down with the second, and stays between the two:
+
+    level = max(up, min(level, down)) ,  up <= down .
+
+At x = 0 both lines are 0, so a server without work is at level 0, whatever it was before.
+"""
+
+from collections.abc import Iterable
+
+Range = tuple[float, float]
+
+
+class LoadPrice:
+    """Level of load, and the price that it makes of a price.
+
+    load_price: at level 1, nats per token for all layers. waiting, running, kv_use: (low, high) of the signals,
+        0 <= low < high; running None: is not looked at. hysteresis: in [0, 1).
+    """
+
+    def __init__(
+        self,
+        load_price: float,
+        waiting: Range = (1, 8),
+        running: Range | None = None,
+        kv_use: Range = (0.8, 0.95),
+        hysteresis: float = 0.25,
+    ) -> None:
+        self._load_price = load_price
+        self._up = (waiting, running, kv_use)
+        self._down = tuple(None if ends is None else _lowered(ends, hysteresis) for ends in self._up)
+        self.level = 0.0
+
+    def observe(self, num_waiting: int, num_running: int, kv_use: float) -> float:
+        """Take in the server's state; returns the level, in [0, 1]."""
+        signals = (num_waiting, num_running, kv_use)
+        self.level = max(_load(signals, self._up), min(self.level, _load(signals, self._down)))
+        return self.level
+
+    def price(self, base: float) -> float:
+        """What the price `base` has become at the present level: never less than `base`."""
+        return max(base, (1 - self.level) * base + self.level * self._load_price)
+
+
+def _lowered(ends: Range, hysteresis: float) -> Range:
+    low, high = ends
+    gap = hysteresis * (high - low)
+    return max(0.0, low - gap), high - gap
+
+
+def _load(signals: Iterable[float], lines: Iterable[Range | None]) -> float:
+    return max(
+        min(1.0, max(0.0, (x - ends[0]) / (ends[1] - ends[0]))) for x, ends in zip(signals, lines) if ends is not None
+    )
