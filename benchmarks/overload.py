@@ -11,12 +11,13 @@ on each of the two: requests one at a time (unloaded), and a Poisson process of 
 latency (ITL) under load is divided by that of the same server unloaded. Requests are sent and timed by `vllm bench
 serve`; price, load and the budgets chosen are read from /metrics.
 
-All servers have a small token limit per step, as where latency between tokens matters: one long prompt then holds
-nobody up for long. Refused: outputs that are not the reference's, a server that dies, a request that fails.
+All servers have a small token limit per step, as where latency between tokens matters. On CPU one core is left to the
+server's own processes and to the client (VLLM_CPU_NUM_OF_RESERVED_CPU), which would else be seen as latency. Refused: outputs that are not the reference's, a server that dies, a request that fails.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import threading
 import time
@@ -41,10 +42,12 @@ from vllm_buddy.method import depth_for_budget
 
 OVERLOAD = 1.5
 WORKLOAD = Workload("128 in, 64 out", 0, 128, 64)
-TOKENS_PER_STEP = 64
+# One long prompt then holds nobody up for long, and a step at the fewest layers costs about what one request alone costs
+# at all of them.
+LIMITS = ("--max-num-batched-tokens", "24", "--max-num-seqs", "16")
 # Running requests at which the price starts to rise and at which it is full, and how high it gets: on this model even
 # the steepest requests then run the fewest layers.
-LOAD_SETTINGS: dict[str, Any] = {"load_price": 8.0, "load_running": [2, 8], "load_waiting": [1, 4]}
+LOAD_SETTINGS: dict[str, Any] = {"load_price": 8.0, "load_running": [3, 8], "load_waiting": [1, 4]}
 GAUGES = ("vllm_buddy:load", "vllm_buddy:auto_price", "vllm:num_requests_running", "vllm:num_requests_waiting")
 METRICS = (
     "unloaded_p99_itl_ms",
@@ -81,6 +84,7 @@ def main() -> None:
 def measure(model: FilePath, artifact_dir: FilePath, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Start the servers, check them, run all rounds; a row per figure, and rows of `series` for the last round."""
     artifact = load_artifact(artifact_dir)
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
     rounds, rows = Rounds(args.rounds), []
     with tempfile.TemporaryDirectory(prefix="vllm_buddy-overload-") as work:
         with open_servers(model, artifact, artifact_dir, FilePath(work)) as (stock, *autos):
@@ -116,16 +120,15 @@ def open_servers(model: FilePath, artifact: Artifact, artifact_dir: FilePath, wo
     """Stock, auto with a price that stays, auto with one that follows the load."""
     num_layers = artifact.config.base_model.num_layers
     router, schedule = artifact.router(), artifact.schedule()
-    limits = ("--max-num-batched-tokens", str(TOKENS_PER_STEP))
     with ExitStack() as stack:
-        stock = open_server(stack, "stock", model, work, "--model-impl", "auto", *limits)
+        stock = open_server(stack, "stock", model, work, "--model-impl", "auto", *LIMITS)
         dense = Routing(name="dense", layers=num_layers, path=router.full)
         served = [Served("stock", stock, (), [dense])]
         for name, settings in (("auto, price 0", {}), ("auto, price follows load", LOAD_SETTINGS)):
             buddy = {"artifact": str(artifact_dir), "default_budget": "auto", "price": 0.0, **settings}
             config = json.dumps({"buddy": buddy})
             log_name = name.replace(",", "").replace(" ", "-")
-            server = open_server(stack, log_name, model, work, "--additional-config", config, *limits)
+            server = open_server(stack, log_name, model, work, "--additional-config", config, *LIMITS)
             floor = Routing(
                 name="0.5", layers=depth_for_budget(0.5, num_layers), budget=0.5, router=router, schedule=schedule
             )

@@ -49,7 +49,7 @@ def commands(full: bool, out: FilePath) -> dict[str, list[str]]:
         "in process": ["in_process.py", str(out), *([] if full else ["--short"])],
         "serving": ["serving.py", *serving_load, *to("serving")],
         "peers": ["peers.py", *([] if full else ["--short"]), *to("peers")],
-        **({"memory": ["memory.py", *to("memory")]} if full else {}),
+        **({"memory": ["memory.py", *to("memory")], "overload": ["overload.py", *to("overload")]} if full else {}),
     }
 
 

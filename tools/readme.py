@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+import auto_tables
 import peer_tables
 import quality_tables
 import speed_tables
@@ -69,9 +70,25 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality_tables.quality_table,
     "recipes": quality_tables.recipes_table,
     "static": quality_tables.static_table,
+    "auto": auto_tables.auto_table,
+    "overload": auto_tables.overload_table,
+    "prices": auto_tables.prices_table,
 }
 PAGES = {
-    ROOT / "README.md": ["settings", "decode", "prefill", "mixed", "serving", "peers", "memory", "quality", "recipes"],
+    ROOT / "README.md": [
+        "settings",
+        "decode",
+        "prefill",
+        "mixed",
+        "serving",
+        "peers",
+        "memory",
+        "quality",
+        "recipes",
+        "auto",
+        "overload",
+        "prices",
+    ],
     ROOT / "docs" / "benchmarks.md": [
         "decode in full",
         "serving in full",

@@ -13,7 +13,12 @@ def test_the_table_tells_what_was_trained(
 ) -> None:
     """Failure: an artifact that changes the base weights looks like one that only routes."""
     model = save_tiny_model(tmp_path / "model", "llama")
-    parts = {"plain": {"decision": False}, "repaired": {"bypass_rank": 4}, "changed": {"lora_rank": 2}}
+    parts = {
+        "plain": {"decision": False},
+        "repaired": {"bypass_rank": 4},
+        "changed": {"lora_rank": 2},
+        "choosing": {"predictor_depths": (4, 6, 8)},
+    }
     folders = {name: tmp_path / name for name in parts}
     for name, folder in folders.items():
         random_artifact(folder, model, **parts[name])
@@ -25,4 +30,5 @@ def test_the_table_tells_what_was_trained(
         "nothing",
         "bypass of rank 4",
         "LoRA of rank 2, merged",
+        "budget auto among 3 depths",
     ]

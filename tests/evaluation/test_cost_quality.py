@@ -14,8 +14,8 @@ def test_the_best_choice_gets_all_of_the_way() -> None:
     """Layers go where they help: half the requests at 4, half at 8."""
     chosen = np.array([0] * 5 + [2] * 5)
     found = compare(TWO_KINDS, DEPTHS, chosen)
-    assert (found.layers, found.loss, found.constant, found.oracle) == (6.0, 2.0, 2.25, 2.0)
-    assert found.share_of_oracle == 1.0
+    assert (found.layers, found.loss, found.constant, found.best) == (6.0, 2.0, 2.25, 2.0)
+    assert found.share_of_best == 1.0
 
 
 def test_a_constant_budget_gains_nothing() -> None:

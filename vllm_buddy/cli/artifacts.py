@@ -32,6 +32,8 @@ def _trained(config: BuddyConfig) -> str:
         parts.append(f"bypass of rank {config.bypass_rank}")
     if config.lora is not None:
         parts.append(f"LoRA of rank {config.lora.rank}, merged")
+    if config.predictor is not None:
+        parts.append(f"budget auto among {len(config.predictor.depths)} depths")
     if config.budgets is not None:
         parts.append("budgets {:g} to {:g}".format(*config.budgets))
     return "; ".join(parts) or "nothing"

@@ -1,7 +1,6 @@
 """`vllm-buddy eval-budget`: what budget `auto` is worth."""
 
 import argparse
-import json
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
@@ -33,16 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.evaluation.auto_budget import evaluate_auto
     from vllm_buddy.evaluation.auto_plot import plot_auto
     from vllm_buddy.evaluation.plot import check_plotting
+    from vllm_buddy.evaluation.results import write_rows
 
     if args.plot is not None:
         check_plotting()
     found = evaluate_auto(settings, settings.model or fetch(), print_progress)
     print(gain_table(found))
     if args.json is not None:
-        try:
-            args.json.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise EvaluationError(f"cannot write {args.json}: {error.strerror or error}") from None
+        write_rows(found.rows, args.json)
     if args.plot is not None:
         plot_auto(found, args.plot)
     for written in (args.json, args.plot):
@@ -53,10 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
 def gain_table(found: "AutoEvaluation") -> str:
     """For each data set a line at the artifact's price, and for the whole one near each constant budget."""
-    names = list(found.num_samples)
-    rows = [found.at_artifact_price(name) for name in names]
-    depths = sorted({row["layers"] for row in found.constants})[1:-1]
-    rows += [found.nearest(names[-1], depth) for depth in depths]
+    *_, whole = names = found.data_sets
+    depths = sorted(row["layers"] for row in found.of("constant", whole))[1:-1]
+    rows = [*map(found.at_own_price, names), *(found.nearest(whole, depth) for depth in depths)]
     return format_table(
         ["data", "price", "layers", "auto", "constant", "best", "saved", "share of best"],
         [
@@ -66,9 +62,9 @@ def gain_table(found: "AutoEvaluation") -> str:
                 f"{row['layers']:.2f}",
                 f"{row['loss']:.4f}",
                 f"{row['constant']:.4f}",
-                f"{row['oracle']:.4f}",
+                f"{row['best']:.4f}",
                 f"{row['gain']:.4f} ± {row['stderr']:.4f}",
-                f"{row['share_of_oracle']:.0%}",
+                "" if row["share_of_best"] is None else f"{row['share_of_best']:.0%}",
             ]
             for row in rows
         ],

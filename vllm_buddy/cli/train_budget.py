@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     gain = stage.gain
     print(
         f"held out: {gain.layers:.1f} layers on average lose {gain.loss:.4f} nats per token; the best constant budget "
-        f"{gain.constant:.4f}, the best choice in hindsight {gain.oracle:.4f}"
+        f"{gain.constant:.4f}, the best choice in hindsight {gain.best:.4f}"
     )
     print(f"wrote artifact '{stage.artifact.config.name}' to {settings.out}")
     return 0

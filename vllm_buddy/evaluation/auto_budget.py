@@ -1,5 +1,6 @@
 """Budget `auto` on data sets: what each price comes to, beside constant budgets and the best choice in hindsight."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
@@ -19,39 +20,38 @@ from vllm_buddy.fingerprint import identify
 from vllm_buddy.model_folder import load_model, load_tokenizer
 
 MIXED = "mixed"  # all data sets as one
-PRICE_STEPS = 400
-ORACLE_POINTS = 24
+PRICE_STEPS = 100
+LARGEST_PRICE = 4.0  # nats per token, or more if the artifact lists more
+BEST_POINTS = 24
 
 
 @dataclass(frozen=True)
 class AutoEvaluation:
-    """Rows of the results file; losses in nats per scored token, means over samples.
+    """Rows of the results file, by their `series`; losses in nats per scored token, means over samples.
 
-    constants: of each data set and depth. oracle: of each data set, the best choice at some mean numbers of layers.
-    auto: of each data set and price; `depths` counts the samples that got each depth. artifact_price: in use where
-    neither server nor request sets one.
+    constant: of each data set and depth. best: of each data set, the best choice in hindsight of some mean numbers of
+    layers. auto: of each data set and price; `depths` counts the samples that got each depth, and `own_price` marks the
+    price that is the artifact's.
     """
 
-    num_layers: int
-    artifact_price: float
-    num_samples: dict[str, int]
-    constants: list[dict[str, Any]]
-    oracle: list[dict[str, Any]]
-    auto: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def data_sets(self) -> list[str]:
+        """In order; the last is all of them as one, if there are several."""
+        return list(dict.fromkeys(row["data_set"] for row in self.rows))
 
-    def points(self, data_set: str) -> list[dict[str, Any]]:
-        """Rows of `auto` for one data set, by price."""
-        return [row for row in self.auto if row["data_set"] == data_set]
+    def of(self, series: str, data_set: str) -> list[dict[str, Any]]:
+        """The rows of one series of one data set."""
+        return [row for row in self.rows if row["series"] == series and row["data_set"] == data_set]
 
     def nearest(self, data_set: str, layers: float) -> dict[str, Any]:
         """The row of `auto` whose mean number of layers is nearest."""
-        return min(self.points(data_set), key=lambda row: abs(row["layers"] - layers))
+        return min(self.of("auto", data_set), key=lambda row: abs(row["layers"] - layers))
 
-    def at_artifact_price(self, data_set: str) -> dict[str, Any]:
-        return min(self.points(data_set), key=lambda row: abs(row["price"] - self.artifact_price))
+    def at_own_price(self, data_set: str) -> dict[str, Any]:
+        """The row of `auto` at the artifact's price."""
+        return next(row for row in self.of("auto", data_set) if row["own_price"])
 
 
 def evaluate_auto(
@@ -112,39 +112,34 @@ def compare_auto(artifact: Artifact, measured: Mapping[str, DepthLosses]) -> Aut
     }
     if len(measured) > 1:
         losses[MIXED], excess[MIXED] = (np.concatenate(list(parts.values())) for parts in (losses, excess))
-    depths, num_layers = predictor.depths, predictor.num_layers
-    top = max([4.0, config.price, *(point.price for point in config.prices)])
-    prices = sorted({*np.linspace(0, top, PRICE_STEPS + 1).round(4).tolist(), config.price})
-    return AutoEvaluation(
-        num_layers,
-        config.price,
-        {name: len(rows) for name, rows in losses.items()},
-        [
-            {"data_set": name, "layers": depth, "loss": float(loss)}
-            for name, rows in losses.items()
-            for depth, loss in zip(depths, rows.mean(axis=0))
-        ],
-        [
-            {"data_set": name, "layers": float(layers), "loss": best_choice(rows, depths, float(layers))}
-            for name, rows in losses.items()
-            for layers in np.linspace(depths[0], depths[-1], ORACLE_POINTS)
-        ],
-        [
-            _row(name, price, rows, depths, choices(excess[name], depths, num_layers, price))
-            for name, rows in losses.items()
-            for price in prices
-        ],
-    )
+    depths, own = predictor.depths, config.price
+    top = max(LARGEST_PRICE, *(point.price for point in config.prices), own)
+    prices = sorted({*np.linspace(0, top, PRICE_STEPS + 1).round(4).tolist(), own})
+    rows: list[dict[str, Any]] = []
+    for name, table in losses.items():
+        about = {"data_set": name, "samples": len(table)}
+        for depth, loss in zip(depths, table.mean(axis=0)):
+            rows.append({"series": "constant", **about, "layers": depth, "loss": loss})
+        for layers in np.linspace(depths[0], depths[-1], BEST_POINTS):
+            rows.append({"series": "best", **about, "layers": layers, "loss": best_choice(table, depths, layers)})
+        for price in prices:
+            chosen = choices(excess[name], depths, predictor.num_layers, price)
+            rows.append({"series": "auto", **about, "price": price, "own_price": price == own})
+            rows[-1] |= _found(table, depths, chosen)
+    return AutoEvaluation([{key: _rounded(value) for key, value in row.items()} for row in rows])
 
 
-def _row(name: str, price: float, losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray) -> dict[str, Any]:
+def _found(losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray) -> dict[str, Any]:
     found = compare(losses, depths, chosen)
     counts = np.bincount(chosen, minlength=len(depths))
+    share = None if math.isnan(found.share_of_best) else found.share_of_best
     return {
-        "data_set": name,
-        "price": price,
         **asdict(found),
         "gain": found.gain,
-        "share_of_oracle": found.share_of_oracle,
+        "share_of_best": share,
         "depths": {str(depth): int(count) for depth, count in zip(depths, counts) if count},
     }
+
+
+def _rounded(value: Any) -> Any:
+    return round(float(value), 5) if isinstance(value, float) else value

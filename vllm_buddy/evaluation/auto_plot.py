@@ -3,7 +3,7 @@
 from pathlib import Path as FilePath
 from typing import Any
 
-from vllm_buddy.evaluation.auto_budget import AutoEvaluation
+from vllm_buddy.evaluation.auto_budget import MIXED, AutoEvaluation
 from vllm_buddy.evaluation.plot import check_plotting
 
 COLUMNS = 3
@@ -21,14 +21,14 @@ def plot_auto(found: AutoEvaluation, out: FilePath) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = sorted(found.num_samples, key=lambda name: name != "mixed")  # the whole first
+    names = sorted(found.data_sets, key=lambda name: name != MIXED)  # the whole first
     rows = -(-(len(names) + 1) // COLUMNS)
     figure, grid = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 3.3 * rows), layout="constrained", squeeze=False)
     axes = list(grid.flat)
     for name, axis in zip(names, axes):
         _curves(found, name, axis)
     axes[0].legend(frameon=False)
-    _distribution(found, [name for name in names if name != "mixed"] or names, axes[len(names)])
+    _distribution(found, [name for name in names if name != MIXED], axes[len(names)])
     for unused in axes[len(names) + 1 :]:
         unused.set_axis_off()
     figure.savefig(out, dpi=130)
@@ -36,24 +36,26 @@ def plot_auto(found: AutoEvaluation, out: FilePath) -> None:
 
 
 def _curves(found: AutoEvaluation, name: str, axis: Any) -> None:
-    for rows, style, label in (
-        (found.constants, "o-", "constant budget"),
-        (found.auto, "-", "auto, over prices"),
-        (found.oracle, "--", "best choice in hindsight"),
+    for series, style, label in (
+        ("constant", "o-", "constant budget"),
+        ("auto", "-", "auto, over prices"),
+        ("best", "--", "best choice in hindsight"),
     ):
-        points = sorted({(row["layers"], row["loss"]) for row in rows if row["data_set"] == name})
+        points = sorted({(row["layers"], row["loss"]) for row in found.of(series, name)})
         axis.plot(*zip(*points), style, label=label, markersize=4)
-    axis.set(title=f"{name} ({found.num_samples[name]} samples)", xlabel="mean layers", ylabel="nats per token")
+    samples = found.of("constant", name)[0]["samples"]
+    axis.set(title=f"{name} ({samples} samples)", xlabel="mean layers", ylabel="nats per token")
     axis.grid(alpha=0.3)
 
 
 def _distribution(found: AutoEvaluation, names: list[str], axis: Any) -> None:
-    depths = sorted({row["layers"] for row in found.constants})
+    depths = sorted({row["layers"] for row in found.of("constant", names[0])})
     bottom = [0.0] * len(depths)
     for name in names:
-        counts = found.at_artifact_price(name)["depths"]
+        counts = found.at_own_price(name)["depths"]
         heights = [counts.get(str(depth), 0) for depth in depths]
         axis.bar([str(depth) for depth in depths], heights, bottom=bottom, label=name)
         bottom = [low + high for low, high in zip(bottom, heights)]
-    axis.set(title=f"depths at price {found.artifact_price:g}", xlabel="layers", ylabel="samples")
-    axis.legend(frameon=False, fontsize="small")
+    axis.set(title=f"depths at price {found.at_own_price(names[0])['price']:g}", xlabel="layers", ylabel="samples")
+    axis.set_ylim(top=1.6 * max(bottom))  # room for the names
+    axis.legend(frameon=False, fontsize="small", loc="upper left")

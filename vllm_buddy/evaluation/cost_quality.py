@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ORACLE_PRICES = np.linspace(0.0, 20.0, 2001)  # nats per token for all layers
+HINDSIGHT_PRICES = np.linspace(0.0, 20.0, 2001)  # nats per token for all layers
 
 
 @dataclass(frozen=True)
 class Gain:
     """Choices compared at their own mean number of layers. Losses are means over samples, in nats per token.
 
-    constant: of the best constant budget of that many layers. oracle: of the best choice of that many layers for these
+    constant: of the best constant budget of that many layers. best: of the best choice of that many layers for these
     very samples, known from their losses. stderr: of constant - loss; of a layer more or less as well, by the slope.
     """
 
     layers: float
     loss: float
     constant: float
-    oracle: float
+    best: float
     stderr: float
 
     @property
@@ -32,9 +32,9 @@ class Gain:
         return self.constant - self.loss
 
     @property
-    def share_of_oracle(self) -> float:
+    def share_of_best(self) -> float:
         """How far from the constant budget to the best choice; NaN where there is nothing between them."""
-        between = self.constant - self.oracle
+        between = self.constant - self.best
         return self.gain / between if between > 1e-9 else float("nan")
 
 
@@ -60,8 +60,8 @@ def compare(losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray) -> Ga
     # Delta method: the constant budget is taken at the mean of layers, which varies with the samples too.
     influence = constant - own + slope * (layers - mean_layers)
     stderr = float(influence.std(ddof=1) / np.sqrt(len(losses)))
-    oracle = best_choice(losses, depths, mean_layers)
-    return Gain(mean_layers, float(own.mean()), float(constant.mean()), oracle, stderr)
+    best = best_choice(losses, depths, mean_layers)
+    return Gain(mean_layers, float(own.mean()), float(constant.mean()), best, stderr)
 
 
 def best_choice(losses: np.ndarray, depths: Sequence[int], mean_layers: float) -> float:
@@ -70,7 +70,7 @@ def best_choice(losses: np.ndarray, depths: Sequence[int], mean_layers: float) -
     The choices that prices lead to are corners of a convex curve; between two of them a mixture is best.
     """
     rows, points = np.arange(len(losses)), {}
-    for price in ORACLE_PRICES:
+    for price in HINDSIGHT_PRICES:
         chosen = choices(losses, depths, max(depths), price)
         points[float(np.asarray(depths)[chosen].mean())] = float(losses[rows, chosen].mean())
     layers = sorted(points)

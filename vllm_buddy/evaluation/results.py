@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path as FilePath
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,9 +19,18 @@ def save_results(figures: Sequence[Figure], path: FilePath) -> None:
     Raises:
         EvaluationError: the file cannot be written.
     """
+    write_rows([figure.row() for figure in figures], path)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: FilePath) -> None:
+    """Write rows of any form as a JSON list, a row a line.
+
+    Raises:
+        EvaluationError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(figure.row()) for figure in figures) + "\n]\n")
+        path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     except OSError as error:
         raise EvaluationError(f"cannot write {path}: {error.strerror or error}") from None
 

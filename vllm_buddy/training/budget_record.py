@@ -48,7 +48,7 @@ def finish_run(
             "mean_layers": round(stage.gain.layers, 3),
             "loss": round(stage.gain.loss, 4),
             "constant_budget": round(stage.gain.constant, 4),
-            "best_choice": round(stage.gain.oracle, 4),
+            "best_choice": round(stage.gain.best, 4),
             "stderr_of_gain": round(stage.gain.stderr, 4),
         },
     }
@@ -74,7 +74,7 @@ def predictor_card(stage: Stage2, command: str) -> str:
         "",
         f"At its own price {stage.gain.layers:.1f} layers on average lose {stage.gain.loss:.3f} nats per token where "
         f"the best constant budget loses {stage.gain.constant:.3f} (saved {stage.gain.gain:.3f}, standard error "
-        f"{stage.gain.stderr:.3f}) and the best choice in hindsight {stage.gain.oracle:.3f}.",
+        f"{stage.gain.stderr:.3f}) and the best choice in hindsight {stage.gain.best:.3f}.",
         "",
         f"    {command}",
         "",
