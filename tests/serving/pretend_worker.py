@@ -180,6 +180,7 @@ class PretendEngine:
         sampled = {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             row, start = self._rows[request_id], computed[request_id]
+            self._lower(request_id, row.tokens)
             runs, cached_path = plan[request_id]
             paths = [run.path for run in runs for _ in range(run.num_tokens)]
             assert paths == _paths(self._routes[request_id], start, num_tokens, row.tokens), (
@@ -198,6 +199,12 @@ class PretendEngine:
             req_id_to_index={request_id: index for index, request_id in enumerate(sampled)},
             sampled_token_ids=list(sampled.values()),
         )
+
+    def _lower(self, request_id: str, tokens: Sequence[int]) -> None:
+        """What load did to the scheduler's route is to be done to ours, which has seen the same tokens."""
+        theirs, ours = self.scheduler._routes[request_id], self._routes[request_id]
+        for position, depth in theirs.lowered[len(ours.lowered) :]:
+            assert ours.lower(depth, position, tokens)
 
     def _take_in(self, output: Any) -> dict[str, int]:
         """Update the rows as vLLM's runner does; returns the computed tokens of each scheduled request."""

@@ -113,7 +113,8 @@ def pretend(
         asynchronous=asynchronous,
         num_blocks=num_blocks,
         chunk=chunk,
-        buddy=buddy,
+        # Most tests are about arriving requests.
+        buddy={"load_lowers_running": False, **buddy} if "load_price" in buddy else buddy,
     )
 
 
@@ -253,6 +254,39 @@ def test_the_metrics_show_load_price_and_choices(
     assert (sample("load"), sample("auto_price")) == (0, PREDICTOR_PRICE)
     assert (sample("auto_budget_count"), sample("budget_count")) == (1, 2)
     assert sample("auto_budget_sum") == budget_for_depth(depth, NUM_LAYERS)
+
+
+@both
+def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
+    """Fails if requests of a calm minute stay deep in a busy one, numbers are touched, or a block that holds tokens of
+    the lower depth is found by one who runs the depth before."""
+    made = pretend(
+        tiny, asynchronous=asynchronous, load_price=LOAD_PRICE, load_running=[2, 4], price=0.0, load_lowers_running=True
+    )
+    scheduler = made.scheduler
+    first = made.add(auto(PROMPTS[0], 60), runs_as=fixed(auto(PROMPTS[0], 60), NUM_LAYERS))
+    number = made.add(Ask(PROMPTS[1], 1.0, 60))
+    for _ in range(25):
+        made.step()
+    route = scheduler._routes[first]
+    assert not route.lowered and route.depth == NUM_LAYERS
+    others = [made.add(Ask(prompt, 0.5, 30)) for prompt in PROMPTS[2:6]]
+    for _ in range(6):
+        made.step()
+    assert [depth for _, depth in route.lowered][-1:] == [PREDICTOR_DEPTHS[0]]
+    assert all(len(PROMPTS[0]) < position for position, _ in route.lowered)
+    assert not scheduler._routes[number].lowered
+    told = scheduler._outcomes[first].as_dict(route)
+    assert (told["depth"], told["lowered_to"]) == (NUM_LAYERS, PREDICTOR_DEPTHS[0])
+    made.preempt(0, drop_stale_output=False)
+    while not made.idle:
+        made.step()
+    for request_id in (number, *others):
+        assert made.generated[request_id] == made.expected(made.asks[request_id])
+    follow_up = made.add(Ask((*PROMPTS[0], *made.generated[first]), 1.0, 4))
+    while not made.idle:
+        made.step()
+    assert made.generated[follow_up] == made.expected(made.asks[follow_up])
 
 
 # --- a real engine -----------------------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ class PathSchedule:
 class RequestRoute:
     """The paths of one request, decided in order of position and never revised.
 
-    Depends on the router, the schedule, the depth and the token ids alone: not on batch-mates, chunking,
-    cache state or preemption. Holds what was decided, so that a request that is computed again after a
-    preemption runs the same paths.
+    Depends on the router, the schedule, the depth and the token ids alone, and on `lower` where it is called: not on
+    batch-mates, chunking, cache state or preemption. Holds what was decided, so that a request that is computed again
+    after a preemption runs the same paths.
 
     num_context_tokens: the first path is decided from this many tokens of the prompt, at least one; what follows of it
         is routed as decoded tokens are. None: from the whole prompt.
@@ -58,6 +58,7 @@ class RequestRoute:
         if not 1 <= num_context_tokens <= len(prompt_token_ids):
             raise ValueError(f"{num_context_tokens} context tokens of a prompt of {len(prompt_token_ids)}")
         self.depth = depth
+        self.lowered: list[tuple[int, int]] = []  # (position, depth from there on)
         self.num_context_tokens = num_context_tokens
         self._router = router
         self._schedule = schedule
@@ -84,6 +85,29 @@ class RequestRoute:
     def uniform_length(self) -> int | None:
         """Tokens before the first change of path; None while the path has not changed."""
         return self._starts[1] if len(self._starts) > 1 else None
+
+    def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
+        """Run `depth` layers from `position` on; False, and nothing changes, where the new path has a layer of its own.
+
+        That layer would have no keys and values of the tokens so far. position: behind all positions that runs were
+        asked for; what lies before keeps its path. token_ids: the request's, prompt first.
+        """
+        if depth >= self.depth:
+            raise ValueError(f"{depth} layers are not less than {self.depth}")
+        if self._context is None:
+            self._context = self._router.new_context()
+            if self._context is not None:
+                self._context.extend(token_ids[: self.num_context_tokens])
+        path = self._router.path(self._context, depth)
+        if path & ~self._paths[-1]:
+            return False
+        self._starts.append(position)
+        self._paths.append(path)
+        self.depth = depth
+        self.lowered.append((position, depth))
+        if self._context is not None and self._schedule.interval:
+            self._next_decision = max(self._next_decision or 0, position + self._schedule.interval)
+        return True
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
         """Make all decisions for positions below `end`. token_ids: the request's, prompt first."""

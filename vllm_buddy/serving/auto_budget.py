@@ -154,6 +154,10 @@ class BudgetChooser:
         """The server's, as it is now."""
         return self._price(self._limits.price)
 
+    def price_of(self, asked: AutoBudget) -> float:
+        """What a request that allows this would be decided at now."""
+        return self._price(asked.price)
+
     def observe(self, num_waiting: int, num_running: int, kv_use: float) -> None:
         """Take in the server's state. kv_use: share of the KV cache in use."""
         if self._load is not None:

@@ -1,6 +1,7 @@
 """Routing, in vLLM's scheduler: the router's input is token ids, so the plan is made before the step."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import RequestRoute
-from vllm_buddy.serving.auto_budget import budget_chooser
+from vllm_buddy.serving.auto_budget import AutoBudget, budget_chooser
 from vllm_buddy.serving.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.prefix_cache import end_hash_chain, limit_publishing, salt
 from vllm_buddy.serving.request import FixedBudget, RequestLimits, context_tokens
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Base
 else:
     _Base = object
+
+
+@dataclass
+class _Auto:
+    """A request of budget "auto": what it allows, and the highest price at which it was decided."""
+
+    asked: AutoBudget
+    price: float
 
 
 class _Routing(_Base):
@@ -40,9 +49,11 @@ class _Routing(_Base):
         self._salt_prefix = f"{artifact.digest}:{settings.kv_policy}"
         self._routes: dict[str, RequestRoute] = {}
         self._outcomes: dict[str, Outcome] = {}
+        self._auto: dict[str, _Auto] = {}
         self._routing_seconds = 0.0  # of the current step
         self._metrics = EngineMetrics.for_engine(vllm_config)
         self._chooser = budget_chooser(settings, artifact, self._limits.auto)
+        self._lowers_running = settings.load_lowers_running
         self._observe_load()
         self._metrics.export(idle=True)
         limit_publishing(self.kv_cache_manager.coordinator, self._publishable_tokens)
@@ -77,7 +88,9 @@ class _Routing(_Base):
             return Outcome(asked.budget, asked.depth), num_context
         assert self._chooser is not None  # "auto" was refused otherwise
         self._observe_load()
-        return Outcome(*self._chooser.choose(asked, request.all_token_ids[:num_context])), num_context
+        choice = self._chooser.choose(asked, request.all_token_ids[:num_context])
+        self._auto[request.request_id] = _Auto(asked, choice.price)
+        return Outcome(*choice), num_context
 
     def _publishable_tokens(self, request: Request, num_tokens: int) -> int:
         """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""
@@ -96,6 +109,7 @@ class _Routing(_Base):
         """Add the outcome to what the final response carries in kv_transfer_params."""
         kv_params, ec_params = super()._free_request(request, *args, **kwargs)
         route = self._routes.pop(request.request_id)
+        self._auto.pop(request.request_id, None)
         outcome = self._outcomes.pop(request.request_id)
         self._metrics.observe_request(outcome, route)
         return {**(kv_params or {}), "buddy": outcome.as_dict(route)}, ec_params
@@ -105,6 +119,7 @@ class _Routing(_Base):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's step, with the plan attached."""
         self._routing_seconds = 0.0
+        self._lower_running()
         output = super().schedule(*args, **kwargs)
         started = time.perf_counter()
         setattr(output, PLAN_ATTRIBUTE, self._plan(output))
@@ -112,6 +127,27 @@ class _Routing(_Base):
             self._routing_seconds += time.perf_counter() - started
             self._metrics.observe_routing(self._routing_seconds)
         return output
+
+    def _lower_running(self) -> None:
+        """Where the price has risen since, take requests of budget "auto" that decode to what it gives their prompts.
+
+        Before vLLM schedules: it publishes blocks of the tokens that it schedules, by the paths that are decided then.
+        """
+        chooser = self._chooser
+        if chooser is None or not self._lowers_running or chooser.level == 0:
+            return
+        started = time.perf_counter()
+        for request in self.running:
+            auto = self._auto.get(request.request_id)
+            position = request.num_computed_tokens
+            if auto is None or position < request.num_prompt_tokens or chooser.price_of(auto.asked) <= auto.price:
+                continue
+            route = self._routes[request.request_id]
+            choice = chooser.choose(auto.asked, request.all_token_ids[: route.num_context_tokens])
+            auto.price = choice.price
+            if choice.depth < route.depth:
+                route.lower(choice.depth, position, request.all_token_ids)
+        self._routing_seconds += time.perf_counter() - started
 
     def _plan(self, output: SchedulerOutput) -> StepPlan:
         starting = {request.req_id for request in output.scheduled_new_reqs}

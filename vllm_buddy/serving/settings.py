@@ -93,6 +93,13 @@ class BuddySettings(BaseModel):
     load_floor: float | None = Field(
         default=None, description="Smallest budget that load alone brings. Absent: `auto_min`."
     )
+    load_lowers_running: bool = Field(
+        default=True,
+        description=(
+            "Whether a load that rises lowers requests that run as well, from their next token on. They are not raised "
+            "again. false: load decides on arriving requests alone."
+        ),
+    )
     load_hysteresis: float = Field(
         default=0.25,
         ge=0,

@@ -62,6 +62,7 @@ class Outcome:
             "depth": self.depth,
             "auto": self.price is not None,
             "price": self.price,
+            "lowered_to": route.depth if route.lowered else None,
             "layers_executed_mean": self.mean_layers,
             "layers_executed_min": self._fewest,
             "layers_executed_max": self._most,
