@@ -44,19 +44,22 @@ def plot_overload(rows: Sequence[Row], out: FilePath) -> None:
         )
         seconds = [row["second"] for row in itl]
         latency.plot(seconds, [row["p99_itl_ms"] for row in itl], color=colour, label=name)
+        # In a second in which the client stood still, tokens come at once: latencies of 0.
+        median = [row["p50_itl_ms"] or float("nan") for row in itl]
+        latency.plot(seconds, median, color=colour, alpha=0.5, linewidth=1)
         latency.axhline(LIMIT * unloaded[0]["p99_itl_ms"], color=colour, linestyle=":")
         seconds = [row["second"] for row in gauges]
         requests.plot(seconds, [r["num_requests_running"] + r["num_requests_waiting"] for r in gauges], color=colour)
         load.plot(seconds, [row["load"] for row in gauges], color=colour)
-    latency.set(title=f"p99 inter-token latency (dotted: {LIMIT} x unloaded)", ylabel="ms")
-    requests.set(title="requests in the server, running and waiting")
-    load.set(title="load that the price follows")
+    latency.set_title(f"ms between tokens: p99, p50 (thin), {LIMIT} x unloaded p99 (dotted)", fontsize=9)
+    latency.set_yscale("log")
+    requests.set_title("requests in the server, running and waiting", fontsize=9)
+    load.set_title("load that the price follows", fontsize=9)
     load.set_ylim(-0.03, 1.03)
     for axis in (latency, requests, load):
         axis.set_xlabel("seconds")
         axis.grid(True, alpha=0.3)
-    for axis in (latency, requests):
-        axis.set_ylim(bottom=0)
+    requests.set_ylim(bottom=0)
     canvas.legend(loc="outside lower center", ncols=2, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(out, dpi=150)

@@ -13,7 +13,7 @@ def auto_table() -> str:
     depths = sorted(row["layers"] for row in rows if row["series"] == "constant" and row["data_set"] == MIXED)[1:-1]
     whole = [row for row in auto if row["data_set"] == MIXED]
     chosen = [min(whole, key=lambda row, depth=depth: abs(row["layers"] - depth)) for depth in depths]  # type: ignore[misc]
-    chosen += [row for row in auto if row["own_price"]]
+    chosen += [row for row in auto if row["own_price"] and row not in chosen]
     note = (
         f"{whole[0]['samples']} requests, as many of each kind, from the last fifth of each file. The predictor was "
         "trained on the rest. *Saved*: against the best constant budget of the same mean layers, and standard error; "

@@ -12,6 +12,7 @@ INTERVALS = (0, 1, 4, 16)
 
 prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=30)
 outputs = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=0, max_size=50)
+long_outputs = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=20, max_size=50)
 
 
 def _spread(route: RequestRoute, chunks: list[int], token_ids: list[int]) -> list[Path]:
@@ -140,3 +141,32 @@ def test_negative_settings_are_refused(schedule: dict[str, int]) -> None:
     """Failure: a negative interval makes the decision loop run for ever."""
     with pytest.raises(ValueError, match="must not be negative"):
         PathSchedule(**schedule)
+
+
+@given(prompts, long_outputs, st.sampled_from(INTERVALS), st.data())
+def test_a_lowered_route_keeps_what_lies_before_and_runs_fewer_layers_behind(
+    prompt: list[int], output: list[int], interval: int, data: st.DataObject
+) -> None:
+    """Failure: positions that were computed get another path afterwards, or a busy server goes on at full depth."""
+    token_ids = prompt + output
+    position = data.draw(st.integers(len(prompt), len(token_ids) - 1))
+    route = RequestRoute(ROUTER, PathSchedule(interval, 0), NUM_LAYERS, prompt)
+    before = route.runs(0, position, token_ids)
+    assert route.lower(5, position, token_ids)
+    behind = route.runs(position, len(token_ids) - position, token_ids)
+    assert [run.path for run in before] == [full_path(NUM_LAYERS)]
+    assert {run.path.bit_count() for run in behind} == {5}
+    assert behind[0].path == RequestRoute(ROUTER, PathSchedule(0), 5, prompt).first_path
+    again = route.runs(0, len(token_ids), token_ids)  # after a preemption
+    assert [run for run in again if run.path == full_path(NUM_LAYERS)] == [(position, full_path(NUM_LAYERS))]
+    assert (route.uniform_length, route.depth, route.lowered) == (position, 5, [(position, 5)])
+
+
+def test_a_route_is_not_lowered_to_a_path_with_a_layer_of_its_own() -> None:
+    """Failure: a layer joins that has no keys and values of the tokens so far."""
+    library = {6: [0b1000111101], 4: [0b1010000011]}
+    route = RequestRoute(random_router(library=library), PathSchedule(0), 6, [1, 2, 3])
+    assert not route.lower(4, 3, [1, 2, 3])
+    assert (route.depth, route.lowered, route.num_reroutes) == (6, [], 0)
+    with pytest.raises(ValueError, match="6 layers are not less than 6"):
+        route.lower(6, 3, [1, 2, 3])
