@@ -12,6 +12,7 @@ from tests.serving.engine import Ask, Engine, Tiny
 from tests.serving.pretend_worker import PretendEngine
 from tests.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE, random_prompts
 from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, budget_for_depth
+from vllm_buddy.method.reference import routed_logits
 from vllm_buddy.serving.auto_budget import AutoLimits, BudgetChooser
 from vllm_buddy.serving.load_price import LoadPrice
 
@@ -314,3 +315,36 @@ def test_tokens_and_layers_of_auto_requests_are_those_of_the_budget_chosen(llama
         assert (told["depth"], told["auto"], told["price"]) == (depth, price is not None, price)
         if price is not None:
             assert told["budget"] == budget_for_depth(depth, NUM_LAYERS)
+
+
+@pytest.mark.parametrize("policy", ("masked", "kv_only", "zero"))
+@pytest.mark.parametrize("preempted", (False, True))
+def test_a_lowered_request_goes_on_as_the_reference_does(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch, policy: str, preempted: bool
+) -> None:
+    """Fails if the cache of a request is read wrongly after its depth changed, or is computed again on other paths."""
+    llama.configure(policy, 0)
+    tiny, scheduler = llama.tiny, llama.scheduler
+    assert tiny.artifact.predictor is not None
+    load = LoadPrice(LOAD_PRICE, waiting=(50, 60), running=(1, 3))
+    limits = replace(scheduler._limits.auto, load_price=LOAD_PRICE)
+    monkeypatch.setattr(scheduler, "_chooser", BudgetChooser(tiny.artifact.predictor, limits, load))
+    asks = [auto(PROMPTS[0], 30, price=0), *(Ask(prompt, 1.0, 12) for prompt in PROMPTS[1:4])]
+    routes: dict[str, Any] = {}
+
+    def before_step(step: int) -> None:
+        routes.update(scheduler._routes)
+        if preempted and step == 16:
+            assert llama.preempt(0)
+
+    lowered, *others = llama.run(asks, [0, 8, 8, 8], before_step)
+    llama.check(asks[1:], others)
+    told = lowered.kv_transfer_params["buddy"]
+    assert (told["depth"], told["lowered_to"]) == (NUM_LAYERS, PREDICTOR_DEPTHS[0])
+    assert (told["layers_executed_max"], told["layers_executed_min"]) == (NUM_LAYERS, PREDICTOR_DEPTHS[0])
+    (route,) = (route for route in routes.values() if route.lowered)
+    tokens = list(lowered.outputs[0].token_ids)
+    inputs = [*asks[0].prompt, *tokens[:-1]]
+    paths = [run.path for run in route.runs(0, len(inputs), inputs) for _ in range(run.num_tokens)]
+    logits = routed_logits(tiny.model, inputs, paths, policy, tiny.artifact.bypass)
+    assert logits[len(asks[0].prompt) - 1 :].argmax(dim=-1).tolist() == tokens

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from vllm_buddy.errors import TrainingError
 from vllm_buddy.provenance import CARD_FILE, RUN_FILE, card_title, run_header, to_yaml
 from vllm_buddy.training.budget_settings import BudgetSettings
+from vllm_buddy.training.curves import pyplot
 from vllm_buddy.training.stage2 import Stage2
 
 LOG_FILE = "budget_log.jsonl"
@@ -110,13 +110,7 @@ def draw_curves(log: Sequence[dict[str, Any]], out: FilePath, title: str) -> Non
     Raises:
         TrainingError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise TrainingError("curves need matplotlib: pip install 'vllm-buddy[plot]'") from None
+    plt = pyplot()
     steps = [row["step"] for row in log]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for axis, (keys, label) in zip(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path as FilePath
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,8 @@ def read_log(path: FilePath) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
-def draw_curves(log: FilePath, out: FilePath, title: str) -> None:
-    """Loss against training tokens, one line for each band of depths.
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files.
 
     Raises:
         TrainingError: matplotlib is not installed.
@@ -27,9 +28,19 @@ def draw_curves(log: FilePath, out: FilePath, title: str) -> None:
         import matplotlib
 
         matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot
     except ImportError:
         raise TrainingError("curves need matplotlib: pip install 'vllm-buddy[plot]'") from None
+    return matplotlib.pyplot
+
+
+def draw_curves(log: FilePath, out: FilePath, title: str) -> None:
+    """Loss against training tokens, one line for each band of depths.
+
+    Raises:
+        TrainingError: matplotlib is not installed.
+    """
+    plt = pyplot()
     rows = read_log(log)
     points = np.array([(row["tokens"], depth, loss) for row in rows for depth, loss in row["losses"]])
     edges = np.linspace(points[:, 1].min(), points[:, 1].max() + 1e-6, BANDS + 1)
