@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vllm_buddy.evaluation.cost_quality import best_choice, choices, compare
+from vllm_buddy.evaluation.cost_quality import Hindsight, choices, compare
 
 DEPTHS = (4, 6, 8)
 # Two kinds of requests: the first gain nothing from layers, the others one nat.
@@ -50,10 +50,11 @@ def test_no_choice_of_as_many_layers_beats_the_best() -> None:
     """An oracle that can be beaten makes the share of it meaningless."""
     rng = np.random.default_rng(1)
     losses = rng.normal(2.0, 1.0, (7, 3))
+    best = Hindsight.of(losses, DEPTHS)
     for combination in np.ndindex(*[3] * 7):
         chosen = np.array(combination)
         layers = np.asarray(DEPTHS)[chosen].mean()
-        assert losses[np.arange(7), chosen].mean() >= best_choice(losses, DEPTHS, layers) - 1e-9
+        assert losses[np.arange(7), chosen].mean() >= best.loss(layers) - 1e-9
 
 
 def test_price_zero_takes_the_least_loss_and_a_huge_price_the_fewest_layers() -> None:

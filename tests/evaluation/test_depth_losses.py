@@ -48,6 +48,9 @@ def test_what_was_measured_is_not_measured_again(tiny: Tiny, samples: list[Sampl
     resumed = measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore, tmp_path)
     assert (resumed.losses[0] == 7.0).all()
     np.testing.assert_array_equal(resumed.losses[1:], first.losses[1:])
+    file.write_bytes(b"cut off")
+    with pytest.raises(EvaluationError, match="remove it to measure again"):
+        measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore, tmp_path)
     measure_depth_losses(tiny.model, tiny.artifact, samples, (3, 4), _ignore, tmp_path)
     assert len(list(tmp_path.glob("losses-*.npy"))) == 2
 

@@ -13,7 +13,7 @@ from vllm_buddy.artifact import Artifact, artifact_folder, load_artifact
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.budget_settings import BudgetEvalSettings
-from vllm_buddy.evaluation.cost_quality import best_choice, choices, compare
+from vllm_buddy.evaluation.cost_quality import Gain, Hindsight, choices, compare
 from vllm_buddy.evaluation.depth_losses import DepthLosses, measure_depth_losses
 from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
 from vllm_buddy.fingerprint import identify
@@ -120,17 +120,17 @@ def compare_auto(artifact: Artifact, measured: Mapping[str, DepthLosses]) -> Aut
         about = {"data_set": name, "samples": len(table)}
         for depth, loss in zip(depths, table.mean(axis=0)):
             rows.append({"series": "constant", **about, "layers": depth, "loss": loss})
+        best = Hindsight.of(table, depths)
         for layers in np.linspace(depths[0], depths[-1], BEST_POINTS):
-            rows.append({"series": "best", **about, "layers": layers, "loss": best_choice(table, depths, layers)})
+            rows.append({"series": "best", **about, "layers": layers, "loss": best.loss(layers)})
         for price in prices:
             chosen = choices(excess[name], depths, predictor.num_layers, price)
             rows.append({"series": "auto", **about, "price": price, "own_price": price == own})
-            rows[-1] |= _found(table, depths, chosen)
+            rows[-1] |= _found(compare(table, depths, chosen, best), depths, chosen)
     return AutoEvaluation([{key: _rounded(value) for key, value in row.items()} for row in rows])
 
 
-def _found(losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray) -> dict[str, Any]:
-    found = compare(losses, depths, chosen)
+def _found(found: Gain, depths: Sequence[int], chosen: np.ndarray) -> dict[str, Any]:
     counts = np.bincount(chosen, minlength=len(depths))
     share = None if math.isnan(found.share_of_best) else found.share_of_best
     return {

@@ -47,8 +47,11 @@ def choices(excess: np.ndarray, depths: Sequence[int], num_layers: int, price: f
     return len(depths) - 1 - costs[:, ::-1].argmin(axis=1)
 
 
-def compare(losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray) -> Gain:
-    """losses: [num_samples, len(depths)]; depths: ascending; chosen: [num_samples], indices of depths."""
+def compare(losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray, best: "Hindsight | None" = None) -> Gain:
+    """losses: [num_samples, len(depths)]; depths: ascending; chosen: [num_samples], indices of depths.
+
+    best: `Hindsight.of(losses, depths)`, where that is there already.
+    """
     rows = np.arange(len(losses))
     layers, own = np.asarray(depths, dtype=np.float64)[chosen], losses[rows, chosen]
     mean_layers = float(layers.mean())
@@ -60,21 +63,33 @@ def compare(losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray) -> Ga
     # Delta method: the constant budget is taken at the mean of layers, which varies with the samples too.
     influence = constant - own + slope * (layers - mean_layers)
     stderr = float(influence.std(ddof=1) / np.sqrt(len(losses)))
-    best = best_choice(losses, depths, mean_layers)
-    return Gain(mean_layers, float(own.mean()), float(constant.mean()), best, stderr)
+    least = (best or Hindsight.of(losses, depths)).loss(mean_layers)
+    return Gain(mean_layers, float(own.mean()), float(constant.mean()), least, stderr)
 
 
-def best_choice(losses: np.ndarray, depths: Sequence[int], mean_layers: float) -> float:
-    """The least mean loss of any choice that takes mean_layers on average, samples being divisible.
+@dataclass(frozen=True)
+class Hindsight:
+    """The least mean loss that any choice has, by its mean layers; samples being divisible.
 
     The choices that prices lead to are corners of a convex curve; between two of them a mixture is best.
     """
-    rows, points = np.arange(len(losses)), {}
-    for price in HINDSIGHT_PRICES:
-        chosen = choices(losses, depths, max(depths), price)
-        points[float(np.asarray(depths)[chosen].mean())] = float(losses[rows, chosen].mean())
-    layers = sorted(points)
-    return float(np.interp(mean_layers, layers, [points[at] for at in layers]))
+
+    layers: list[float]
+    losses: list[float]
+
+    @classmethod
+    def of(cls, losses: np.ndarray, depths: Sequence[int]) -> "Hindsight":
+        """losses, depths: as for compare."""
+        rows, points = np.arange(len(losses)), {}
+        for price in HINDSIGHT_PRICES:
+            chosen = choices(losses, depths, max(depths), price)
+            points[float(np.asarray(depths)[chosen].mean())] = float(losses[rows, chosen].mean())
+        layers = sorted(points)
+        return cls(layers, [points[at] for at in layers])
+
+    def loss(self, layers: float) -> float:
+        """At this mean number of layers."""
+        return float(np.interp(layers, self.layers, self.losses))
 
 
 def _best_mixture(means: np.ndarray, layers: np.ndarray, at: float) -> tuple[int, int, float]:

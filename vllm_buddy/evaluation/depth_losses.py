@@ -48,7 +48,7 @@ def measure_depth_losses(
     report: called with (samples done, samples in all). cache: folder in which what was measured is kept, and found.
 
     Raises:
-        EvaluationError: the artifact changes weights; a loss is not finite; the cache cannot be written.
+        EvaluationError: the artifact changes weights; a loss is not finite; the cache cannot be read or written.
     """
     if artifact.lora is not None:
         raise EvaluationError(
@@ -59,7 +59,7 @@ def measure_depth_losses(
     losses = np.full((len(samples), len(depths)), np.nan)
     path = None if cache is None else cache / f"losses-{_digest(model, artifact, samples, depths)}.npy"
     if path is not None and path.is_file():
-        losses = np.load(path)
+        losses = _load(path, losses.shape)
     router, schedule = artifact.router(), artifact.schedule(0)
     for index, sample in enumerate(samples):
         if np.isnan(losses[index]).any():
@@ -92,6 +92,16 @@ def _digest(model: Any, artifact: Artifact, samples: Sequence[Sample], depths: S
     for sample in samples:
         digest.update(f"{sample.num_context} {list(sample.token_ids)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _load(path: FilePath, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        found = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise EvaluationError(f"{path} cannot be read ({error}); remove it to measure again") from None
+    if found.shape != shape:
+        raise EvaluationError(f"{path} holds {found.shape} losses, not {shape}; remove it to measure again")
+    return found
 
 
 def _save(path: FilePath, losses: np.ndarray) -> None:
