@@ -27,7 +27,8 @@ SCHEDULE = PathSchedule(1)
 PROMPTS = [tuple(p) for p in random_prompts(4, seed=71, min_tokens=5, max_tokens=60)]
 NUM_TOKENS = 12
 LOAD_PRICE = 40.0
-LOAD = {"load_price": LOAD_PRICE, "load_running": [0, 1]}  # one request that runs is a full load
+# One request that runs is a full load, so it would lower itself.
+LOAD = {"load_price": LOAD_PRICE, "load_running": [0, 1], "load_lowers_running": False}
 
 
 class Server:
@@ -127,6 +128,7 @@ def test_mixed_budgets_at_once_give_the_references_tokens_and_tell_what_ran(
             "depth": depth,
             "auto": False,
             "price": None,
+            "lowered_to": None,
             "layers_executed_mean": depth,
             "layers_executed_min": depth,
             "layers_executed_max": depth,

@@ -96,8 +96,8 @@ class BuddySettings(BaseModel):
     load_lowers_running: bool = Field(
         default=True,
         description=(
-            "Whether a load that rises lowers requests that run as well, from their next token on. They are not raised "
-            "again. false: load decides on arriving requests alone."
+            "Whether a load that rises lowers requests that run as well, from their next token on; they are not raised "
+            "again, and count in `load_running` themselves. false: load decides on arriving requests alone."
         ),
     )
     load_hysteresis: float = Field(
