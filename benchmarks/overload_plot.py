@@ -3,23 +3,14 @@
 python benchmarks/overload_plot.py benchmarks/results/cpu_overload.jsonl docs/overload.png
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from result_rows import read_rows
+from plotting import draw_from_file, new_canvas
 
 Row = dict[str, Any]
 LIMIT = 1.3  # of the unloaded server's p99
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=FilePath)
-    parser.add_argument("out", type=FilePath)
-    args = parser.parse_args()
-    plot_overload(read_rows(args.rows), args.out)
 
 
 def plot_overload(rows: Sequence[Row], out: FilePath) -> None:
@@ -28,14 +19,10 @@ def plot_overload(rows: Sequence[Row], out: FilePath) -> None:
     Raises:
         SystemExit: no series in `rows`, or no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure as Canvas
-    except ImportError:
-        raise SystemExit("a plot needs matplotlib; pip install 'vllm-buddy[plot]'") from None
     names = list(dict.fromkeys(row["variant"] for row in rows if row.get("series") == "itl"))
     if not names:
         raise SystemExit("these rows have no series, so there is nothing to draw")
-    canvas = Canvas(figsize=(11.5, 3.8), layout="constrained")
+    canvas = new_canvas(11.5, 3.8)
     latency, requests, load = canvas.subplots(1, 3, sharex=True)
     for colour, name in zip(("C1", "C0"), names):
         itl, gauges, unloaded = (
@@ -66,4 +53,4 @@ def plot_overload(rows: Sequence[Row], out: FilePath) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    draw_from_file(__doc__, plot_overload)

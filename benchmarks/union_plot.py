@@ -3,12 +3,11 @@
 python benchmarks/union_plot.py benchmarks/results/cpu_union.jsonl docs/union.png
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from result_rows import read_rows
+from plotting import draw_from_file, new_canvas
 
 Row = dict[str, Any]
 
@@ -17,28 +16,16 @@ _ASIDE = {True: -0.15, False: 0.15}  # of points that would lie on one another
 _MARKERS = {"random": "o", "pool": "s"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=FilePath)
-    parser.add_argument("out", type=FilePath)
-    args = parser.parse_args()
-    plot_union(read_rows(args.rows), args.out)
-
-
 def plot_union(rows: Sequence[Row], out: FilePath) -> None:
     """Tokens/s over the size of the union, and of random paths over their number, both between their bounds.
 
     Raises:
         SystemExit: no figures of a union in `rows`, or no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure as Canvas
-    except ImportError:
-        raise SystemExit("a plot needs matplotlib; pip install 'vllm-buddy[plot]'") from None
     measured = [row for row in rows if row["metric"] == "tokens_per_s" and "union_layers" in row]
     if not measured:
         raise SystemExit("these rows have no tokens_per_s by union_layers, so there is nothing to draw")
-    canvas = Canvas(figsize=(9.6, 4.4), layout="constrained")
+    canvas = new_canvas(9.6, 4.4)
     by_union, by_number = canvas.subplots(1, 2, sharey=True)
     for bypass in sorted({row["bypass"] for row in measured}, reverse=True):
         _draw_by_union(by_union, [row for row in measured if row["bypass"] == bypass], bypass)
@@ -98,4 +85,4 @@ def _bars(axis: Any, x: Sequence[float], rows: Sequence[Row], **look: Any) -> No
 
 
 if __name__ == "__main__":
-    main()
+    draw_from_file(__doc__, plot_union)

@@ -139,6 +139,8 @@ def test_from_files_to_an_artifact_that_is_evaluated(
     assert {row["layers"] for row in auto if row["price"] == 0.0} == {8.0}
     assert all(row["best"] <= row["loss"] + 1e-4 for row in auto)
     assert sum(row["own_price"] for row in auto) == 3
+    assert main(["eval-budget", data, *options[:-1], str(out / "e.nothing")]) == 2
+    assert "cannot write the picture" in capsys.readouterr().err
     assert "mixed" in printed and (out / "e.png").stat().st_size > 10_000
 
 

@@ -4,7 +4,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from vllm_buddy.evaluation.auto_budget import MIXED, AutoEvaluation
-from vllm_buddy.evaluation.plot import check_plotting
+from vllm_buddy.evaluation.plot import check_plotting, save_canvas
 
 COLUMNS = 3
 
@@ -13,26 +13,22 @@ def plot_auto(found: AutoEvaluation, out: FilePath) -> None:
     """Loss against layers for each data set, and which depths each gets at the artifact's price.
 
     Raises:
-        EvaluationError: matplotlib is not installed.
+        EvaluationError: matplotlib is not installed, or the file cannot be written.
     """
     check_plotting()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure as Canvas
 
     names = sorted(found.data_sets, key=lambda name: name != MIXED)  # the whole first
     rows = -(-(len(names) + 1) // COLUMNS)
-    figure, grid = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 3.3 * rows), layout="constrained", squeeze=False)
-    axes = list(grid.flat)
+    canvas = Canvas(figsize=(4 * COLUMNS, 3.3 * rows), layout="constrained")
+    axes = list(canvas.subplots(rows, COLUMNS, squeeze=False).flat)
     for name, axis in zip(names, axes):
         _curves(found, name, axis)
     axes[0].legend(frameon=False)
     _distribution(found, [name for name in names if name != MIXED], axes[len(names)])
     for unused in axes[len(names) + 1 :]:
         unused.set_axis_off()
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    save_canvas(canvas, out)
 
 
 def _curves(found: AutoEvaluation, name: str, axis: Any) -> None:

@@ -51,6 +51,15 @@ def plot_figures(figures: Sequence[Figure], out: FilePath) -> None:
         _draw(axis, metric, [figure for figure in figures if figure.metric == metric], policies)
     handles, labels = axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    save_canvas(canvas, out)
+
+
+def save_canvas(canvas: Any, out: FilePath) -> None:
+    """Write a matplotlib figure, in the format that the name of `out` ends on.
+
+    Raises:
+        EvaluationError: the file cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(out, dpi=150)

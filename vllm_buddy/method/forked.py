@@ -21,7 +21,8 @@ def forked_hidden(
 ) -> torch.Tensor:
     """Hidden states behind the last layer, before the final norm: [len(paths), length, hidden_size].
 
-    Equal to `batched.routed_hidden` with every token on one path, under any KV policy but `zero` and `kv_only`.
+    Equal to `batched.routed_hidden` with every token on one path. Under any KV policy: where a layer is skipped by the
+    whole sequence, nothing reads what it leaves in the cache.
 
     token_ids: [length], int64. paths: each holds the first and the last layer; the same one may occur twice.
     """
