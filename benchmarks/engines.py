@@ -127,8 +127,8 @@ def _use_bypass(llm: LLM, wanted: bool) -> None:
     """Let rows that skip a layer go through its bypass, or pass unchanged as with an artifact that has none."""
     model = backbone(llm)
     if not hasattr(model, "all_bypasses"):
-        model.all_bypasses = model._bypasses
-    model._bypasses = model.all_bypasses if wanted else None
+        model.all_bypasses = model.bypasses
+    model.bypasses = model.all_bypasses if wanted else None
 
 
 def model_runner(llm: LLM) -> Any:

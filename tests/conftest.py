@@ -1,9 +1,17 @@
-"""Settings for every test, made before torch and vllm are imported."""
+"""Settings for every test, made before torch, triton and vllm are imported."""
 
 import os
+import shutil
 
 # Tiny models gain nothing from a second thread, and threads that wait for each other on a busy machine cost up to
 # fifty times the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Without a GPU kernels run in Triton's interpreter.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests import model_runner_v2
+
+model_runner_v2.choose()

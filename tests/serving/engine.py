@@ -133,7 +133,7 @@ class Engine:
         self._num_requests = 0
         self.run([Ask((1,), None, 1)])  # layers and bypasses are compiled at the first step
         self._backbone = self.runner.model.model
-        self._bypasses = getattr(self._backbone, "_bypasses", None)
+        self._bypasses = getattr(self._backbone, "bypasses", None)
 
     # --- settings ----------------------------------------------------------------------------------------------
 
@@ -151,15 +151,46 @@ class Engine:
         from vllm_buddy.serving.kv_policy import POLICIES
 
         assert not self.core.scheduler.has_unfinished_requests()
+        self.steps.graphs = None
         artifact = self.tiny.artifact
         self.policy, self.schedule, self.library, self.bypass = policy, PathSchedule(interval, lag), library, bypass
-        self._backbone._bypasses = self._bypasses if bypass else None
-        self.runner.buddy_policy = POLICIES[policy](self.runner.buddy_policy.num_layers)
+        self._backbone.bypasses = self._bypasses if bypass else None
+        self.steps.policy = POLICIES[policy](self.steps.num_layers)
         self.scheduler._salt_prefix = f"{artifact.digest}:{policy}"
         self.scheduler._schedule = self.schedule
         self.scheduler._router = artifact.router(library=library)
         self.scheduler.max_num_scheduled_tokens = chunk
         self.empty_prefix_cache()
+
+    @property
+    def steps(self) -> Any:
+        return self.runner.buddy_steps
+
+    def capture(self, sizes: Sequence[int], memory_limit: int = 1 << 30) -> Any:
+        """Decode steps of these sizes as on a GPU, until the next `configure`, but that a captured function is replayed
+        by calling it again. The engine must have been started with kernels. Every capture counts as one byte."""
+        import torch
+        from vllm_buddy_kernels import KERNELS
+
+        from vllm_buddy.serving.decode_graphs import DecodeGraphs
+
+        backbone = self.runner.model.model
+        builder, block_size = self.runner.buddy_attention()
+        with torch.inference_mode():
+            self.steps.graphs = DecodeGraphs(
+                backbone,
+                backbone.bypasses,
+                self.steps.policy,
+                kernels=KERNELS[self.core.vllm_config.additional_config["buddy"]["kernels"]],
+                builder=builder,
+                block_size=block_size,
+                vllm_config=self.core.vllm_config,
+                sizes=sizes,
+                memory_limit=memory_limit,
+                capture=lambda bodies: (list(bodies), len(bodies)),
+            )
+            self.steps.graphs.capture_pieces()
+        return self.steps.graphs
 
     def empty_prefix_cache(self) -> None:
         assert self.scheduler.reset_prefix_cache()

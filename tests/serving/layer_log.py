@@ -28,7 +28,7 @@ class LayerLog:
         self._rows: list[tuple[str, int]] = []
 
     def __enter__(self) -> "LayerLog":
-        run, write = RoutedStep.run, self._engine.runner.buddy_policy.write_skipped
+        run, write = RoutedStep.run, self._engine.runner.buddy_steps.policy.write_skipped
         layers = list(self._engine.runner.model.model.layers)
 
         def logged_run(
@@ -45,7 +45,7 @@ class LayerLog:
             write(layer, view, positions & _POSITION, *state)
 
         self._patch.setattr(RoutedStep, "run", logged_run)
-        self._patch.setattr(self._engine.runner.buddy_policy, "write_skipped", logged_write)
+        self._patch.setattr(self._engine.runner.buddy_steps.policy, "write_skipped", logged_write)
         return self
 
     def __exit__(

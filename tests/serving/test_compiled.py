@@ -60,7 +60,7 @@ def test_paths_and_batch_sizes_compile_nothing_new(compiled: Engine) -> None:
     from vllm_buddy.serving.direct_call import DirectCall
 
     functions = compiled.runner.model.model._functions
-    assert len(functions) == compiled.runner.buddy_policy.num_layers
+    assert len(functions) == compiled.runner.buddy_steps.policy.num_layers
     assert all(isinstance(function, DirectCall) for function in functions)
     compiled.configure("masked", 1)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -248,7 +248,7 @@ def test_an_abort_leaves_nothing_behind_and_disturbs_nobody(llama: Engine) -> No
         llama.check(good, [outputs[i] for i in ids])
     llama.abort_all()
     assert not llama.scheduler._routes and not llama.scheduler._outcomes
-    assert not llama.runner.buddy_policy._slot
+    assert not llama.runner.buddy_steps.policy._slot
 
 
 def test_parallel_samples_are_routed_each_by_its_own_tokens(llama: Engine) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_buddy_kernels import KERNELS
 
 from vllm_buddy.method import Path, Run, layers_of, path_of
 from vllm_buddy.serving.kv_policy import POLICIES, LayerView
@@ -59,10 +60,11 @@ def step_batch(names: list[str], sequences: list[Sequence], plans: list[RequestP
         plans=plans,
         query_start_loc=np.cumsum([0, *lengths]),
         num_computed_tokens=np.array([s.num_tokens for s in sequences]),
-        block_table=np.stack([s.block_table for s in sequences]),
+        block_table=torch.from_numpy(np.stack([s.block_table for s in sequences])),
         block_size=BLOCK_SIZE,
         slot_mapping=torch.tensor(slots),
         build_metadata=lambda common: common,
+        kernels=KERNELS["reference"],
     )
 
 
@@ -143,7 +145,7 @@ def test_packed_slots_are_written_once_and_seen_by_their_request_alone(scenario:
             sequences[i].cached_path = None
         if active:
             batch = step_batch([str(i) for i in active], [sequences[i] for i in active], plans)
-            check_masked(batch, policy.views(batch), [sequences[i] for i in active])
+            check_masked(batch, policy.views(batch, policy.places(batch)), [sequences[i] for i in active])
     for i in range(len(scenario)):
         assert policy.layer_lengths(str(i)).tolist() == [len(slots) for slots in sequences[i].written]
         policy.forget(str(i))
@@ -160,7 +162,7 @@ def test_aligned_views_write_every_position_and_see_all_before(name: str, scenar
         plans = [RequestPlan(tuple(steps[turn % len(steps)]), None) for _, steps, _ in scenario]
         batch = step_batch([str(i) for i in range(len(scenario))], sequences, plans)
         paths = [run.path for plan in plans for run in plan.runs for _ in range(run.num_tokens)]
-        for layer, view in enumerate(policy.views(batch)):
+        for layer, view in enumerate(policy.views(batch, policy.places(batch))):
             ran = list(range(batch.num_tokens)) if view.rows_np is None else view.rows_np.tolist()
             skipped = [] if view.skipped is None else view.skipped.tolist()
             assert ran == [row for row, path in enumerate(paths) if path >> layer & 1]
@@ -179,10 +181,10 @@ def test_aligned_views_write_every_position_and_see_all_before(name: str, scenar
 def test_a_plan_that_continues_elsewhere_than_the_cache_is_refused() -> None:
     """Fails if scheduler and worker may disagree on what the cache holds without anyone noticing."""
     policy, sequence = Masked(NUM_LAYERS), new_sequence(0, 0)
-    policy.views(step_batch(["r"], [sequence], [RequestPlan((Run(3, PATHS[0]),), SHARED_PATH)]))
+    policy.places(step_batch(["r"], [sequence], [RequestPlan((Run(3, PATHS[0]),), SHARED_PATH)]))
     sequence.num_tokens = 2
     with pytest.raises(RuntimeError, match="the KV cache holds 3 tokens, the plan continues at 2"):
-        policy.views(step_batch(["r"], [sequence], [RequestPlan((Run(1, PATHS[0]),), None)]))
+        policy.places(step_batch(["r"], [sequence], [RequestPlan((Run(1, PATHS[0]),), None)]))
 
 
 def test_a_plan_that_does_not_cover_its_tokens_is_refused() -> None:
@@ -197,7 +199,7 @@ def test_slots_of_finished_requests_are_used_again() -> None:
     for number in range(1000):
         sequence = new_sequence(0, 0)
         batch = step_batch([str(number)], [sequence], [RequestPlan((Run(5, PATHS[number % 5]),), SHARED_PATH)])
-        check_masked(batch, policy.views(batch), [sequence])
+        check_masked(batch, policy.views(batch, policy.places(batch)), [sequence])
         lengths = policy.layer_lengths(str(number)).tolist()
         assert lengths == [5 if layer in layers_of(PATHS[number % 5]) else 0 for layer in range(NUM_LAYERS)]
         policy.forget(str(number))
@@ -205,4 +207,4 @@ def test_slots_of_finished_requests_are_used_again() -> None:
     many = [new_sequence(i, 0) for i in range(200)]
     plans = [RequestPlan((Run(1, PATHS[i % 5]),), SHARED_PATH) for i in range(200)]
     batch = step_batch([str(i) for i in range(200)], many, plans)
-    check_masked(batch, policy.views(batch), many)
+    check_masked(batch, policy.views(batch, policy.places(batch)), many)

@@ -8,9 +8,12 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.serving.decode_graphs import GraphedStep
+from vllm_buddy.serving.fused_layer import fused_bypasses
 from vllm_buddy.serving.kv_policy.kv_only import KVOnly, keep_kv_weights
 from vllm_buddy.serving.layer_compile import LayerFn, NormFn, bypass_functions, layer_functions, norm_function
 from vllm_buddy.serving.routed_step import RoutedStep
@@ -28,9 +31,24 @@ class RoutedBackbone(_Backbone):
 
     # Not a module of its own: vLLM would look for its weights in the checkpoint.
     buddy_bypass: Bypass | None = None
+    # What moves rows between layers that are not compiled one by one; None where they are.
+    buddy_kernels: Kernels | None = None
+    bypasses: list[Any] | None = None  # of each layer, in the form of a layer
     _functions: list[LayerFn] | None = None
-    _bypasses: list[LayerFn] | None = None
     _last_norm: NormFn | None = None
+
+    def prepare(self) -> None:
+        """Make functions of layers, bypasses and norm; once, when the weights are in the form in which they serve."""
+        if self._functions is not None:
+            return
+        bypass, self.buddy_bypass = self.buddy_bypass, None  # what uses it keeps it in the form it wants
+        if self.buddy_kernels is not None:
+            self._functions, self._last_norm = list(self.layers), self.norm.forward
+            self.bypasses = fused_bypasses(bypass, self.buddy_kernels) if bypass else None
+            return
+        self._functions = layer_functions(list(self.layers), 0, self.vllm_config)
+        self._last_norm = norm_function(self.norm, self.vllm_config)
+        self.bypasses = bypass_functions(bypass, self.vllm_config) if bypass else None
 
     def forward(
         self,
@@ -38,23 +56,22 @@ class RoutedBackbone(_Backbone):
         positions: torch.Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        step: RoutedStep | None = None,
+        step: RoutedStep | GraphedStep | None = None,
     ) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size]. step None, in profiling and dummy runs: all layers, all rows."""
-        if self._functions is None:
-            self._functions = layer_functions(list(self.layers), 0, self.vllm_config)
-            self._last_norm = norm_function(self.norm, self.vllm_config)
-            if self.buddy_bypass is not None:
-                self._bypasses = bypass_functions(self.buddy_bypass, self.vllm_config)
-                self.buddy_bypass = None  # the functions have copies, in the form they want
+        self.prepare()
+        assert self._functions is not None and self._last_norm is not None
+        if isinstance(step, GraphedStep):
+            assert input_ids is not None  # prompt embeddings are refused at start
+            return step.run(input_ids, positions)
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
         if step is None:
             for function in self._functions:
                 hidden, residual = function(positions, hidden, residual)
         else:
-            hidden, residual = step.run(self.layers, self._functions, positions, hidden, residual, self._bypasses)
-        assert self._last_norm is not None and residual is not None
+            hidden, residual = step.run(self.layers, self._functions, positions, hidden, residual, self.bypasses)
+        assert residual is not None
         hidden, _ = self._last_norm(hidden, residual)
         return hidden
 
@@ -77,6 +94,7 @@ class _Routed(_CausalLM):
         backbone.vllm_config = vllm_config
         backbone.do_not_compile = True  # as a whole; see layer_compile
         settings = engine_settings(vllm_config)
+        backbone.buddy_kernels = None if settings.kernels is None else KERNELS[settings.kernels]
         self._keeps_kv_weights = settings.kv_policy == KVOnly.name
         assert settings.artifact is not None  # the config hook resolved it to a folder
         artifact = load_artifact(FilePath(settings.artifact))
@@ -92,10 +110,17 @@ class _Routed(_CausalLM):
         positions: torch.Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        step: RoutedStep | None = None,
+        step: RoutedStep | GraphedStep | None = None,
     ) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size] of a step; see RoutedBackbone."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, step=step)
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """What Model Runner V2 asks a model for."""
+        from vllm_buddy.serving.runner_v2 import BuddyModelState
+
+        return BuddyModelState
 
     def load_weights(self, weights: Any) -> Any:
         """Load as vLLM does, with the artifact's LoRA merged into each weight before vLLM shards and stacks them.

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context, override_forward_context
+from vllm_buddy_kernels import Kernels
 
+from vllm_buddy.serving.fused_layer import after_norm, passed_by
 from vllm_buddy.serving.kv_policy import KVPolicy, LayerView
 from vllm_buddy.serving.layer_compile import LayerFn
 
@@ -18,11 +20,14 @@ class RoutedStep:
 
     views: one per layer of the model.
     executed: [num_tokens], layers executed per token row, counted as they run.
+    kernels: what moves rows, fused with the first norm of a span and with its bypasses; None: torch's indexing, between
+        functions of any kind.
     """
 
     policy: KVPolicy
     views: Sequence[LayerView]
     executed: np.ndarray
+    kernels: Kernels | None = None
 
     def run(
         self,
@@ -31,13 +36,13 @@ class RoutedStep:
         positions: torch.Tensor,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
-        bypasses: Sequence[LayerFn] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        bypasses: Sequence[Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run layers on hidden states.
 
-        layers, functions: all layers of the model and what computes them.
+        layers, functions: all layers of the model and what computes them; with kernels the same.
         bypasses: what computes the rows that skip a layer, one for each; None: they pass unchanged.
-        positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], updated in place where rows are skipped.
+        positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], which may be overwritten.
         """
         with override_forward_context(self._forward_context(layers)):
             index = 0
@@ -56,20 +61,28 @@ class RoutedStep:
                     hidden, residual = _call(chain, positions, hidden, residual)
                     self.executed += num_run
                 else:
-                    assert residual is not None  # layer 0 runs on all rows
-                    parts: list[tuple[torch.Tensor, Sequence[LayerFn]]] = [(view.rows, chain)]
-                    if bypasses:
-                        parts.append((view.skipped_rows(hidden), bypasses[span.start : span.stop]))
-                    for rows, part in parts:
-                        # Indexing would cost twice as much on the few rows of a decode step.
-                        before = (state.index_select(0, rows) for state in (positions, hidden, residual))
-                        hidden_rows, residual_rows = _call(part, *before)
-                        hidden.index_copy_(0, rows, hidden_rows)
-                        residual.index_copy_(0, rows, residual_rows)
+                    skipping = bypasses[span.start : span.stop] if bypasses else None
+                    move = self._fused if self.kernels else _indexed
+                    hidden, residual = move(view, layers[index], chain, skipping, positions, hidden, residual)
                     self.executed[view.rows_np] += num_run
                 index = span.stop
-        assert residual is not None
         return hidden, residual
+
+    def _fused(
+        self, view: LayerView, first: Any, chain: Any, skipping: Any, positions: Any, hidden: Any, residual: Any
+    ) -> tuple[torch.Tensor, None]:
+        """What _indexed does, on states that are one sum. first: the layer that the chain begins with."""
+        assert self.kernels is not None and view.rows is not None
+        norm, num_tokens, rows = first.input_layernorm, len(hidden), view.rows
+        eps = norm.variance_epsilon
+        source = torch.full((num_tokens,), -1, dtype=torch.int32, device=hidden.device)
+        source.index_copy_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=hidden.device))
+        normed, state = self.kernels.gather_rows(hidden, residual, rows, norm.weight, eps)
+        positions_rows = positions.index_select(0, rows)
+        ran = after_norm(first, positions_rows, normed, state)
+        ran = _call(chain[1:], positions_rows, *ran)
+        passed = passed_by(skipping, hidden, residual, source < 0)
+        return self.kernels.scatter_rows(*ran, source, *passed, None, eps)[1], None
 
     def _span_end(self, start: int) -> int:
         """Behind the last layer that the same rows run, without other rows or a write of skipped rows between.
@@ -108,9 +121,24 @@ def _same_rows(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is b or np.array_equal(a, b)
 
 
-def _call(
-    functions: Sequence[LayerFn], positions: torch.Tensor, hidden: Any, residual: Any
+def _indexed(
+    view: LayerView, first: Any, chain: Any, skipping: Any, positions: Any, hidden: Any, residual: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `chain` on the rows of a view and `skipping` on the others, where they lie."""
+    assert residual is not None and view.rows is not None  # layer 0 runs on all rows
+    parts: list[tuple[torch.Tensor, Sequence[LayerFn]]] = [(view.rows, chain)]
+    if skipping:
+        parts.append((view.skipped_rows(hidden), skipping))
+    for rows, part in parts:
+        # Indexing would cost twice as much on the few rows of a decode step.
+        before = (state.index_select(0, rows) for state in (positions, hidden, residual))
+        hidden_rows, residual_rows = _call(part, *before)
+        hidden.index_copy_(0, rows, hidden_rows)
+        residual.index_copy_(0, rows, residual_rows)
+    return hidden, residual
+
+
+def _call(functions: Sequence[LayerFn], positions: torch.Tensor, hidden: Any, residual: Any) -> tuple[Any, Any]:
     for function in functions:
         hidden, residual = function(positions, hidden, residual)
     return hidden, residual

@@ -13,6 +13,7 @@ AUTO: Literal["auto"] = "auto"
 
 _Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0)]
+_Size = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -63,6 +64,34 @@ class BuddySettings(BaseModel):
         description=(
             "How many of the newest tokens a decision does not see. Absent: 0, or 1 under asynchronous scheduling, "
             "which is the least it allows."
+        ),
+    )
+    kernels: Literal["triton", "reference"] | None = Field(
+        default=None,
+        description=(
+            "What moves and bypasses rows. triton: Triton kernels; reference: the same in plain PyTorch, slower. "
+            "Absent: triton on a GPU, and vLLM's compiled layers on CPU."
+        ),
+    )
+    cuda_graphs: bool | None = Field(
+        default=None,
+        description=(
+            "Whether decode steps are replayed as CUDA graphs, of each layer and of paths that recur. Absent: on a "
+            "GPU, unless `--enforce-eager`, another form of the kernels or a KV policy that cannot be captured (zero)."
+        ),
+    )
+    graph_sizes: tuple[_Size, ...] | None = Field(
+        default=None,
+        description=(
+            "Numbers of sequences for which decode steps are captured; steps are padded to the next, larger ones run "
+            "eagerly. Absent: 1, 2, 4, 8, then in growing steps to `--max-num-seqs`, at most 256."
+        ),
+    )
+    graph_memory_mib: _Count = Field(
+        default=1024,
+        description=(
+            "GPU memory that captured graphs may take, in MiB; the KV cache gets that much less. Paths that were not "
+            "used for longest are dropped first."
         ),
     )
     auto_min: float | None = Field(
@@ -136,9 +165,9 @@ class BuddySettings(BaseModel):
         except BudgetError as error:
             raise ValueError(f'{error} or "{AUTO}"' if is_default else str(error)) from None
 
-    @field_validator("load_waiting", "load_running", "load_kv_use", mode="before")
+    @field_validator("load_waiting", "load_running", "load_kv_use", "graph_sizes", mode="before")
     @classmethod
-    def _pair_of_json(cls, value: Any) -> Any:
+    def _tuple_of_json(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
     @field_validator("load_waiting", "load_running", "load_kv_use")
@@ -147,6 +176,13 @@ class BuddySettings(BaseModel):
         if pair is not None and not pair[0] < pair[1]:
             raise ValueError("the first of the two must be the smaller")
         return pair
+
+    @field_validator("graph_sizes")
+    @classmethod
+    def _growing(cls, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if sizes is not None and (not sizes or list(sizes) != sorted(set(sizes))):
+            raise ValueError("sizes must grow from one to the next, and there must be one")
+        return sizes
 
     @model_validator(mode="after")
     def _load_is_switched_on(self) -> "BuddySettings":

@@ -1,6 +1,5 @@
 """What happens at server start: vLLM calls the config hook with the whole configuration, before any process starts."""
 
-import os
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from vllm_buddy.method import smallest_budget
 from vllm_buddy.serving import telemetry
 from vllm_buddy.serving.auto_budget import auto_limits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
+from vllm_buddy.serving.device import with_device_settings
 from vllm_buddy.serving.request import RequestLimits
 from vllm_buddy.serving.settings import CONFIG_KEY, BuddySettings, parse_settings
 from vllm_buddy.serving.unsupported import refuse_unsupported
@@ -54,7 +54,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         """
         if vllm_version() not in TESTED_VLLM:
             logger.warning("vllm_buddy was tested with vLLM %s, this is %s", ", ".join(TESTED_VLLM), vllm_version())
-        settings = parse_settings(vllm_config.additional_config)
+        settings = with_device_settings(parse_settings(vllm_config.additional_config), vllm_config)
         refuse_unsupported(vllm_config)
         folder = resolve_artifact(settings.artifact, vllm_config)
         artifact = load_artifact(folder)
@@ -91,10 +91,12 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         _configure_compilation(vllm_config)
         telemetry.export_from_this_process(vllm_config.instance_id)
         logger.info(
-            "vllm_buddy: artifact %s (%s), KV policy %s, default budget %s, smallest %g%s",
+            "vllm_buddy: artifact %s (%s), KV policy %s, kernels %s, CUDA graphs %s, default budget %s, smallest %g%s",
             artifact.config.name,
             artifact.digest,
             settings.kv_policy,
+            settings.kernels or "none",
+            "on" if settings.cuda_graphs else "off",
             limits.default_budget,
             limits.min_budget,
             "" if limits.auto is None else f', "auto" chooses {limits.auto.summary()}',
@@ -219,7 +221,7 @@ def _identify_served_model(model_config: "ModelConfig", vllm_config: "VllmConfig
 
 
 def _configure_compilation(vllm_config: "VllmConfig") -> None:
-    """On CPU keep vLLM's compilation mode: it is applied per layer. Elsewhere run eagerly.
+    """On CPU keep vLLM's compilation mode: it is applied per layer. Elsewhere layers run as they are, in our graphs.
 
     A compiled whole model and vLLM's CUDA graphs replay a fixed list of layers, which a path is not.
     """
@@ -228,8 +230,5 @@ def _configure_compilation(vllm_config: "VllmConfig") -> None:
         if compilation.mode == CompilationMode.STOCK_TORCH_COMPILE:
             raise SettingsError("compilation mode STOCK_TORCH_COMPILE compiles the whole model; use the default or 0")
         return
-    # The adapter of the plan is for model runner V1, and a worker inherits this variable. Where the user asks for V2
-    # the worker refuses.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     compilation.mode = CompilationMode.NONE
     compilation.cudagraph_mode = CUDAGraphMode.NONE

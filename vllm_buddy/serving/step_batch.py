@@ -7,22 +7,45 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm_buddy_kernels import Kernels
 
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.serving.plan import RequestPlan
 
 
+@dataclass(frozen=True)
+class RunPlaces:
+    """Where the runs of a step write their K and V, in some or all layers.
+
+    A position is one within what a layer's cache holds of the request; it lies in the request's block table, from the
+    entry `first_block` on.
+
+    first_position: [num_layers, num_runs] int32, of each run's first token; -1: it writes nothing.
+    first_block: [num_layers, num_runs] int32; None: 0 everywhere.
+    """
+
+    first_position: np.ndarray
+    first_block: np.ndarray | None = None
+
+    def of(self, layers: Sequence[int]) -> "RunPlaces":
+        """Those of some of the layers."""
+        first_block = None if self.first_block is None else self.first_block[layers]
+        return RunPlaces(self.first_position[layers], first_block)
+
+
 @dataclass
 class StepBatch:
-    """The rows of one step. All arrays are host arrays; only `block_table` has the runner's layout.
+    """The rows of one step, on the host, but for the block table and the slots, which are where the model runs.
 
     req_ids: [num_reqs], in row order.
     query_start_loc: [num_reqs + 1]; tokens of request i are rows query_start_loc[i] to query_start_loc[i + 1].
     num_computed_tokens: [num_reqs], tokens in the KV cache before this step.
     block_table: [num_reqs, max_num_blocks], int32, blocks of block_size tokens.
-    slot_mapping: [num_tokens], the position-aligned slots of vLLM's own metadata, on the device.
+    slot_mapping: [num_tokens], the position-aligned slots of vLLM's own metadata.
     build_metadata: from CommonAttentionMetadata to what the attention backend reads.
+    kernels: Triton's, or their references.
     """
 
     num_layers: int
@@ -30,10 +53,11 @@ class StepBatch:
     plans: Sequence[RequestPlan]
     query_start_loc: np.ndarray
     num_computed_tokens: np.ndarray
-    block_table: np.ndarray
+    block_table: torch.Tensor
     block_size: int
     slot_mapping: torch.Tensor
     build_metadata: Callable[[CommonAttentionMetadata], Any]
+    kernels: Kernels
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +73,11 @@ class StepBatch:
         return np.repeat(np.arange(len(self.plans)), [len(plan.runs) for plan in self.plans])
 
     @cached_property
+    def first_run(self) -> np.ndarray:
+        """[num_reqs], the first run of each request."""
+        return np.flatnonzero(np.diff(self.run_request, prepend=-1))
+
+    @cached_property
     def run_length(self) -> np.ndarray:
         """[num_runs], tokens in each run."""
         return np.array([run.num_tokens for plan in self.plans for run in plan.runs], dtype=np.int64)
@@ -59,6 +88,12 @@ class StepBatch:
         return np.cumsum(self.run_length) - self.run_length
 
     @cached_property
+    def run_position(self) -> np.ndarray:
+        """[num_runs], position of each run's first token within its request."""
+        starts_at = self.num_computed_tokens - self.query_start_loc[:-1]
+        return starts_at[self.run_request] + self.run_start
+
+    @cached_property
     def run_mask(self) -> np.ndarray:
         """[num_runs, num_layers], bool: does the run execute the layer?"""
         return np.stack([path_mask(run.path, self.num_layers) for plan in self.plans for run in plan.runs])
@@ -67,11 +102,44 @@ class StepBatch:
         """Rows of the tokens of `runs`, ascending. runs: [num_runs], bool."""
         return np.flatnonzero(np.repeat(runs, self.run_length))
 
+    def layer_slots(self, places: RunPlaces) -> torch.Tensor:
+        """[num_layers, num_tokens], the slots of `places`; -1 where a run writes nothing."""
+        num_layers, num_runs = places.first_position.shape
+        run_start = np.append(self.run_start, self.num_tokens)
+        runs = np.concatenate([np.repeat(np.arange(num_runs), self.run_length), self.run_request, run_start])
+        token_run, run_request, run_start_device = self.to_device(runs.astype(np.int32)).split(
+            [self.num_tokens, num_runs, num_runs + 1]
+        )
+        slots = torch.empty(num_layers, self.num_tokens, dtype=torch.int64, device=self.device)
+        self.kernels.layer_slots(
+            self.block_table,
+            token_run,
+            run_request,
+            run_start_device,
+            self.to_device(places.first_position),
+            None if places.first_block is None else self.to_device(places.first_block),
+            self.block_size,
+            0,
+            slots,
+            torch.empty(num_layers, num_runs, dtype=torch.int32, device=self.device),  # known on the host
+        )
+        return slots
+
+    def tables(self, reqs: np.ndarray, most_tokens: int, first_block: np.ndarray | None = None) -> torch.Tensor:
+        """[len(reqs), blocks of most_tokens], int32: the block tables of rows `reqs`, each from its first block on."""
+        num_blocks = -(-most_tokens // self.block_size)
+        if first_block is None or not first_block.any():
+            if len(reqs) == len(self.block_table) and np.array_equal(reqs, np.arange(len(reqs))):
+                return self.block_table[:, :num_blocks]
+            return self.block_table[:, :num_blocks].index_select(0, self.to_device(reqs))
+        columns = np.minimum(first_block[:, None] + np.arange(num_blocks), self.block_table.shape[1] - 1)
+        return self.block_table[self.to_device(reqs)[:, None], self.to_device(columns)]
+
     def metadata(
         self,
         query_lens: np.ndarray,
         seq_lens: np.ndarray,
-        block_table: np.ndarray,
+        block_table: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> Any:
         """Attention metadata for sequences of this batch.
@@ -81,25 +149,26 @@ class StepBatch:
         """
         query_start_loc = np.zeros(len(query_lens) + 1, dtype=np.int32)
         np.cumsum(query_lens, out=query_start_loc[1:])
-        query_start_loc_cpu = torch.from_numpy(query_start_loc)
         return self.build_metadata(
             CommonAttentionMetadata(
-                query_start_loc=query_start_loc_cpu.to(self.device, non_blocking=True),
-                query_start_loc_cpu=query_start_loc_cpu,
+                query_start_loc=self.to_device(query_start_loc),
+                query_start_loc_cpu=torch.from_numpy(query_start_loc),
                 seq_lens=self.to_device(seq_lens.astype(np.int32, copy=False)),
                 num_reqs=len(query_lens),
                 num_actual_tokens=int(query_start_loc[-1]),
                 max_query_len=int(query_lens.max()),
                 max_seq_len=int(seq_lens.max()),
-                block_table_tensor=self.to_device(block_table),
+                block_table_tensor=block_table,
                 slot_mapping=slot_mapping,
                 causal=True,
             )
         )
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        """The array as a tensor where the model runs."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        """The array as a tensor where the model runs, without waiting for it."""
+        if self.device.type == "cpu":
+            return torch.from_numpy(np.ascontiguousarray(array))
+        return async_tensor_h2d(np.ascontiguousarray(array), device=self.device)
 
 
 def check_plan(plans: Sequence[RequestPlan], num_scheduled: Sequence[int], req_ids: Sequence[str]) -> None:

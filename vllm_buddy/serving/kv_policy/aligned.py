@@ -3,13 +3,16 @@
 import numpy as np
 
 from vllm_buddy.serving.kv_policy.base import KVPolicy, LayerView
-from vllm_buddy.serving.step_batch import StepBatch
+from vllm_buddy.serving.step_batch import RunPlaces, StepBatch
 
 
 class Aligned(KVPolicy):
     """Position p of a request is at position p of its block table in every layer; no state is kept."""
 
-    def views(self, batch: StepBatch) -> list[LayerView]:
+    def places(self, batch: StepBatch) -> RunPlaces:
+        return RunPlaces(np.broadcast_to(batch.run_position.astype(np.int32), batch.run_mask.T.shape))
+
+    def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
         views: dict[bytes, LayerView] = {}
         result = []
         for mask in np.ascontiguousarray(batch.run_mask.T):
@@ -29,10 +32,9 @@ class Aligned(KVPolicy):
         # A sequence per run: the queries of one attention sequence must be its last positions, and a run that is
         # followed by a skipping one is not.
         reqs = batch.run_request[runs]
-        end = batch.run_start + batch.run_length - batch.query_start_loc[batch.run_request]
-        seq_lens = batch.num_computed_tokens[reqs] + end[runs]
-        num_blocks = int(-(-seq_lens.max() // batch.block_size))
+        seq_lens = (batch.run_position + batch.run_length)[runs]
         rows_device = batch.to_device(rows)
         slot_mapping = batch.slot_mapping[rows_device]
-        metadata = batch.metadata(batch.run_length[runs], seq_lens, batch.block_table[reqs, :num_blocks], slot_mapping)
+        tables = batch.tables(reqs, int(seq_lens.max()))
+        metadata = batch.metadata(batch.run_length[runs], seq_lens, tables, slot_mapping)
         return LayerView(rows, rows_device, metadata, slot_mapping, skipped, skipped_slots)

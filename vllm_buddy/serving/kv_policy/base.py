@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_buddy.serving.step_batch import StepBatch
+from vllm_buddy.serving.step_batch import RunPlaces, StepBatch
 
 
 @dataclass
@@ -45,24 +45,35 @@ class KVPolicy(ABC):
     """Turns a step into one view per layer.
 
     num_layers: of the whole model.
+    shares_blocks: whether requests may share KV blocks, through vLLM's prefix cache.
+    writes_skipped: whether a skipped layer leaves entries of its own, see write_skipped.
+    in_graphs: whether a decode step of it can be captured: then rows that skip a layer may run through it, and write
+        where `places` says.
     """
 
     name: ClassVar[str]
+    writes_skipped: ClassVar[bool]
+    in_graphs: ClassVar[bool]
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, shares_blocks: bool = True) -> None:
         self.num_layers = num_layers
+        self.shares_blocks = shares_blocks
 
     def forget(self, req_id: str) -> None:  # noqa: B027 - most policies keep nothing
         """Drop what is kept about a finished request."""
 
     @abstractmethod
-    def views(self, batch: StepBatch) -> list[LayerView]:
-        """One view per layer of the model."""
+    def places(self, batch: StepBatch) -> RunPlaces:
+        """Where each run of the step writes its K and V, in every layer; moves on what is kept about the requests."""
+
+    @abstractmethod
+    def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+        """One view per layer of the model. places: of this step."""
 
     def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
         """Write what the skipped rows leave in this layer's cache, before the other rows attend to it.
 
         layer: the vLLM decoder layer. positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], of the
-        whole batch; the skipped rows' state is their sum.
+        whole batch; the skipped rows' state is their sum, or hidden where residual is None.
         """
         raise NotImplementedError(f"KV policy {self.name} writes nothing for skipped layers")

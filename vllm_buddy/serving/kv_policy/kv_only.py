@@ -17,11 +17,16 @@ class KVOnly(Aligned):
     """Writes norm -> K, V projections -> (K norm) -> RoPE of the skipped rows."""
 
     name: ClassVar[str] = "kv_only"
+    writes_skipped: ClassVar[bool] = True
+    in_graphs: ClassVar[bool] = True
 
     def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
         attention, attn = layer.self_attn, layer.self_attn.attn
         # Indexing copies, and the norm works in place on what it is given.
-        normed, _ = layer.input_layernorm(hidden[view.skipped], residual[view.skipped])
+        if residual is None:
+            normed = layer.input_layernorm(hidden[view.skipped])
+        else:
+            normed, _ = layer.input_layernorm(hidden[view.skipped], residual[view.skipped])
         key, value = self._project(attention, normed)
         if hasattr(attention, "k_norm"):
             key = attention.k_norm(key.view(-1, attn.num_kv_heads, attn.head_size)).view(key.shape)

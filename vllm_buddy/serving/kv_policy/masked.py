@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from vllm_buddy.method import Path
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.serving.kv_policy.base import KVPolicy, LayerView
 from vllm_buddy.serving.plan import RequestPlan
-from vllm_buddy.serving.step_batch import StepBatch
+from vllm_buddy.serving.step_batch import RunPlaces, StepBatch
 
 _INITIAL_SLOTS = 64
 
@@ -30,35 +31,41 @@ class _LastStep:
     req_ids: list[str]
     plans: list[RequestPlan]
     slots: np.ndarray
-    mask: np.ndarray  # [num_reqs, num_layers], 1 where the request runs the layer
-    views: list[LayerView]
+    views: list[LayerView] | None = None
 
     @classmethod
     def none(cls) -> "_LastStep":
-        return cls([], [], np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.int32), [])
+        return cls([], [], np.empty(0, dtype=np.int64))
 
-    def repeats(self, batch: StepBatch) -> bool:
-        """Whether `batch` is the next token of every request, along the same paths, and its views are these.
-
-        So they are if each layer holds either all tokens of the requests that run it or is run by nobody: views with
-        lengths and slots of their own are of one step only.
-        """
+    def repeated_by(self, batch: StepBatch) -> bool:
+        """Whether `batch` goes on with the same requests along the same paths."""
         return (
-            batch.num_tokens == len(self.req_ids) > 0
+            len(self.req_ids) > 0
             and batch.plans == self.plans
             and batch.req_ids == self.req_ids
-            and all(view.attn_metadata is None for view in self.views)
             and all(plan.cached_path is None for plan in self.plans)
         )
+
+    def same_views(self, batch: StepBatch) -> list[LayerView] | None:
+        """The views, if they are right for `batch`, which repeats the step, as well.
+
+        So they are in decoding if each layer holds either all tokens of the requests that run it or is run by nobody:
+        views with lengths and slots of their own are of one step only.
+        """
+        if self.views is None or batch.num_tokens != len(self.req_ids):
+            return None
+        return self.views if all(view.attn_metadata is None for view in self.views) else None
 
 
 class Masked(KVPolicy):
     """State per request: tokens held by each layer, and the block each layer starts in."""
 
     name: ClassVar[str] = "masked"
+    writes_skipped: ClassVar[bool] = False
+    in_graphs: ClassVar[bool] = True
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(num_layers)
+    def __init__(self, num_layers: int, shares_blocks: bool = True) -> None:
+        super().__init__(num_layers, shares_blocks)
         self._slot: dict[str, int] = {}
         self._free = list(range(_INITIAL_SLOTS))
         self._lens = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)
@@ -67,6 +74,7 @@ class Masked(KVPolicy):
         # The path of all tokens so far, per slot; None once it has changed.
         self._uniform: list[Path | None] = [None] * _INITIAL_SLOTS
         self._last = _LastStep.none()
+        self._repeated = False  # whether the present step repeats the last one
 
     def forget(self, req_id: str) -> None:
         slot = self._slot.pop(req_id, None)
@@ -78,62 +86,30 @@ class Masked(KVPolicy):
         """[num_layers], tokens that each layer holds of a request."""
         return self._lens[self._slot[req_id]].copy()
 
-    def views(self, batch: StepBatch) -> list[LayerView]:
-        if self._last.repeats(batch) and np.array_equal(self._num_tokens[self._last.slots], batch.num_computed_tokens):
-            slots = self._last.slots
-            self._lens[slots] += self._last.mask
-            self._num_tokens[slots] += 1
-            return self._last.views
-        slots = np.array([self._enter(batch, row) for row in range(len(batch.req_ids))])
-        first_run = np.flatnonzero(np.diff(batch.run_request, prepend=-1))
-        count = np.add.reduceat(batch.run_mask * batch.run_length[:, None], first_run, axis=0)
-        before = self._lens[slots]
-        first_block = self._first_block[slots]
-        self._lens[slots] = before + count.astype(np.int32)
+    def places(self, batch: StepBatch) -> RunPlaces:
+        self._repeated = self._last.repeated_by(batch) and np.array_equal(
+            self._num_tokens[self._last.slots], batch.num_computed_tokens
+        )
+        if not self._repeated:
+            slots = np.array([self._enter(batch, row) for row in range(len(batch.req_ids))], dtype=np.int64)
+            self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots)
+        slots = self._last.slots
+        held, first_block = self._lens[slots], self._first_block[slots]
+        count = batch.run_mask * batch.run_length[:, None].astype(np.int32)
+        before = held
+        if len(count) > len(slots):  # a request with several runs: each starts behind those before it
+            behind = np.cumsum(count, axis=0, dtype=np.int32) - count
+            before = held[batch.run_request] + behind - behind[batch.first_run][batch.run_request]
+            first_block = first_block[batch.run_request]
+            count = np.add.reduceat(count, batch.first_run, axis=0)
+        self._lens[slots] = held + count
         self._num_tokens[slots] += np.diff(batch.query_start_loc)
-        runs_it = count > 0
-        # Layers with the same rows, lengths and first blocks share one view.
-        keys = np.concatenate([batch.run_mask, before * runs_it, first_block * runs_it], axis=0, dtype=np.int32).T
-        views: dict[bytes, LayerView] = {}
-        result = []
-        for layer, key in enumerate(map(bytes, np.ascontiguousarray(keys))):
-            if key not in views:
-                views[key] = self._view(batch, layer, count[:, layer], before[:, layer], first_block[:, layer])
-            result.append(views[key])
-        self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots, (count > 0).astype(np.int32), result)
-        return result
+        return RunPlaces(np.where(batch.run_mask, before, -1).T, first_block.T if first_block.any() else None)
 
-    def _view(
-        self, batch: StepBatch, layer: int, count: np.ndarray, before: np.ndarray, first_block: np.ndarray
-    ) -> LayerView:
-        runs = batch.run_mask[:, layer]
-        all_rows = bool(runs.all())
-        if all_rows and not first_block.any() and np.array_equal(before, batch.num_computed_tokens):
-            return LayerView()  # every token so far executed it: vLLM's own metadata is right
-        rows = batch.token_rows(runs)
-        if len(rows) == 0:
-            return LayerView(rows_np=rows)
-        reqs = np.flatnonzero(count)
-        count, before, first_block = count[reqs], before[reqs], first_block[reqs]
-        start = np.cumsum(count) - count
-        row_of_token = np.repeat(reqs, count)
-        position = np.arange(len(rows)) + np.repeat(before - start, count)
-        block = batch.block_table[row_of_token, np.repeat(first_block, count) + position // batch.block_size]
-        slot_mapping = batch.to_device(block.astype(np.int64) * batch.block_size + position % batch.block_size)
-        seq_lens = before + count
-        metadata = batch.metadata(count, seq_lens, self._tables(batch, reqs, first_block, seq_lens), slot_mapping)
-        if all_rows:
-            return LayerView(attn_metadata=metadata, slot_mapping=slot_mapping)
-        return LayerView(rows, batch.to_device(rows), metadata, slot_mapping)
-
-    @staticmethod
-    def _tables(batch: StepBatch, reqs: np.ndarray, first_block: np.ndarray, seq_lens: np.ndarray) -> np.ndarray:
-        """[len(reqs), blocks needed]: each request's block table from its first block on."""
-        num_blocks = int(-(-seq_lens.max() // batch.block_size))
-        if not first_block.any():
-            return batch.block_table[reqs, :num_blocks]
-        columns = first_block[:, None] + np.arange(num_blocks)
-        return batch.block_table[reqs[:, None], np.minimum(columns, batch.block_table.shape[1] - 1)]
+    def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+        same = self._last.same_views(batch) if self._repeated else None
+        self._last.views = same or _views_at(batch, places)
+        return self._last.views
 
     def _enter(self, batch: StepBatch, row: int) -> int:
         """Slot of the request in `row`, its state checked against the plan and made ready for the step."""
@@ -158,7 +134,8 @@ class Masked(KVPolicy):
             for run in plan.runs:
                 if run.path != uniform:
                     outside = ~path_mask(uniform, self.num_layers)
-                    self._first_block[slot, outside] = position // batch.block_size
+                    if self.shares_blocks:
+                        self._first_block[slot, outside] = position // batch.block_size
                     self._uniform[slot] = None
                     break
                 position += run.num_tokens
@@ -173,3 +150,44 @@ class Masked(KVPolicy):
             self._num_tokens = np.concatenate([self._num_tokens, np.zeros_like(self._num_tokens)])
             self._uniform += [None] * size
         return self._free.pop()
+
+
+def _views_at(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+    """A view per layer. Layers whose runs have the same places share one."""
+    runs_it = places.first_position >= 0
+    keys = places.first_position
+    if places.first_block is not None:
+        keys = np.concatenate([keys, places.first_block * runs_it], axis=1)
+    distinct: dict[bytes, int] = {}
+    view_of_layer = [distinct.setdefault(key, len(distinct)) for key in map(bytes, np.ascontiguousarray(keys))]
+    views, own = [], []
+    for layer in (view_of_layer.index(view) for view in range(len(distinct))):
+        executes = runs_it[layer]
+        if not executes.any():
+            views.append(LayerView(rows_np=batch.token_rows(executes)))
+            continue
+        shifted = places.first_block is not None and places.first_block[layer][executes].any()
+        if not executes.all() or shifted or not np.array_equal(places.first_position[layer], batch.run_position):
+            own.append(layer)
+        views.append(LayerView())  # right if every token so far executed the layer: vLLM's own metadata
+    if own:
+        all_slots = batch.layer_slots(places.of(own))
+        for layer, slots in zip(own, all_slots):
+            views[view_of_layer[layer]] = _own_view(batch, places.of([layer]), slots)
+    return [views[view] for view in view_of_layer]
+
+
+def _own_view(batch: StepBatch, places: RunPlaces, slots: torch.Tensor) -> LayerView:
+    """A view with rows, lengths and slots of its own. places: of one layer. slots: [num_tokens]."""
+    executes = places.first_position[0] >= 0
+    count = np.add.reduceat(batch.run_length * executes, batch.first_run)
+    seq_lens = np.maximum.reduceat((places.first_position[0] + batch.run_length) * executes, batch.first_run)
+    reqs = np.flatnonzero(count)
+    first_block = None if places.first_block is None else places.first_block[0][batch.first_run][reqs]
+    tables = batch.tables(reqs, int(seq_lens.max()), first_block)
+    if executes.all():
+        return LayerView(attn_metadata=batch.metadata(count, seq_lens, tables, slots), slot_mapping=slots)
+    rows = batch.token_rows(executes)
+    rows_device = batch.to_device(rows)
+    slots = slots.index_select(0, rows_device)
+    return LayerView(rows, rows_device, batch.metadata(count[reqs], seq_lens[reqs], tables, slots), slots)

@@ -10,6 +10,8 @@ class Zero(Aligned):
     """For reproduction of the paper's numbers."""
 
     name: ClassVar[str] = "zero"
+    writes_skipped: ClassVar[bool] = True
+    in_graphs: ClassVar[bool] = False  # a row that ran through the layer would leave what it computed
 
     def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
         attn = layer.self_attn.attn

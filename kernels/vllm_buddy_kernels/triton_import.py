@@ -1,0 +1,54 @@
+"""Triton where it is installed, and what can be said where it is not.
+
+The references beside the kernels need torch alone, so a module with a kernel can be imported without Triton.
+"""
+
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["KernelError", "interpreted", "require_triton", "tl", "triton", "why_unavailable"]
+
+
+class KernelError(ValueError):
+    """A kernel that cannot run here, or not on these tensors."""
+
+
+class _Absent(ModuleType):
+    """Stands in for Triton while modules are imported: decorators do nothing, annotations are empty."""
+
+    constexpr = None
+
+    @staticmethod
+    def jit(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else (lambda decorated: decorated)
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Absent("triton")
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which is chosen by the environment before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """Why kernels cannot run on tensors of this device; None if they can."""
+    if isinstance(triton, _Absent):
+        return "Triton is not installed"
+    if device.type != "cuda" and not interpreted():
+        return f"Triton's kernels need a CUDA device, not {device.type} (or, to test them, TRITON_INTERPRET=1)"
+    return None
+
+
+def require_triton(device: torch.device) -> None:
+    """Raise KernelError where kernels cannot run on tensors of this device."""
+    reason = why_unavailable(device)
+    if reason is not None:
+        raise KernelError(f"{reason}; the plain-PyTorch references do the same, more slowly")

@@ -1,0 +1,183 @@
+"""Decode steps as replays, on CPU: what is captured is the code that a GPU captures, and replaying calls it again."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serving.engine import Ask, Engine, Tiny, start_engine
+from tests.serving.test_golden import batch
+from tests.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
+from vllm_buddy.method import depth_for_budget, layers_of
+from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
+
+SIZES = (1, 2, 4, 8)
+GOLDEN = [(policy, interval, bypass) for policy in (MASKED, KV_ONLY) for interval in (0, 4) for bypass in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def engines(tiny: Callable[[str], Tiny]) -> Callable[[str, str], Engine]:
+    """Engines that move rows by kernels, by family and kernels."""
+    started: dict[tuple[str, str], Engine] = {}
+
+    def get(family: str, kernels: str) -> Engine:
+        if (family, kernels) not in started:
+            started[family, kernels] = start_engine(tiny(family), buddy={"kernels": kernels})
+        started[family, kernels].configure()
+        return started[family, kernels]
+
+    return get
+
+
+@pytest.fixture
+def llama(engines: Callable[[str, str], Engine]) -> Iterator[Engine]:
+    engine = engines("llama", "reference")
+    yield engine
+    engine.abort_all()
+
+
+class Log:
+    """What a step replays: each step's pieces, or its path."""
+
+    def __init__(self, graphs: Any) -> None:
+        self.steps: list[list[Any]] = []
+        self.captured: list[Any] = []
+        pieces, run, capture = graphs._pieces, graphs.run, graphs._capture
+        graphs._pieces = {key: self._logged(key, replay) for key, replay in pieces.items()}
+
+        def logged_run(step: Any, *inputs: Any) -> Any:
+            self.steps.append([])
+            return run(step, *inputs)
+
+        def logged_capture(bodies: Any) -> Any:
+            (body,) = bodies
+            key = body.args
+            self.captured.append(key)
+            return capture([self._logged(key, body)])
+
+        graphs.run, graphs._capture = logged_run, logged_capture
+
+    def _logged(self, key: Any, replay: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> None:
+            self.steps[-1].append(key)
+            replay()
+
+        return call
+
+
+@pytest.mark.parametrize("policy, interval, bypass", GOLDEN)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_of_replayed_steps_equal_the_reference(
+    engines: Callable[[str, str], Engine], family: str, policy: str, interval: int, bypass: bool
+) -> None:
+    """Fails if a replay reads another step's rows, slots or lengths, or a row keeps what a skipped layer made of it."""
+    engine = engines(family, "reference")
+    engine.configure(policy, interval, bypass=bypass)
+    engine.steps.policy.shares_blocks = False  # or a path that changes would leave the graphs
+    log = Log(engine.capture(SIZES))
+    asks = [Ask(ask.prompt, ask.budget, ask.max_tokens) for ask in batch(seed=interval)]
+    engine.check(asks, engine.run(asks, arrivals=[0, 0, 0, 1, 2, 2, 5, 9]))
+    assert len(log.steps) > 20 and all(log.steps)
+
+
+@pytest.mark.parametrize("policy", (MASKED, KV_ONLY))
+def test_tokens_of_triton_kernels_equal_the_reference(engines: Callable[[str, str], Engine], policy: str) -> None:
+    """Fails if serving gives a kernel something else than its reference, or expects something else of it."""
+    engine = engines("llama", "triton")
+    engine.configure(policy, 4)
+    asks = [Ask(ask.prompt[:40], ask.budget, 6) for ask in batch(seed=4)]
+    engine.check(asks, engine.run(asks))
+    engine.configure(policy, 0)
+    engine.capture((1, 4, 8))
+    engine.check(asks, engine.run(asks))
+
+
+def test_rows_between_kernels_equal_the_reference(llama: Engine) -> None:
+    """Fails if prefill and mixed steps, which are not captured, move rows wrongly between uncompiled layers."""
+    for policy in (MASKED, KV_ONLY, "zero"):
+        for bypass in (False, True):
+            llama.configure(policy, 4, chunk=33, bypass=bypass)
+            asks = batch(seed=3)
+            llama.check(asks, llama.run(asks))
+
+
+def test_a_path_that_recurs_is_one_graph_and_others_are_pieces(llama: Engine) -> None:
+    """Fails if a recurring path is launched layer by layer, or every path that occurs once is captured."""
+    llama.configure(MASKED, 0)
+    graphs = llama.capture(SIZES)
+    log = Log(graphs)
+    ask = Ask(tuple(random_prompts(1, seed=1, min_tokens=9, max_tokens=9)[0]), 0.5, 9)
+    llama.check([ask], llama.run([ask]))
+    path = llama.expected(ask).paths[0]
+    bypassed = [layer for layer in range(NUM_LAYERS) if layer not in layers_of(path)]
+    first, *_, last = log.steps
+    assert [(layer, use.value) for _, (layer, use) in first[1:-1]] == [
+        (layer, "none" if layer in bypassed else "all") for layer in range(NUM_LAYERS)
+    ]
+    assert len(log.captured) == 1 and len(graphs.paths) == 1
+    assert len(log.steps) == 8 and [len(step) for step in log.steps] == [NUM_LAYERS + 2] * 2 + [1] * 6
+    assert last == log.captured
+    llama.check([ask], llama.run([ask]))
+    assert len(log.captured) == 1, "a path in the cache is captured again"
+
+
+def test_without_bypass_skipped_layers_are_not_launched(llama: Engine) -> None:
+    """Fails if a layer that nobody runs costs a launch."""
+    llama.configure(MASKED, 0, bypass=False)
+    log = Log(llama.capture(SIZES))
+    ask = Ask((1, 2, 3), 0.5, 3)
+    llama.check([ask], llama.run([ask]))
+    assert len(log.steps[0]) == 2 + depth_for_budget(0.5, NUM_LAYERS)
+
+
+def test_steps_that_fit_no_graph_run_without(llama: Engine) -> None:
+    """Fails if prefill, a batch larger than the largest size or a layer behind shared blocks reaches a graph."""
+    llama.configure(MASKED, 0)
+    log = Log(llama.capture((1, 2)))
+    asks = [Ask(ask.prompt, ask.budget, 4) for ask in batch(seed=5)[:3]]
+    llama.check(asks, llama.run(asks))
+    assert log.steps == []
+    llama.check(asks[:2], llama.run(asks[:2]))
+    assert len(log.steps) == 3  # 4 tokens each, the first of them in prefill
+    llama.configure(MASKED, 1)
+    log = Log(llama.capture(SIZES))
+    changing = Ask(tuple(random_prompts(1, seed=7, min_tokens=70, max_tokens=70)[0]), 0.5, 12)
+    assert len(set(llama.expected(changing).paths)) > 1
+    llama.check([changing], llama.run([changing]))
+    assert len(log.steps) < 11
+
+
+def test_rows_of_one_step_run_and_skip_a_layer(llama: Engine) -> None:
+    """Fails if the tests above never see a layer that some rows run and others do not."""
+    llama.configure(MASKED, 0)
+    log = Log(llama.capture(SIZES))
+    asks = [Ask((5, 6, 7), 1.0, 3), Ask((5, 6, 7), 0.5, 3), Ask((8, 9), 0.4, 3)]
+    llama.check(asks, llama.run(asks))
+    uses = Counter(piece[1].value for step in log.steps for _, piece in step[1:-1] if len(step) > 1)
+    assert uses["some"] and uses["all"] and not uses["none"]
+    assert {size for step in log.steps for size, *_ in step} == {4}  # padded
+
+
+def test_a_full_cache_drops_the_path_not_used_for_longest(llama: Engine) -> None:
+    """Fails if graphs of ever new paths take all memory of the device."""
+    llama.configure(MASKED, 0)
+    graphs = llama.capture(SIZES, memory_limit=2)
+    asks = [Ask((5, 6, 7), budget, 8) for budget in (1.0, 0.75, 0.5)]
+    for ask in (*asks, asks[0]):
+        llama.check([ask], llama.run([ask]))
+        assert len(graphs.paths) <= 2 and graphs.paths.num_bytes <= 2
+
+
+def test_stale_buffers_do_not_reach_padded_rows_slots(llama: Engine) -> None:
+    """Fails if rows that pad a step write K and V where an earlier step of that size wrote."""
+    llama.configure(MASKED, 0)
+    graphs = llama.capture((8,))
+    asks = batch(seed=6)
+    llama.check(asks, llama.run(asks))
+    few = [Ask(asks[0].prompt, 0.5, 5), Ask(asks[1].prompt, 0.75, 5)]
+    llama.check(few, llama.run(few))
+    slots, lengths = graphs._buffers.slots(8), graphs._buffers.lengths(8)
+    assert (slots[:, 2:] == -1).all() and (lengths[:, 2:] == 1).all()
+    assert torch.equal((slots[:, :2] >= 0), graphs._buffers.plan(8)[1][:, :2] >= 0)

@@ -1,0 +1,64 @@
+"""What serving uses of the device it runs on: kernels and CUDA graphs. Nothing is left out silently."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm_buddy_kernels import why_unavailable
+
+from vllm_buddy.errors import SettingsError
+from vllm_buddy.serving.settings import BuddySettings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_MOST_ROWS = 256  # beyond, a step is long enough to launch its kernels one by one
+NOT_CAPTURED = ("zero",)  # KV policies whose decode steps cannot be captured (see KVPolicy.in_graphs)
+
+
+def with_device_settings(settings: BuddySettings, vllm_config: "VllmConfig") -> BuddySettings:
+    """The settings with those filled in that depend on the device.
+
+    Raises:
+        SettingsError: what was asked for cannot be had here; names the setting to use instead.
+    """
+    kernels = _kernels(settings)
+    graphs = _graphs(settings, kernels, vllm_config)
+    updates: dict[str, Any] = {"kernels": kernels, "cuda_graphs": graphs}
+    if graphs:
+        updates["graph_sizes"] = _sizes(settings, vllm_config.scheduler_config.max_num_seqs)
+    return settings.model_copy(update=updates)
+
+
+def _kernels(settings: BuddySettings) -> str | None:
+    on_cpu = current_platform.is_cpu()
+    wanted = settings.kernels or (None if on_cpu else "triton")
+    reason = why_unavailable(torch.device("cpu" if on_cpu else "cuda")) if wanted == "triton" else None
+    if reason is None:
+        return wanted
+    instead = "leave it out: layers are compiled instead" if on_cpu else 'set "kernels": "reference" to do without'
+    raise SettingsError(f'"kernels": "triton" cannot be had: {reason}; {instead}')
+
+
+def _graphs(settings: BuddySettings, kernels: str | None, vllm_config: "VllmConfig") -> bool:
+    reason = None
+    if current_platform.is_cpu():
+        reason = "they need a CUDA device"
+    elif vllm_config.model_config.enforce_eager:
+        reason = "--enforce-eager forbids them"
+    elif kernels != "triton":
+        reason = 'they are made of the kernels "triton"'
+    elif settings.kv_policy in NOT_CAPTURED:
+        reason = f"KV policy {settings.kv_policy} cannot be captured"
+    if settings.cuda_graphs and reason:
+        raise SettingsError(f'"cuda_graphs": true cannot be had: {reason}; leave it out or set it to false')
+    return reason is None and settings.cuda_graphs is not False
+
+
+def _sizes(settings: BuddySettings, max_num_seqs: int) -> tuple[int, ...]:
+    """Up to the largest batch: 1, 2, 4, 8, then steps of at most a third of the size, so that padding stays small."""
+    if settings.graph_sizes is not None:
+        return settings.graph_sizes
+    most = min(max_num_seqs, _MOST_ROWS)
+    sizes = [size for size in (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256) if size < most]
+    return (*sizes, most)

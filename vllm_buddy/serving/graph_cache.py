@@ -1,0 +1,104 @@
+"""Captured graphs by key, the least recently used dropped first; and how graphs are captured."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from vllm.distributed.parallel_state import get_tp_group, graph_capture
+from vllm.platforms import current_platform
+
+Replay = Callable[[], Any]
+
+
+class Capture(Protocol):
+    """From functions without arguments, which read and write persistent buffers only, to what replays them.
+
+    Returns with them the device memory that they take, in bytes, the same on all tensor-parallel ranks.
+    """
+
+    def __call__(self, bodies: Sequence[Callable[[], None]]) -> tuple[list[Replay], int]: ...
+
+
+class CudaCapture:
+    """Captures CUDA graphs, all into vLLM's memory pool: they are never replayed at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = current_platform.get_global_graph_pool()
+
+    def __call__(self, bodies: Sequence[Callable[[], None]]) -> tuple[list[Replay], int]:
+        torch.cuda.synchronize(self._device)
+        before = torch.cuda.mem_get_info(self._device)[0]
+        replays: list[Replay] = []
+        with graph_capture(self._device):  # on a stream of its own, with the communicators of tensor parallelism
+            for body in bodies:
+                graph = torch.cuda.CUDAGraph()
+                # Not torch.cuda.graph, which collects garbage and empties the allocator's cache each time.
+                # thread_local: vLLM's other threads may wait for copies meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    body()
+                finally:
+                    graph.capture_end()
+                replays.append(graph.replay)
+        torch.cuda.synchronize(self._device)
+        return replays, self._most(max(0, before - torch.cuda.mem_get_info(self._device)[0]))
+
+    def _most(self, num_bytes: int) -> int:
+        """Over the ranks, which must drop the same graphs: to capture one takes all of them."""
+        group = get_tp_group()
+        if group.world_size == 1:
+            return num_bytes
+        most = torch.tensor(num_bytes, dtype=torch.int64)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+        return int(most)
+
+
+class GraphCache:
+    """Replays by key.
+
+    limit: of the memory that they take together, in bytes.
+    capture_after: how often a key must be asked for before it is worth capturing.
+    """
+
+    _MOST_COUNTED = 1024
+
+    def __init__(self, limit: int, capture_after: int) -> None:
+        self.limit = limit
+        self._capture_after = capture_after
+        self._graphs: OrderedDict[Hashable, tuple[Replay, int]] = OrderedDict()
+        self._asked: OrderedDict[Hashable, int] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def get(self, key: Hashable) -> Replay | None:
+        """The graph of `key`, if there is one; it is the last to be dropped then."""
+        if key not in self._graphs:
+            return None
+        self._graphs.move_to_end(key)
+        return self._graphs[key][0]
+
+    def recurs(self, key: Hashable) -> bool:
+        """Count that `key` was asked for; whether that was often enough."""
+        self._asked[key] = self._asked.pop(key, 0) + 1
+        if len(self._asked) > self._MOST_COUNTED:
+            self._asked.popitem(last=False)
+        return self._asked[key] >= self._capture_after
+
+    def put(self, key: Hashable, replay: Replay, num_bytes: int) -> None:
+        """Keep a graph, and drop others until all fit. One that does not fit alone is not kept, nor asked for soon."""
+        self._asked.pop(key, None)
+        if num_bytes > self.limit:
+            self._asked[key] = -self._MOST_COUNTED
+            return
+        self._graphs[key] = replay, num_bytes
+        self.num_bytes += num_bytes
+        while self.num_bytes > self.limit:
+            _, (_, freed) = self._graphs.popitem(last=False)
+            self.num_bytes -= freed
