@@ -153,6 +153,7 @@ class Engine:
         assert not self.core.scheduler.has_unfinished_requests()
         self.steps.graphs = None
         artifact = self.tiny.artifact
+        lag = max(lag, int(self.core.vllm_config.scheduler_config.async_scheduling))
         self.policy, self.schedule, self.library, self.bypass = policy, PathSchedule(interval, lag), library, bypass
         self._backbone.bypasses = self._bypasses if bypass else None
         self.steps.policy = POLICIES[policy](self.steps.num_layers)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm_buddy_kernels import Kernels
+from vllm_buddy_kernels import KernelError, Kernels
 
+from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
+
+_SLOT_WIDTHS = (1, 256, 512, 1024)  # layer_slots is compiled for each
 
 
 def after_norm(
@@ -65,3 +68,40 @@ def passed_by(
         assert bypass is not None
         hidden, residual = bypass.on_rows(hidden, residual, skips), None
     return hidden, residual
+
+
+def try_kernels(layers: Sequence[Any], bypasses: Sequence[FusedBypass | None] | None, kernels: Kernels) -> None:
+    """Run each kernel once in the forms that serving has: they are compiled then, and not while a request waits.
+
+    Raises:
+        UnsupportedError: one does not take this model's shapes.
+    """
+    norm = layers[0].input_layernorm
+    weight, eps = norm.weight, norm.variance_epsilon
+    hidden = torch.zeros(2, len(weight), dtype=weight.dtype, device=weight.device)
+    row = torch.zeros(1, dtype=torch.int32, device=weight.device)
+    try:
+        for residual in (hidden, None):
+            normed, state = kernels.gather_rows(hidden, residual, row.long(), weight, eps)
+            for norm_weight in (weight, None):
+                source = row.repeat(2) - 1
+                kernels.scatter_rows(normed, state, source, hidden, residual, norm_weight, eps)
+            passed_by(bypasses and bypasses[1:2], hidden, residual, torch.ones(2, dtype=torch.bool, device=row.device))
+        for width in _SLOT_WIDTHS:
+            slots = torch.empty(1, width, dtype=torch.int64, device=row.device)
+            run_start = torch.tensor([0, 1], dtype=torch.int32, device=row.device)
+            for first_block in (None, row[None]):
+                kernels.layer_slots(
+                    row[None],
+                    row.repeat(width),
+                    row,
+                    run_start,
+                    row[None],
+                    first_block,
+                    16,
+                    0,
+                    slots,
+                    row[None].clone(),
+                )
+    except KernelError as error:
+        raise UnsupportedError(f'{error}; set "kernels": "reference" to serve this model without Triton') from None

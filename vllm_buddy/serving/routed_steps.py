@@ -13,6 +13,7 @@ from vllm_buddy_kernels import KERNELS
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS
 from vllm_buddy.serving.decode_graphs import DecodeGraphs, GraphedStep
+from vllm_buddy.serving.fused_layer import try_kernels
 from vllm_buddy.serving.graph_cache import CudaCapture
 from vllm_buddy.serving.kv_policy import POLICIES, KVPolicy
 from vllm_buddy.serving.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, StepPlan
@@ -76,12 +77,14 @@ class RoutedSteps:
         runner: the routed model runner, with its KV caches.
         """
         self.serving = True
-        settings = self._settings
+        settings, backbone = self._settings, runner.model.model
+        if self._moves_rows is not None:
+            backbone.prepare()
+            with torch.inference_mode():
+                try_kernels(backbone.layers, backbone.bypasses, self._moves_rows)
         if not settings.cuda_graphs:
             return
-        assert settings.graph_sizes is not None and settings.graph_memory_mib is not None and self._moves_rows
-        backbone = runner.model.model
-        backbone.prepare()
+        assert settings.graph_sizes is not None and self._moves_rows is not None
         builder, block_size = runner.buddy_attention()
         limit = settings.graph_memory_mib << 20
         with torch.inference_mode():

@@ -44,7 +44,6 @@ class BuddyGPUWorker(_BuddyWorker, Worker):
         settings = engine_settings(self.vllm_config)
         if not settings.cuda_graphs or self.cache_config.kv_cache_memory_bytes is not None:
             return available
-        assert settings.graph_memory_mib is not None
         return available - (settings.graph_memory_mib << 20)
 
 
