@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
+import torch
 from torch import nn
 
 from tests.tiny_models import PREDICTOR_DEPTHS, load_model, random_artifact, save_tiny_model
@@ -108,6 +109,8 @@ def start_engine(tiny: Tiny, *, model_impl: str = "buddy", **overrides: Any) -> 
         "block_size": BLOCK_SIZE,
         "kv_cache_memory_bytes": 32 << 20,
         "seed": 0,
+        # On a GPU vLLM asks for a share of the memory, of which engines of one process each need but a little.
+        **({"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}),
         **overrides,
     }
     if model_impl == "buddy":
@@ -130,6 +133,7 @@ class Engine:
         self.library = False
         self.bypass = True
         self.finished: dict[str, Any] = {}
+        self._cuda_capture: Any = None
         self._num_requests = 0
         self.run([Ask((1,), None, 1)])  # layers and bypasses are compiled at the first step
         self._backbone = self.runner.model.model
@@ -168,12 +172,18 @@ class Engine:
         return self.runner.buddy_steps
 
     def capture(self, sizes: Sequence[int], memory_limit: int = 1 << 30) -> Any:
-        """Decode steps of these sizes as on a GPU, until the next `configure`, but that a captured function is replayed
-        by calling it again. The engine must have been started with kernels. Every capture counts as one byte."""
-        import torch
+        """Decode steps of these sizes as CUDA graphs until the next `configure`; without a GPU, a captured function is
+        replayed by calling it again. The engine must have been started with kernels. A capture counts as one byte."""
         from vllm_buddy_kernels import KERNELS
 
         from vllm_buddy.serving.decode_graphs import DecodeGraphs
+        from vllm_buddy.serving.graph_cache import CudaCapture
+
+        if self._cuda_capture is None and self.runner.device.type == "cuda":
+            self._cuda_capture = CudaCapture(self.runner.device)
+
+        def capture(bodies: Any) -> Any:
+            return (self._cuda_capture(bodies)[0] if self._cuda_capture else list(bodies)), len(bodies)
 
         backbone = self.runner.model.model
         builder, block_size = self.runner.buddy_attention()
@@ -188,7 +198,7 @@ class Engine:
                 vllm_config=self.core.vllm_config,
                 sizes=sizes,
                 memory_limit=memory_limit,
-                capture=lambda bodies: (list(bodies), len(bodies)),
+                capture=capture,
             )
             self.steps.graphs.capture_pieces()
         return self.steps.graphs

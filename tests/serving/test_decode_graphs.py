@@ -9,6 +9,7 @@ import torch
 
 from tests.serving.engine import Ask, Engine, Tiny, start_engine
 from tests.serving.test_golden import batch
+from tests.serving.test_independence import FEW, check_scenario, scenarios
 from tests.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
 from vllm_buddy.method import depth_for_budget, layers_of
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
@@ -53,9 +54,9 @@ class Log:
 
         def logged_capture(bodies: Any) -> Any:
             (body,) = bodies
-            key = body.args
-            self.captured.append(key)
-            return capture([self._logged(key, body)])
+            self.captured.append(body.args)
+            (replay,), num_bytes = capture(bodies)
+            return [self._logged(body.args, replay)], num_bytes
 
         graphs.run, graphs._capture = logged_run, logged_capture
 
@@ -80,6 +81,20 @@ def test_tokens_of_replayed_steps_equal_the_reference(
     asks = [Ask(ask.prompt, ask.budget, ask.max_tokens) for ask in batch(seed=interval)]
     engine.check(asks, engine.run(asks, arrivals=[0, 0, 0, 1, 2, 2, 5, 9]))
     assert len(log.steps) > 20 and all(log.steps)
+
+
+@FEW
+@scenarios
+def test_replayed_steps_do_not_depend_on_what_happens_beside_a_request(
+    engines: Callable[[str, str], Engine], **scenario: Any
+) -> None:
+    """Fails if buffers that steps share carry something from one request, or one step, to another."""
+
+    def capture(engine: Engine) -> None:
+        if engine.steps.policy.in_graphs:
+            engine.capture((2, 3, 8), memory_limit=3)
+
+    check_scenario(engines("llama", "reference"), **scenario, prepare=capture)
 
 
 @pytest.mark.parametrize("policy", (MASKED, KV_ONLY))

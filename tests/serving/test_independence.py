@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -67,10 +68,15 @@ def check_scenario(
     chunk: int,
     requests: list[tuple[Ask, int]],
     events: list[Disturbance],
+    prepare: Callable[[Engine], Any] = lambda engine: None,
 ) -> None:
-    """Serve `requests` (with the step each arrives before) among `events`; compare those not aborted."""
+    """Serve `requests` (with the step each arrives before) among `events`; compare those not aborted.
+
+    prepare: called when the engine is configured.
+    """
     engine.abort_all()
     engine.configure(policy, interval, lag, chunk)
+    prepare(engine)
     sent: dict[int, str] = {}
     aborted: set[int] = set()
     for step in range(2000):
@@ -96,20 +102,18 @@ def check_scenario(
 
 
 # One random choice of examples, always the same: a failure is found again by running the test again.
-_FEW = settings(
-    max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
-_MANY = settings(_FEW, max_examples=400)
+FEW = settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+_MANY = settings(FEW, max_examples=400)
 
 
-@_FEW
+@FEW
 @scenarios
 def test_tokens_do_not_depend_on_what_happens_beside_a_request(engine_of: Callable[[str], Engine], **scenario) -> None:
     """Fails if batch-mates, arrival order, chunking, cache state, preemption or aborts change a request's tokens."""
     check_scenario(engine_of("llama"), **scenario)
 
 
-@_FEW
+@FEW
 @scenarios
 def test_tokens_do_not_depend_on_it_when_blocks_run_out_either(crowded: Engine, **scenario) -> None:
     """The same with so few KV blocks that vLLM preempts, evicts cached blocks and gives them to others."""

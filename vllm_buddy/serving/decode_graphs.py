@@ -8,7 +8,7 @@ Decoding is bound by reading weights, so rows that skip a layer which others run
 it, write to no slot (-1), attend to one token, and what comes out of it is replaced by what their bypass gives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_buddy.serving.compat import metadata_to_capture
 from vllm_buddy.serving.fused_layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.graph_cache import Capture, GraphCache, Replay
 from vllm_buddy.serving.kv_policy import KVPolicy, LayerView
@@ -44,18 +46,21 @@ class Use(Enum):
 
 
 Uses = tuple[Use, ...]
+Groups = tuple[int, ...]
 
 
 @dataclass
 class GraphedStep:
     """A decode step whose buffers are filled, and which now has to be replayed.
 
-    uses: of each layer. mask: [num_layers, num_rows], bool: which rows run the layer.
+    uses: of each layer. groups: of each layer; those of one group hold equally many tokens of every row.
+    mask: [num_layers, num_rows], bool: which rows run the layer.
     """
 
     graphs: "DecodeGraphs"
     size: int
     uses: Uses
+    groups: Groups
     mask: np.ndarray
     executed: np.ndarray
 
@@ -144,22 +149,24 @@ class DecodeGraphs:
         plan = np.full((2, len(mask), size), -1, dtype=np.int32)
         plan[0, :, :num_rows] = places.first_position
         plan[1, :, :num_rows] = np.where(mask, np.arange(num_rows), -1)
-        self._buffers.plan(size).copy_(batch.to_device(plan))
+        async_tensor_h2d(plan, out=self._buffers.plan(size))
         width = min(batch.block_table.shape[1], self._buffers.block_table.shape[1])
         self._buffers.block_table[:num_rows, :width].copy_(batch.block_table[:, :width])
         running = mask.sum(axis=1).tolist()
         uses = tuple(Use.ALL if n == num_rows else Use.SOME if n else Use.NONE for n in running)
-        return GraphedStep(self, size, uses, mask, np.zeros(num_rows, dtype=np.int32))
+        seen: dict[bytes, int] = {}
+        groups = tuple(seen.setdefault(row.tobytes(), len(seen)) for row in plan[0])
+        return GraphedStep(self, size, uses, groups, mask, np.zeros(num_rows, dtype=np.int32))
 
     def run(self, step: GraphedStep, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Replay a step whose buffers `step` has just filled."""
         num_rows, size, buffers = len(step.executed), step.size, self._buffers
         buffers.input_ids[:num_rows].copy_(input_ids[:num_rows])
         buffers.positions[:num_rows].copy_(positions[:num_rows])
-        key = size, step.uses
+        key = size, step.uses, step.groups
         replay = self.paths.get(key)
         if replay is None and self.paths.recurs(key):
-            (replay,), num_bytes = self._capture([partial(self._path, size, step.uses)])
+            (replay,), num_bytes = self._capture([partial(self._path, *key)])
             self.paths.put(key, replay, num_bytes)
         pieces = self._pieces_of(step.uses)
         if replay is not None:
@@ -205,10 +212,10 @@ class DecodeGraphs:
 
     # --- what is captured --------------------------------------------------------------------------------------
 
-    def _path(self, size: int, uses: Uses) -> None:
+    def _path(self, size: int, uses: Uses, groups: Groups) -> None:
         """A whole step."""
         hidden, residual, normed = self._start(size), None, None
-        with self._forward_context(size, range(len(self._layers))):
+        with self._forward_context(size, dict(enumerate(groups))):
             pieces = self._pieces_of(uses)
             for (layer, use), following in zip(pieces, [*pieces[1:], None]):
                 norm_of = None if following is None or following[1] is Use.NONE else following[0]
@@ -225,7 +232,7 @@ class DecodeGraphs:
             self._end(size, hidden, residual)
             return
         layer, use = piece
-        with self._forward_context(size, [layer]):
+        with self._forward_context(size, {layer: 0}):
             new_hidden, new_residual, _ = self._layer(
                 size, layer, use, hidden, None if layer == 0 else residual, None, None
             )
@@ -290,34 +297,32 @@ class DecodeGraphs:
         next_normed, state = self._kernels.scatter_rows(hidden, residual, source, passed, None, weight, eps)
         return state, None, next_normed
 
-    def _forward_context(self, size: int, layers: Sequence[int]) -> Any:
-        """vLLM's forward context for some layers."""
-        attn_metadata, slot_mapping = {}, {}
-        for index in layers:
+    def _forward_context(self, size: int, groups: Mapping[int, int]) -> Any:
+        """vLLM's forward context for some layers. groups: of each of them."""
+        attn_metadata, slot_mapping, of_group = {}, {}, {}
+        for index, group in groups.items():
+            if group not in of_group:
+                of_group[group] = self._metadata(size, index)
             name = self._layers[index].self_attn.attn.layer_name
             slot_mapping[name] = self._buffers.slots(size)[index]
-            attn_metadata[name] = self._metadata(size, index)
+            attn_metadata[name] = of_group[group]
         return override_forward_context(
             create_forward_context(attn_metadata, self._vllm_config, slot_mapping=slot_mapping)
         )
 
     def _metadata(self, size: int, index: int) -> Any:
-        """On persistent buffers, for any lengths: as long as the model allows."""
+        """On persistent buffers, for lengths up to what the model allows."""
         buffers = self._buffers
-        return self._builder.build(
-            0,
-            CommonAttentionMetadata(
-                query_start_loc=buffers.rows[: size + 1],
-                query_start_loc_cpu=torch.arange(size + 1, dtype=torch.int32),
-                seq_lens=buffers.lengths(size)[index],
-                num_reqs=size,
-                num_actual_tokens=size,
-                max_query_len=1,
-                max_seq_len=self._max_model_len,
-                block_table_tensor=buffers.block_table[:size],
-                slot_mapping=buffers.slots(size)[index],
-                causal=True,
-            ),
-            # Metadata of all layers is alive at once, so none may own the builder's buffers.
-            fast_build=True,
+        common = CommonAttentionMetadata(
+            query_start_loc=buffers.rows[: size + 1],
+            query_start_loc_cpu=torch.arange(size + 1, dtype=torch.int32),
+            seq_lens=buffers.lengths(size)[index],
+            num_reqs=size,
+            num_actual_tokens=size,
+            max_query_len=1,
+            max_seq_len=self._max_model_len,
+            block_table_tensor=buffers.block_table[:size],
+            slot_mapping=buffers.slots(size)[index],
+            causal=True,
         )
+        return metadata_to_capture(self._builder, common)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
-from vllm.distributed.parallel_state import get_tp_group, graph_capture
+from vllm.distributed.parallel_state import GraphCaptureContext, get_tp_group
 from vllm.platforms import current_platform
 
 Replay = Callable[[], Any]
@@ -26,12 +26,14 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = current_platform.get_global_graph_pool()
+        # One for all captures: torch keeps a workspace of cuBLAS for every stream that ever multiplied matrices.
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, bodies: Sequence[Callable[[], None]]) -> tuple[list[Replay], int]:
         torch.cuda.synchronize(self._device)
         before = torch.cuda.mem_get_info(self._device)[0]
         replays: list[Replay] = []
-        with graph_capture(self._device):  # on a stream of its own, with the communicators of tensor parallelism
+        with get_tp_group().graph_capture(GraphCaptureContext(self._stream)):
             for body in bodies:
                 graph = torch.cuda.CUDAGraph()
                 # Not torch.cuda.graph, which collects garbage and empties the allocator's cache each time.
