@@ -171,7 +171,7 @@ class Engine:
     def steps(self) -> Any:
         return self.runner.buddy_steps
 
-    def capture(self, sizes: Sequence[int], memory_limit: int = 1 << 30) -> Any:
+    def capture(self, sizes: Sequence[int], memory_limit: int = 1 << 30, most_paths: int = 100) -> Any:
         """Decode steps of these sizes as CUDA graphs until the next `configure`; without a GPU, a captured function is
         replayed by calling it again. The engine must have been started with kernels. A capture counts as one byte."""
         from vllm_buddy_kernels import KERNELS
@@ -201,6 +201,7 @@ class Engine:
                 capture=capture,
             )
             self.steps.graphs.capture_pieces()
+        self.steps.graphs.paths.limit = most_paths
         return self.steps.graphs
 
     def empty_prefix_cache(self) -> None:

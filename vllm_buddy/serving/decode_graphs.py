@@ -22,6 +22,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_buddy.serving.compat import metadata_to_capture
+from vllm_buddy.serving.decode_buffers import ONE_TOKEN, DecodeBuffers
 from vllm_buddy.serving.fused_layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.graph_cache import Capture, GraphCache, Replay
 from vllm_buddy.serving.kv_policy import KVPolicy, LayerView
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _CAPTURE_AFTER = 3  # steps of one path and size; a capture takes as long as some ten steps
-_ONE_TOKEN = 1  # what a row attends to that writes nowhere: its output is dropped, and no kernel sees a length of 0
 
 
 class Use(Enum):
@@ -69,38 +69,6 @@ class GraphedStep:
         return self.graphs.run(self, input_ids, positions)
 
 
-class _Buffers:
-    """What all graphs read and write; a size uses the front of each.
-
-    Per layer and row: first_position and source as the op layer_slots and scatter_rows take them, slots, lengths.
-    """
-
-    def __init__(self, backbone: Any, most_rows: int, num_blocks: int, vllm_config: "VllmConfig") -> None:
-        norm = backbone.norm.weight
-        self.device, num_layers = norm.device, len(backbone.layers)
-        new = partial(torch.zeros, device=self.device)
-        self.num_layers = num_layers
-        self.input_ids = new(most_rows, dtype=torch.int64)
-        self.positions = new(most_rows, dtype=torch.int64)
-        self.block_table = new(most_rows, num_blocks, dtype=torch.int32)
-        self.hidden, self.residual, self.output = new(3, most_rows, len(norm), dtype=norm.dtype).unbind()
-        self.rows = torch.arange(most_rows + 1, dtype=torch.int32, device=self.device)
-        self.everyone = torch.ones(most_rows, dtype=torch.bool, device=self.device)
-        self._plan = new(2 * num_layers * most_rows, dtype=torch.int32).fill_(-1)
-        self._slots = new(num_layers * most_rows, dtype=torch.int64).fill_(-1)
-        self._lengths = new(num_layers * most_rows, dtype=torch.int32).fill_(_ONE_TOKEN)
-
-    def plan(self, size: int) -> torch.Tensor:
-        """[2, num_layers, size]: first_position and source."""
-        return self._plan[: 2 * self.num_layers * size].view(2, self.num_layers, size)
-
-    def slots(self, size: int) -> torch.Tensor:
-        return self._slots[: self.num_layers * size].view(self.num_layers, size)
-
-    def lengths(self, size: int) -> torch.Tensor:
-        return self._lengths[: self.num_layers * size].view(self.num_layers, size)
-
-
 class DecodeGraphs:
     """Graphs of the decode steps of one model.
 
@@ -132,30 +100,45 @@ class DecodeGraphs:
         self._max_model_len = vllm_config.model_config.max_model_len
         self.sizes = list(sizes)
         self._capture = capture
-        self._buffers = _Buffers(backbone, self.sizes[-1], -(-self._max_model_len // block_size), vllm_config)
+        num_blocks, most_rows = -(-self._max_model_len // block_size), self.sizes[-1]
+        table_bytes = 4 * len(self._layers) * most_rows * num_blocks
+        moves_first_blocks = policy.moves_first_blocks and table_bytes <= memory_limit // 2
+        if moves_first_blocks != policy.moves_first_blocks:
+            logger.warning(
+                "vllm_buddy: block tables of each layer would take %d MiB, more than half of graph_memory_mib, so "
+                "steps of requests that left their first path run without graphs; lower --max-model-len or graph_sizes",
+                table_bytes >> 20,
+            )
+        self._buffers = DecodeBuffers(backbone, most_rows, num_blocks, moves_first_blocks)
         self._pieces: dict[tuple[int, Any], Replay] = {}  # by size and piece
         self.paths = GraphCache(memory_limit, _CAPTURE_AFTER)
 
     # --- what a step is ----------------------------------------------------------------------------------------
 
     def step(self, batch: StepBatch, places: RunPlaces) -> GraphedStep | None:
-        """Fill the buffers for a decode step; None if the step is none, or too large, or a layer of it does not begin
-        in the first block of a request."""
-        num_rows = batch.num_tokens
-        if num_rows != len(batch.plans) or num_rows > self.sizes[-1] or places.first_block is not None:
+        """Fill the buffers for a decode step; None if the step is none, or too large, or layers have block tables of
+        their own and there is no room for these."""
+        num_rows, buffers, shifted = batch.num_tokens, self._buffers, places.first_block is not None
+        if num_rows != len(batch.plans) or num_rows > self.sizes[-1] or (shifted and buffers.tables is None):
             return None
         size = next(size for size in self.sizes if size >= num_rows)
         mask = batch.run_mask.T
-        plan = np.full((2, len(mask), size), -1, dtype=np.int32)
+        on_device = buffers.plan(size)
+        plan = np.full(on_device.shape, -1, dtype=np.int32)
         plan[0, :, :num_rows] = places.first_position
         plan[1, :, :num_rows] = np.where(mask, np.arange(num_rows), -1)
-        async_tensor_h2d(plan, out=self._buffers.plan(size))
-        width = min(batch.block_table.shape[1], self._buffers.block_table.shape[1])
-        self._buffers.block_table[:num_rows, :width].copy_(batch.block_table[:, :width])
+        if buffers.tables is not None:
+            plan[2] = 0
+            if places.first_block is not None:
+                plan[2, :, :num_rows] = places.first_block
+        async_tensor_h2d(plan, out=on_device)
+        num_blocks = -(-(int(batch.num_computed_tokens.max()) + 1) // self._block_size)
+        buffers.fill_tables(batch.block_table, on_device[2, :, :num_rows] if shifted else None, num_blocks)
         running = mask.sum(axis=1).tolist()
         uses = tuple(Use.ALL if n == num_rows else Use.SOME if n else Use.NONE for n in running)
         seen: dict[bytes, int] = {}
-        groups = tuple(seen.setdefault(row.tobytes(), len(seen)) for row in plan[0])
+        keys = plan[0] if not shifted else np.concatenate([plan[0], plan[2] * (plan[0] >= 0)], axis=1)
+        groups = tuple(seen.setdefault(key.tobytes(), len(seen)) for key in keys)
         return GraphedStep(self, size, uses, groups, mask, np.zeros(num_rows, dtype=np.int32))
 
     def run(self, step: GraphedStep, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -181,11 +164,12 @@ class DecodeGraphs:
     # --- capturing ---------------------------------------------------------------------------------------------
 
     def capture_pieces(self) -> int:
-        """Capture the graphs of all layers, for every size; returns the memory they take, in bytes.
+        """Capture the graphs of all layers, for every size; returns the memory they and the block tables of layers
+        take, in bytes, which graphs of paths then do not have.
 
         Call at start, when nothing is in the buffers: each piece is run once before.
         """
-        num_bytes = 0
+        num_bytes = 0 if self._buffers.tables is None else self._buffers.tables.nbytes
         for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it took
             bodies = {piece: partial(self._piece, size, piece) for piece in self._all_pieces()}
             for body in bodies.values():
@@ -193,6 +177,7 @@ class DecodeGraphs:
             replays, taken = self._capture(list(bodies.values()))
             self._pieces |= {(size, piece): replay for piece, replay in zip(bodies, replays, strict=True)}
             num_bytes += taken
+        self.paths.limit = max(0, self.paths.limit - num_bytes)
         return num_bytes
 
     def _all_pieces(self) -> list[Any]:
@@ -246,10 +231,11 @@ class DecodeGraphs:
     def _start(self, size: int) -> torch.Tensor:
         """Slots and lengths of all layers, and the embedding."""
         buffers = self._buffers
-        rows = buffers.rows[:size]
+        rows, plan = buffers.rows[:size], buffers.plan(size)
+        first_block = None if buffers.tables is None else plan[2]
         self._kernels.layer_slots(
-            buffers.block_table, rows, rows, buffers.rows[: size + 1], buffers.plan(size)[0], None, self._block_size,
-            _ONE_TOKEN, buffers.slots(size), buffers.lengths(size),
+            buffers.block_table, rows, rows, buffers.rows[: size + 1], plan[0], first_block, self._block_size,
+            ONE_TOKEN, buffers.slots(size), buffers.lengths(size),
         )  # fmt: skip
         return self._backbone.embed_input_ids(buffers.input_ids[:size])
 
@@ -321,7 +307,7 @@ class DecodeGraphs:
             num_actual_tokens=size,
             max_query_len=1,
             max_seq_len=self._max_model_len,
-            block_table_tensor=buffers.block_table[:size],
+            block_table_tensor=buffers.table(size, index),
             slot_mapping=buffers.slots(size)[index],
             causal=True,
         )

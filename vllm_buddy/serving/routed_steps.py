@@ -101,12 +101,11 @@ class RoutedSteps:
                 capture=CudaCapture(backbone.norm.weight.device),
             )
             taken = graphs.capture_pieces()
-        graphs.paths.limit = max(0, limit - taken)
         logger.info(
-            "vllm_buddy: CUDA graphs of each layer take %d of graph_memory_mib %d, for batches of %s",
+            "vllm_buddy: CUDA graphs of each layer, for batches of %s, take %d of graph_memory_mib %d",
+            settings.graph_sizes,
             taken >> 20,
             settings.graph_memory_mib,
-            settings.graph_sizes,
         )
         if taken > limit:
             logger.warning(

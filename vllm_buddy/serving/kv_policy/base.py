@@ -59,6 +59,11 @@ class KVPolicy(ABC):
         self.num_layers = num_layers
         self.shares_blocks = shares_blocks
 
+    @property
+    def moves_first_blocks(self) -> bool:
+        """Whether a layer's part of a request may start behind the first block of its block table."""
+        return False
+
     def forget(self, req_id: str) -> None:  # noqa: B027 - most policies keep nothing
         """Drop what is kept about a finished request."""
 

@@ -76,6 +76,10 @@ class Masked(KVPolicy):
         self._last = _LastStep.none()
         self._repeated = False  # whether the present step repeats the last one
 
+    @property
+    def moves_first_blocks(self) -> bool:
+        return self.shares_blocks
+
     def forget(self, req_id: str) -> None:
         slot = self._slot.pop(req_id, None)
         if slot is not None:
@@ -134,7 +138,7 @@ class Masked(KVPolicy):
             for run in plan.runs:
                 if run.path != uniform:
                     outside = ~path_mask(uniform, self.num_layers)
-                    if self.shares_blocks:
+                    if self.moves_first_blocks:
                         self._first_block[slot, outside] = position // batch.block_size
                     self._uniform[slot] = None
                     break

@@ -1,0 +1,62 @@
+"""The memory that captured decode steps read and write: what changes from step to step, at addresses that do not."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+ONE_TOKEN = 1  # what a row attends to that writes nowhere: its output is dropped, and no kernel sees a length of 0
+
+
+class DecodeBuffers:
+    """What all graphs read and write; a size uses the front of each.
+
+    Per layer and row: first_position and source as the op layer_slots and scatter_rows take them, slots, lengths; with
+    `moves_first_blocks` also first_block, and a block table that begins there.
+    """
+
+    def __init__(self, backbone: Any, most_rows: int, num_blocks: int, moves_first_blocks: bool) -> None:
+        norm = backbone.norm.weight
+        self.device, num_layers = norm.device, len(backbone.layers)
+        new = partial(torch.zeros, device=self.device)
+        self.num_layers = num_layers
+        self.input_ids = new(most_rows, dtype=torch.int64)
+        self.positions = new(most_rows, dtype=torch.int64)
+        self.block_table = new(most_rows, num_blocks, dtype=torch.int32)
+        self.tables = new(num_layers, most_rows, num_blocks, dtype=torch.int32) if moves_first_blocks else None
+        self.hidden, self.residual, self.output = new(3, most_rows, len(norm), dtype=norm.dtype).unbind()
+        self.rows = torch.arange(most_rows + 1, dtype=torch.int32, device=self.device)
+        self.everyone = torch.ones(most_rows, dtype=torch.bool, device=self.device)
+        self._entries = torch.arange(num_blocks, dtype=torch.int32, device=self.device)
+        self._num_planes = 3 if moves_first_blocks else 2
+        self._plan = new(self._num_planes * num_layers * most_rows, dtype=torch.int32).fill_(-1)
+        self._slots = new(num_layers * most_rows, dtype=torch.int64).fill_(-1)
+        self._lengths = new(num_layers * most_rows, dtype=torch.int32).fill_(ONE_TOKEN)
+
+    def plan(self, size: int) -> torch.Tensor:
+        """[2 or 3, num_layers, size]: first_position, source, perhaps first_block."""
+        return self._plan[: self._num_planes * self.num_layers * size].view(self._num_planes, self.num_layers, size)
+
+    def table(self, size: int, layer: int) -> torch.Tensor:
+        """[size, num_blocks], the block table of a layer."""
+        return self.block_table[:size] if self.tables is None else self.tables[layer, :size]
+
+    def fill_tables(self, block_table: torch.Tensor, first_block: torch.Tensor | None, num_blocks: int) -> None:
+        """block_table: [num_rows, any]. first_block: [num_layers, num_rows], or None. num_blocks: that rows use."""
+        num_rows, width = len(block_table), min(num_blocks, block_table.shape[1], self.block_table.shape[1])
+        self.block_table[:num_rows, :width].copy_(block_table[:, :width])
+        if self.tables is None:
+            return
+        if first_block is None:
+            self.tables[:, :num_rows, :width].copy_(block_table[:, :width])
+            return
+        # Behind the last block in use any entry will do.
+        entry = (first_block[..., None] + self._entries[:width]).clamp_(max=width - 1)
+        used = block_table[:, :width].expand(self.num_layers, num_rows, width)
+        self.tables[:, :num_rows, :width].copy_(used.gather(2, entry.long()))
+
+    def slots(self, size: int) -> torch.Tensor:
+        return self._slots[: self.num_layers * size].view(self.num_layers, size)
+
+    def lengths(self, size: int) -> torch.Tensor:
+        return self._lengths[: self.num_layers * size].view(self.num_layers, size)
