@@ -44,7 +44,7 @@ def test_on_a_gpu_both_are_the_default(gpu: pytest.MonkeyPatch) -> None:
     """Fails if a GPU server runs without kernels or graphs by default, or captures sizes that no batch has."""
     settings = resolved({})
     assert settings.kernels == "triton" and settings.cuda_graphs is True
-    assert settings.graph_sizes == (1, 2, 4, 8, 16, 24, 32, 40, 48, 64)
+    assert settings.graph_sizes == (1, 2, 4, 8, 16, 24, 32, 48, 64)
     assert resolved({}, max_num_seqs=5).graph_sizes == (1, 2, 4, 5)
     assert resolved({}, max_num_seqs=1000).graph_sizes[-1] == 256
     assert resolved({"graph_sizes": [3, 7]}).graph_sizes == (3, 7)

@@ -31,6 +31,8 @@ class _LastStep:
     req_ids: list[str]
     plans: list[RequestPlan]
     slots: np.ndarray
+    mask: np.ndarray | None = None  # [num_runs, num_layers] int32, 1 where the run executes the layer
+    places: RunPlaces | None = None
     views: list[LayerView] | None = None
 
     @classmethod
@@ -97,7 +99,13 @@ class Masked(KVPolicy):
         if not self._repeated:
             slots = np.array([self._enter(batch, row) for row in range(len(batch.req_ids))], dtype=np.int64)
             self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots)
-        slots = self._last.slots
+        last, slots = self._last, self._last.slots
+        if self._repeated and batch.num_tokens == len(slots):  # decoding goes on, each layer by one token or none
+            assert last.mask is not None and last.places is not None
+            self._lens[slots] += last.mask
+            self._num_tokens[slots] += 1
+            last.places = RunPlaces(last.places.first_position + last.mask.T, last.places.first_block)
+            return last.places
         held, first_block = self._lens[slots], self._first_block[slots]
         count = batch.run_mask * batch.run_length[:, None].astype(np.int32)
         before = held
@@ -108,7 +116,9 @@ class Masked(KVPolicy):
             count = np.add.reduceat(count, batch.first_run, axis=0)
         self._lens[slots] = held + count
         self._num_tokens[slots] += np.diff(batch.query_start_loc)
-        return RunPlaces(np.where(batch.run_mask, before, -1).T, first_block.T if first_block.any() else None)
+        last.mask = batch.run_mask.astype(np.int32)
+        last.places = RunPlaces(np.where(batch.run_mask, before, -1).T, first_block.T if first_block.any() else None)
+        return last.places
 
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
         same = self._last.same_views(batch) if self._repeated else None
