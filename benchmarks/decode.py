@@ -1,6 +1,7 @@
 """Decode speed against stock vLLM and against physical pruning, in one process, alternating.
 
-    python benchmarks/decode.py            # SmolLM2-135M, CPU, about 10 minutes on 2 cores
+    python benchmarks/decode.py                   # SmolLM2-135M, CPU, about 10 minutes on 2 cores
+    python benchmarks/decode.py --device cuda     # shapes of 7B to 8B too, on a GPU of 80 GB; see gpu_decode.py
 
 Engines: stock dense; stock on a checkpoint pruned to the layers of buddy's path, for each budget, without any repair;
 buddy with the artifact's bypass, where it has one, and, as *no bypass*, without. Requests of buddy share one path per
@@ -15,13 +16,16 @@ layers, with bypass and LoRA where it has them.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 import engines
+import gpu_decode
 import numpy as np
 from engines import DecodeRun, Variant
+from gpu_plan import add_gpu_options, refuse_gpu_options
 from lineup import Lineup, add_lineup_options, in_turn, open_lineup
 from result_rows import RESULTS_DIR, device, environment, report
 from rounds import Rounds, add_rounds_option, at_least, positive_int
@@ -30,20 +34,30 @@ from vllm_buddy.method import PathSchedule
 
 BUDGETS = (0.875, 0.75, 0.5)
 PROMPT_TOKENS = 64
+CPU_BATCHES = (1, 8, 32)
+CPU_TOKENS = 33
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu, engines side by side")
+    parser.add_argument("--batch", type=positive_int, nargs="+", help="default: 1 8 32; with cuda 128 too")
     add_rounds_option(parser, 6)
-    parser.add_argument("--tokens", type=at_least(2), default=33, help="decoded tokens per run; each gives one step")
-    parser.add_argument("--out", type=FilePath, default=RESULTS_DIR / f"{device()}_decode.jsonl")
+    parser.add_argument(
+        "--tokens", type=at_least(2), help="decoded tokens per run or repeat; default: 33, with cuda 64"
+    )
+    parser.add_argument("--out", type=FilePath, help="results file; default: in benchmarks/results")
     add_lineup_options(parser)
+    add_gpu_options(parser)
     args = parser.parse_args()
+    if args.device == "cuda":
+        return gpu_decode.run(args)
+    refuse_gpu_options(parser, args)
     env = environment()
     with open_lineup(args) as lineup:
-        rows = measure(lineup, args.batch, args.rounds, args.tokens)
-    report(args.out, rows, env)
+        rows = measure(lineup, args.batch or CPU_BATCHES, args.rounds, args.tokens or CPU_TOKENS)
+    report(args.out or RESULTS_DIR / f"{device()}_decode.jsonl", rows, env)
+    return 0
 
 
 def measure(lineup: Lineup, batches: Sequence[int], num_rounds: int, tokens: int) -> list[dict[str, Any]]:
@@ -135,4 +149,4 @@ def peer_of(variant: Variant) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

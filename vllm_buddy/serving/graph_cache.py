@@ -28,6 +28,9 @@ class CudaCapture:
         self._pool = current_platform.get_global_graph_pool()
         # One for all captures: torch keeps a workspace of cuBLAS for every stream that ever multiplied matrices.
         self._stream = torch.cuda.Stream(device)
+        self._keeps_pool = torch.cuda.CUDAGraph()  # torch does not capture into a pool whose graphs are all gone
+        mark = torch.zeros(1, device=device)
+        self._into(self._keeps_pool, mark.zero_)
 
     def __call__(self, bodies: Sequence[Callable[[], None]]) -> tuple[list[Replay], int]:
         torch.cuda.synchronize(self._device)
@@ -36,16 +39,20 @@ class CudaCapture:
         with get_tp_group().graph_capture(GraphCaptureContext(self._stream)):
             for body in bodies:
                 graph = torch.cuda.CUDAGraph()
-                # Not torch.cuda.graph, which collects garbage and empties the allocator's cache each time.
-                # thread_local: vLLM's other threads may wait for copies meanwhile.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    body()
-                finally:
-                    graph.capture_end()
+                self._into(graph, body)
                 replays.append(graph.replay)
         torch.cuda.synchronize(self._device)
         return replays, self._most(max(0, before - torch.cuda.mem_get_info(self._device)[0]))
+
+    def _into(self, graph: torch.cuda.CUDAGraph, body: Callable[[], Any]) -> None:
+        """Not torch.cuda.graph, which collects garbage and empties the allocator's cache each time."""
+        with torch.cuda.stream(self._stream):
+            # thread_local: vLLM's other threads may wait for copies meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                body()
+            finally:
+                graph.capture_end()
 
     def _most(self, num_bytes: int) -> int:
         """Over the ranks, which must drop the same graphs: to capture one takes all of them."""
