@@ -26,6 +26,7 @@ class LayerLog:
         self._engine = engine
         self._patch = pytest.MonkeyPatch()
         self._rows: list[tuple[str, int]] = []
+        self._batch: Any = None  # of Model Runner V2, which keeps none
 
     def __enter__(self) -> "LayerLog":
         run, write = RoutedStep.run, self._engine.runner.buddy_steps.policy.write_skipped
@@ -44,6 +45,15 @@ class LayerLog:
             self._count(self.wrote, positions[view.skipped], layers.index(layer))
             write(layer, view, positions & _POSITION, *state)
 
+        if not hasattr(self._engine.runner, "input_batch"):
+            state = self._engine.runner.model_state
+            prepare_inputs = state.prepare_inputs
+
+            def kept(input_batch: Any, req_states: Any) -> Any:
+                self._batch = input_batch
+                return prepare_inputs(input_batch, req_states)
+
+            self._patch.setattr(state, "prepare_inputs", kept)
         self._patch.setattr(RoutedStep, "run", logged_run)
         self._patch.setattr(self._engine.runner.buddy_steps.policy, "write_skipped", logged_write)
         return self
@@ -68,7 +78,11 @@ class LayerLog:
 
     def _owners(self, positions: torch.Tensor) -> list[tuple[str, int]]:
         """(request, position) of each row, from vLLM's own batch. vLLM's ids carry a random tail."""
-        batch, start = self._engine.runner.input_batch, self._engine.runner.query_start_loc.np
+        runner, batch = self._engine.runner, self._batch
+        if batch is None:
+            batch, start = runner.input_batch, runner.query_start_loc.np
+        else:
+            start = batch.query_start_loc_np
         return [
             (req_id.rsplit("-", 1)[0], int(positions[row]))
             for i, req_id in enumerate(batch.req_ids)

@@ -6,7 +6,7 @@ import torch
 from tests.serving.engine import BLOCK_SIZE, Ask, Engine
 from tests.serving.test_golden import BUDGETS, NUM_TOKENS
 from tests.tiny_models import random_prompts
-from vllm_buddy.method import PathSchedule, RequestRoute, depth_for_budget
+from vllm_buddy.method import RequestRoute, depth_for_budget
 from vllm_buddy.method.kv_policy import KV_POLICIES
 from vllm_buddy.method.reference import routed_logits
 
@@ -42,7 +42,7 @@ def test_prompt_logprobs_equal_the_reference(engine: Engine, policy: str) -> Non
     artifact = engine.tiny.artifact
     for ask, output in zip(asks, engine.run(asks), strict=True):
         depth = depth_for_budget(ask.budget or 1.0, artifact.config.base_model.num_layers)
-        route = RequestRoute(artifact.router(library=False), PathSchedule(4), depth, ask.prompt, ask.context)
+        route = RequestRoute(artifact.router(library=False), engine.schedule, depth, ask.prompt, ask.context)
         paths = [run.path for run in route.runs(0, len(ask.prompt), ask.prompt) for _ in range(run.num_tokens)]
         logits = routed_logits(engine.tiny.model, ask.prompt, paths, policy, artifact.bypass)
         expected = logits.log_softmax(dim=-1)[torch.arange(len(paths) - 1), list(ask.prompt[1:])]
