@@ -1,6 +1,6 @@
 """The rows that run a layer, with residual add and RMSNorm."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,28 +8,14 @@ import torch
 from vllm_buddy_kernels.gather_rows import _gather_rows, gather_rows, gather_rows_reference
 from vllm_buddy_kernels.triton_import import KernelError
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EPS = 1e-5
-# Relative, of normed. fp32: sums of thousands of squares in another order. 16 bits: the definition does not round, the
-# op rounds twice, and each time by one unit of the last place at most, 2**-7 (bfloat16) or 2**-10 (float16).
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-# Relative, of the state, one rounded sum: exact, but for Triton's interpreter, which cuts off where bfloat16 rounds.
-STATE_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 2**-7 if DEVICE == "cpu" else 0.0, torch.float16: 0.0}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+from tests.kernels.row_checks import DEVICE, DTYPES, EPS, norm_of, right_norm, right_state
+
 Op = Callable[..., Any]
 OPS = pytest.mark.parametrize("op", [gather_rows, gather_rows_reference])
 # (num_tokens, num_rows, hidden_size)
 SHAPES = [(1, 1, 64), (5, 0, 64), (0, 0, 64), (80, 63, 96), (257, 257, 63), (3, 9, 1)]
 if DEVICE == "cuda":
     SHAPES += [(128, 32, 4096), (2048, 1500, 4096), (8, 8, 3584), (8, 5, 576), (4, 4, 16384)]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Memory that torch.empty gives is NaN, so that what a kernel leaves out shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(num_tokens: int, hidden_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,20 +25,6 @@ def make(num_tokens: int, hidden_size: int, dtype: torch.dtype) -> tuple[torch.T
     hidden, residual = (torch.randn(num_tokens, hidden_size) * sizes for _ in range(2))
     weight = 1 + 0.3 * torch.randn(hidden_size)
     return hidden.to(DEVICE, dtype), residual.to(DEVICE, dtype), weight.to(DEVICE, dtype)
-
-
-def norm_of(state: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMSNorm by its definition, in float64."""
-    wide = state.double()
-    return wide / (wide.square().mean(1, keepdim=True) + EPS).sqrt() * weight.double()
-
-
-def right_state(state: torch.Tensor, definition: torch.Tensor) -> bool:
-    return torch.allclose(state, definition, rtol=STATE_TOLERANCE[state.dtype], atol=0)
-
-
-def right_norm(normed: torch.Tensor, definition: torch.Tensor) -> bool:
-    return torch.allclose(normed.double(), definition, rtol=TOLERANCE[normed.dtype], atol=0)
 
 
 @OPS
