@@ -82,7 +82,7 @@ def parts(out: FilePath) -> list[Part]:
     return [
         Part("facts", [sys.executable, "benchmarks/gpu_facts.py"], 5, 60),
         Part("kernel-tests", [*tests, "tests/kernels"], 20, 120),
-        Part("serving-tests", [*tests, *serving], 40, 180),
+        Part("serving-tests", [*tests, *serving], 40, 240),
         Part("kernels", script("cuda_kernels.py", "cuda_kernels.jsonl"), 30, 120),
         # It writes what it has each time an engine ends; the first two must have for there to be anything.
         Part("decode", script("decode.py", "cuda_decode.jsonl", "--device", "cuda", "--only-quick"), 150, 900),

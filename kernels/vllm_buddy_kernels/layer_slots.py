@@ -32,6 +32,8 @@ NUM_WARPS = 4
         "num_runs",
         "num_token_columns",
         "num_run_columns",
+        "idle_length",
+        "stride_table",
         "stride_position_view",
         "stride_position_run",
         "stride_block_view",

@@ -182,8 +182,12 @@ class Engine:
         if self._cuda_capture is None and self.runner.device.type == "cuda":
             self._cuda_capture = CudaCapture(self.runner.device)
 
-        def capture(bodies: Any) -> Any:
-            return (self._cuda_capture(bodies)[0] if self._cuda_capture else list(bodies)), len(bodies)
+        def capture(bodies: Any, warm_up: bool = False) -> Any:
+            if self._cuda_capture is not None:
+                return self._cuda_capture(bodies, warm_up)[0], len(bodies)
+            for body in bodies if warm_up else ():
+                body()
+            return list(bodies), len(bodies)
 
         backbone = self.runner.model.model
         builder, block_size = self.runner.buddy_attention()

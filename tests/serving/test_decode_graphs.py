@@ -13,8 +13,10 @@ from tests.serving.test_independence import FEW, check_scenario, scenarios
 from tests.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
 from vllm_buddy.method import depth_for_budget, layers_of
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
+from vllm_buddy.serving.graph_cache import OutOfGraphMemory
 
 SIZES = (1, 2, 4, 8)
+KERNELS = "triton" if torch.cuda.is_available() else "reference"  # the references wait for the device
 GOLDEN = [(policy, interval, bypass) for policy in (MASKED, KV_ONLY) for interval in (0, 4) for bypass in (False, True)]
 
 
@@ -34,7 +36,7 @@ def engines(tiny: Callable[[str], Tiny]) -> Callable[[str, str], Engine]:
 
 @pytest.fixture
 def llama(engines: Callable[[str, str], Engine]) -> Iterator[Engine]:
-    engine = engines("llama", "reference")
+    engine = engines("llama", KERNELS)
     yield engine
     engine.abort_all()
 
@@ -74,7 +76,7 @@ def test_tokens_of_replayed_steps_equal_the_reference(
     engines: Callable[[str, str], Engine], family: str, policy: str, interval: int, bypass: bool
 ) -> None:
     """Fails if a replay reads another step's rows, slots or lengths, or a row keeps what a skipped layer made of it."""
-    engine = engines(family, "reference")
+    engine = engines(family, KERNELS)
     asks = [Ask(ask.prompt, ask.budget, ask.max_tokens) for ask in batch(seed=interval)]
     for shares_blocks in (True, False):
         engine.configure(policy, interval, bypass=bypass)
@@ -97,7 +99,7 @@ def test_replayed_steps_do_not_depend_on_what_happens_beside_a_request(
         if engine.steps.policy.in_graphs:
             engine.capture((2, 3, 8), most_paths=3)
 
-    check_scenario(engines("llama", "reference"), **scenario, prepare=capture)
+    check_scenario(engines("llama", KERNELS), **scenario, prepare=capture)
 
 
 @pytest.mark.parametrize("policy", (MASKED, KV_ONLY))
@@ -196,6 +198,22 @@ def test_a_full_cache_drops_the_path_not_used_for_longest(llama: Engine) -> None
     for ask in (*asks, asks[0]):
         llama.check([ask], llama.run([ask]))
         assert len(graphs.paths) <= 2 and graphs.paths.num_bytes <= 2
+
+
+def test_without_memory_for_a_path_its_layers_are_replayed(llama: Engine) -> None:
+    """Fails if a device that is full ends the engine in the middle of serving."""
+    llama.configure(MASKED, 0)
+    graphs = llama.capture(SIZES)
+    log, tries = Log(graphs), []
+
+    def full(bodies: Any) -> Any:
+        tries.append(bodies)
+        raise OutOfGraphMemory("no memory")
+
+    graphs._capture = full
+    ask = Ask((5, 6, 7), 0.5, 9)
+    llama.check([ask], llama.run([ask]))
+    assert len(tries) == 1 and {len(step) for step in log.steps} == {NUM_LAYERS + 2}
 
 
 def test_stale_buffers_do_not_reach_padded_rows_slots(llama: Engine) -> None:

@@ -122,7 +122,7 @@ def test_kernels_are_tried_in_every_form_at_start() -> None:
     kernels = Kernels(*(logged(name) for name in ("layer_slots", "gather_rows", "scatter_rows", "bypass_rows")))
     layer = SimpleNamespace(input_layernorm=SimpleNamespace(weight=torch.ones(8), variance_epsilon=1e-6))
     bypass = Bypass(torch.zeros(1, 2, 8), torch.zeros(1, 8, 2), 1e-6)
-    try_kernels([layer] * 3, fused_bypasses(bypass, kernels), kernels)
+    try_kernels([layer] * 3, fused_bypasses(bypass, kernels), kernels, 16)
     forms = {(name, tuple(arg is None for arg in args)) for name, args in calls}
     assert len([1 for name, _ in forms if name == "scatter_rows"]) == 4
     assert len([1 for name, _ in forms if name == "gather_rows"]) == 2
@@ -133,4 +133,4 @@ def test_kernels_are_tried_in_every_form_at_start() -> None:
         raise KernelError("the rank is 1000, not 1 to 512")
 
     with pytest.raises(UnsupportedError, match='the rank is 1000.*set "kernels": "reference"'):
-        try_kernels([layer] * 3, None, Kernels(refuses, refuses, refuses, refuses))
+        try_kernels([layer] * 3, None, Kernels(refuses, refuses, refuses, refuses), 16)

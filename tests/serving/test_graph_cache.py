@@ -41,3 +41,14 @@ def test_counts_of_ever_new_paths_are_bounded() -> None:
     for number in range(5000):
         cache.recurs(number)
     assert len(cache._asked) <= 1024
+
+
+def test_without_room_or_captures_left_nothing_recurs() -> None:
+    """Fails if paths are captured for which there is no memory, or all-reduces of graphs fill vLLM's buffer."""
+    assert not any(GraphCache(0, 1).recurs("a") for _ in range(10))
+    cache = GraphCache(10, 1)
+    cache.captures_left = 2
+    for key in "abcd":
+        if cache.recurs(key):
+            cache.put(key, replay, 1)
+    assert len(cache) == 2 and cache.get("a") is replay

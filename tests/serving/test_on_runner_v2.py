@@ -6,13 +6,14 @@ import sys
 from pathlib import Path as FilePath
 
 import pytest
+import torch
 
 from tests.model_runner_v2 import RUNNER
 
 HERE = FilePath(__file__).parent
 PLUGIN = ("golden", "full_depth", "preemption", "prefix_cache", "context", "strict", "lora", "auto_budget")
 
-pytestmark = pytest.mark.skipif(RUNNER != "v1", reason="runs on V2 already")
+pytestmark = pytest.mark.skipif(RUNNER != "v1" or torch.cuda.is_available(), reason="runs on V2 already")
 
 
 def run_on(runner: str, names: tuple[str, ...], chosen: str = "") -> None:

@@ -308,6 +308,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "worker": ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
     "pooling": ({"runner": "pooling", "convert": "embed"}, "text generation"),
+    "prefetch": ({"offload_group_size": 2, "offload_num_in_group": 1}, "--cpu-offload-gb"),
     "dual batch": ({"enable_dbo": True}, "--enable-dbo"),
     "whole compilation": ({"enforce_eager": False, "compilation_config": {"mode": 1}}, "STOCK_TORCH_COMPILE"),
 }

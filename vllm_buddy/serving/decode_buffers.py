@@ -42,7 +42,11 @@ class DecodeBuffers:
         return self.block_table[:size] if self.tables is None else self.tables[layer, :size]
 
     def fill_tables(self, block_table: torch.Tensor, first_block: torch.Tensor | None, num_blocks: int) -> None:
-        """block_table: [num_rows, any]. first_block: [num_layers, num_rows], or None. num_blocks: that rows use."""
+        """Take the tables of a step.
+
+        block_table: [num_rows, any]. num_blocks: that rows use.
+        first_block: [num_layers, num_rows], for each row 0 or one other number; None: 0 everywhere.
+        """
         num_rows, width = len(block_table), min(num_blocks, block_table.shape[1], self.block_table.shape[1])
         self.block_table[:num_rows, :width].copy_(block_table[:, :width])
         if self.tables is None:
@@ -50,13 +54,16 @@ class DecodeBuffers:
         if first_block is None:
             self.tables[:, :num_rows, :width].copy_(block_table[:, :width])
             return
+        # A request has two tables: its own, and that from the first block on that it does not share (see masked.py).
         # Behind the last block in use any entry will do.
-        entry = (first_block[..., None] + self._entries[:width]).clamp_(max=width - 1)
-        used = block_table[:, :width].expand(self.num_layers, num_rows, width)
-        self.tables[:, :num_rows, :width].copy_(used.gather(2, entry.long()))
+        own = block_table[:, :width]
+        entry = (first_block.amax(0)[:, None] + self._entries[:width]).clamp_(max=width - 1)
+        torch.where(first_block[..., None] > 0, own.gather(1, entry.long()), own, out=self.tables[:, :num_rows, :width])
 
     def slots(self, size: int) -> torch.Tensor:
+        """[num_layers, size]"""
         return self._slots[: self.num_layers * size].view(self.num_layers, size)
 
     def lengths(self, size: int) -> torch.Tensor:
+        """[num_layers, size]"""
         return self._lengths[: self.num_layers * size].view(self.num_layers, size)

@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_buddy.serving.compat import metadata_to_capture
 from vllm_buddy.serving.decode_buffers import ONE_TOKEN, DecodeBuffers
 from vllm_buddy.serving.fused_layer import FusedBypass, after_norm, passed_by
-from vllm_buddy.serving.graph_cache import Capture, GraphCache, Replay
+from vllm_buddy.serving.graph_cache import Capture, GraphCache, OutOfGraphMemory, Replay
 from vllm_buddy.serving.kv_policy import KVPolicy, LayerView
 from vllm_buddy.serving.step_batch import RunPlaces, StepBatch
 
@@ -146,11 +146,7 @@ class DecodeGraphs:
         num_rows, size, buffers = len(step.executed), step.size, self._buffers
         buffers.input_ids[:num_rows].copy_(input_ids[:num_rows])
         buffers.positions[:num_rows].copy_(positions[:num_rows])
-        key = size, step.uses, step.groups
-        replay = self.paths.get(key)
-        if replay is None and self.paths.recurs(key):
-            (replay,), num_bytes = self._capture([partial(self._path, *key)])
-            self.paths.put(key, replay, num_bytes)
+        replay = self._replay_of_path((size, step.uses, step.groups))
         pieces = self._pieces_of(step.uses)
         if replay is not None:
             replay()
@@ -160,6 +156,19 @@ class DecodeGraphs:
         ran = [layer for layer, use in pieces if use is not Use.NONE]
         step.executed += step.mask[ran].sum(axis=0, dtype=np.int32)
         return buffers.output[:num_rows]
+
+    def _replay_of_path(self, key: tuple[int, Uses, Groups]) -> Replay | None:
+        """The graph of a whole step, captured if the step recurs and there is room for it."""
+        if (replay := self.paths.get(key)) is not None or not self.paths.recurs(key):
+            return replay
+        try:
+            (replay,), num_bytes = self._capture([partial(self._path, *key)])
+        except OutOfGraphMemory as error:
+            logger.warning("vllm_buddy: no memory to capture a path, its layers are replayed one by one: %s", error)
+            self.paths.refuse(key)
+            return None
+        self.paths.put(key, replay, num_bytes)
+        return self.paths.get(key)
 
     # --- capturing ---------------------------------------------------------------------------------------------
 
@@ -172,9 +181,7 @@ class DecodeGraphs:
         num_bytes = 0 if self._buffers.tables is None else self._buffers.tables.nbytes
         for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it took
             bodies = {piece: partial(self._piece, size, piece) for piece in self._all_pieces()}
-            for body in bodies.values():
-                body()
-            replays, taken = self._capture(list(bodies.values()))
+            replays, taken = self._capture(list(bodies.values()), warm_up=True)
             self._pieces |= {(size, piece): replay for piece, replay in zip(bodies, replays, strict=True)}
             num_bytes += taken
         self.paths.limit = max(0, self.paths.limit - num_bytes)

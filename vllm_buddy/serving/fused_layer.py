@@ -70,8 +70,12 @@ def passed_by(
     return hidden, residual
 
 
-def try_kernels(layers: Sequence[Any], bypasses: Sequence[FusedBypass | None] | None, kernels: Kernels) -> None:
+def try_kernels(
+    layers: Sequence[Any], bypasses: Sequence[FusedBypass | None] | None, kernels: Kernels, block_size: int
+) -> None:
     """Run each kernel once in the forms that serving has: they are compiled then, and not while a request waits.
+
+    block_size: of the KV cache, in tokens.
 
     Raises:
         UnsupportedError: one does not take this model's shapes.

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+# vLLM's all-reduce keeps a record of each one ever captured, graphs that are gone included, in a buffer of 65,536.
+_MOST_PATHS_OF_RANKS = 400
+
 
 class RoutedSteps:
     """Kept between steps: the KV policy with its state, the kernels, the captured graphs.
@@ -76,16 +79,18 @@ class RoutedSteps:
 
         runner: the routed model runner, with its KV caches.
         """
+        if self.serving:
+            return
         self.serving = True
         settings, backbone = self._settings, runner.model.model
+        builder, block_size = runner.buddy_attention()
         if self._moves_rows is not None:
             backbone.prepare()
             with torch.inference_mode():
-                try_kernels(backbone.layers, backbone.bypasses, self._moves_rows)
+                try_kernels(backbone.layers, backbone.bypasses, self._moves_rows, block_size)
         if not settings.cuda_graphs:
             return
         assert settings.graph_sizes is not None and self._moves_rows is not None
-        builder, block_size = runner.buddy_attention()
         limit = settings.graph_memory_mib << 20
         with torch.inference_mode():
             graphs = DecodeGraphs(
@@ -101,6 +106,8 @@ class RoutedSteps:
                 capture=CudaCapture(backbone.norm.weight.device),
             )
             taken = graphs.capture_pieces()
+        if self._vllm_config.parallel_config.tensor_parallel_size > 1:
+            graphs.paths.captures_left = _MOST_PATHS_OF_RANKS
         logger.info(
             "vllm_buddy: CUDA graphs of each layer, for batches of %s, take %d of graph_memory_mib %d",
             settings.graph_sizes,

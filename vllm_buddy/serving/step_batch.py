@@ -14,6 +14,8 @@ from vllm_buddy_kernels import Kernels
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.serving.plan import RequestPlan
 
+_BLOCKS_STEP = 16
+
 
 @dataclass(frozen=True)
 class RunPlaces:
@@ -126,8 +128,9 @@ class StepBatch:
         return slots
 
     def tables(self, reqs: np.ndarray, most_tokens: int, first_block: np.ndarray | None = None) -> torch.Tensor:
-        """[len(reqs), blocks of most_tokens], int32: the block tables of rows `reqs`, each from its first block on."""
-        num_blocks = -(-most_tokens // self.block_size)
+        """Block tables of rows `reqs` from their first blocks on: [len(reqs), blocks of most_tokens or more], int32."""
+        # In steps: Triton's attention is compiled for what divides the width of the table.
+        num_blocks = min(-(-most_tokens // (_BLOCKS_STEP * self.block_size)) * _BLOCKS_STEP, self.block_table.shape[1])
         if first_block is None or not first_block.any():
             if len(reqs) == len(self.block_table) and np.array_equal(reqs, np.arange(len(reqs))):
                 return self.block_table[:, :num_blocks]

@@ -61,6 +61,11 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         lambda c: c.cache_config.kv_offloading_size is not None,  # vLLM makes it a KV connector after this hook
         "offloaded blocks carry no record of the layers each token executed; start without --kv-offloading-size",
     ),
+    (
+        "prefetching of offloaded weights",
+        lambda c: c.offload_config.offload_backend == "prefetch" or c.offload_config.prefetch.offload_group_size > 0,
+        "a layer that is skipped would not ask for the weights of the next; use --cpu-offload-gb",
+    ),
     ("an encoder-cache connector", lambda c: c.ec_transfer_config is not None, "only text models are routed"),
     (
         "pipeline parallelism",

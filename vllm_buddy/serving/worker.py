@@ -5,8 +5,11 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.routed_steps import RoutedSteps
 from vllm_buddy.serving.startup import engine_settings
+
+_STATES_BESIDE_A_LAYER = 4  # [num_tokens, hidden_size]: before it, around it and gathered, as hidden and residual
 
 
 def routed_runner(runner: Any) -> Any:
@@ -28,23 +31,38 @@ class _BuddyWorker:
         super().init_device()  # type: ignore[misc]
         self.model_runner: Any = routed_runner(self.model_runner)
 
-    def compile_or_warm_up_model(self) -> Any:
-        """vLLM's warm-up, then ours."""
-        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+    def _start_serving(self) -> None:
         self.model_runner.buddy_steps.start_serving(self.model_runner)
-        return times
 
 
 class BuddyGPUWorker(_BuddyWorker, Worker):
     """vLLM's GPU worker, routed."""
 
     def determine_available_memory(self) -> int:
-        """What vLLM leaves for the KV cache, less what our graphs may take."""
+        """What vLLM leaves for the KV cache, less what our graphs may take, and rows on their way around a layer."""
+        given = self.cache_config.kv_cache_memory_bytes is not None
         available = super().determine_available_memory()
-        settings = engine_settings(self.vllm_config)
-        if not settings.cuda_graphs or self.cache_config.kv_cache_memory_bytes is not None:
+        if given:
             return available
-        return available - (settings.graph_memory_mib << 20)
+        settings = engine_settings(self.vllm_config)
+        states = self.scheduler_config.max_num_batched_tokens * self.model_config.get_hidden_size()
+        reserved = _STATES_BESIDE_A_LAYER * states * self.model_config.dtype.itemsize
+        if settings.cuda_graphs:
+            reserved += settings.graph_memory_mib << 20
+        return available - reserved
+
+    def _maybe_activate_jit_monitor(self) -> None:
+        """The last that vLLM does at start, before it holds every compilation for one that a request waits for."""
+        self._start_serving()
+        super()._maybe_activate_jit_monitor()
+
+    def sleep(self, level: int = 1) -> None:
+        """As vLLM's, but that level 2 drops weights that it does not know how to load again."""
+        if level == 2:
+            raise UnsupportedError(
+                "--model-impl buddy can sleep at level 1 only: level 2 would drop the bypass for good"
+            )
+        super().sleep(level)
 
 
 if current_platform.is_cpu():
@@ -52,3 +70,9 @@ if current_platform.is_cpu():
 
     class BuddyCPUWorker(_BuddyWorker, CPUWorker):
         """vLLM's CPU worker, routed."""
+
+        def compile_or_warm_up_model(self) -> Any:
+            """vLLM's warm-up, then ours."""
+            times = super().compile_or_warm_up_model()
+            self._start_serving()
+            return times
