@@ -5,7 +5,7 @@
 
 OUT gets a log per part, the benchmarks' results as *.jsonl, and table.txt, all written as they come. A part gets what
 is left of the time, up to a limit of its own; one that needs more than is left is left out, one that takes longer is
-ended. The checkout need not be installed, but vLLM must be importable, and pytest for the tests.
+ended. The checkout need not be installed, but vLLM must be importable, and pytest and hypothesis for the tests.
 """
 
 import argparse
