@@ -187,10 +187,10 @@ class TimedEngine:
         """Let rows pass unchanged where they skip a layer, as with an artifact without bypass; for good."""
         steps = self.runner.buddy_steps
         self.runner.model.model.bypasses = None
-        if steps.graphs is not None:
-            # They have the bypasses in them. New ones first: a memory pool without a graph cannot be captured into.
-            steps.start_serving(self.runner)
+        if steps.graphs is not None:  # they have the bypasses in them
+            steps.graphs = None
             gc.collect()
+            steps.capture_graphs(self.runner)
 
     def _params(self, budget: float | None, max_tokens: int, **more: Any) -> SamplingParams:
         asked = None if budget is None else {"buddy_budget": budget}

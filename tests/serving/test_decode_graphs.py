@@ -13,6 +13,7 @@ from tests.serving.test_independence import FEW, check_scenario, scenarios
 from tests.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
 from vllm_buddy.method import depth_for_budget, layers_of
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
+from vllm_buddy.serving import routed_steps
 from vllm_buddy.serving.graph_cache import OutOfGraphMemory
 
 SIZES = (1, 2, 4, 8)
@@ -214,6 +215,39 @@ def test_without_memory_for_a_path_its_layers_are_replayed(llama: Engine) -> Non
     ask = Ask((5, 6, 7), 0.5, 9)
     llama.check([ask], llama.run([ask]))
     assert len(tries) == 1 and {len(step) for step in log.steps} == {NUM_LAYERS + 2}
+
+
+@pytest.mark.parametrize("tensor_parallel_size, captures_left", ((1, None), (2, 400)))
+def test_start_up_captures_what_the_settings_say(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch, tensor_parallel_size: int, captures_left: int | None
+) -> None:
+    """Fails if a server with graphs starts without, with others, or cannot make them anew."""
+    bodies_seen: list[int] = []
+
+    def capture(bodies: Any, warm_up: bool = False) -> Any:
+        assert warm_up or len(bodies) == 1
+        for body in bodies if warm_up else ():
+            body()
+        bodies_seen.append(len(bodies))
+        return list(bodies), 1 << 20
+
+    made: list[Any] = []
+    monkeypatch.setattr(routed_steps, "CudaCapture", lambda device: made.append(device) or capture)
+    llama.configure(MASKED, 0)
+    steps = llama.steps
+    updates = {"cuda_graphs": True, "graph_sizes": (2, 8), "graph_memory_mib": 64, "kernels": KERNELS}
+    monkeypatch.setattr(steps, "_settings", steps._settings.model_copy(update=updates))
+    monkeypatch.setattr(steps, "_capture", None)
+    for _ in range(2):
+        with monkeypatch.context() as ranks:
+            ranks.setattr(llama.core.vllm_config.parallel_config, "tensor_parallel_size", tensor_parallel_size)
+            steps.start_serving(llama.runner)
+        assert steps.serving and steps.graphs.sizes == [2, 8] and len(made) == 1
+        assert steps.graphs.paths.limit == (62 << 20) - steps.graphs._buffers.tables.nbytes
+        assert steps.graphs.paths.captures_left == captures_left
+    ask = Ask((5, 6, 7), 0.5, 9)
+    llama.check([ask], llama.run([ask]))
+    assert bodies_seen == [bodies_seen[0]] * 4 + [1]
 
 
 def test_stale_buffers_do_not_reach_padded_rows_slots(llama: Engine) -> None:

@@ -54,6 +54,7 @@ class RoutedSteps:
         self.view_seconds = 0.0
         self._plan: StepPlan | None = None
         self._step: RoutedStep | GraphedStep | None = None
+        self._capture: CudaCapture | None = None
 
     def begin(self, scheduler_output: Any, dummy_run: bool = False) -> None:
         """Take the plan of the step that comes, and drop the state of requests that have finished."""
@@ -75,23 +76,28 @@ class RoutedSteps:
         return plans
 
     def start_serving(self, runner: Any) -> None:
-        """Start-up is over: capture the graphs, if they are wanted. From now on every step must have a plan.
+        """Start-up is over: compile the kernels and capture the graphs, where they are wanted. From now on every step
+        must have a plan.
 
         runner: the routed model runner, with its KV caches.
         """
-        if self.serving:
-            return
         self.serving = True
-        settings, backbone = self._settings, runner.model.model
-        builder, block_size = runner.buddy_attention()
         if self._moves_rows is not None:
+            backbone = runner.model.model
             backbone.prepare()
             with torch.inference_mode():
-                try_kernels(backbone.layers, backbone.bypasses, self._moves_rows, block_size)
-        if not settings.cuda_graphs:
-            return
+                try_kernels(backbone.layers, backbone.bypasses, self._moves_rows, runner.buddy_attention()[1])
+        if self._settings.cuda_graphs:
+            self.capture_graphs(runner)
+
+    def capture_graphs(self, runner: Any) -> None:
+        """Capture the graphs of all layers, in place of those that there may be. runner: see start_serving."""
+        settings, backbone = self._settings, runner.model.model
         assert settings.graph_sizes is not None and self._moves_rows is not None
+        builder, block_size = runner.buddy_attention()
         limit = settings.graph_memory_mib << 20
+        self.graphs = None
+        self._capture = self._capture or CudaCapture(backbone.norm.weight.device)
         with torch.inference_mode():
             graphs = DecodeGraphs(
                 backbone,
@@ -103,7 +109,7 @@ class RoutedSteps:
                 vllm_config=self._vllm_config,
                 sizes=settings.graph_sizes,
                 memory_limit=limit,
-                capture=CudaCapture(backbone.norm.weight.device),
+                capture=self._capture,
             )
             taken = graphs.capture_pieces()
         if self._vllm_config.parallel_config.tensor_parallel_size > 1:
