@@ -107,18 +107,17 @@ def layer_slots_reference(
     """The same in plain PyTorch. Reads the number of tokens on the host."""
     num_tokens = min(int(run_start[-1]), slots.shape[1])
     num_runs = min(len(run_request), lengths.shape[1])
-    run = token_run[:num_tokens].long()
-    first = first_position[:, run]
-    position = first + (torch.arange(num_tokens, device=run.device) - run_start[run])
+    run = token_run[:num_tokens]
+    first = first_position.index_select(1, run)
+    position = first + (torch.arange(num_tokens, device=run.device) - run_start.index_select(0, run))
     entry = position // block_size
     if first_block is not None:
-        entry = entry + first_block[:, run]
-    idle = first < 0
-    block = block_table[run_request[run].long(), entry.masked_fill(idle, 0)].long()
-    slots[:, :num_tokens] = (block * block_size + position % block_size).masked_fill(idle, -1)
+        entry = entry + first_block.index_select(1, run)
+    block = block_table[run_request.index_select(0, run), entry.clamp_(min=0)].long()
+    slots[:, :num_tokens] = (block * block_size + position % block_size).masked_fill_(first < 0, -1)
     slots[:, num_tokens:] = -1
     first = first_position[:, :num_runs]
-    lengths[:, :num_runs] = (first + run_start.diff()[:num_runs]).masked_fill(first < 0, idle_length)
+    lengths[:, :num_runs] = (first + run_start.diff()[:num_runs]).masked_fill_(first < 0, idle_length)
     lengths[:, num_runs:] = idle_length
 
 

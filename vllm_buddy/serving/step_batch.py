@@ -104,20 +104,26 @@ class StepBatch:
         """Rows of the tokens of `runs`, ascending. runs: [num_runs], bool."""
         return np.flatnonzero(np.repeat(runs, self.run_length))
 
+    @cached_property
+    def _runs_on_device(self) -> Sequence[torch.Tensor]:
+        """token_run, run_request and run_start as the op layer_slots takes them, in one copy."""
+        num_runs, num_tokens = len(self.run_request), self.num_tokens
+        runs = np.empty(num_tokens + 2 * num_runs + 1, dtype=np.int32)
+        runs[:num_tokens] = np.repeat(np.arange(num_runs), self.run_length)
+        runs[num_tokens:-1] = np.concatenate([self.run_request, self.run_start])
+        runs[-1] = num_tokens
+        return self.to_device(runs).split([num_tokens, num_runs, num_runs + 1])
+
     def layer_slots(self, places: RunPlaces) -> torch.Tensor:
         """[num_layers, num_tokens], the slots of `places`; -1 where a run writes nothing."""
         num_layers, num_runs = places.first_position.shape
-        run_start = np.append(self.run_start, self.num_tokens)
-        runs = np.concatenate([np.repeat(np.arange(num_runs), self.run_length), self.run_request, run_start])
-        token_run, run_request, run_start_device = self.to_device(runs.astype(np.int32)).split(
-            [self.num_tokens, num_runs, num_runs + 1]
-        )
+        token_run, run_request, run_start = self._runs_on_device
         slots = torch.empty(num_layers, self.num_tokens, dtype=torch.int64, device=self.device)
         self.kernels.layer_slots(
             self.block_table,
             token_run,
             run_request,
-            run_start_device,
+            run_start,
             self.to_device(places.first_position),
             None if places.first_block is None else self.to_device(places.first_block),
             self.block_size,
