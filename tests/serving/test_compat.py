@@ -1,0 +1,88 @@
+"""What is taken from one version of vLLM: attention metadata that can be captured. No device."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config.attention import AttentionConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
+
+from vllm_buddy.serving.compat import metadata_to_capture
+
+NUM_ROWS = 4
+
+
+def common() -> CommonAttentionMetadata:
+    rows = torch.arange(NUM_ROWS + 1, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=rows,
+        query_start_loc_cpu=rows,
+        seq_lens=torch.ones(NUM_ROWS, dtype=torch.int32),
+        num_reqs=NUM_ROWS,
+        num_actual_tokens=NUM_ROWS,
+        max_query_len=1,
+        max_seq_len=512,
+        block_table_tensor=torch.zeros(NUM_ROWS, 8, dtype=torch.int32),
+        slot_mapping=torch.zeros(NUM_ROWS, dtype=torch.int64),
+    )
+
+
+class Builder:
+    """FlashAttention's builder, as far as metadata_to_capture uses it. aot_schedule: True for version 3."""
+
+    def __init__(self, aot_schedule: bool) -> None:
+        self.aot_schedule = aot_schedule
+        self.attention_config = AttentionConfig()
+        self.asked: dict[str, Any] = {}
+
+    def build(self, common_prefix_len: int, shared: CommonAttentionMetadata, fast_build: bool = False) -> Any:
+        assert common_prefix_len == 0 and fast_build, "the metadata would lie in the builder's own buffers"
+        return FlashAttentionMetadata(
+            num_actual_tokens=shared.num_actual_tokens,
+            max_query_len=shared.max_query_len,
+            query_start_loc=shared.query_start_loc,
+            max_seq_len=shared.max_seq_len,
+            seq_lens=shared.seq_lens,
+            block_table=shared.block_table_tensor,
+            slot_mapping=shared.slot_mapping,
+        )
+
+    def _get_scheduler_metadata(self, **asked: Any) -> torch.Tensor:
+        self.asked = asked
+        return torch.zeros(17, dtype=torch.int32)
+
+
+def test_version_3_gets_a_plan_and_a_bound_on_its_splits() -> None:
+    """Fails if a captured graph keeps the number of splits that suited the lengths at its capture."""
+    builder, shared = Builder(aot_schedule=True), common()
+    metadata = metadata_to_capture(builder, shared)
+    bound = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
+    assert metadata.max_num_splits == builder.asked["max_num_splits"] == bound > 1
+    assert len(metadata.scheduler_metadata) == 17
+    assert builder.asked["seqlens"] is shared.seq_lens and builder.asked["cu_query_lens"] is shared.query_start_loc
+    assert metadata.seq_lens is shared.seq_lens and metadata.block_table is shared.block_table_tensor
+
+
+@pytest.mark.parametrize("batch_invariant", (False, True))
+def test_others_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch, batch_invariant: bool) -> None:
+    """Fails if FlashAttention 2, Triton or batch-invariant attention is told of splits that it does not have."""
+    if batch_invariant:
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    builder = Builder(aot_schedule=batch_invariant)
+    metadata = metadata_to_capture(builder, common())
+    assert metadata.max_num_splits == 0 and metadata.scheduler_metadata is None and builder.asked == {}
+    other = SimpleNamespace(build=lambda *args, **kwargs: "metadata")
+    assert metadata_to_capture(other, common()) == "metadata"
+
+
+def test_vllms_builder_is_as_we_use_it() -> None:
+    """Fails if vLLM's side moves."""
+    builder = Builder(aot_schedule=True)
+    metadata_to_capture(builder, common())
+    wanted = set(inspect.signature(FlashAttentionMetadataBuilder._get_scheduler_metadata).parameters) - {"self"}
+    assert set(builder.asked) == wanted
+    source = inspect.getsource(FlashAttentionMetadataBuilder.__init__)
+    assert "self.aot_schedule =" in source and "self.attention_config =" in source
