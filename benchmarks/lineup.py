@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from engines import Variant
 from reference_check import Reference
-from rounds import Rounds
+from result_rows import device
+from rounds import Refused, Rounds
 from vllm import LLM
 
 from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
@@ -151,7 +152,11 @@ def add_lineup_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def open_lineup(args: argparse.Namespace) -> Iterator[Lineup]:
-    """The line-up that the options ask for; its files are removed afterwards."""
+    """The line-up that the options ask for; its files are removed afterwards. Refused on a GPU: there captured steps
+    keep the bypasses that they were captured with, and steps of layers cannot be told apart from outside.
+    """
+    if device() == "cuda":
+        raise Refused("this compares engines side by side on a CPU; on a GPU run benchmarks/decode.py --device cuda")
     work = FilePath(tempfile.mkdtemp(prefix="vllm_buddy-bench-"))
     try:
         yield Lineup(args.model or fetch(report=print), load_artifact(args.artifact), work)

@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 import engines
-import torch
 from engines import Variant
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -44,12 +43,10 @@ class StepClock:
     """Gives every moment of a step to the innermost part that is open, or to REST: the parts sum to the step.
 
     steps: per step, ms by part.
-    synchronize: waits for the device; None where calls return when their work is done.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+    def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
-        self._synchronize = synchronize
         self._open: list[str] = []
         self._ms = dict.fromkeys(PARTS, 0.0)
         self._last = 0.0
@@ -75,7 +72,7 @@ class StepClock:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._ms = dict.fromkeys(PARTS, 0.0)
-            self._last = self._now()
+            self._last = time.perf_counter()
             self._open.append(REST)
             try:
                 result = function(*args, **kwargs)
@@ -88,26 +85,19 @@ class StepClock:
         return call
 
     def _charge(self) -> None:
-        now = self._now()
+        now = time.perf_counter()
         self._ms[self._open[-1]] += (now - self._last) * 1e3
         self._last = now
-
-    def _now(self) -> float:
-        if self._synchronize is not None:
-            self._synchronize()
-        return time.perf_counter()
 
 
 @contextmanager
 def instrumented(variant: Variant) -> Iterator[StepClock]:
     """Split the steps of the variant's engine while the block runs. The variant must run in it, and no other.
 
-    On a GPU the device is waited for around every part, so that its work counts where it was asked for; parts that
-    overlap otherwise then do not, and a step takes longer than the plain one.
+    On CPU, where calls return when their work is done.
     """
     variant.prepare()  # its router is wrapped
-    device = engines.model_runner(variant.llm).device
-    clock = StepClock(torch.cuda.synchronize if device.type == "cuda" else None)
+    clock = StepClock()
     places = _places_of_vllm(variant)
     if variant.path is None:
         places += _places_of_buddy(variant)

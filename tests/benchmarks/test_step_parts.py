@@ -76,23 +76,6 @@ def test_a_step_that_fails_leaves_no_part_open(monkeypatch: pytest.MonkeyPatch) 
     assert clock.steps[0][REST] == pytest.approx(3)
 
 
-def test_the_device_is_waited_for_at_every_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work of a GPU counted where something happens to wait for it, instead of where it was asked for."""
-    hands = Hands(monkeypatch)
-    queued = []
-
-    def synchronize() -> None:
-        while queued:
-            hands.work(queued.pop())
-
-    clock = StepClock(synchronize)
-    layer = clock.timed("layers", lambda: queued.append(5))
-    head = clock.timed("head", lambda: queued.append(2))
-    clock.step(lambda: (layer(), head()))()
-    assert clock.steps[0]["layers"] == pytest.approx(5)
-    assert clock.steps[0]["head"] == pytest.approx(2)
-
-
 class Owner:
     def method(self) -> str:
         return "class"

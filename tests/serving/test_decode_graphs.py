@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
+from vllm_buddy_kernels import Kernels
 
 from tests.serving.engine import Ask, Engine, Tiny, start_engine
 from tests.serving.test_golden import batch
@@ -71,6 +73,29 @@ class Log:
         return call
 
 
+def counted_kernels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count what the engine calls of its kernels, until monkeypatch is undone."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            calls[f"{name} with norm"] += name == "scatter_rows" and args[-2] is not None
+            return kernel(*args)
+
+        return call
+
+    steps, backbone = engine.steps, engine.runner.model.model
+    kernels = Kernels(
+        **{field.name: counted(field.name, getattr(steps.kernels, field.name)) for field in fields(Kernels)}
+    )
+    monkeypatch.setattr(steps, "kernels", kernels)
+    monkeypatch.setattr(steps, "_moves_rows", kernels)
+    if backbone.bypasses is not None:
+        monkeypatch.setattr(backbone, "bypasses", [b and replace(b, kernels=kernels) for b in backbone.bypasses])
+    return calls
+
+
 @pytest.mark.parametrize("policy, interval, bypass", GOLDEN)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_of_replayed_steps_equal_the_reference(
@@ -115,13 +140,17 @@ def test_tokens_of_triton_kernels_equal_the_reference(engines: Callable[[str, st
     engine.check(asks, engine.run(asks))
 
 
-def test_rows_between_kernels_equal_the_reference(llama: Engine) -> None:
+def test_rows_between_kernels_equal_the_reference(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if prefill and mixed steps, which are not captured, move rows wrongly between uncompiled layers."""
     for policy in (MASKED, KV_ONLY, "zero"):
         for bypass in (False, True):
             llama.configure(policy, 4, chunk=33, bypass=bypass)
+            calls = counted_kernels(llama, monkeypatch)
             asks = batch(seed=3)
             llama.check(asks, llama.run(asks))
+            assert calls["gather_rows"] and calls["scatter_rows"] and bool(calls["bypass_rows"]) == bypass
+            assert bool(calls["layer_slots"]) == (policy == MASKED)
+            monkeypatch.undo()
 
 
 def test_a_path_that_recurs_is_one_graph_and_others_are_pieces(llama: Engine) -> None:
@@ -142,6 +171,31 @@ def test_a_path_that_recurs_is_one_graph_and_others_are_pieces(llama: Engine) ->
     assert last == log.captured
     llama.check([ask], llama.run([ask]))
     assert len(log.captured) == 1, "a path in the cache is captured again"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is replayed on a GPU calls nothing")
+def test_a_path_shares_what_its_layers_have_in_common(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if layers of equal lengths have metadata of their own, or the norm behind a merge is computed by itself."""
+    llama.configure(MASKED, 0, bypass=False)
+    calls = counted_kernels(llama, monkeypatch)
+    graphs = llama.capture((4,))
+    built: list[Any] = []
+    monkeypatch.setattr(graphs, "_kernels", llama.steps.kernels)
+    monkeypatch.setattr(
+        graphs, "_metadata", lambda size, index, made=graphs._metadata: built.append(index) or made(size, index)
+    )
+    asks = [Ask((5, 6, 7), 1.0, 9), Ask((5, 6, 7), 0.5, 9)]
+    llama.check(asks, llama.run(asks))
+    assert len(graphs.paths) == 1
+    ((replay, _),) = graphs.paths._graphs.values()
+    built.clear()
+    calls.clear()
+    with torch.inference_mode():
+        replay()  # on what is left in the buffers
+    some = NUM_LAYERS - depth_for_budget(0.5, NUM_LAYERS)
+    assert len(built) == 2, "one for the layers that both run, one for those that one runs"
+    assert calls["scatter_rows"] == some and calls["scatter_rows with norm"] == some
+    assert calls["layer_slots"] == 1 and not calls["gather_rows"]
 
 
 def test_without_bypass_skipped_layers_are_not_launched(llama: Engine) -> None:

@@ -8,8 +8,7 @@ import torch
 
 from vllm_buddy.errors import SettingsError, UnsupportedError
 from vllm_buddy.serving import device
-from vllm_buddy.serving.device import NOT_CAPTURED, with_device_settings
-from vllm_buddy.serving.kv_policy import POLICIES
+from vllm_buddy.serving.device import with_device_settings
 from vllm_buddy.serving.settings import BuddySettings
 
 
@@ -56,7 +55,6 @@ def test_each_way_to_switch_graphs_off(gpu: pytest.MonkeyPatch) -> None:
     assert resolved({}, eager=True).cuda_graphs is False
     assert resolved({"kernels": "reference"}).cuda_graphs is False
     assert resolved({"kv_policy": "zero"}).cuda_graphs is False
-    assert {name for name, policy in POLICIES.items() if not policy.in_graphs} == set(NOT_CAPTURED)
 
 
 def test_a_missing_triton_is_refused_with_the_setting_to_do_without(gpu: pytest.MonkeyPatch) -> None:
@@ -94,6 +92,23 @@ def test_graphs_on_cpu_are_refused(cpu: None) -> None:
     """Fails if a server that was asked for graphs runs without them."""
     with pytest.raises(SettingsError, match="need a CUDA device"):
         resolved({"cuda_graphs": True})
+
+
+@pytest.mark.parametrize("settings", ({"graph_sizes": (1, 2)}, {"graph_memory_mib": 512}))
+def test_settings_of_graphs_without_graphs_are_refused(gpu: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    """Fails if a server ignores what it was told."""
+    (name,) = settings
+    with pytest.raises(SettingsError, match=f"{name} without CUDA graphs: they are switched off"):
+        resolved({**settings, "cuda_graphs": False})
+    with pytest.raises(SettingsError, match=f"{name} without CUDA graphs: --enforce-eager"):
+        resolved(settings, eager=True)
+    assert resolved(settings).cuda_graphs
+
+
+def test_sizes_that_no_step_has_are_refused(gpu: pytest.MonkeyPatch) -> None:
+    """Fails if graphs are captured, and memory is taken, for batches that cannot be."""
+    with pytest.raises(SettingsError, match="graph_sizes go to 65, .* --max-num-seqs 64"):
+        resolved({"graph_sizes": (1, 65)})
 
 
 @pytest.mark.parametrize("sizes", ([], [2, 1], [1, 1], [0, 1]))

@@ -325,6 +325,12 @@ def test_what_cannot_be_routed_is_refused_with_the_reason(llama_model: Tiny, nam
     configure(llama_model, additional_config={}, **{**options, "model_impl": "auto"})
 
 
+@pytest.mark.parametrize("buddy", ({"cuda_graphs": True}, {"graph_sizes": [1, 2]}))
+def test_what_the_device_does_not_have_is_refused(llama_model: Tiny, buddy: dict[str, Any]) -> None:
+    """Fails if a server starts without what it was told to use."""
+    assert "they need a CUDA device" in refusal(llama_model, buddy)
+
+
 def test_the_rust_front_end_is_refused(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a front end that validates no budgets is put before a routed engine."""
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _MOST_ROWS = 256  # beyond, a step is long enough to launch its kernels one by one
-NOT_CAPTURED = ("zero",)  # KV policies whose decode steps cannot be captured (see KVPolicy.in_graphs)
 
 
 def with_device_settings(settings: BuddySettings, vllm_config: "VllmConfig") -> BuddySettings:
@@ -23,10 +22,16 @@ def with_device_settings(settings: BuddySettings, vllm_config: "VllmConfig") -> 
         SettingsError: what was asked for cannot be had here; names the setting to use instead.
     """
     kernels = _kernels(settings)
-    graphs = _graphs(settings, kernels, vllm_config)
-    updates: dict[str, Any] = {"kernels": kernels, "cuda_graphs": graphs}
-    if graphs:
+    why_not = _why_no_graphs(settings, kernels, vllm_config)
+    if settings.cuda_graphs and why_not:
+        raise SettingsError(f'"cuda_graphs": true cannot be had: {why_not}; leave it out or set it to false')
+    if settings.cuda_graphs is False:
+        why_not = "they are switched off"
+    updates: dict[str, Any] = {"kernels": kernels, "cuda_graphs": why_not is None}
+    if why_not is None:
         updates["graph_sizes"] = _sizes(settings, vllm_config.scheduler_config.max_num_seqs)
+    elif of_graphs := [name for name in ("graph_sizes", "graph_memory_mib") if name in settings.model_fields_set]:
+        raise SettingsError(f"{', '.join(of_graphs)} without CUDA graphs: {why_not}")
     return settings.model_copy(update=updates)
 
 
@@ -40,24 +45,28 @@ def _kernels(settings: BuddySettings) -> str | None:
     raise SettingsError(f'"kernels": "triton" cannot be had: {reason}; {instead}')
 
 
-def _graphs(settings: BuddySettings, kernels: str | None, vllm_config: "VllmConfig") -> bool:
-    reason = None
+def _why_no_graphs(settings: BuddySettings, kernels: str | None, vllm_config: "VllmConfig") -> str | None:
+    from vllm_buddy.serving.kv_policy import POLICIES  # imports vLLM's layers
+
     if current_platform.is_cpu():
-        reason = "they need a CUDA device"
-    elif vllm_config.model_config.enforce_eager:
-        reason = "--enforce-eager forbids them"
-    elif kernels != "triton":
-        reason = 'they are made of the kernels "triton"'
-    elif settings.kv_policy in NOT_CAPTURED:
-        reason = f"KV policy {settings.kv_policy} cannot be captured"
-    if settings.cuda_graphs and reason:
-        raise SettingsError(f'"cuda_graphs": true cannot be had: {reason}; leave it out or set it to false')
-    return reason is None and settings.cuda_graphs is not False
+        return "they need a CUDA device"
+    if vllm_config.model_config.enforce_eager:
+        return "--enforce-eager forbids them"
+    if kernels != "triton":
+        return 'they are made of the kernels "triton"'
+    if not POLICIES[settings.kv_policy].in_graphs:
+        return f"KV policy {settings.kv_policy} cannot be captured"
+    return None
 
 
 def _sizes(settings: BuddySettings, max_num_seqs: int) -> tuple[int, ...]:
     """Up to the largest batch, in steps of at most half: rows that pad cost little where weights are what is read."""
     if settings.graph_sizes is not None:
+        if settings.graph_sizes[-1] > max_num_seqs:
+            raise SettingsError(
+                f"graph_sizes go to {settings.graph_sizes[-1]}, but no step has more sequences than --max-num-seqs "
+                f"{max_num_seqs}"
+            )
         return settings.graph_sizes
     most = min(max_num_seqs, _MOST_ROWS)
     sizes = [size for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256) if size < most]
