@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import envs
 from vllm.config.attention import AttentionConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
@@ -70,7 +71,8 @@ def test_version_3_gets_a_plan_and_a_bound_on_its_splits() -> None:
 def test_others_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch, batch_invariant: bool) -> None:
     """Fails if FlashAttention 2, Triton or batch-invariant attention is told of splits that it does not have."""
     if batch_invariant:
-        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+        # Not the environment, which vLLM reads once an engine has started and never again.
+        monkeypatch.setitem(vars(envs), "VLLM_BATCH_INVARIANT", True)
     builder = Builder(aot_schedule=batch_invariant)
     metadata = metadata_to_capture(builder, common())
     assert metadata.max_num_splits == 0 and metadata.scheduler_metadata is None and builder.asked == {}
