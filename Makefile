@@ -39,7 +39,7 @@ format: setup  ## let ruff rewrite what it can
 	@$(VENV)/ruff format .
 
 bench: setup  ## the short form of all benchmarks, under 20 minutes on 2 cores
-	@$(VENV)/python benchmarks/run.py
+	@$(VENV)/python -m benchmarks.run
 
 clean:  ## remove builds and caches; .venv stays (rm -rf .venv to start over)
 	rm -rf build dist *.egg-info results .pytest_cache .mypy_cache .ruff_cache .hypothesis

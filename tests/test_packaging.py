@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path as FilePath
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = FilePath(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("vllm_buddy", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -70,7 +70,7 @@ def setup_env() -> ModuleType:
     [("echo 'GPU 0: NVIDIA H100'", True), ("echo 'No devices were found'; exit 6", False), ("exit 9", False)],
 )
 def test_gpu_is_one_that_nvidia_smi_lists(
-    script: str, expected: bool, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+    script: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """nvidia-smi is installed on many machines whose GPU or driver is not there."""
     program = tmp_path / "nvidia-smi"

@@ -1,8 +1,8 @@
 """Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifact's card: the settings table from
 the schema, the figures from the results files.
 
-python tools/readme.py            # rewrite
-python tools/readme.py --check    # exit 1 if a page is not up to date
+python -m tools.readme            # rewrite
+python -m tools.readme --check    # exit 1 if a page is not up to date
 """
 
 import json
@@ -10,14 +10,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-import auto_tables
-import peer_tables
-import quality_tables
-import speed_tables
-import step_tables
-from results import ROOT, table
+from tools.tables import auto, peers, quality, speed, steps
+from tools.tables.results import ROOT, table
 
-CARD = ROOT / "vllm_buddy" / "artifacts" / "smollm2-135m" / "README.md"
+CARD = ROOT / "vllm_buddy" / "shipped" / "smollm2-135m" / "README.md"
 
 
 def main() -> int:
@@ -44,7 +40,7 @@ def generate(text: str, names: Sequence[str], page: str) -> str:
 
 def settings_table() -> str:
     """One row per server setting."""
-    from vllm_buddy.serving.settings import BuddySettings
+    from vllm_buddy.serving.start.settings import BuddySettings
 
     rows = []
     for name, field in BuddySettings.model_fields.items():
@@ -55,24 +51,24 @@ def settings_table() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "settings": settings_table,
-    "decode": speed_tables.decode_summary,
-    "decode in full": speed_tables.decode_table,
-    "prefill": speed_tables.prefill_table,
-    "mixed": speed_tables.mixed_table,
-    "serving": speed_tables.serving_summary,
-    "serving in full": speed_tables.serving_table,
-    "profile": step_tables.profile_table,
-    "union": step_tables.union_table,
-    "peers": peer_tables.peers_summary,
-    "peers in full": peer_tables.peers_table,
-    "capabilities": peer_tables.capabilities_table,
-    "memory": speed_tables.memory_table,
-    "quality": quality_tables.quality_table,
-    "recipes": quality_tables.recipes_table,
-    "static": quality_tables.static_table,
-    "auto": auto_tables.auto_table,
-    "overload": auto_tables.overload_table,
-    "prices": auto_tables.prices_table,
+    "decode": speed.decode_summary,
+    "decode in full": speed.decode_table,
+    "prefill": speed.prefill_table,
+    "mixed": speed.mixed_table,
+    "serving": speed.serving_summary,
+    "serving in full": speed.serving_table,
+    "profile": steps.profile_table,
+    "union": steps.union_table,
+    "peers": peers.peers_summary,
+    "peers in full": peers.peers_table,
+    "capabilities": peers.capabilities_table,
+    "memory": speed.memory_table,
+    "quality": quality.quality_table,
+    "recipes": quality.recipes_table,
+    "static": quality.static_table,
+    "auto": auto.auto_table,
+    "overload": auto.overload_table,
+    "prices": auto.prices_table,
 }
 PAGES = {
     ROOT / "README.md": [

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from vllm_buddy.errors import DataError
@@ -22,13 +22,13 @@ class Exchange:
 class DataFile:
     """A file that was read. Exactly one of text and rows is not None. sha256: of its bytes."""
 
-    path: FilePath
+    path: Path
     sha256: str
     text: str | None = None
     rows: list[Any] | None = None
 
     @classmethod
-    def read(cls, path: FilePath) -> "DataFile":
+    def read(cls, path: Path) -> "DataFile":
         """Read *.txt as text; *.json (a list) and *.jsonl as rows.
 
         Raises:
@@ -81,7 +81,7 @@ class DataFile:
         return Exchange(prompt, tokenizer.apply_chat_template(messages, tokenize=False), row["output"])
 
 
-def _read_bytes(path: FilePath) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:

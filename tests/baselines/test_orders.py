@@ -1,14 +1,15 @@
 """Orders of static methods: what leaves when, and whose order it is."""
 
 import json
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, load_model, save_tiny_model
+from tests.harness.tiny_models import NUM_LAYERS, VOCAB_SIZE, load_model, save_tiny_model
+from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.baselines import (
     MEASURED,
     POSITIONAL,
@@ -21,11 +22,10 @@ from vllm_buddy.baselines import (
 )
 from vllm_buddy.baselines.sleb import sleb_order
 from vllm_buddy.cli.main import main
-from vllm_buddy.embedded_model import DEFAULT_MODEL
 from vllm_buddy.errors import BaselineError
-from vllm_buddy.fingerprint import identify
 from vllm_buddy.importance.layer_stack import LayerStack
 from vllm_buddy.method import layers_of
+from vllm_buddy.models.embedded import DEFAULT_MODEL
 
 USELESS = (5, 2)  # layers that add nothing to the hidden state
 TOLERANCE = 1e-12  # equal losses: nothing is computed twice in another order
@@ -33,12 +33,12 @@ SIZES = ["--tokens", "64", "--window", "32"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("orders"), "llama")
 
 
 @pytest.fixture
-def model(folder: FilePath) -> nn.Module:
+def model(folder: Path) -> nn.Module:
     model = load_model(folder)
     with torch.no_grad():
         for index in USELESS:
@@ -111,11 +111,11 @@ def test_shipped_orders_are_those_of_the_embedded_model() -> None:
     assert file.base_model.num_layers == 30 and {order.method for order in file.orders} == set(MEASURED)
     for name in STATIC_METHODS:
         assert sorted(layer_order(name, file.base_model)) == list(range(1, 29))
-    artifact = json.loads((FilePath("vllm_buddy/artifacts") / DEFAULT_MODEL / "buddy_config.json").read_text())
+    artifact = json.loads((Path("vllm_buddy/artifacts") / DEFAULT_MODEL / "buddy_config.json").read_text())
     assert file.base_model.fingerprint == artifact["base_model"]["fingerprint"]
 
 
-def test_another_model_has_no_order(folder: FilePath) -> None:
+def test_another_model_has_no_order(folder: Path) -> None:
     """Failure: the order of one model is used for another."""
     with pytest.raises(BaselineError, match="order of 'sleb' has not been measured for .*vllm-buddy orders"):
         layer_order("sleb", identify(folder))
@@ -124,7 +124,7 @@ def test_another_model_has_no_order(folder: FilePath) -> None:
 
 
 def test_command_measures_and_keeps(
-    model_with_tokenizer: FilePath, text_file: FilePath, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+    model_with_tokenizer: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: measuring a method anew loses the others, or the file belongs to no model."""
     out = tmp_path / "orders.json"
@@ -140,7 +140,7 @@ def test_command_measures_and_keeps(
 
 
 def test_mistakes_are_one_line(
-    model_with_tokenizer: FilePath, text_file: FilePath, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+    model_with_tokenizer: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: a traceback after minutes of measuring, or orders of two models in one file."""
     out = tmp_path / "orders.json"
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line(
     assert "holds orders of other" in capsys.readouterr().err
 
 
-def test_a_file_of_another_form(folder: FilePath, tmp_path: FilePath) -> None:
+def test_a_file_of_another_form(folder: Path, tmp_path: Path) -> None:
     """Failure: half an order is taken for a whole one."""
     path = tmp_path / "orders.json"
     path.write_text("[]")

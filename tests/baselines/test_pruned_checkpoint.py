@@ -2,18 +2,18 @@
 
 import json
 import shutil
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.tiny_models import FAMILIES, NUM_LAYERS, load_model, random_prompts, save_tiny_model
+from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, load_model, random_prompts, save_tiny_model
+from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.baselines import save_pruned_checkpoint
 from vllm_buddy.baselines.pruned_checkpoint import INDEX_FILE, pruned_config
 from vllm_buddy.errors import BaselineError
-from vllm_buddy.fingerprint import identify
 from vllm_buddy.method import path_of
 from vllm_buddy.method.reference import routed_logits
 
@@ -23,17 +23,17 @@ LOGIT_TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FilePath:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("llama") / "tiny", "llama")
 
 
 @pytest.fixture
-def sharded(llama: FilePath, tmp_path: FilePath) -> FilePath:
+def sharded(llama: Path, tmp_path: Path) -> Path:
     """A copy whose weights are one file for each layer, one for the embedding and one for the rest, with an index."""
     folder = tmp_path / "sharded"
     shutil.copytree(llama, folder)
@@ -52,7 +52,7 @@ def sharded(llama: FilePath, tmp_path: FilePath) -> FilePath:
     return folder
 
 
-def _check(model_dir: FilePath, checkpoint: FilePath, layers: list[int]) -> None:
+def _check(model_dir: Path, checkpoint: Path, layers: list[int]) -> None:
     """Hugging Face's forward over the checkpoint is the routed forward over the whole model."""
     prompt = random_prompts(1, seed=4, min_tokens=20)[0]
     expected = routed_logits(load_model(model_dir), prompt, [path_of(layers)] * len(prompt), "masked")
@@ -65,7 +65,7 @@ def _check(model_dir: FilePath, checkpoint: FilePath, layers: list[int]) -> None
     assert (found - full).abs().max() > 100 * LOGIT_TOLERANCE  # else leaving layers out could go unnoticed
 
 
-def test_checkpoint_computes_what_routing_along_the_path_does(folder: FilePath, tmp_path: FilePath) -> None:
+def test_checkpoint_computes_what_routing_along_the_path_does(folder: Path, tmp_path: Path) -> None:
     """Failure: layers are renumbered wrongly, or a tensor, a bias or a norm of another layer is taken."""
     out = save_pruned_checkpoint(folder, [7, 3, 0, 2, 6], tmp_path / "out")
     _check(folder, out, LAYERS)
@@ -73,7 +73,7 @@ def test_checkpoint_computes_what_routing_along_the_path_does(folder: FilePath, 
     assert not (out / INDEX_FILE).exists()
 
 
-def test_shards_stay_shards(sharded: FilePath, llama: FilePath, tmp_path: FilePath) -> None:
+def test_shards_stay_shards(sharded: Path, llama: Path, tmp_path: Path) -> None:
     """Failure: a model larger than memory is gathered in memory, or the index names a file or tensor that is not
     there."""
     out = save_pruned_checkpoint(sharded, LAYERS, tmp_path / "out")
@@ -90,9 +90,7 @@ def test_shards_stay_shards(sharded: FilePath, llama: FilePath, tmp_path: FilePa
     assert index["metadata"]["total_size"] == sum(size for _, size in found.values())
 
 
-def test_a_file_that_the_index_does_not_name_is_not_read(
-    sharded: FilePath, llama: FilePath, tmp_path: FilePath
-) -> None:
+def test_a_file_that_the_index_does_not_name_is_not_read(sharded: Path, llama: Path, tmp_path: Path) -> None:
     """Failure: `consolidated.safetensors`, the same weights under other names, comes along a second time."""
     save_file({"layers.0.attention.wq.weight": torch.zeros(1)}, sharded / "consolidated.safetensors")
     out = save_pruned_checkpoint(sharded, LAYERS, tmp_path / "out")
@@ -100,7 +98,7 @@ def test_a_file_that_the_index_does_not_name_is_not_read(
     _check(llama, out, LAYERS)
 
 
-def test_what_is_copied(llama: FilePath, tmp_path: FilePath) -> None:
+def test_what_is_copied(llama: Path, tmp_path: Path) -> None:
     """Failure: the whole model's weights in another format go along, a read-only file stops the run, or the tokenizer
     is missing."""
     model = tmp_path / "model"
@@ -133,14 +131,14 @@ def test_what_the_configuration_says_of_single_layers() -> None:
 
 
 @pytest.mark.parametrize("layers", [[], [0, NUM_LAYERS], [-1, 0]])
-def test_layers_that_the_model_does_not_have(llama: FilePath, tmp_path: FilePath, layers: list[int]) -> None:
+def test_layers_that_the_model_does_not_have(llama: Path, tmp_path: Path, layers: list[int]) -> None:
     """Failure: a checkpoint with fewer layers than its configuration says."""
     with pytest.raises(BaselineError, match=r"are not layers of a model with 8"):
         save_pruned_checkpoint(llama, layers, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_models_that_cannot_be_pruned_leave_nothing_behind(sharded: FilePath, tmp_path: FilePath) -> None:
+def test_models_that_cannot_be_pruned_leave_nothing_behind(sharded: Path, tmp_path: Path) -> None:
     """Failure: half a checkpoint, or settings of a quantised layer applied to another."""
     (gone,) = sharded.glob("model-00003-*")
     kept = gone.read_bytes()

@@ -1,13 +1,13 @@
 """Static pruning as an artifact: whatever an engine looks at, it finds the same layers."""
 
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import NUM_LAYERS, save_tiny_model
+from tests.harness.tiny_models import NUM_LAYERS, save_tiny_model
 from vllm_buddy.artifact import load_artifact
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.baselines import static_artifact, static_path
-from vllm_buddy.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.method import full_path
 
 ORDER = [3, 6, 1, 2, 5, 4]
@@ -19,9 +19,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModelIdentity:
 
 
 @pytest.mark.parametrize("library", [None, True, False])
-def test_router_follows_the_order_at_every_depth(
-    base: BaseModelIdentity, tmp_path: FilePath, library: bool | None
-) -> None:
+def test_router_follows_the_order_at_every_depth(base: BaseModelIdentity, tmp_path: Path, library: bool | None) -> None:
     """Failure: a server without `paths: library`, which is the default here, runs other layers than were asked for."""
     static_artifact("x", base, ORDER).save(tmp_path)
     loaded = load_artifact(tmp_path)

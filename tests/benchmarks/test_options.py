@@ -4,43 +4,48 @@ import argparse
 import importlib
 
 import pytest
-from rounds import at_least, positive_int
+
+from benchmarks.harness.rounds import at_least, positive_int
 
 pytest.importorskip("vllm")
-from load import arrival_rate, positive_number
+from benchmarks.harness.load import arrival_rate, positive_number
 
-ROUNDS = ("decode", "prefill", "mixed", "profile_step", "serving", "peers", "memory", "in_process")
+PEERS = "peers.compare"
+ROUNDS = (
+    *(f"speed.{n}" for n in ("decode", "prefill", "mixed", "profile_step", "serving", "memory", "in_process")),
+    PEERS,
+)
 
 
 @pytest.mark.parametrize(
     ("benchmark", "option", "value"),
     [
         *((name, "--rounds", "0") for name in ROUNDS),
-        *((name, "--batch", "0") for name in ("decode", "profile_step", "peers")),
-        *((name, "--tokens", "1") for name in ("decode", "mixed", "profile_step", "peers")),
-        ("profile_step", "--tokens", "2"),
-        ("profile_step", "--paths", "0"),
-        ("profile_step", "--union-batch", "0"),
-        ("profile_step", "--union-paths", "-1"),
-        ("prefill", "--prompt-tokens", "0"),
-        ("mixed", "--each", "0"),
-        ("serving", "--rates", "0"),
-        ("serving", "--prefix-rates", "-2"),
-        ("serving", "--seconds", "0"),
-        ("serving", "--burst", "0"),
+        *((name, "--batch", "0") for name in ("speed.decode", "speed.profile_step", PEERS)),
+        *((name, "--tokens", "1") for name in ("speed.decode", "speed.mixed", "speed.profile_step", PEERS)),
+        ("speed.profile_step", "--tokens", "2"),
+        ("speed.profile_step", "--paths", "0"),
+        ("speed.profile_step", "--union-batch", "0"),
+        ("speed.profile_step", "--union-paths", "-1"),
+        ("speed.prefill", "--prompt-tokens", "0"),
+        ("speed.mixed", "--each", "0"),
+        ("speed.serving", "--rates", "0"),
+        ("speed.serving", "--prefix-rates", "-2"),
+        ("speed.serving", "--seconds", "0"),
+        ("speed.serving", "--burst", "0"),
     ],
 )
 def test_it_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], benchmark: str, option: str, value: str
 ) -> None:
     """Fails if an empty median, or a division by zero, ends a benchmark after minutes."""
-    module = importlib.import_module(benchmark)
+    module = importlib.import_module(f"benchmarks.{benchmark}")
 
     def start() -> None:
         raise AssertionError("the measurement begins")
 
     monkeypatch.setattr(module, "environment", start)
-    out = ["out"] if benchmark == "in_process" else []
+    out = ["out"] if benchmark.endswith("in_process") else []
     monkeypatch.setattr("sys.argv", [f"{benchmark}.py", *out, option, value])
     with pytest.raises(SystemExit) as ended:
         module.main()

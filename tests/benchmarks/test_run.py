@@ -1,31 +1,33 @@
 """All benchmarks one after the other: what fails is said, and keeps nothing else from running."""
 
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
-import run
-from result_rows import RESULTS_DIR
+
+from benchmarks import run
+from benchmarks.harness.result_rows import RESULTS_DIR
 
 SCRIPTS = {
     "good": "print('figures')",
-    "refused": f"import sys; sys.path.insert(0, {str(run.HERE)!r}); from rounds import Refused; raise Refused('why')",
+    "refused": "from benchmarks.harness.rounds import Refused; raise Refused('why')",
     "broken": "raise ValueError('broken')",
     "last": "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()",
 }
 
 
 @pytest.fixture
-def ran_last(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> FilePath:
+def ran_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Instead of the benchmarks there are scripts, the last of which leaves this file."""
     for name, code in SCRIPTS.items():
         (tmp_path / f"{name}.py").write_text(code)
-    commands = {name: [str(tmp_path / f"{name}.py"), str(tmp_path / "ran")] for name in SCRIPTS}
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    commands = {name: [name, str(tmp_path / "ran")] for name in SCRIPTS}
     monkeypatch.setattr(run, "commands", lambda full, out: commands)
     return tmp_path / "ran"
 
 
 def test_what_fails_is_said_and_the_others_run(
-    ran_last: FilePath, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ran_last: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Fails if refused figures go unnoticed in a run of an hour, or end it."""
     monkeypatch.setattr("sys.argv", ["run.py"])
@@ -35,7 +37,7 @@ def test_what_fails_is_said_and_the_others_run(
 
 
 def test_success_is_said_as_success(
-    ran_last: FilePath, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ran_last: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Fails if a run without a failure ends with status 1, or --only runs something else too."""
     monkeypatch.setattr("sys.argv", ["run.py", "--only", "good", "last"])
@@ -46,9 +48,9 @@ def test_success_is_said_as_success(
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_commands_name_scripts_that_exist(full: bool, tmp_path: FilePath) -> None:
+def test_commands_name_modules_that_exist(full: bool, tmp_path: Path) -> None:
     """Fails if a benchmark was renamed, or its results go elsewhere than asked."""
-    for script, *options in run.commands(full, tmp_path).values():
-        assert (run.HERE / script).is_file()
+    for module, *options in run.commands(full, tmp_path).values():
+        assert (run.ROOT / f"{module.replace('.', '/')}.py").is_file()
         assert any(option.startswith(str(tmp_path)) for option in options)
     assert set(run.commands(False, tmp_path)) < set(run.commands(True, RESULTS_DIR))

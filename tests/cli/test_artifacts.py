@@ -1,15 +1,15 @@
 """`vllm-buddy artifacts`."""
 
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import random_artifact, save_tiny_model
+from tests.harness.tiny_models import random_artifact, save_tiny_model
 from vllm_buddy.cli import artifacts, main
 
 
 def test_the_table_tells_what_was_trained(
-    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: an artifact that changes the base weights looks like one that only routes."""
     model = save_tiny_model(tmp_path / "model", "llama")

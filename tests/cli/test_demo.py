@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 
@@ -93,7 +93,7 @@ def test_budgets_are_checked_before_the_server_starts() -> None:
 
 
 @pytest.mark.slow
-def test_demo(tmp_path: FilePath) -> None:
+def test_demo(tmp_path: Path) -> None:
     """What `make demo` runs, on the embedded model and the shipped artifact."""
     output = tmp_path / "results" / "demo.json"
     command = [sys.executable, "-m", "vllm_buddy", "demo", "--output", str(output), "--tokens", "16"]

@@ -2,16 +2,16 @@
 
 import json
 import shlex
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 
+from tests.harness.tiny_models import NUM_LAYERS, load_model
 from tests.importance.conftest import model_with_tokenizer, text_file
-from tests.tiny_models import NUM_LAYERS, load_model
 from vllm_buddy.artifact import load_artifact
+from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.baselines import STATIC_METHODS, OrderFile, layer_order, static_path
 from vllm_buddy.cli.main import main
-from vllm_buddy.fingerprint import identify
 from vllm_buddy.method import depth_for_budget, layers_of
 
 __all__ = ["model_with_tokenizer", "text_file"]
@@ -20,16 +20,16 @@ KEPT = 5
 SIZES = ["--tokens", "64", "--window", "32"]
 
 
-def _prune(method: str, out: FilePath, model: FilePath, *options: str) -> int:
+def _prune(method: str, out: Path, model: Path, *options: str) -> int:
     return main(["prune", method, str(out), "--layers", str(KEPT), "--model", str(model), *options])
 
 
 @pytest.mark.parametrize("method", STATIC_METHODS)
 def test_both_forms_hold_the_layers_of_the_method(
     method: str,
-    model_with_tokenizer: FilePath,
-    text_file: FilePath,
-    tmp_path: FilePath,
+    model_with_tokenizer: Path,
+    text_file: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Failure: artifact, checkpoint and what is printed are of different layers, or a command cannot be pasted."""
@@ -51,12 +51,12 @@ def test_both_forms_hold_the_layers_of_the_method(
     routed, stock = (shlex.split(line) for line in shown.splitlines() if line.startswith("  vllm-buddy serve "))
     buddy = json.loads(routed[-1])["buddy"]
     assert routed[2] == str(model_with_tokenizer) and depth_for_budget(buddy["default_budget"], NUM_LAYERS) == KEPT
-    artifact = load_artifact(FilePath(buddy["artifact"]))
+    artifact = load_artifact(Path(buddy["artifact"]))
     assert artifact.config.base_model == base and artifact.config.prior.indicator == method
     for depth in range(3, NUM_LAYERS):
         assert artifact.router().path(None, depth) == static_path(order, depth)
 
-    pruned, whole = load_model(FilePath(stock[2])), load_model(model_with_tokenizer)
+    pruned, whole = load_model(Path(stock[2])), load_model(model_with_tokenizer)
     assert len(pruned.model.layers) == KEPT
     for new, old in enumerate(kept):
         found, expected = (model.model.layers[n].state_dict() for model, n in ((pruned, new), (whole, old)))
@@ -64,7 +64,7 @@ def test_both_forms_hold_the_layers_of_the_method(
 
 
 def test_an_order_is_measured_as_by_the_command_orders(
-    model_with_tokenizer: FilePath, text_file: FilePath, tmp_path: FilePath
+    model_with_tokenizer: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Failure: what is pruned differs from what is evaluated under the same name, or nobody can tell what it was
     measured on."""
@@ -79,7 +79,7 @@ def test_an_order_is_measured_as_by_the_command_orders(
 
 
 def test_the_card_says_how_to_make_it_again(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+    model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: the record promises a command that makes something else, or unrepaired layers pass for trained ones."""
     assert _prune("random", tmp_path / "a", model_with_tokenizer, "--seed", "7", "--base-model-id", "me/my model") == 0
@@ -115,8 +115,8 @@ def test_the_card_says_how_to_make_it_again(
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(
-    model_with_tokenizer: FilePath,
-    tmp_path: FilePath,
+    model_with_tokenizer: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     method: str,
@@ -127,13 +127,13 @@ def test_mistakes_are_one_line_and_write_nothing(
     for module in ("model_folder", "baselines.orders"):
         monkeypatch.setattr(f"vllm_buddy.{module}.load_model", lambda *args: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
-    assert _prune(method, FilePath("out"), model_with_tokenizer, *options) == 2
+    assert _prune(method, Path("out"), model_with_tokenizer, *options) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
 def test_a_model_that_routing_does_not_know_is_refused(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+    model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: an artifact is written that no server accepts."""
     folder = tmp_path / "mistral"
@@ -147,7 +147,7 @@ def test_a_model_that_routing_does_not_know_is_refused(
 
 
 def test_nothing_is_written_over(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+    model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: a second run mixes its shards with those of the first."""
     out = tmp_path / "out"

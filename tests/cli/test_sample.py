@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +25,7 @@ __all__ = ["model_with_tokenizer"]
     ],
 )
 def test_bad_input_is_refused_before_vllm_starts(
-    arguments: list[str], told: str, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An engine start costs half a minute, and a file that training cannot read costs the sampling too."""
     out, *options = arguments
@@ -34,7 +34,7 @@ def test_bad_input_is_refused_before_vllm_starts(
 
 
 @pytest.mark.slow
-def test_samples_can_be_trained_on(model_with_tokenizer: FilePath, tmp_path: FilePath) -> None:
+def test_samples_can_be_trained_on(model_with_tokenizer: Path, tmp_path: Path) -> None:
     """Fails if rows are of another form than training reads, or begin otherwise than asked."""
     out = tmp_path / "sampled.jsonl"
     command = [sys.executable, "-m", "vllm_buddy", "sample", str(out), "--model", str(model_with_tokenizer)]

@@ -1,7 +1,7 @@
 """What `vllm-buddy serve` adds to vLLM's command line, and when it refuses before vLLM starts."""
 
 import importlib.metadata
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError, field_validator
@@ -15,7 +15,7 @@ from vllm_buddy.errors import ArtifactError
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_buddy.embedded_model.fetch", lambda report: FilePath("/models/embedded"))
+    monkeypatch.setattr("vllm_buddy.models.embedded.fetch", lambda report: Path("/models/embedded"))
 
 
 @pytest.mark.parametrize(

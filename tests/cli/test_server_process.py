@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import psutil
 import pytest
@@ -31,7 +31,7 @@ DYING = "import sys; print('the reason'); sys.exit(3)"
 HANGING = "import time; print('still loading', flush=True); time.sleep(600)"
 
 
-def server(script: str, folder: FilePath, start_timeout_s: float = 30.0) -> ServerProcess:
+def server(script: str, folder: Path, start_timeout_s: float = 30.0) -> ServerProcess:
     return ServerProcess([], folder / "logs" / "server.log", start_timeout_s, program=(sys.executable, "-c", script))
 
 
@@ -46,7 +46,7 @@ def running(group: int) -> list[int]:
     return found
 
 
-def test_no_process_is_left_behind(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that outlives the demo holds its memory until someone finds it."""
     monkeypatch.setattr("vllm_buddy.cli.server_process._SERVER_STOP_S", 1.0)
     monkeypatch.setattr("vllm_buddy.cli.server_process._GROUP_STOP_S", 1.0)
@@ -59,7 +59,7 @@ def test_no_process_is_left_behind(tmp_path: FilePath, monkeypatch: pytest.Monke
     assert running(group) == []
 
 
-def test_ctrl_c_stops_the_server(tmp_path: FilePath) -> None:
+def test_ctrl_c_stops_the_server(tmp_path: Path) -> None:
     """The server has its own session, so the terminal's Ctrl-C does not reach it by itself."""
     # A shell starts what it runs in the background with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,13 +71,13 @@ def test_ctrl_c_stops_the_server(tmp_path: FilePath) -> None:
     assert running(group) == []
 
 
-def test_end_of_the_log_is_in_the_error(tmp_path: FilePath) -> None:
+def test_end_of_the_log_is_in_the_error(tmp_path: Path) -> None:
     """A server that does not start says why, in its log alone."""
     with server(DYING, tmp_path) as started, pytest.raises(ServerError, match="(?s)status 3.*the reason"):
         started.wait_until_healthy(lambda elapsed, gist: None)
 
 
-def test_start_has_a_time_limit(tmp_path: FilePath) -> None:
+def test_start_has_a_time_limit(tmp_path: Path) -> None:
     """A start that hangs must not hang whoever waits for it."""
     seen: list[str] = []
     with server(HANGING, tmp_path, start_timeout_s=1.5) as started, pytest.raises(ServerError, match="not ready"):

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tests.harness.tiny_models import VOCAB_SIZE, load_model, random_artifact, save_tiny_model
 from tests.importance.conftest import model_with_tokenizer, text_file
-from tests.tiny_models import VOCAB_SIZE, load_model, random_artifact, save_tiny_model
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.evaluation import Sample
 from vllm_buddy.method import PathSchedule, RequestRoute
@@ -23,7 +23,7 @@ __all__ = ["model_with_tokenizer", "text_file"]
 class Tiny:
     """A random Llama with a random artifact that has a Decision Module, a bypass and a path library."""
 
-    folder: FilePath
+    folder: Path
     model: nn.Module
     artifact: Artifact
 

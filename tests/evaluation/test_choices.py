@@ -2,7 +2,7 @@
 
 import json
 import math
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,17 @@ from vllm_buddy.evaluation import Policy, Scores, Variant
 from vllm_buddy.evaluation.choices import ChoiceRow, is_right, read_choices
 from vllm_buddy.evaluation.figures import choice_figures
 from vllm_buddy.method import PathSchedule
-from vllm_buddy.model_folder import load_tokenizer
+from vllm_buddy.models.folder import load_tokenizer
 
 ROW = {"goal": "Open a jar.", "sol1": "Turn it.", "sol2": "Shout at it.", "label": 0}
 
 
-def _write(path: FilePath, *rows: Any) -> FilePath:
+def _write(path: Path, *rows: Any) -> Path:
     path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
     return path
 
 
-def test_rows_are_read_and_cut(tmp_path: FilePath) -> None:
+def test_rows_are_read_and_cut(tmp_path: Path) -> None:
     """Failure: a line separator inside a text splits a row, extra keys are refused, or the limit takes others."""
     odd = {**ROW, "goal": "a\u2028b", "id": 7, "label": 1}
     path = tmp_path / "rows.jsonl"
@@ -52,13 +52,13 @@ def test_rows_are_read_and_cut(tmp_path: FilePath) -> None:
         ([], "holds 0 questions"),
     ],
 )
-def test_rows_of_another_form(tmp_path: FilePath, rows: list[Any], message: str) -> None:
+def test_rows_of_another_form(tmp_path: Path, rows: list[Any], message: str) -> None:
     """Failure: a traceback, or rows dropped in silence."""
     with pytest.raises(EvaluationError, match=message):
         read_choices(_write(tmp_path / "rows.jsonl", *rows))
 
 
-def test_files_that_cannot_be_read(tmp_path: FilePath) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     """Failure: a traceback for a missing or a binary file."""
     with pytest.raises(EvaluationError, match="cannot read the multiple-choice file"):
         read_choices(tmp_path / "none")
@@ -67,7 +67,7 @@ def test_files_that_cannot_be_read(tmp_path: FilePath) -> None:
         read_choices(tmp_path / "binary")
 
 
-def test_question_and_answer_as_tokens(model_with_tokenizer: FilePath) -> None:
+def test_question_and_answer_as_tokens(model_with_tokenizer: Path) -> None:
     """Failure: the question is scored, the space before the answer is lost, or the wording is not the harness's."""
     tokenizer = load_tokenizer(model_with_tokenizer)
     first, second = ChoiceRow("Open a jar.", ("Turn it.", "Shout."), 0).samples(tokenizer)

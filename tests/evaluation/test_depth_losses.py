@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.evaluation.conftest import Tiny
-from tests.tiny_models import NUM_LAYERS
+from tests.harness.tiny_models import NUM_LAYERS
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import DataError, EvaluationError
 from vllm_buddy.evaluation import Sample
@@ -37,7 +37,7 @@ def test_losses_are_those_of_the_reference(tiny: Tiny, samples: list[Sample]) ->
             assert loss == pytest.approx(wanted, abs=FP32)
 
 
-def test_what_was_measured_is_not_measured_again(tiny: Tiny, samples: list[Sample], tmp_path: FilePath) -> None:
+def test_what_was_measured_is_not_measured_again(tiny: Tiny, samples: list[Sample], tmp_path: Path) -> None:
     """An hour of measuring must survive a stop; and other depths must not find these losses."""
     first = measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore, tmp_path)
     (file,) = tmp_path.glob("losses-*.npy")
@@ -63,11 +63,11 @@ def test_an_artifact_that_changes_weights_is_refused(tiny: Tiny, samples: list[S
 
 
 @pytest.fixture
-def tokenizer(model_with_tokenizer: FilePath) -> Any:
+def tokenizer(model_with_tokenizer: Path) -> Any:
     return AutoTokenizer.from_pretrained(model_with_tokenizer)
 
 
-def test_a_row_is_a_prompt_and_its_answer(tokenizer: Any, tmp_path: FilePath) -> None:
+def test_a_row_is_a_prompt_and_its_answer(tokenizer: Any, tmp_path: Path) -> None:
     """What decides must be what a server would see, and the answer alone is scored."""
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -83,7 +83,7 @@ def test_a_row_is_a_prompt_and_its_answer(tokenizer: Any, tmp_path: FilePath) ->
         request_samples(DataFile.read(path), tokenizer, (0, 1), 2, SHAPE, 0)
 
 
-def test_parts_of_a_text_share_nothing(tokenizer: Any, tmp_path: FilePath) -> None:
+def test_parts_of_a_text_share_nothing(tokenizer: Any, tmp_path: Path) -> None:
     """What is held out must not be trained on."""
     path = tmp_path / "text.txt"
     text = "".join(f"{number:05d} " for number in range(200))

@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import math
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny_models import random_artifact, save_tiny_model
+from tests.harness.tiny_models import random_artifact, save_tiny_model
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation import EvalSettings
 from vllm_buddy.evaluation.results import load_results, save_results
@@ -22,32 +22,32 @@ PIQA_METRICS = ["piqa_acc", "piqa_acc_norm"]
 
 
 @pytest.fixture(scope="module")
-def artifact(model_with_tokenizer: FilePath, tmp_path_factory: pytest.TempPathFactory) -> FilePath:
+def artifact(model_with_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifact") / "tiny"
     random_artifact(folder, model_with_tokenizer, bypass_rank=4)
     return folder
 
 
 @pytest.fixture
-def questions(tmp_path: FilePath) -> FilePath:
+def questions(tmp_path: Path) -> Path:
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     return path
 
 
 @pytest.fixture
-def data(text_file: FilePath, questions: FilePath, model_with_tokenizer: FilePath, artifact: FilePath) -> list[str]:
+def data(text_file: Path, questions: Path, model_with_tokenizer: Path, artifact: Path) -> list[str]:
     """Options that every evaluation here has."""
     files = ["--text", str(text_file), "--piqa", str(questions)]
     return [*files, "--model", str(model_with_tokenizer), "--artifact", str(artifact), *WINDOWS, "--dtype", "float32"]
 
 
-def _eval(data: list[str], out: FilePath, *options: str) -> list[dict[str, Any]]:
+def _eval(data: list[str], out: Path, *options: str) -> list[dict[str, Any]]:
     assert main(["eval", *data, "--json", str(out), *options]) == 0
     return json.loads(out.read_text())
 
 
-def test_rows(data: list[str], tmp_path: FilePath, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Failure: a figure is missing, in another form, or at another number of layers than the budget's."""
     rows = _eval(data, tmp_path / "out.json", "--policy", "buddy,reverse", "--budgets", "1.0,0.75,0.5")
     assert all(list(row) == ["policy", "repair", "budget", "layers", "metric", "value", "stderr", "n"] for row in rows)
@@ -74,14 +74,14 @@ def test_rows(data: list[str], tmp_path: FilePath, capsys: pytest.CaptureFixture
     assert "6 questions of" in shown and "perplexity" in shown and "wrote" in shown
 
 
-def test_policies_score_the_same_as_alone(data: list[str], artifact: FilePath, tmp_path: FilePath) -> None:
+def test_policies_score_the_same_as_alone(data: list[str], artifact: Path, tmp_path: Path) -> None:
     """Failure: what a policy scores depends on the others beside it, or NAME=DIR is not the artifact in DIR."""
     together = _eval(data, tmp_path / "a.json", "--policy", f"random,same={artifact},buddy", "--budgets", "0.5,0.75")
     alone = _eval(data, tmp_path / "b.json", "--policy", "buddy", "--budgets", "0.75,0.5")
     assert _by_metric(together, "buddy") == _by_metric(alone, "buddy") == _by_metric(together, "same")
 
 
-def test_variants_take_routing_away(data: list[str], artifact: FilePath, tmp_path: FilePath) -> None:
+def test_variants_take_routing_away(data: list[str], artifact: Path, tmp_path: Path) -> None:
     """Failure: what adaptivity buys is compared with itself."""
     names = f"buddy,buddy:frozen,buddy:prompt_only,x:prompt_only={artifact}"
     rows = _eval(data, tmp_path / "a.json", "--policy", names, "--budgets", "0.5", "--route-every", "2")
@@ -90,7 +90,7 @@ def test_variants_take_routing_away(data: list[str], artifact: FilePath, tmp_pat
     assert len({perplexity[name] for name in ("dense", "buddy", "buddy:frozen", "buddy:prompt_only")}) == 4
 
 
-def test_path_library_and_kv_policy_are_used(data: list[str], tmp_path: FilePath) -> None:
+def test_path_library_and_kv_policy_are_used(data: list[str], tmp_path: Path) -> None:
     """Failure: an option is read and forgotten."""
     plain = _by_metric(_eval(data, tmp_path / "a.json", "--policy", "buddy", "--budgets", "0.5"), "buddy")
     for options in (["--paths", "free"], ["--kv-policy", "zero"], ["--route-every", "1"], ["--text-skip", "110"]):
@@ -100,7 +100,7 @@ def test_path_library_and_kv_policy_are_used(data: list[str], tmp_path: FilePath
     assert {row["n"] for row in rows if row["metric"] == "piqa_acc"} == {4}
 
 
-def test_one_kind_of_data_is_enough(data: list[str], tmp_path: FilePath) -> None:
+def test_one_kind_of_data_is_enough(data: list[str], tmp_path: Path) -> None:
     """Failure: a text alone, or questions alone, cannot be evaluated."""
     metrics = {row["metric"] for row in _eval(data[2:], tmp_path / "a.json", "--policy", "reverse")}
     assert metrics == set(PIQA_METRICS)
@@ -108,9 +108,7 @@ def test_one_kind_of_data_is_enough(data: list[str], tmp_path: FilePath) -> None
     assert metrics == set(TEXT_METRICS)
 
 
-def test_orders_of_another_model(
-    data: list[str], model_with_tokenizer: FilePath, text_file: FilePath, tmp_path: FilePath
-) -> None:
+def test_orders_of_another_model(data: list[str], model_with_tokenizer: Path, text_file: Path, tmp_path: Path) -> None:
     """Failure: an order measured on the fly differs from the one that `vllm-buddy orders` keeps."""
     orders = tmp_path / "orders.json"
     sizes = ["--model", str(model_with_tokenizer), "--text", str(text_file), "--methods", "shortgpt"]
@@ -149,14 +147,14 @@ def test_orders_of_another_model(
 )
 def test_mistakes_are_one_line(
     data: list[str],
-    tmp_path: FilePath,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
     message: str,
 ) -> None:
     """Failure: a traceback, or a mistake that shows only after minutes of measuring."""
-    monkeypatch.setattr("vllm_buddy.model_folder.load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vllm_buddy.models.folder.load_model", lambda *args: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
     policy = [] if "--policy" in options else ["--policy", "buddy"]
     assert main(["eval", *data, *policy, "--json", "out.json", *options]) == 2
@@ -164,7 +162,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out.json").exists()
 
 
-def test_data_of_the_wrong_kind(data: list[str], tmp_path: FilePath, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_of_the_wrong_kind(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Failure: an empty or binary text is scored, or nothing at all is."""
     for content, message in ((b"", "is empty"), (b"\xff\x00", "is not UTF-8 text"), (b"a\0b", "holds NUL bytes")):
         (tmp_path / "bad").write_bytes(content)
@@ -174,7 +172,7 @@ def test_data_of_the_wrong_kind(data: list[str], tmp_path: FilePath, capsys: pyt
     assert "nothing to measure on; give --text, --piqa or both" in capsys.readouterr().err
 
 
-def test_an_artifact_of_another_model(data: list[str], tmp_path: FilePath, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_artifact_of_another_model(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Failure: paths and repairs of one model are applied to another."""
     other = save_tiny_model(tmp_path / "other", "llama", seed=1)
     random_artifact(tmp_path / "artifact", other)
@@ -184,7 +182,7 @@ def test_an_artifact_of_another_model(data: list[str], tmp_path: FilePath, capsy
 
 
 def test_a_budget_that_the_library_lacks(
-    data: list[str], model_with_tokenizer: FilePath, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+    data: list[str], model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: another depth than the budget's is measured, or the run ends in the middle."""
     random_artifact(tmp_path / "none", model_with_tokenizer, paths_per_depth=0)
@@ -202,7 +200,7 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(default: 1.0,0.875,0.75,0.5)" in shown and "(default: buddy,shortgpt,sleb)" in shown
 
 
-def test_results_are_read_as_they_were_written(data: list[str], tmp_path: FilePath) -> None:
+def test_results_are_read_as_they_were_written(data: list[str], tmp_path: Path) -> None:
     """Failure: a plot is drawn of rounded figures."""
     out = tmp_path / "a.json"
     _eval(data, out, "--policy", "buddy", "--budgets", "0.5")
@@ -224,7 +222,7 @@ def test_results_are_read_as_they_were_written(data: list[str], tmp_path: FilePa
     ],
 )
 def test_a_results_file_of_another_form(
-    tmp_path: FilePath, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: str, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: str, message: str
 ) -> None:
     """Failure: an empty picture, or a traceback."""
     monkeypatch.setattr("vllm_buddy.evaluation.plot.check_plotting", lambda: None)
@@ -236,7 +234,7 @@ def test_a_results_file_of_another_form(
 
 
 def test_a_plot_without_matplotlib(
-    data: list[str], tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: minutes of measuring, and then an ImportError."""
     found = importlib.util.find_spec
@@ -246,7 +244,7 @@ def test_a_plot_without_matplotlib(
     assert not (tmp_path / "a.json").exists()
 
 
-def test_plot(data: list[str], tmp_path: FilePath) -> None:
+def test_plot(data: list[str], tmp_path: Path) -> None:
     """Failure: a metric or a policy is not drawn, or zero on a log scale ends it."""
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     out = tmp_path / "a.svg"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.evaluation.conftest import Tiny
-from tests.tiny_models import NUM_LAYERS, load_model, random_artifact
+from tests.harness.tiny_models import NUM_LAYERS, load_model, random_artifact
 from vllm_buddy.evaluation import HfEngine, Policy, Sample, Scores, Task, Variant
 from vllm_buddy.evaluation.figures import text_figures
 from vllm_buddy.evaluation.policy import dense_policy

@@ -1,13 +1,13 @@
 """Policies by name, and the paths they give."""
 
 from collections import Counter
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.evaluation.conftest import Tiny, random_samples
-from tests.tiny_models import NUM_LAYERS
+from tests.harness.tiny_models import NUM_LAYERS
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.baselines import static_path
 from vllm_buddy.errors import EvaluationError
@@ -26,8 +26,8 @@ MANY = [(40, 12)] * 20
         ("buddy", ("buddy", "buddy", None, None, False)),
         ("buddy:frozen", ("buddy:frozen", "buddy", "frozen", None, False)),
         ("sleb", ("sleb", "sleb", None, None, True)),
-        ("mine=a/b", ("mine", "mine", None, FilePath("a/b"), False)),
-        ("mine:prompt_only=a=b", ("mine:prompt_only", "mine", "prompt_only", FilePath("a=b"), False)),
+        ("mine=a/b", ("mine", "mine", None, Path("a/b"), False)),
+        ("mine:prompt_only=a=b", ("mine:prompt_only", "mine", "prompt_only", Path("a=b"), False)),
     ],
 )
 def test_names(text: str, parts: tuple[object, ...]) -> None:
@@ -56,7 +56,7 @@ def test_names_that_do_not_exist(text: str, message: str) -> None:
         PolicySpec.parse(text)
 
 
-def test_static_policy_follows_the_order(tiny: Tiny, tmp_path: FilePath) -> None:
+def test_static_policy_follows_the_order(tiny: Tiny, tmp_path: Path) -> None:
     """Failure: a static set is repaired by an artifact, re-routed, or lost when an engine loads it from disk."""
     order = [3, 6, 1, 2, 5, 4]
     policy = static_policy("sleb", tiny.artifact.config.base_model, order)
@@ -69,7 +69,7 @@ def test_static_policy_follows_the_order(tiny: Tiny, tmp_path: FilePath) -> None
                 assert [run.path for run in p.route(sample, depth)] == [static_path(order, depth)]
 
 
-def test_frozen_takes_the_most_common_path(tiny: Tiny, tmp_path: FilePath) -> None:
+def test_frozen_takes_the_most_common_path(tiny: Tiny, tmp_path: Path) -> None:
     """Failure: what adaptivity buys is measured against a path that no token, or hardly one, runs."""
     samples = random_samples(MANY)
     policy = Policy("buddy", tiny.artifact, PathSchedule(4))

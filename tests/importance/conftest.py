@@ -1,7 +1,7 @@
 """A tiny model with a tokenizer, and text for it."""
 
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_models import FAMILIES, VOCAB_SIZE, load_model, save_tiny_model
+from tests.harness.tiny_models import FAMILIES, VOCAB_SIZE, load_model, save_tiny_model
 
 USELESS_LAYER = 3
 WINDOW = 16
@@ -20,7 +20,7 @@ WINDOW = 16
 class Measured:
     """model: layer USELESS_LAYER adds nothing to the hidden state. windows: [4, WINDOW] random token ids."""
 
-    folder: FilePath
+    folder: Path
     model: nn.Module
     windows: torch.Tensor
 
@@ -38,7 +38,7 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def model_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
+def model_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama whose tokens are bytes."""
     folder = save_tiny_model(tmp_path_factory.mktemp("bytes"), "llama")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -50,7 +50,7 @@ def model_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
 
 
 @pytest.fixture
-def text_file(tmp_path: FilePath) -> FilePath:
+def text_file(tmp_path: Path) -> Path:
     """1,000 characters, one token each for the tokenizer above."""
     path = tmp_path / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. 1234\n" * 20)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.harness.tiny_models import NUM_LAYERS
 from tests.importance.conftest import USELESS_LAYER, Measured
-from tests.tiny_models import NUM_LAYERS
 from vllm_buddy.errors import CalibrationError
 from vllm_buddy.importance import INDICATORS, find_indicator
 from vllm_buddy.importance.perplexity import BUDGETS, perplexity_by_budget, static_perplexity

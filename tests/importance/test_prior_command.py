@@ -3,28 +3,28 @@
 import hashlib
 import json
 import shlex
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny_models import NUM_LAYERS, load_model, save_tiny_model
+from tests.harness.tiny_models import NUM_LAYERS, load_model, save_tiny_model
 from vllm_buddy.artifact import load_artifact
+from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.cli.main import main
-from vllm_buddy.fingerprint import identify
 from vllm_buddy.importance import INDICATORS, PriorResult, PriorSettings, build_prior
 from vllm_buddy.method import path_of
 
 SIZES = ["--tokens", "64", "--window", "32"]
 
 
-def _prior(model: FilePath, out: FilePath, text: FilePath, *options: str) -> int:
+def _prior(model: Path, out: Path, text: Path, *options: str) -> int:
     return main(["prior", str(model), str(out), "--text", str(text), *SIZES, *options])
 
 
 @pytest.mark.parametrize("indicator", INDICATORS)
 def test_artifact_routes_by_the_indicator(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath, indicator: str
+    model_with_tokenizer: Path, tmp_path: Path, text_file: Path, indicator: str
 ) -> None:
     """Failure: the artifact cannot be loaded by the server, or belongs to no model."""
     out = tmp_path / "out"
@@ -43,9 +43,7 @@ def test_artifact_routes_by_the_indicator(
         assert artifact.config.library is not None and path_of(artifact.config.library[depth][0]) == path
 
 
-def test_the_same_command_gives_the_same_artifact(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath
-) -> None:
+def test_the_same_command_gives_the_same_artifact(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
     """Failure: the record promises a command that makes something else."""
     options = ["--name", "again", "--heldout", "64", "--compare", "--base-model-id", "someone/tiny model"]
     assert _prior(model_with_tokenizer, tmp_path / "a", text_file, *options) == 0
@@ -58,7 +56,7 @@ def test_the_same_command_gives_the_same_artifact(
 
 
 def test_card_and_record_say_what_was_done(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath, capsys: pytest.CaptureFixture[str]
+    model_with_tokenizer: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: an untrained artifact is passed on without anyone being able to tell."""
     out = tmp_path / "out"
@@ -78,11 +76,11 @@ def test_card_and_record_say_what_was_done(
 
 
 def test_record_names_the_code_that_ran(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath, monkeypatch: pytest.MonkeyPatch
+    model_with_tokenizer: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Failure: the commit is looked up after a measurement of minutes, during which the source moved on."""
     commits = iter(["before", "after"])
-    monkeypatch.setattr("vllm_buddy.provenance.source_commit", lambda: next(commits))
+    monkeypatch.setattr("vllm_buddy.artifact.provenance.source_commit", lambda: next(commits))
     build = build_prior
 
     def build_while_source_moves(*args: Any) -> PriorResult:
@@ -94,16 +92,14 @@ def test_record_names_the_code_that_ran(
     assert '\ncommit: "before"\n' in (tmp_path / "out" / "run.yaml").read_text()
 
 
-def test_card_without_held_out_text_has_no_table(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath
-) -> None:
+def test_card_without_held_out_text_has_no_table(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
     """Failure: an empty table, or figures nobody measured."""
     assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Perplexity" not in card and "path library" not in card
 
 
-def test_files_can_be_read_by_others(model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath) -> None:
+def test_files_can_be_read_by_others(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
     """Failure: the tensors are written readable by their owner alone, and a packaged artifact fails for users."""
     assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
@@ -121,9 +117,9 @@ def test_files_can_be_read_by_others(model_with_tokenizer: FilePath, tmp_path: F
     ],
 )
 def test_mistakes_are_one_line(
-    model_with_tokenizer: FilePath,
-    tmp_path: FilePath,
-    text_file: FilePath,
+    model_with_tokenizer: Path,
+    tmp_path: Path,
+    text_file: Path,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
     message: str,
@@ -135,7 +131,7 @@ def test_mistakes_are_one_line(
 
 
 def test_folders_that_cannot_be_used(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath, capsys: pytest.CaptureFixture[str]
+    model_with_tokenizer: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Failure: a trained artifact is overwritten, or a model of another kind is measured as if it were dense."""
     assert _prior(model_with_tokenizer, tmp_path, text_file) == 2
@@ -169,9 +165,7 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert field.description
 
 
-def test_measuring_leaves_the_model_folder_alone(
-    model_with_tokenizer: FilePath, tmp_path: FilePath, text_file: FilePath
-) -> None:
+def test_measuring_leaves_the_model_folder_alone(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
     """Failure: something is written beside the weights of a shared model."""
     before = {path.name: path.read_bytes() for path in model_with_tokenizer.iterdir()}
     assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0

@@ -1,12 +1,12 @@
 """Tiny models shared by the tests of the method."""
 
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 from torch import nn
 
-from tests.tiny_models import FAMILIES, load_model, random_artifact, save_tiny_model
+from tests.harness.tiny_models import FAMILIES, load_model, random_artifact, save_tiny_model
 from vllm_buddy.artifact import Artifact
 
 
@@ -14,7 +14,7 @@ from vllm_buddy.artifact import Artifact
 class Tiny:
     """A random model of one family with a random artifact."""
 
-    folder: FilePath
+    folder: Path
     model: nn.Module
     artifact: Artifact
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny_models import FAMILIES, HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, load_model, save_tiny_model
+from tests.harness.tiny_models import FAMILIES, HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, load_model, save_tiny_model
 from vllm_buddy.method import path_of
 from vllm_buddy.method.batched import routed_hidden
 from vllm_buddy.method.bypass import Bypass

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.method.random_router import VOCAB_SIZE, random_decision
+from tests.harness.random_router import VOCAB_SIZE, random_decision
 from vllm_buddy.method import Context
 
 TABLE = random_decision().table_context

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests.harness.tiny_models import VOCAB_SIZE, random_prompts
 from tests.method.conftest import Tiny
-from tests.tiny_models import VOCAB_SIZE, random_prompts
 from vllm_buddy.method import Context, DecisionModule, FoldedDecision
 from vllm_buddy.method.byte_grid import byte_grid
 from vllm_buddy.method.decision import value_table

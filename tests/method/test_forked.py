@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.harness.tiny_models import NUM_LAYERS, VOCAB_SIZE
 from tests.method.conftest import Tiny
 from tests.method.test_batched import TOLERANCE, random_bypass
-from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE
 from vllm_buddy.method import full_path
 from vllm_buddy.method.batched import routed_hidden
 from vllm_buddy.method.forked import forked_hidden

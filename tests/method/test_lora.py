@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.harness.tiny_models import load_model
 from tests.method.conftest import Tiny
-from tests.tiny_models import load_model
 from vllm_buddy.errors import ArtifactError
 from vllm_buddy.method.lora import LoraDeltas
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.harness.tiny_models import NUM_LAYERS, random_prompts
 from tests.method.conftest import Tiny
-from tests.tiny_models import NUM_LAYERS, random_prompts
 from vllm_buddy.method import BudgetPredictor, FoldedPredictor
 from vllm_buddy.method.decision import value_table
 

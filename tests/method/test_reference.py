@@ -1,13 +1,13 @@
 """The golden reference against Hugging Face's own layers, and against itself."""
 
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.harness.tiny_models import NUM_LAYERS, load_model, random_artifact, random_prompts, save_tiny_model
 from tests.method.conftest import Tiny
-from tests.tiny_models import NUM_LAYERS, load_model, random_artifact, random_prompts, save_tiny_model
 from vllm_buddy.errors import SettingsError, UnsupportedError
 from vllm_buddy.method import PathSchedule, RequestRoute, full_path, path_of
 from vllm_buddy.method.bypass import Bypass
@@ -19,7 +19,7 @@ LOGIT_TOLERANCE = 1e-4
 
 
 @pytest.fixture
-def bypass(tiny: Tiny, tmp_path: FilePath) -> Bypass:
+def bypass(tiny: Tiny, tmp_path: Path) -> Bypass:
     artifact = random_artifact(tmp_path, tiny.folder, bypass_rank=4)
     assert artifact.bypass is not None
     return artifact.bypass

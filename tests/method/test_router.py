@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.method.random_router import NUM_LAYERS, random_decision, random_router
+from tests.harness.random_router import NUM_LAYERS, random_decision, random_router
 from vllm_buddy.method import Context, Router, layers_of, path_of, top_k_path
 
 PRIOR = np.array([0.1, 0.9, 0.4, 0.4, 0.8, 0.2, 0.3, 0.7])

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.method.random_router import NUM_LAYERS, VOCAB_SIZE, random_router
-from vllm_buddy.method import Path, PathSchedule, RequestRoute, Router, full_path
+from tests.harness.random_router import NUM_LAYERS, VOCAB_SIZE, random_router
+from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router, full_path
 
 ROUTER = random_router()
 INTERVALS = (0, 1, 4, 16)
@@ -15,9 +15,9 @@ outputs = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=0, max_size=50)
 long_outputs = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=20, max_size=50)
 
 
-def _spread(route: RequestRoute, chunks: list[int], token_ids: list[int]) -> list[Path]:
+def _spread(route: RequestRoute, chunks: list[int], token_ids: list[int]) -> list[LayerPath]:
     """Path of every position when the request is scheduled in `chunks`; checks that runs cover each chunk."""
-    paths: list[Path] = []
+    paths: list[LayerPath] = []
     for num_tokens in chunks:
         runs = route.runs(len(paths), num_tokens, token_ids)
         assert sum(run.num_tokens for run in runs) == num_tokens
@@ -27,7 +27,9 @@ def _spread(route: RequestRoute, chunks: list[int], token_ids: list[int]) -> lis
     return paths
 
 
-def _expected(router: Router, schedule: PathSchedule, depth: int, token_ids: list[int], num_prompt: int) -> list[Path]:
+def _expected(
+    router: Router, schedule: PathSchedule, depth: int, token_ids: list[int], num_prompt: int
+) -> list[LayerPath]:
     """The definition: each position's decision, made alone from a fresh context."""
     paths = []
     for position in range(len(token_ids)):

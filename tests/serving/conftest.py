@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.serving.engine import Engine, Tiny, make_tiny, start_engine
-from tests.tiny_models import FAMILIES
+from tests.harness.engine import Engine, Tiny, make_tiny, start_engine
+from tests.harness.tiny_models import FAMILIES
 
 
 @pytest.fixture(scope="session")

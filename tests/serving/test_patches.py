@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.serving.engine import Tiny
-from tests.serving.test_startup import BASE
+from tests.harness.engine import Tiny
+from tests.serving.start.test_hook import BASE
 from vllm_buddy.serving import patches
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
 
@@ -72,8 +72,8 @@ def test_the_registered_classes_exist_and_are_routed() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_buddy.serving import models
-    from vllm_buddy.serving.startup import BuddyModelConfig
+    from vllm_buddy.serving.forward import models
+    from vllm_buddy.serving.start.hook import BuddyModelConfig
 
     for stock, routed in patches.ROUTED_ARCHITECTURES.items():
         cls = getattr(models, routed)
@@ -160,7 +160,7 @@ def test_a_request_hashes_its_blocks_the_way_we_cut_them() -> None:
     from vllm import SamplingParams
     from vllm.v1.request import Request
 
-    from vllm_buddy.serving.prefix_cache import end_hash_chain, salt
+    from vllm_buddy.serving.schedule.prefix_cache import end_hash_chain, salt
 
     def hasher(request: Request) -> list[Any]:
         return [(request.cache_salt, i) for i in range(len(request.block_hashes), request.num_tokens // 4)]

@@ -1,6 +1,6 @@
 """A tiny model with a tokenizer, text, and the settings of a run that takes a second."""
 
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +8,8 @@ import pytest
 from tests.importance.conftest import model_with_tokenizer
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.training.loop import Run
-from vllm_buddy.training.settings import TrainSettings
 from vllm_buddy.training.stage1 import run_stage1
+from vllm_buddy.training.stage1_settings import TrainSettings
 
 __all__ = ["model_with_tokenizer"]
 
@@ -17,7 +17,7 @@ WORDS = "the quick brown fox jumps over a lazy dog while seven old wizards box w
 
 
 @pytest.fixture
-def data(tmp_path: FilePath) -> FilePath:
+def data(tmp_path: Path) -> Path:
     """Some thousand tokens (bytes) of text that is not all alike."""
     path = tmp_path / "data.txt"
     path.write_text(" ".join(f"{WORDS[i * i % 17]} {WORDS[i * 7 % 19]}" for i in range(400)))
@@ -25,7 +25,7 @@ def data(tmp_path: FilePath) -> FilePath:
 
 
 @pytest.fixture
-def settings(tmp_path: FilePath, data: FilePath, model_with_tokenizer: FilePath) -> dict[str, Any]:
+def settings(tmp_path: Path, data: Path, model_with_tokenizer: Path) -> dict[str, Any]:
     """A run of 6 steps."""
     return {
         "out": tmp_path / "run",

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, load_model, save_tiny_model
+from tests.harness.tiny_models import NUM_LAYERS, VOCAB_SIZE, load_model, save_tiny_model
 from vllm_buddy.training.objective import distillation_loss, divergence, next_token_loss, top_log_probs
 from vllm_buddy.training.path_search import removal_order
 from vllm_buddy.training.regression import LayerMoments, fit_bypass

@@ -1,20 +1,20 @@
 """Stage 2: what the predictor learns, and from files to an artifact with one."""
 
 import json
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.tiny_models import NUM_LAYERS, random_artifact
+from tests.harness.tiny_models import NUM_LAYERS, random_artifact
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation.cost_quality import choices, compare
-from vllm_buddy.training.budget_record import CURVES_FILE, LOG_FILE, with_section, without_key
-from vllm_buddy.training.budget_settings import BudgetSettings
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
+from vllm_buddy.training.stage2_record import CURVES_FILE, LOG_FILE, with_section, without_key
+from vllm_buddy.training.stage2_settings import BudgetSettings
 
 DEPTHS = (4, 6, 8)
 DATA = [{"file": "not used"}]
@@ -94,7 +94,7 @@ def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: 
 
 
 @pytest.fixture
-def run(tmp_path: FilePath, model_with_tokenizer: FilePath) -> tuple[FilePath, list[str]]:
+def run(tmp_path: Path, model_with_tokenizer: Path) -> tuple[Path, list[str]]:
     """(folder that gets the artifact, command line)."""
     random_artifact(tmp_path / "artifact", model_with_tokenizer, bypass_rank=4)
     (tmp_path / "text.txt").write_text(" ".join(f"{i * i % 97} and {i % 13}" for i in range(200)))
@@ -110,7 +110,7 @@ def run(tmp_path: FilePath, model_with_tokenizer: FilePath) -> tuple[FilePath, l
 
 
 def test_from_files_to_an_artifact_that_is_evaluated(
-    run: tuple[FilePath, list[str]], model_with_tokenizer: FilePath, capsys: pytest.CaptureFixture[str]
+    run: tuple[Path, list[str]], model_with_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commands of the README, on a tiny model."""
     out, command = run
@@ -155,7 +155,7 @@ def test_from_files_to_an_artifact_that_is_evaluated(
     ],
 )
 def test_what_cannot_be_trained_is_one_line(
-    run: tuple[FilePath, list[str]], change: str, message: str, capsys: pytest.CaptureFixture[str]
+    run: tuple[Path, list[str]], change: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A traceback says nothing to a user."""
     assert main([*run[1], change]) == 2
@@ -163,7 +163,7 @@ def test_what_cannot_be_trained_is_one_line(
 
 
 def test_an_artifact_without_a_predictor_cannot_be_evaluated(
-    run: tuple[FilePath, list[str]], model_with_tokenizer: FilePath, capsys: pytest.CaptureFixture[str]
+    run: tuple[Path, list[str]], model_with_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The way out is in the message."""
     folder = run[0].parent

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,23 +19,23 @@ from vllm_buddy.training.loop import LOG_FILE
 TOLERANCE = 1e-4
 
 
-def write_config(settings: dict[str, Any], path: FilePath) -> FilePath:
+def write_config(settings: dict[str, Any], path: Path) -> Path:
     plain = json.loads(json.dumps(settings, default=str))
     path.write_text(yaml.safe_dump(plain))
     return path
 
 
-def train(config: FilePath, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
+def train(config: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
     command = [*launcher, "-m", "vllm_buddy", "train", str(config), *overrides]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ))
 
 
-def losses(folder: FilePath) -> list[float]:
+def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / LOG_FILE).read_text().splitlines()]
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any], tmp_path: FilePath) -> None:
+def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any], tmp_path: Path) -> None:
     """Machines die without asking; what was trained until then must not be lost or counted twice."""
     steps = 60
     config = write_config(settings | {"tokens": steps * 4 * 32, "name": "killed"}, tmp_path / "run.yaml")
@@ -55,7 +55,7 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(settings: dict[str, Any], tmp_path: FilePath) -> None:
+def test_two_processes_train_what_one_trains(settings: dict[str, Any], tmp_path: Path) -> None:
     """A process that sees all data, or gradients that are not summed, would train something else."""
     pytest.importorskip("accelerate")
     config = write_config(settings, tmp_path / "run.yaml")
@@ -67,7 +67,7 @@ def test_two_processes_train_what_one_trains(settings: dict[str, Any], tmp_path:
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=TOLERANCE)
 
 
-def test_a_mistake_is_one_line_and_an_exit_code(settings: dict[str, Any], tmp_path: FilePath) -> None:
+def test_a_mistake_is_one_line_and_an_exit_code(settings: dict[str, Any], tmp_path: Path) -> None:
     """A user who mistypes a file name should not have to read a traceback."""
     config = write_config(settings | {"data": [{"file": str(tmp_path / "none.txt")}]}, tmp_path / "run.yaml")
     _, stderr = (process := train(config)).communicate(timeout=120)

@@ -2,14 +2,14 @@
 
 import json
 import re
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.tiny_models import NUM_LAYERS, load_model
+from tests.harness.tiny_models import NUM_LAYERS, load_model
 from tests.training.conftest import run
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.cli import main
@@ -18,8 +18,8 @@ from vllm_buddy.method import PathSchedule, layers_of
 from vllm_buddy.method.reference import generate, routed_logits
 from vllm_buddy.training import checkpoint
 from vllm_buddy.training.loop import LOG_FILE
-from vllm_buddy.training.record import finish_run
-from vllm_buddy.training.settings import TrainSettings
+from vllm_buddy.training.stage1_record import finish_run
+from vllm_buddy.training.stage1_settings import TrainSettings
 
 RECIPES = {
     "bypass": {"paths": "searched"},
@@ -63,7 +63,7 @@ def test_full_depth_is_the_base_model_to_the_last_bit(settings: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("name", ["bypass", "paper"])
-def test_two_runs_of_one_seed_are_one_run(settings: dict[str, Any], name: str, tmp_path: FilePath) -> None:
+def test_two_runs_of_one_seed_are_one_run(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
     """Figures that a second run does not give again cannot be compared."""
     first, _, losses = run(settings | RECIPES[name])
     second, _, again = run(settings | RECIPES[name] | {"out": tmp_path / "again", "name": "run"})
@@ -76,7 +76,7 @@ def test_two_runs_of_one_seed_are_one_run(settings: dict[str, Any], name: str, t
 @pytest.mark.parametrize("name", ["bypass", "paper"])
 @pytest.mark.parametrize("stop_after, saved", [(3, 2), (6, 4)])
 def test_a_stopped_run_goes_on_with_the_same_losses(
-    settings: dict[str, Any], name: str, stop_after: int, saved: int, tmp_path: FilePath
+    settings: dict[str, Any], name: str, stop_after: int, saved: int, tmp_path: Path
 ) -> None:
     """A resumed run that draws other data or forgets the optimizer's state ends elsewhere."""
     whole, _, losses = run(settings | RECIPES[name] | {"out": tmp_path / "whole", "name": "run"})
@@ -176,7 +176,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], change:
     ],
 )
 def test_data_that_cannot_be_used_is_refused(
-    settings: dict[str, Any], tmp_path: FilePath, name: str, content: bytes | None, message: str
+    settings: dict[str, Any], tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     """The message names the file and what is allowed."""
     if content is not None:
@@ -186,18 +186,18 @@ def test_data_that_cannot_be_used_is_refused(
     assert name in str(caught.value)
 
 
-def test_rows_of_instructions_become_conversations(settings: dict[str, Any], tmp_path: FilePath) -> None:
+def test_rows_of_instructions_become_conversations(settings: dict[str, Any], tmp_path: Path) -> None:
     """Instruction data without its answers, or without its inputs, trains something else."""
     rows = [{"instruction": f"Say {i}", "input": "twice", "output": f"{i} {i}"} for i in range(200)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     _, stage, _ = run(settings | {"data": [{"file": tmp_path / "rows.json"}]})
-    from vllm_buddy.model_folder import load_tokenizer
+    from vllm_buddy.models.folder import load_tokenizer
 
     texts = load_tokenizer(settings["model"]).batch_decode(stage.corpus.sequences)
     assert any(re.search(r"Say (\d+)\n\ntwice\n\n\1 \1", text) for text in texts)
 
 
-def test_overrides_go_on_top_of_the_file(tmp_path: FilePath) -> None:
+def test_overrides_go_on_top_of_the_file(tmp_path: Path) -> None:
     """A sweep should not need a file per run; a mistyped key must not be ignored."""
     config = tmp_path / "run.yaml"
     config.write_text("out: here\ndata: [{file: a.txt}]\nrank: 8\n")
@@ -222,7 +222,7 @@ def test_no_room_for_the_logits_is_found_before_training(
 
 
 def test_a_second_run_finds_the_logits_of_the_first(
-    settings: dict[str, Any], tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache that is never hit costs every run a pass of the full model, and nobody notices."""
     from vllm_buddy.training.teacher import Teacher
@@ -243,7 +243,7 @@ def test_a_second_run_finds_the_logits_of_the_first(
     assert computed == []
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data: FilePath) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data: Path) -> None:
     """A user who names a file as folder should read why, not a traceback."""
     with pytest.raises(TrainingError, match="cannot make the folder"):
         run(settings | {"out": data})

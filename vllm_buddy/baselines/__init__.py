@@ -18,8 +18,8 @@ from vllm_buddy.baselines.orders import (
 )
 from vllm_buddy.baselines.pruned_checkpoint import save_pruned_checkpoint
 from vllm_buddy.baselines.pruning import PrunedModel, prune, save_pruned
-from vllm_buddy.baselines.settings import OrdersSettings, PruneSettings
 from vllm_buddy.baselines.static_artifact import bare_artifact, static_artifact, with_fixed_paths
+from vllm_buddy.baselines.static_settings import OrdersSettings, PruneSettings
 
 __all__ = [
     "MEASURED",

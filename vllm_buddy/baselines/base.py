@@ -15,7 +15,7 @@ from vllm_buddy.baselines.by_importance import Progress, delta_ppl_order, shortg
 from vllm_buddy.baselines.by_position import evenly_spaced_order, random_order, reverse_order
 from vllm_buddy.baselines.sleb import sleb_order
 from vllm_buddy.errors import BaselineError
-from vllm_buddy.method import Path, path_of
+from vllm_buddy.method import LayerPath, path_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def check_static_method(name: str) -> None:
         raise BaselineError(f"unknown static method '{name}'; known are {', '.join(STATIC_METHODS)}")
 
 
-def static_path(order: Sequence[int], depth: int) -> Path:
+def static_path(order: Sequence[int], depth: int) -> LayerPath:
     """The path of `depth` layers when the middle layers leave in `order`.
 
     order: every middle layer once, the first to leave first. depth: first and last layer included.

@@ -6,18 +6,18 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.baselines.base import MEASURED, POSITIONAL, check_static_method
 from vllm_buddy.errors import BaselineError
-from vllm_buddy.fingerprint import BaseModelIdentity
 from vllm_buddy.importance import CalibrationText
-from vllm_buddy.model_folder import load_model, load_tokenizer
+from vllm_buddy.models.folder import load_model, load_tokenizer
 
-SHIPPED_DIR = FilePath(__file__).parent / "orders"
+SHIPPED_DIR = Path(__file__).parent / "orders"
 WINDOW = 512
 
 Report = Callable[[str, int, int], None]
@@ -53,7 +53,7 @@ class OrderFile(BaseModel):
         return self
 
     @classmethod
-    def load(cls, path: FilePath) -> "OrderFile":
+    def load(cls, path: Path) -> "OrderFile":
         """Read a file of orders.
 
         Raises:
@@ -71,7 +71,7 @@ class OrderFile(BaseModel):
         others = [other for other in self.orders if other.method != order.method]
         return OrderFile(base_model=self.base_model, orders=[*others, order])
 
-    def save(self, path: FilePath) -> None:
+    def save(self, path: Path) -> None:
         """Write the file, an order a line."""
         body = ",\n    ".join(json.dumps(order.model_dump()) for order in self.orders)
         base = json.dumps(self.base_model.model_dump())
@@ -117,7 +117,7 @@ def find_order(name: str, base: BaseModelIdentity, files: Sequence[OrderFile] | 
 
 def measure_order(
     name: str,
-    model_dir: FilePath,
+    model_dir: Path,
     text: CalibrationText,
     tokens: int | None = None,
     window: int = WINDOW,

@@ -5,14 +5,14 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vllm_buddy.embedded_model import SOURCE_FILE
 from vllm_buddy.errors import BaselineError
+from vllm_buddy.models.embedded import SOURCE_FILE
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,11 +27,11 @@ _REPLACED = {CONFIG_FILE, INDEX_FILE, SOURCE_FILE}
 class Shard:
     """One file of weights. renamed: for each tensor that is kept its new name."""
 
-    path: FilePath
+    path: Path
     renamed: dict[str, str]
 
 
-def save_pruned_checkpoint(model_dir: FilePath, layers: Sequence[int], out: FilePath) -> FilePath:
+def save_pruned_checkpoint(model_dir: Path, layers: Sequence[int], out: Path) -> Path:
     """Write the Hugging Face model in `model_dir` with `layers` only, renumbered, to `out`; returns `out`.
 
     The speed limit for routing at the same depth: stock vLLM runs these layers and knows of no others. One shard of the
@@ -68,7 +68,7 @@ def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, A
     return pruned
 
 
-def _kept_shards(model_dir: FilePath, new_index: Mapping[int, int]) -> list[Shard]:
+def _kept_shards(model_dir: Path, new_index: Mapping[int, int]) -> list[Shard]:
     """The files of weights that hold a kept tensor, in the order of their names."""
     shards = []
     for path in _weight_files(model_dir):
@@ -91,7 +91,7 @@ def _kept_shards(model_dir: FilePath, new_index: Mapping[int, int]) -> list[Shar
     return shards
 
 
-def _weight_files(model_dir: FilePath) -> list[FilePath]:
+def _weight_files(model_dir: Path) -> list[Path]:
     """Those that the index names where there is one: others may hold the same tensors a second time."""
     index = model_dir / INDEX_FILE
     if index.is_file():
@@ -99,7 +99,7 @@ def _weight_files(model_dir: FilePath) -> list[FilePath]:
     return sorted(model_dir.glob("*.safetensors"))
 
 
-def _write_shards(shards: Sequence[Shard], out: FilePath) -> None:
+def _write_shards(shards: Sequence[Shard], out: Path) -> None:
     weight_map: dict[str, str] = {}
     total_size = 0
     for number, shard in enumerate(shards, start=1):
@@ -115,7 +115,7 @@ def _write_shards(shards: Sequence[Shard], out: FilePath) -> None:
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2))
 
 
-def _read_json(path: FilePath) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,21 +1,21 @@
 """Static pruning written out, in the two forms that can be served."""
 
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.artifact_config import PriorConfig
+from vllm_buddy.artifact.config import PriorConfig
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.baselines.base import MEASURED, static_path
 from vllm_buddy.baselines.orders import LayerOrder, OrderFile, Report, find_order, layer_order, measure_order
 from vllm_buddy.baselines.pruned_checkpoint import save_pruned_checkpoint
-from vllm_buddy.baselines.settings import PruneSettings
 from vllm_buddy.baselines.static_artifact import static_artifact
+from vllm_buddy.baselines.static_settings import PruneSettings
 from vllm_buddy.errors import BaselineError
-from vllm_buddy.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.importance import CalibrationText
 from vllm_buddy.method import layers_of
 from vllm_buddy.method.budget import MIN_DEPTH
-from vllm_buddy.model_folder import load_config
+from vllm_buddy.models.folder import load_config
 
 ARTIFACT_DIR = "artifact"
 CHECKPOINT_DIR = "checkpoint"
@@ -39,7 +39,7 @@ class PrunedModel:
         return self.artifact.config.base_model
 
 
-def prune(settings: PruneSettings, model_dir: FilePath, report: Report = lambda what, done, total: None) -> PrunedModel:
+def prune(settings: PruneSettings, model_dir: Path, report: Report = lambda what, done, total: None) -> PrunedModel:
     """Decide which layers of the model in `model_dir` are kept. Writes nothing.
 
     report: progress of measuring an order, which alone loads the model and is done last.
@@ -73,7 +73,7 @@ def prune(settings: PruneSettings, model_dir: FilePath, report: Report = lambda 
     return PrunedModel(order, measured, layers_of(static_path(order, settings.layers)), artifact)
 
 
-def save_pruned(pruned: PrunedModel, model_dir: FilePath, out: FilePath) -> None:
+def save_pruned(pruned: PrunedModel, model_dir: Path, out: Path) -> None:
     """Write checkpoint and artifact to `out`.
 
     Raises:

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, PriorConfig
+from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PriorConfig
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.baselines.base import static_path, static_prior
-from vllm_buddy.fingerprint import BaseModelIdentity
-from vllm_buddy.method import Path, layers_of
+from vllm_buddy.method import LayerPath, layers_of
 from vllm_buddy.method.budget import MIN_DEPTH
 
 
@@ -25,7 +25,7 @@ def bare_artifact(name: str, base: BaseModelIdentity, prior: PriorConfig | None 
     return Artifact(config, np.zeros(base.num_layers - 2, dtype=np.float32))
 
 
-def with_fixed_paths(artifact: Artifact, paths: Mapping[int, Path]) -> Artifact:
+def with_fixed_paths(artifact: Artifact, paths: Mapping[int, LayerPath]) -> Artifact:
     """`artifact` with a library of one path per depth in place of its Decision Module."""
     num_layers = artifact.config.base_model.num_layers
     library = {depth: [layers_of(path)] for depth, path in paths.items() if depth < num_layers}

@@ -3,7 +3,7 @@
 import argparse
 
 from vllm_buddy.artifact import load_artifact, shipped_artifacts
-from vllm_buddy.artifact_config import BuddyConfig
+from vllm_buddy.artifact.config import BuddyConfig
 from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import ArtifactError
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path as FilePath
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm_buddy.cli.chat_client import ChatClient
 from vllm_buddy.cli.demo_report import DemoResult, caveat, parse_budgets
 from vllm_buddy.cli.installed import installed_version
 from vllm_buddy.cli.server_process import HOST, ServerProcess
-from vllm_buddy.embedded_model import DEFAULT_MODEL, fetch
+from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -32,9 +32,7 @@ _MAX_WIDTH = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=FilePath, metavar="DIR", help="where the embedded model is, or is to be written"
-    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="where the embedded model is, or is to be written")
     parser.add_argument(
         "--artifact", default=DEFAULT_MODEL, help="folder, hub id or name of a shipped one (default: %(default)s)"
     )
@@ -46,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of every answer, also where the model would end earlier (default: %(default)s)",
     )
     parser.add_argument(
-        "--output", type=FilePath, default=FilePath("results/demo.json"), help="default: %(default)s, log beside it"
+        "--output", type=Path, default=Path("results/demo.json"), help="default: %(default)s, log beside it"
     )
 
 
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         _say("stopping the server")
     print("\n" + result.table(min(_MAX_WIDTH, shutil.get_terminal_size((120, 24)).columns)))
     print("\n" + result.summary())
-    artifact = shipped_artifacts().get(args.artifact, FilePath(args.artifact))
+    artifact = shipped_artifacts().get(args.artifact, Path(args.artifact))
     if artifact.is_dir():
         print(caveat(load_artifact(artifact)) or "")
     _write(args.output, result, server.start_s, time.monotonic() - start)
@@ -114,7 +112,7 @@ def progress_line() -> Callable[[float, str], None]:
     return report
 
 
-def _write(path: FilePath, result: DemoResult, start_s: float, total_s: float) -> None:
+def _write(path: Path, result: DemoResult, start_s: float, total_s: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "model": DEFAULT_MODEL,

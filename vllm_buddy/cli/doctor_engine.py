@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from vllm_buddy.cli.doctor_checks import Check
 from vllm_buddy.method import depth_for_budget
@@ -68,14 +68,14 @@ def judge(output: str, status: int) -> Check:
     return Check("engine", True, f"a tiny Llama ran {depths} of {_NUM_LAYERS} layers per token, as asked")
 
 
-def write_tiny_model(folder: FilePath) -> None:
+def write_tiny_model(folder: Path) -> None:
     """A random Llama and an artifact for it in `folder`/artifact."""
     import numpy as np
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from vllm_buddy.artifact import Artifact
-    from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, PriorConfig
-    from vllm_buddy.fingerprint import identify
+    from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PriorConfig
+    from vllm_buddy.artifact.fingerprint import identify
 
     config = LlamaConfig(
         num_hidden_layers=_NUM_LAYERS,
@@ -102,7 +102,7 @@ def write_tiny_model(folder: FilePath) -> None:
     Artifact(buddy_config, prior).save(folder / "artifact")
 
 
-def route_two_requests(folder: FilePath) -> list[object]:
+def route_two_requests(folder: Path) -> list[object]:
     """The plugin's account of one request per budget, sent together."""
     from vllm import LLM, SamplingParams
 
@@ -127,6 +127,6 @@ def route_two_requests(folder: FilePath) -> list[object]:
 
 
 if __name__ == "__main__":
-    target = FilePath(sys.argv[1])
+    target = Path(sys.argv[1])
     write_tiny_model(target)
     print(_MARK + json.dumps(route_two_requests(target)), flush=True)

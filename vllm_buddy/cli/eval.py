@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_buddy.cli.plugin_check import require_plugin
@@ -10,7 +10,7 @@ from vllm_buddy.cli.progress import print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import EvaluationError
-from vllm_buddy.evaluation.settings import EvalSettings
+from vllm_buddy.evaluation.eval_settings import EvalSettings
 
 if TYPE_CHECKING:
     from vllm_buddy.evaluation import Engine, EvalPlan, Figure
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each field of EvalSettings, and where the figures go."""
     add_setting_options(parser, EvalSettings)
-    parser.add_argument("--json", type=FilePath, metavar="OUT", help="file for the figures, a JSON list")
-    parser.add_argument("--plot", type=FilePath, metavar="OUT.png", help="picture of quality against layers executed")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="file for the figures, a JSON list")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="picture of quality against layers executed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
         BuddyError: a setting, data, model or artifact cannot be used.
     """
     settings = read_settings(EvalSettings, args, EvaluationError)
-    from vllm_buddy.embedded_model import fetch
     from vllm_buddy.evaluation import evaluate, make_plan
     from vllm_buddy.evaluation.plot import check_plotting, plot_figures
     from vllm_buddy.evaluation.results import save_results
+    from vllm_buddy.models.embedded import fetch
 
     if args.plot is not None:
         check_plotting()
@@ -84,13 +84,13 @@ def _what_is_measured(plan: "EvalPlan", settings: EvalSettings) -> str:
 def _engine(settings: EvalSettings, plan: "EvalPlan") -> "Engine":
     if settings.engine == "vllm":
         require_plugin()
-        from vllm_buddy.serving.scoring import VllmEngine
+        from vllm_buddy.evaluation.vllm_engine import VllmEngine
 
         return VllmEngine(plan.model_dir, settings.kv_policy, settings.dtype)
     import torch
 
     from vllm_buddy.evaluation import HfEngine
-    from vllm_buddy.model_folder import load_model
+    from vllm_buddy.models.folder import load_model
 
     model = load_model(plan.model_dir, getattr(torch, settings.dtype))
     return HfEngine(model.to("cuda" if torch.cuda.is_available() else "cpu"), settings.kv_policy)

@@ -1,24 +1,24 @@
 """`vllm-buddy eval-budget`: what budget `auto` is worth."""
 
 import argparse
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_buddy.cli.progress import print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import EvaluationError
-from vllm_buddy.evaluation.budget_settings import BudgetEvalSettings
+from vllm_buddy.evaluation.eval_budget_settings import BudgetEvalSettings
 
 if TYPE_CHECKING:
-    from vllm_buddy.evaluation.auto_budget import AutoEvaluation
+    from vllm_buddy.evaluation.auto_figures import AutoEvaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each field of BudgetEvalSettings, and where the figures go."""
     add_setting_options(parser, BudgetEvalSettings, positional=("data",))
-    parser.add_argument("--json", type=FilePath, metavar="OUT", help="file for the figures")
-    parser.add_argument("--plot", type=FilePath, metavar="OUT.png", help="picture of loss against layers")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="file for the figures")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="picture of loss against layers")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,11 +28,11 @@ def run(args: argparse.Namespace) -> int:
         BuddyError: a setting, data, model or artifact cannot be used.
     """
     settings = read_settings(BudgetEvalSettings, args, EvaluationError)
-    from vllm_buddy.embedded_model import fetch
-    from vllm_buddy.evaluation.auto_budget import evaluate_auto
+    from vllm_buddy.evaluation.auto_figures import evaluate_auto
     from vllm_buddy.evaluation.auto_plot import plot_auto
     from vllm_buddy.evaluation.plot import check_plotting
     from vllm_buddy.evaluation.results import write_rows
+    from vllm_buddy.models.embedded import fetch
 
     if args.plot is not None:
         check_plotting()

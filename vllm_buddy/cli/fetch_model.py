@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path as FilePath
+from pathlib import Path
 
-from vllm_buddy.embedded_model import DEFAULT_MODEL, EMBEDDED_MODELS, default_folder, fetch
+from vllm_buddy.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, default_folder, fetch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name", nargs="?", default=DEFAULT_MODEL, help=f"which model: {', '.join(EMBEDDED_MODELS)} (the default)"
     )
     parser.add_argument(
-        "folder", nargs="?", type=FilePath, metavar="DIR", help=f"where to write it (default: {default_folder()})"
+        "folder", nargs="?", type=Path, metavar="DIR", help=f"where to write it (default: {default_folder()})"
     )
 
 

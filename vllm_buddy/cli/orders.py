@@ -2,7 +2,7 @@
 
 import argparse
 
-from vllm_buddy.baselines.settings import OrdersSettings
+from vllm_buddy.baselines.static_settings import OrdersSettings
 from vllm_buddy.cli.progress import print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.errors import BaselineError
@@ -20,10 +20,10 @@ def run(args: argparse.Namespace) -> int:
         BuddyError: unknown method, OUT of another model, or the model or the text cannot be used.
     """
     settings = read_settings(OrdersSettings, args, BaselineError)
+    from vllm_buddy.artifact.fingerprint import identify
     from vllm_buddy.baselines import OrderFile, measure_order
-    from vllm_buddy.embedded_model import fetch
-    from vllm_buddy.fingerprint import identify
     from vllm_buddy.importance import CalibrationText
+    from vllm_buddy.models.embedded import fetch
 
     text = CalibrationText.read(settings.text)
     folder = settings.model or fetch()

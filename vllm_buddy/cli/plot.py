@@ -1,12 +1,12 @@
 """`vllm-buddy plot`: a picture of a results file."""
 
 import argparse
-from pathlib import Path as FilePath
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=FilePath, metavar="RESULTS.json", help="written by `vllm-buddy eval --json`")
-    parser.add_argument("out", type=FilePath, metavar="OUT.png", help="picture to write")
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="written by `vllm-buddy eval --json`")
+    parser.add_argument("out", type=Path, metavar="OUT.png", help="picture to write")
 
 
 def run(args: argparse.Namespace) -> int:

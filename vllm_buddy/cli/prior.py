@@ -7,7 +7,7 @@ from vllm_buddy.cli.new_folder import require_new_folder
 from vllm_buddy.cli.progress import print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.errors import CalibrationError
-from vllm_buddy.importance.settings import PriorSettings
+from vllm_buddy.importance.prior_settings import PriorSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,9 @@ def run(args: argparse.Namespace) -> int:
     settings = read_settings(PriorSettings, args, CalibrationError)
     out = settings.out
     require_new_folder(out, CalibrationError)
+    from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, source_commit
     from vllm_buddy.importance.build import build_prior
-    from vllm_buddy.importance.record import model_card, run_record
-    from vllm_buddy.provenance import CARD_FILE, RUN_FILE, source_commit
+    from vllm_buddy.importance.prior_record import model_card, run_record
 
     commit = source_commit()
     result = build_prior(settings, print_progress)

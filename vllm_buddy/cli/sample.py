@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from vllm_buddy.errors import TrainingError
 
@@ -29,8 +29,8 @@ OPENERS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=FilePath, metavar="OUT", help="*.jsonl to write, a row with `text` for each sample")
-    parser.add_argument("--model", type=FilePath, metavar="DIR", help="model folder (default: the embedded model)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="*.jsonl to write, a row with `text` for each sample")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: the embedded model)")
     parser.add_argument("--tokens", type=int, default=200_000, metavar="N", help="tokens to sample (default: 200000)")
     parser.add_argument("--opener", action="append", metavar="TEXT", help="how samples begin, in turn")
     parser.add_argument("--max-tokens", type=int, default=224, metavar="N", help="tokens per sample (default: 224)")
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise TrainingError(f"cannot write {args.out}: {error.strerror or error}") from None
     from vllm import LLM, SamplingParams
 
-    from vllm_buddy.embedded_model import fetch
-    from vllm_buddy.serving.kv_size import kv_bytes
+    from vllm_buddy.models.embedded import fetch
+    from vllm_buddy.models.kv_size import kv_bytes
 
     model_dir, length = args.model or fetch(), args.max_tokens + LONGEST_OPENER
     llm = LLM(

@@ -47,7 +47,7 @@ def complete(argv: list[str]) -> list[str]:
     if (argv and not argv[0].startswith("-")) or _has(argv, _MODEL):
         return argv
     # vLLM takes the model as the first argument only, so an option in first place means that none was named.
-    from vllm_buddy.embedded_model import DEFAULT_MODEL, fetch
+    from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
     print(f"vllm-buddy: no model named, serving the embedded {DEFAULT_MODEL}", flush=True)
     folder = fetch(report=lambda line: print(f"vllm-buddy: {line}", flush=True))

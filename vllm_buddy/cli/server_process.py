@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ class ServerProcess:
     def __init__(
         self,
         arguments: Sequence[str],
-        log: FilePath,
+        log: Path,
         start_timeout_s: float = 300.0,
         program: Sequence[str] = (sys.executable, "-m", "vllm_buddy", "serve"),
     ) -> None:

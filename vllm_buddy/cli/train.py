@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.errors import TrainingError
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG, KEY=VALUE and --list."""
-    parser.add_argument("config", type=FilePath, nargs="?", metavar="CONFIG", help="YAML file of settings")
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file of settings")
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="settings on top of the file; `--list` shows all"
     )
@@ -34,17 +34,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BuddyError: a setting, the data or the model cannot be used; the loss is not finite; the disk is full.
     """
-    from vllm_buddy.training.settings import TrainSettings
+    from vllm_buddy.training.stage1_settings import TrainSettings
 
     if args.list:
         return list_settings(TrainSettings)
     if args.config is None:
         raise TrainingError("give a CONFIG, a YAML file of settings; --list shows what it may hold")
     settings = TrainSettings.read(args.config, overrides(args.settings))
-    from vllm_buddy.embedded_model import fetch
-    from vllm_buddy.provenance import source_commit
-    from vllm_buddy.training.record import finish_run
+    from vllm_buddy.artifact.provenance import source_commit
+    from vllm_buddy.models.embedded import fetch
     from vllm_buddy.training.stage1 import run_stage1
+    from vllm_buddy.training.stage1_record import finish_run
 
     commit = source_commit()
     artifact, stage = run_stage1(settings, settings.model or fetch(), _progress, note)

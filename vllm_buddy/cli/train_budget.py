@@ -20,21 +20,21 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BuddyError: a setting, the data, the artifact or the model cannot be used.
     """
-    from vllm_buddy.training.budget_settings import BudgetSettings
+    from vllm_buddy.training.stage2_settings import BudgetSettings
 
     if args.list:
         return list_settings(BudgetSettings)
     if args.config is None:
         raise TrainingError("give a CONFIG, a YAML file of settings; --list shows what it may hold")
-    from vllm_buddy.training.settings import read_settings
+    from vllm_buddy.training.stage1_settings import read_settings
 
     settings = read_settings(BudgetSettings, args.config, overrides(args.settings))
     from vllm_buddy.artifact import artifact_folder
-    from vllm_buddy.embedded_model import fetch
-    from vllm_buddy.fingerprint import identify
-    from vllm_buddy.provenance import source_commit
-    from vllm_buddy.training.budget_record import finish_run
+    from vllm_buddy.artifact.fingerprint import identify
+    from vllm_buddy.artifact.provenance import source_commit
+    from vllm_buddy.models.embedded import fetch
     from vllm_buddy.training.stage2 import run_stage2
+    from vllm_buddy.training.stage2_record import finish_run
 
     commit = source_commit()
     model_dir = settings.model or fetch()

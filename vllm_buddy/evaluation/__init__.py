@@ -1,13 +1,13 @@
 """Quality by policy and budget: perplexity, multiple choice, KL and agreement with the unrouted model."""
 
 from vllm_buddy.evaluation.engine import Engine, Scores, Task, Variant
+from vllm_buddy.evaluation.eval_settings import EvalSettings
 from vllm_buddy.evaluation.figures import Figure
 from vllm_buddy.evaluation.hf_engine import HfEngine
 from vllm_buddy.evaluation.plan import EvalPlan, make_plan
 from vllm_buddy.evaluation.policy import Policy, PolicySpec
 from vllm_buddy.evaluation.run import evaluate
 from vllm_buddy.evaluation.sample import Sample
-from vllm_buddy.evaluation.settings import EvalSettings
 
 __all__ = [
     "Engine",

@@ -1,15 +1,15 @@
 """The picture of `vllm-buddy eval-budget`, from its results alone."""
 
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
-from vllm_buddy.evaluation.auto_budget import MIXED, AutoEvaluation
+from vllm_buddy.evaluation.auto_figures import MIXED, AutoEvaluation
 from vllm_buddy.evaluation.plot import check_plotting, save_canvas
 
 COLUMNS = 3
 
 
-def plot_auto(found: AutoEvaluation, out: FilePath) -> None:
+def plot_auto(found: AutoEvaluation, out: Path) -> None:
     """Loss against layers for each data set, and which depths each gets at the artifact's price.
 
     Raises:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from vllm_buddy.errors import EvaluationError
@@ -34,7 +34,7 @@ class ChoiceRow:
         ]
 
 
-def read_choices(path: FilePath, limit: int | None = None) -> list[ChoiceRow]:
+def read_choices(path: Path, limit: int | None = None) -> list[ChoiceRow]:
     """Read a JSONL file of objects with `goal`, `sol1`, `sol2` and `label` (0 or 1); other keys are ignored.
 
     limit: the first so many rows are returned; all are checked.

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def measure_depth_losses(
     samples: Sequence[Sample],
     depths: Sequence[int],
     report: Callable[[int, int], None],
-    cache: FilePath | None = None,
+    cache: Path | None = None,
 ) -> DepthLosses:
     """Losses of every sample at every depth. A request keeps the path that its context decided.
 
@@ -94,7 +94,7 @@ def _digest(model: Any, artifact: Artifact, samples: Sequence[Sample], depths: S
     return digest.hexdigest()[:16]
 
 
-def _load(path: FilePath, shape: tuple[int, ...]) -> np.ndarray:
+def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         found = np.load(path)
     except (OSError, ValueError, EOFError) as error:
@@ -104,7 +104,7 @@ def _load(path: FilePath, shape: tuple[int, ...]) -> np.ndarray:
     return found
 
 
-def _save(path: FilePath, losses: np.ndarray) -> None:
+def _save(path: Path, losses: np.ndarray) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

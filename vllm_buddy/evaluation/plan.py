@@ -2,22 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from vllm_buddy.artifact import artifact_folder, load_artifact
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.baselines import OrderFile, layer_order, measure_order, shipped_orders
 from vllm_buddy.errors import BaselineError, EvaluationError
 from vllm_buddy.evaluation.choices import ChoiceRow, read_choices
 from vllm_buddy.evaluation.engine import Report, Variant
+from vllm_buddy.evaluation.eval_settings import EvalSettings
 from vllm_buddy.evaluation.policy import DENSE, FROZEN, PROMPT_ONLY, Policy, PolicySpec, dense_policy, static_policy
 from vllm_buddy.evaluation.sample import Sample
-from vllm_buddy.evaluation.settings import EvalSettings
-from vllm_buddy.evaluation.text import text_samples
-from vllm_buddy.fingerprint import BaseModelIdentity, identify
+from vllm_buddy.evaluation.windows import text_samples
 from vllm_buddy.importance import CalibrationText
 from vllm_buddy.method import depth_for_budget
-from vllm_buddy.model_folder import load_tokenizer
+from vllm_buddy.models.folder import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class EvalPlan:
     variants: the unrouted model first. windows: empty without a text. choices: two for each of `rows`, in their order.
     """
 
-    model_dir: FilePath
+    model_dir: Path
     variants: list[Variant]
     windows: list[Sample]
     rows: list[ChoiceRow]
@@ -38,7 +38,7 @@ class EvalPlan:
         return [*self.windows, *self.choices]
 
 
-def make_plan(settings: EvalSettings, model_dir: FilePath, report: Report) -> EvalPlan:
+def make_plan(settings: EvalSettings, model_dir: Path, report: Report) -> EvalPlan:
     """Read data and artifacts and decide what runs.
 
     report: progress of measuring layer orders, which alone needs the model and is done last.
@@ -96,7 +96,7 @@ def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> l
 
 
 def _orders(
-    settings: EvalSettings, base: BaseModelIdentity, model_dir: FilePath, report: Report
+    settings: EvalSettings, base: BaseModelIdentity, model_dir: Path, report: Report
 ) -> Callable[[str], list[int]]:
     """A function from static method to layer order, which has checked that all asked for can be had."""
     files = shipped_orders() if settings.orders is None else [OrderFile.load(settings.orders)]

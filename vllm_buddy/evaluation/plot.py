@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from vllm_buddy.errors import EvaluationError
@@ -28,7 +28,7 @@ def check_plotting() -> None:
         raise EvaluationError("a plot needs matplotlib; pip install 'vllm-buddy[plot]', or leave out --plot")
 
 
-def plot_figures(figures: Sequence[Figure], out: FilePath) -> None:
+def plot_figures(figures: Sequence[Figure], out: Path) -> None:
     """Draw `figures` to `out`, in the format that its name ends on.
 
     Raises:
@@ -54,7 +54,7 @@ def plot_figures(figures: Sequence[Figure], out: FilePath) -> None:
     save_canvas(canvas, out)
 
 
-def save_canvas(canvas: Any, out: FilePath) -> None:
+def save_canvas(canvas: Any, out: Path) -> None:
     """Write a matplotlib figure, in the format that the name of `out` ends on.
 
     Raises:

@@ -15,14 +15,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from vllm_buddy.artifact import Artifact
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.baselines import STATIC_METHODS, bare_artifact, static_artifact, with_fixed_paths
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.sample import Sample
-from vllm_buddy.fingerprint import BaseModelIdentity
-from vllm_buddy.method import Path, PathSchedule, RequestRoute, Router, Run
+from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router, Run
 
 DENSE = "dense"
 BUDDY = "buddy"
@@ -38,7 +38,7 @@ class PolicySpec:
     name: str
     base_name: str
     variant: str | None = None
-    folder: FilePath | None = None
+    folder: Path | None = None
 
     def __str__(self) -> str:
         return self.name if self.folder is None else f"{self.name}={self.folder}"
@@ -65,7 +65,7 @@ class PolicySpec:
                     f"policy '{text}': an artifact needs a folder and a name of its own, not one of "
                     f"{', '.join(reserved)}"
                 )
-            return cls(name, base_name, variant or None, FilePath(folder))
+            return cls(name, base_name, variant or None, Path(folder))
         if base_name not in reserved:
             raise EvaluationError(
                 f"unknown policy '{text}'; known are {', '.join(reserved)}, and NAME=DIR for another artifact"
@@ -93,9 +93,9 @@ class Policy:
         route = RequestRoute(self.router, self.schedule, depth, sample.inputs, sample.num_context)
         return route.runs(0, len(sample.inputs), sample.inputs)
 
-    def path_counts(self, samples: Sequence[Sample], depth: int) -> Counter[Path]:
+    def path_counts(self, samples: Sequence[Sample], depth: int) -> Counter[LayerPath]:
         """How many tokens run each path."""
-        counts: Counter[Path] = Counter()
+        counts: Counter[LayerPath] = Counter()
         for sample in samples:
             for run in self.route(sample, depth):
                 counts[run.path] += run.num_tokens

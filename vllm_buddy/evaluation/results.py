@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,7 +13,7 @@ from vllm_buddy.evaluation.figures import Figure
 _ROWS = TypeAdapter(list[Figure])
 
 
-def save_results(figures: Sequence[Figure], path: FilePath) -> None:
+def save_results(figures: Sequence[Figure], path: Path) -> None:
     """Write `figures`, a row a line.
 
     Raises:
@@ -22,7 +22,7 @@ def save_results(figures: Sequence[Figure], path: FilePath) -> None:
     write_rows([figure.row() for figure in figures], path)
 
 
-def write_rows(rows: Sequence[dict[str, Any]], path: FilePath) -> None:
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write rows of any form as a JSON list, a row a line.
 
     Raises:
@@ -35,7 +35,7 @@ def write_rows(rows: Sequence[dict[str, Any]], path: FilePath) -> None:
         raise EvaluationError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def load_results(path: FilePath) -> list[Figure]:
+def load_results(path: Path) -> list[Figure]:
     """Read what `save_results` wrote.
 
     Raises:

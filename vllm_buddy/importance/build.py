@@ -7,16 +7,16 @@ from functools import partial
 import numpy as np
 
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, PriorConfig
+from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PriorConfig
+from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.errors import CalibrationError
-from vllm_buddy.fingerprint import identify
 from vllm_buddy.importance.base import INDICATORS, find_indicator
+from vllm_buddy.importance.calibration import CalibrationText
 from vllm_buddy.importance.library import nested_library
 from vllm_buddy.importance.normalise import normalise
 from vllm_buddy.importance.perplexity import perplexity_by_budget
-from vllm_buddy.importance.settings import PriorSettings
-from vllm_buddy.importance.text import CalibrationText
-from vllm_buddy.model_folder import load_model, load_tokenizer
+from vllm_buddy.importance.prior_settings import PriorSettings
+from vllm_buddy.models.folder import load_model, load_tokenizer
 
 Report = Callable[[str, int, int], None]
 

@@ -3,7 +3,7 @@
 from vllm_buddy.method.budget import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
 from vllm_buddy.method.context import Context
 from vllm_buddy.method.decision import DecisionModule, FoldedDecision
-from vllm_buddy.method.path import Path, full_path, layers_of, path_of, top_k_path
+from vllm_buddy.method.path import LayerPath, full_path, layers_of, path_of, top_k_path
 from vllm_buddy.method.predictor import BudgetPredictor, FoldedPredictor
 from vllm_buddy.method.router import Router
 from vllm_buddy.method.schedule import PathSchedule, RequestRoute, Run
@@ -14,7 +14,7 @@ __all__ = [
     "DecisionModule",
     "FoldedDecision",
     "FoldedPredictor",
-    "Path",
+    "LayerPath",
     "PathSchedule",
     "RequestRoute",
     "Router",

@@ -12,12 +12,12 @@ from torch import nn
 
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.method.path import Path
+from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.reference import check_config
 
 
 def forked_hidden(
-    model: nn.Module, token_ids: torch.Tensor, paths: Sequence[Path], bypass: Bypass | None = None
+    model: nn.Module, token_ids: torch.Tensor, paths: Sequence[LayerPath], bypass: Bypass | None = None
 ) -> torch.Tensor:
     """Hidden states behind the last layer, before the final norm: [len(paths), length, hidden_size].
 

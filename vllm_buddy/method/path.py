@@ -6,10 +6,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-Path: TypeAlias = int
+LayerPath: TypeAlias = int
 
 
-def path_of(layers: Iterable[int]) -> Path:
+def path_of(layers: Iterable[int]) -> LayerPath:
     """The path that executes `layers`."""
     path = 0
     for layer in layers:
@@ -17,23 +17,23 @@ def path_of(layers: Iterable[int]) -> Path:
     return path
 
 
-def layers_of(path: Path) -> list[int]:
+def layers_of(path: LayerPath) -> list[int]:
     """The layers of `path`, ascending."""
     return [layer for layer in range(path.bit_length()) if path >> layer & 1]
 
 
 @lru_cache(maxsize=4096)
-def path_mask(path: Path, num_layers: int) -> np.ndarray:
+def path_mask(path: LayerPath, num_layers: int) -> np.ndarray:
     """[num_layers], bool: does the path hold the layer? Not to be written to."""
     return np.array([path >> layer & 1 for layer in range(num_layers)], dtype=bool)
 
 
-def full_path(num_layers: int) -> Path:
+def full_path(num_layers: int) -> LayerPath:
     """The path of the unrouted model."""
     return (1 << num_layers) - 1
 
 
-def top_k_path(scores: Sequence[float] | np.ndarray, depth: int) -> Path:
+def top_k_path(scores: Sequence[float] | np.ndarray, depth: int) -> LayerPath:
     """First layer, last layer and the depth - 2 middle layers of highest score.
 
     scores: [num_layers - 2], one per middle layer. Ties go to the lower layer index, so the path is a

@@ -15,7 +15,7 @@ from torch import nn
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, check_kv_policy
-from vllm_buddy.method.path import Path
+from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.router import Router
 from vllm_buddy.method.schedule import PathSchedule, RequestRoute
 
@@ -56,7 +56,7 @@ class GeneratedSequence:
     """
 
     token_ids: list[int]
-    paths: list[Path]
+    paths: list[LayerPath]
     logprobs: list[float] = field(default_factory=list)
 
 
@@ -71,7 +71,7 @@ def check_config(config: Any) -> None:
 
 @torch.no_grad()
 def routed_logits(
-    model: nn.Module, token_ids: Sequence[int], paths: Sequence[Path], kv_policy: str, bypass: Bypass | None = None
+    model: nn.Module, token_ids: Sequence[int], paths: Sequence[LayerPath], kv_policy: str, bypass: Bypass | None = None
 ) -> torch.Tensor:
     """Logits of every position, computed from scratch.
 
@@ -106,7 +106,7 @@ def generate(
     bypass = _like(model, bypass)
     route = RequestRoute(router, schedule, depth, prompt, num_context_tokens)
     token_ids = list(prompt)
-    paths: list[Path] = []
+    paths: list[LayerPath] = []
     logprobs: list[float] = []
     for _ in range(max_new_tokens):
         start = len(paths)
@@ -134,7 +134,7 @@ def _advance(
     caches: list[LayerCache],
     start: int,
     token_ids: Sequence[int],
-    paths: Sequence[Path],
+    paths: Sequence[LayerPath],
     kv_policy: str,
     bypass: Bypass | None,
 ) -> torch.Tensor:

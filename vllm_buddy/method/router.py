@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_buddy.method.context import Context
 from vllm_buddy.method.decision import FoldedDecision
-from vllm_buddy.method.path import Path, full_path, top_k_path
+from vllm_buddy.method.path import LayerPath, full_path, top_k_path
 
 OMEGA = 0.1  # weight of the standardised prior beside the trained scores (BUDDY, section 3.3)
 
@@ -28,21 +28,21 @@ class Router:
         prior: np.ndarray,
         decision: FoldedDecision | None = None,
         omega: float = OMEGA,
-        library: Mapping[int, Sequence[Path]] | None = None,
+        library: Mapping[int, Sequence[LayerPath]] | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.full = full_path(num_layers)
         self.decision = decision
         prior = np.asarray(prior, dtype=np.float64)
         self._bias = omega * (prior - prior.mean()) / (prior.std() + 1e-12)
-        self._library: dict[int, tuple[list[Path], np.ndarray]] | None = None
+        self._library: dict[int, tuple[list[LayerPath], np.ndarray]] | None = None
         if library is not None:
             middle = np.arange(1, num_layers - 1)
             self._library = {
                 depth: (list(paths), np.array([[p >> layer & 1 for layer in middle] for p in paths], dtype=np.float64))
                 for depth, paths in library.items()
             }
-        self._static: dict[int, Path] = {}
+        self._static: dict[int, LayerPath] = {}
 
     def new_context(self) -> Context | None:
         """An empty context for a new request, or None where no decision ever looks at one."""
@@ -53,7 +53,7 @@ class Router:
         """Depths below full that the library holds; None if every depth is allowed."""
         return None if self._library is None else sorted(self._library)
 
-    def path(self, context: Context | None, depth: int) -> Path:
+    def path(self, context: Context | None, depth: int) -> LayerPath:
         """The path of `depth` layers for the tokens in `context`. Deterministic."""
         if depth == self.num_layers:
             return self.full
@@ -64,7 +64,7 @@ class Router:
         assert context is not None
         return self._pick(self.decision.scores(context) + self._bias, depth)
 
-    def _pick(self, scores: np.ndarray, depth: int) -> Path:
+    def _pick(self, scores: np.ndarray, depth: int) -> LayerPath:
         if self._library is None:
             return top_k_path(scores, depth)
         paths, members = self._library[depth]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vllm_buddy.method.path import Path
+from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.router import Router
 
 
@@ -12,7 +12,7 @@ class Run(NamedTuple):
     """Consecutive tokens of one request that execute the same path."""
 
     num_tokens: int
-    path: Path
+    path: LayerPath
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ ROUTED_ARCHITECTURES = {
     "Qwen2ForCausalLM": "BuddyQwen2ForCausalLM",
     "Qwen3ForCausalLM": "BuddyQwen3ForCausalLM",
 }
-_MODELS_MODULE = "vllm_buddy.serving.models"
+_MODELS_MODULE = "vllm_buddy.serving.forward.models"
 _MARK = "_vllm_buddy_original"
 
 
@@ -35,7 +35,7 @@ def _register_models() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_buddy.serving.startup import BuddyModelConfig
+    from vllm_buddy.serving.start.hook import BuddyModelConfig
 
     for routed in ROUTED_ARCHITECTURES.values():
         # The string form: vLLM imports the model code when it needs it, in the process that needs it.
@@ -70,7 +70,7 @@ def _wrap_verify() -> None:
     """Validate a request's buddy options where vLLM validates its own: HTTP 400 in the server."""
     from vllm.sampling_params import SamplingParams
 
-    from vllm_buddy.serving.request import verify_request
+    from vllm_buddy.serving.admission.options import verify_request
 
     original = SamplingParams.verify
     if hasattr(original, _MARK):
@@ -90,7 +90,7 @@ def _wrap_process_inputs() -> None:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vllm_buddy.serving.request import verify_context
+    from vllm_buddy.serving.admission.options import verify_context
 
     original = InputProcessor.process_inputs
     if hasattr(original, _MARK):

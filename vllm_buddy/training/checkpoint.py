@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ CHECKPOINT_FILE = "checkpoint.pt"
 START_FILE = "start.pt"
 
 
-def save_state(path: FilePath, state: dict[str, Any]) -> None:
+def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path`; a kill or a full disk at any moment leaves what was there before.
 
     Raises:
@@ -32,7 +32,7 @@ def save_state(path: FilePath, state: dict[str, Any]) -> None:
         raise TrainingError(f"cannot write {path}: {error}; {kept}. Make room and run the same command again") from None
 
 
-def load_state(path: FilePath) -> dict[str, Any]:
+def load_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote.
 
     Raises:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import TrainingError
-from vllm_buddy.training.settings import DataSource
+from vllm_buddy.training.stage1_settings import DataSource
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Corpus:
 
     @classmethod
     def read(
-        cls, sources: Sequence[DataSource], folder: FilePath | None, tokenizer: Any, length: int, used: int, seed: int
+        cls, sources: Sequence[DataSource], folder: Path | None, tokenizer: Any, length: int, used: int, seed: int
     ) -> "Corpus":
         """Read and tokenize. used: sequences that training will take.
 

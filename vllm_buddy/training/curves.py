@@ -1,7 +1,7 @@
 """The loss curve of a run as a picture, from its log alone."""
 
 import json
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ BANDS = 3  # the served depths are cut into this many
 SMOOTHING = 0.1  # each point is the mean over this share of the run
 
 
-def read_log(path: FilePath) -> list[dict]:
+def read_log(path: Path) -> list[dict]:
     """Rows of log.jsonl, one per step."""
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
@@ -34,7 +34,7 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def draw_curves(log: FilePath, out: FilePath, title: str) -> None:
+def draw_curves(log: Path, out: Path, title: str) -> None:
     """Loss against training tokens, one line for each band of depths.
 
     Raises:

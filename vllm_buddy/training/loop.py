@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.objective import distillation_loss, divergence, next_token_loss
 from vllm_buddy.training.repair import Repair
 from vllm_buddy.training.routing import Routing, draw_depths
-from vllm_buddy.training.settings import TrainSettings
+from vllm_buddy.training.stage1_settings import TrainSettings
 from vllm_buddy.training.teacher import Teacher
 
 LOG_FILE = "log.jsonl"
@@ -49,7 +49,7 @@ class Run:
     router_figures: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def folder(self) -> FilePath:
+    def folder(self) -> Path:
         return self.settings.out
 
     def train(self) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from vllm_buddy.method.predictor import BudgetPredictor
-from vllm_buddy.training.budget_settings import BudgetSettings
 from vllm_buddy.training.grpo import entropy, group_advantages, grpo_loss
+from vllm_buddy.training.stage2_settings import BudgetSettings
 
 LOG_EVERY = 10  # steps, and that often the held-out samples are looked at
 SMALLEST_STEP = 1e-3  # nats between neighbouring depths, at the start

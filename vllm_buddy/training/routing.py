@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_buddy.method import DecisionModule, Path, path_of
+from vllm_buddy.method import DecisionModule, LayerPath, path_of
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.method.router import OMEGA
 
@@ -62,7 +62,7 @@ class LibraryRouting:
                 masks[row, change:] = path_mask(self._draw(depth, rng), self._num_layers)
         return Routed(torch.from_numpy(masks))
 
-    def _draw(self, depth: int, rng: np.random.Generator) -> Path:
+    def _draw(self, depth: int, rng: np.random.Generator) -> LayerPath:
         if depth == self._num_layers:
             return (1 << self._num_layers) - 1
         paths = self._library[depth]

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.artifact_config import FORMAT_VERSION, BuddyConfig, LoraConfig, PriorConfig
+from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, LoraConfig, PriorConfig
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.baselines import check_static_method, layer_order, static_path, static_prior
 from vllm_buddy.errors import TrainingError
-from vllm_buddy.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.importance.library import nested_library
 from vllm_buddy.method import DecisionModule, FoldedDecision, layers_of
 from vllm_buddy.method.budget import depth_for_budget
@@ -23,7 +23,7 @@ from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
 from vllm_buddy.method.router import OMEGA
-from vllm_buddy.model_folder import load_model, load_tokenizer
+from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.checkpoint import START_FILE, load_state, save_state
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.loop import Run
@@ -32,7 +32,7 @@ from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
 from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, RandomRouting, Routing
-from vllm_buddy.training.settings import TrainSettings
+from vllm_buddy.training.stage1_settings import TrainSettings
 from vllm_buddy.training.teacher import Teacher
 
 SEARCHED, LEARNED = "searched", "learned"
@@ -85,7 +85,7 @@ def check_settings(settings: TrainSettings) -> None:
 
 
 def run_stage1(
-    settings: TrainSettings, model_dir: FilePath, report: Callable[[dict[str, Any]], None], note: Note
+    settings: TrainSettings, model_dir: Path, report: Callable[[dict[str, Any]], None], note: Note
 ) -> tuple[Artifact, Run]:
     """Train, or go on with a run that was stopped; returns the artifact, not yet saved.
 

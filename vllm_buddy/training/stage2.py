@@ -2,27 +2,27 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_buddy.artifact import Artifact, load_artifact
-from vllm_buddy.artifact_config import PredictorConfig, PricePoint
+from vllm_buddy.artifact.config import PredictorConfig, PricePoint
+from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.evaluation.cost_quality import Gain, choices, compare
 from vllm_buddy.evaluation.depth_losses import measure_depth_losses
 from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
 from vllm_buddy.evaluation.sample import Sample
-from vllm_buddy.fingerprint import identify
 from vllm_buddy.method import FoldedPredictor
 from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
-from vllm_buddy.model_folder import load_model, load_tokenizer
-from vllm_buddy.training.budget_settings import BudgetSettings
+from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
+from vllm_buddy.training.stage2_settings import BudgetSettings
 
 PRICE_STEPS = 400  # prices from 0 to max_price, of which the artifact's own is one
 PRICES_LISTED = 9
@@ -43,8 +43,8 @@ class Stage2:
 
 def run_stage2(
     settings: BudgetSettings,
-    artifact_dir: FilePath,
-    model_dir: FilePath,
+    artifact_dir: Path,
+    model_dir: Path,
     report: Callable[[dict[str, Any]], None],
     note: Callable[[str], None],
 ) -> Stage2:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ class Teacher:
         TrainingError: the disk has no room for the sequences that this run uses.
     """
 
-    def __init__(self, model: nn.Module, corpus: Corpus, top: int, folder: FilePath) -> None:
+    def __init__(self, model: nn.Module, corpus: Corpus, top: int, folder: Path) -> None:
         self._model = model
         self._sequences = corpus.sequences
         shape = (*corpus.sequences.shape, top)
@@ -59,7 +59,7 @@ class Teacher:
         return ids.cpu().numpy(), log_probs.cpu().numpy()
 
 
-def _open(path: FilePath, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """The array in `path`, made of zeros if it is not there. Sparse: it takes the room of what is written."""
     if not path.is_file():
         own = path.with_name(f"{path.name}.{os.getpid()}")
@@ -70,7 +70,7 @@ def _open(path: FilePath, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     return np.lib.format.open_memmap(path, mode="r+")
 
 
-def _check_room(folder: FilePath, num_bytes: int) -> None:
+def _check_room(folder: Path, num_bytes: int) -> None:
     # Writing to a mapped file on a full disk ends the process without a message.
     free = shutil.disk_usage(folder).free
     if free < num_bytes:

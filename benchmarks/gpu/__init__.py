@@ -1,0 +1,1 @@
+"""What needs a GPU: kernels, decode steps at usual model sizes, one command for all of it."""

@@ -1,0 +1,1 @@
+"""What benchmarks share: engines, servers, rounds, results files, and the check of what is timed."""

@@ -1,0 +1,192 @@
+"""What is compared: stock vLLM, stock vLLM on pruned checkpoints, and buddy, as engines in one process."""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vllm import LLM
+
+from benchmarks.harness import engines
+from benchmarks.harness.engines import Variant
+from benchmarks.harness.reference_check import Reference
+from benchmarks.harness.result_rows import device
+from benchmarks.harness.rounds import Refused, Rounds
+from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
+from vllm_buddy.baselines import save_pruned_checkpoint
+from vllm_buddy.method import (
+    DecisionModule,
+    FoldedDecision,
+    LayerPath,
+    PathSchedule,
+    Router,
+    depth_for_budget,
+    layers_of,
+)
+from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
+
+
+class Lineup:
+    """Engines for one model and one artifact, each started when first asked for; they live as long as the process.
+
+    Requests of buddy share one path per budget unless a variant asks for the artifact's own router: the Decision Module
+    then has the real size and scores the layers, but its last layer is zero, so that the prior decides.
+    """
+
+    def __init__(self, model: Path, artifact: Artifact, work: Path) -> None:
+        self.model = model
+        self.artifact = artifact
+        self._work = work
+        self._stock_engines: dict[LayerPath, LLM] = {}
+        self._reference: Reference | None = None
+        self._one_path = single_path_artifact(artifact)
+
+    @property
+    def num_layers(self) -> int:
+        return self.artifact.config.base_model.num_layers
+
+    def depth(self, budget: float) -> int:
+        """Layers executed at `budget`."""
+        return depth_for_budget(budget, self.num_layers)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.artifact.config.base_model.vocab_size
+
+    @cached_property
+    def router(self) -> Router:
+        """One path per budget, at the price of a Decision Module of the real size."""
+        return self._one_path.router()
+
+    @cached_property
+    def buddy(self) -> LLM:
+        """The routed engine, which all variants of buddy share."""
+        self._one_path.save(self._work / "artifact")
+        options = {"artifact": str(self._work / "artifact")}
+        return engines.start_engine(str(self.model), model_impl="buddy", additional_config={"buddy": options})
+
+    def path(self, depth: int) -> LayerPath:
+        """The one path of `depth` layers."""
+        return replace(self._one_path, decision=None).router().path(None, depth)
+
+    def stock(self) -> Variant:
+        """Stock vLLM on the whole model."""
+        return self._stock_variant("stock", self.num_layers, self.router.full)
+
+    def pruned(self, budget: float) -> Variant:
+        """Stock vLLM on a checkpoint that has only the layers of buddy's path, without any repair."""
+        depth = self.depth(budget)
+        return self._stock_variant(f"pruned {budget}", depth, self.path(depth))
+
+    def routed(
+        self,
+        budget: float,
+        *,
+        bypass: bool = True,
+        own_paths: bool = False,
+        schedule: PathSchedule | None = None,
+        note: str = "",
+    ) -> Variant:
+        """Buddy at one budget.
+
+        bypass: False leaves skipped rows as they are, as with an artifact that has none. own_paths: those that the
+        artifact's own Decision Module picks. schedule: None is the server's default. note: the end of its name.
+        """
+        return Variant(
+            name=", ".join(part for part in (f"buddy {budget}", note) if part),
+            layers=self.depth(budget),
+            llm=self.buddy,
+            budget=budget,
+            router=self.artifact.router() if own_paths else self.router,
+            schedule=schedule or PathSchedule(),
+            bypass=bypass,
+        )
+
+    def draw_prompts(self, rng: np.random.Generator, num_prompts: int, num_tokens: int) -> list[list[int]]:
+        """Random token ids, without those at the beginning of the vocabulary, where special ones are."""
+        return rng.integers(self.vocab_size // 10, self.vocab_size, (num_prompts, num_tokens)).tolist()
+
+    def about(self) -> dict[str, Any]:
+        """What a results row says of the artifact."""
+        config = self.artifact.config
+        return {"artifact": config.name, "recipe": config.recipe, "bypass_rank": config.bypass_rank}
+
+    def check(self, variants: Sequence[Variant], prompts: Sequence[list[int]], rounds: Rounds) -> None:
+        """Compare what all variants compute with the plain forward, and mark them as checked in `rounds`.
+
+        Raises:
+            Refused: one of them computes something else.
+        """
+        for variant in variants:
+            self.check_together([(variant, prompt) for prompt in prompts], rounds, variant.name)
+
+    def check_together(self, asked: Sequence[tuple[Variant, list[int]]], rounds: Rounds, name: str) -> None:
+        """The same for one batch of several variants of one engine, to be marked as `name`."""
+        if self._reference is None:
+            dtype = asked[0][0].llm.llm_engine.model_config.dtype
+            self._reference = Reference(self.model, self.artifact, dtype)
+        found = engines.second_token_logprobs_together(asked)
+        for variant in {id(variant): variant for variant, _ in asked}.values():
+            its = [i for i, (one, _) in enumerate(asked) if one is variant]
+            self._reference.check(variant, [asked[i][1] for i in its], [found[i] for i in its])
+        rounds.mark_checked([name])
+
+    def _stock_variant(self, name: str, layers: int, path: LayerPath) -> Variant:
+        if path not in self._stock_engines:
+            folder = self.model
+            if path != self.router.full:
+                folder = save_pruned_checkpoint(self.model, layers_of(path), self._work / f"pruned-{path:x}")
+            self._stock_engines[path] = engines.start_engine(str(folder))
+        return Variant(name=name, layers=layers, path=path, llm=self._stock_engines[path])
+
+
+def add_lineup_options(parser: argparse.ArgumentParser) -> None:
+    """--model and --artifact."""
+    parser.add_argument("--model", type=Path, help="folder of a model; default: the embedded one")
+    parser.add_argument(
+        "--artifact",
+        type=Path,
+        default=SHIPPED_DIR / DEFAULT_MODEL,
+        help="artifact of the model, with its bypass or LoRA; default: the shipped one",
+    )
+
+
+@contextmanager
+def open_lineup(args: argparse.Namespace) -> Iterator[Lineup]:
+    """The line-up that the options ask for; its files are removed afterwards. Refused on a GPU: there captured steps
+    keep the bypasses that they were captured with, and steps of layers cannot be told apart from outside.
+    """
+    if device() == "cuda":
+        raise Refused(
+            "this compares engines side by side on a CPU; on a GPU run python -m benchmarks.speed.decode --device cuda"
+        )
+    work = Path(tempfile.mkdtemp(prefix="vllm_buddy-bench-"))
+    try:
+        yield Lineup(args.model or fetch(report=print), load_artifact(args.artifact), work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def single_path_artifact(artifact: Artifact) -> Artifact:
+    """An artifact with a Decision Module of the real size that finds all layers alike, so that the prior decides."""
+    base = artifact.config.base_model
+    torch.manual_seed(0)
+    module = DecisionModule(value_dim=192, num_middle=base.num_layers - 2)
+    torch.nn.init.zeros_(module.w2.weight)
+    torch.nn.init.zeros_(module.w2.bias)
+    decision = FoldedDecision.fold(module, torch.randn(base.vocab_size, 192))
+    config = artifact.config.model_copy(update={"name": "benchmark", "has_decision_module": True, "library": None})
+    return replace(artifact, config=config, decision=decision)
+
+
+def in_turn(variants: Sequence[Any], round_index: int) -> list[Any]:
+    """All variants, each round beginning with another one."""
+    first = round_index % len(variants)
+    return [*variants[first:], *variants[:first]]

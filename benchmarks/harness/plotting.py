@@ -1,0 +1,26 @@
+"""What the pictures of results files have in common."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.result_rows import read_rows
+
+
+def draw_from_file(description: str | None, plot: Callable[[Sequence[dict[str, Any]], Path], None]) -> None:
+    """The command line of a script that draws a results file: ROWS OUT."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    plot(read_rows(args.rows), args.out)
+
+
+def new_canvas(width: float, height: float) -> Any:
+    """A matplotlib figure of this size in inches. Raises SystemExit if there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit("a plot needs matplotlib; pip install 'vllm-buddy[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")

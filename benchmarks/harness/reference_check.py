@@ -1,0 +1,117 @@
+"""Whether the engines of a benchmark compute what they are timed for: one plain forward for all of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.harness.rounds import Refused
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router
+from vllm_buddy.method.kv_policy import MASKED
+from vllm_buddy.method.reference import routed_logits
+
+NUM_LIKELIEST = 20  # tokens of a distribution that are compared; the most that vLLM gives
+NUM_CHECKED = 8  # prompts of a batch: the plain forward takes most of a second for each
+# Of the likeliest second tokens, means over the prompts. Seen with a bf16 engine, at full depth and at 0.9 and 0.75
+# with a random bypass of rank 64: 17 of 20 or more in common and at most 0.16 nats apart on each of 8 prompts; half the
+# layers without any repair, where nothing is likely: 15 and 0.33 on one of them. Two engines of which one ran a layer
+# less: a median of 13 and 0.43 on 32 prompts.
+MIN_COMMON = 15
+MAX_DISTANCE = 0.3
+
+
+@dataclass(kw_only=True)
+class Routing:
+    """Which layers the requests of a variant run.
+
+    layers: per token. path: what stock vLLM runs, as layers of the whole model; None for buddy.
+    budget, router, schedule: buddy's. bypass: whether rows that skip a layer go through its bypass.
+    """
+
+    name: str
+    layers: int
+    path: LayerPath | None = None
+    budget: float | None = None
+    router: Router | None = None
+    schedule: PathSchedule = field(default_factory=PathSchedule)
+    bypass: bool = True
+
+    @property
+    def extra_args(self) -> dict[str, Any] | None:
+        """What its requests say to the plugin."""
+        return None if self.budget is None else {"buddy_budget": self.budget}
+
+
+class Reference:
+    """The routed forward of the method, in float32 on the weights that the engines have.
+
+    Stock vLLM is compared with the base model on the layers it runs, buddy with the artifact's LoRA and bypass too.
+    """
+
+    def __init__(self, model_dir: Path, artifact: Artifact, dtype: torch.dtype) -> None:
+        self._base = _load(model_dir, dtype).float()
+        self._changed = self._base
+        if artifact.lora is not None:
+            changed = _load(model_dir, dtype)
+            artifact.lora.merge_into(changed)
+            self._changed = changed.float()
+        like = torch.empty(0, dtype=dtype)
+        self._bypass = None if artifact.bypass is None else artifact.bypass.to(like).to(like.float())
+        self._known: dict[Any, dict[int, float]] = {}
+
+    def check(self, variant: Routing, prompts: Sequence[list[int]], found: Sequence[Mapping[int, float]]) -> None:
+        """Refuse to time what does not compute what it should.
+
+        bf16 sums differ in the last bits, so tokens of greedy decoding may differ between any two correct programs; a
+        wrong layer, bypass or cache entry changes every distribution at once.
+
+        found: for each prompt the NUM_LIKELIEST tokens and their logprobs behind prompt + its last token again.
+
+        Raises:
+            Refused: these are not the reference's distributions.
+        """
+        shared: list[int] = []
+        distances: list[float] = []
+        for ours, prompt in zip(found[:NUM_CHECKED], prompts):
+            expected = self._second_token_logprobs(variant, prompt)
+            common = ours.keys() & expected.keys()
+            shared.append(len(common))
+            apart = [abs(ours[t] - expected[t]) for t in common]
+            distances.append(float(np.mean(apart)) if apart else float("inf"))
+        if not (np.mean(shared) >= MIN_COMMON and np.mean(distances) <= MAX_DISTANCE):
+            raise Refused(
+                f"{variant.name} does not compute what the reference computes: {np.mean(shared):.1f} of "
+                f"{NUM_LIKELIEST} likeliest tokens in common, {np.mean(distances):.2f} nats apart; nothing is timed"
+            )
+
+    def _second_token_logprobs(self, variant: Routing, prompt: list[int]) -> dict[int, float]:
+        token_ids = [*prompt, prompt[-1]]
+        paths = _paths(variant, prompt, token_ids)
+        routed = variant.path is None
+        key = (tuple(token_ids), tuple(paths), routed, variant.bypass)
+        if key not in self._known:
+            model = self._changed if routed else self._base
+            bypass = self._bypass if routed and variant.bypass else None
+            logprobs = routed_logits(model, token_ids, paths, MASKED, bypass)[-1].log_softmax(dim=-1)
+            values, tokens = logprobs.topk(NUM_LIKELIEST)
+            self._known[key] = dict(zip(tokens.tolist(), values.tolist()))
+        return self._known[key]
+
+
+def _paths(variant: Routing, prompt: list[int], token_ids: list[int]) -> list[LayerPath]:
+    if variant.path is not None:
+        return [variant.path] * len(token_ids)
+    assert variant.router is not None
+    route = RequestRoute(variant.router, variant.schedule, variant.layers, prompt)
+    return [run.path for run in route.runs(0, len(token_ids), token_ids) for _ in range(run.num_tokens)]
+
+
+def _load(model_dir: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True).eval()

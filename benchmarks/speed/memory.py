@@ -1,0 +1,75 @@
+"""Memory of buddy beside stock vLLM: the KV capacity vLLM finds room for, and resident memory after some work.
+
+    python -m benchmarks.speed.memory            # SmolLM2-135M, CPU, about 3 minutes
+
+Each engine starts in a process of its own, sizes its KV cache by --gpu-memory-utilization and serves eight requests.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, write_rows
+from benchmarks.harness.rounds import add_rounds_option
+from vllm_buddy.models.embedded import fetch
+
+UTILISATION = 0.3
+PROMPTS = [list(range(100 + i, 400 + i)) for i in range(8)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_rounds_option(parser, 2)
+    parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_memory.jsonl")
+    parser.add_argument("--child", choices=["stock", "buddy"], help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(args.child, args.model)))
+        return
+    env = environment()
+    model = fetch(report=print)
+    found: dict[str, list[dict[str, float]]] = {"stock": [], "buddy": []}
+    for _ in range(args.rounds):
+        for variant, runs in found.items():
+            command = [sys.executable, "-m", "benchmarks.speed.memory", "--child", variant, "--model", str(model)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+    rows = []
+    for metric in ("kv_capacity_tokens", "resident_mib"):
+        mean = {variant: sum(run[metric] for run in runs) / len(runs) for variant, runs in found.items()}
+        rows += [{"metric": metric, "variant": v, "value": m, "n": args.rounds} for v, m in mean.items()]
+        ratio = {"metric": f"{metric}_ratio", "variant": "buddy", "value": mean["buddy"] / mean["stock"]}
+        rows.append({**ratio, "n": args.rounds})
+    write_rows(args.out, rows, env)
+    for row in rows:
+        print(f"{row['variant']:6} {row['metric']:26} {row['value']:12.3f}")
+
+
+def measure(variant: str, model: str) -> dict[str, Any]:
+    """Start one engine in this process and let it work."""
+    import psutil
+    from vllm import LLM, SamplingParams
+
+    from benchmarks.harness import engines
+
+    options: dict[str, Any] = {"model_impl": "buddy"} if variant == "buddy" else {}
+    llm = LLM(model, max_model_len=2048, gpu_memory_utilization=UTILISATION, **options)
+    budgets = [1.0, 0.75, 0.5] if variant == "buddy" else [None]
+    params = [
+        SamplingParams(max_tokens=32, extra_args=None if b is None else {"buddy_budget": b})
+        for b in (budgets[i % len(budgets)] for i in range(len(PROMPTS)))
+    ]
+    llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
+    config = engines.core(llm).vllm_config.cache_config
+    return {
+        "kv_capacity_tokens": config.num_gpu_blocks * config.block_size,
+        "resident_mib": psutil.Process().memory_info().rss / 2**20,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Draws a server under too many requests from the rows of its results file alone.
+
+python -m benchmarks.speed.overload_plot benchmarks/results/cpu_overload.jsonl docs/overload.png
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.plotting import draw_from_file, new_canvas
+
+Row = dict[str, Any]
+LIMIT = 1.3  # of the unloaded server's p99
+
+
+def plot_overload(rows: Sequence[Row], out: Path) -> None:
+    """Latency between tokens, requests in the server, and load over the seconds of one run, for each server.
+
+    Raises:
+        SystemExit: no series in `rows`, or no matplotlib.
+    """
+    names = list(dict.fromkeys(row["variant"] for row in rows if row.get("series") == "itl"))
+    if not names:
+        raise SystemExit("these rows have no series, so there is nothing to draw")
+    canvas = new_canvas(11.5, 3.8)
+    latency, requests, load = canvas.subplots(1, 3, sharex=True)
+    for colour, name in zip(("C1", "C0"), names):
+        itl, gauges, unloaded = (
+            [row for row in rows if row.get("series") == series and row["variant"] == name]
+            for series in ("itl", "gauges", "unloaded")
+        )
+        seconds = [row["second"] for row in itl]
+        latency.plot(seconds, [row["p99_itl_ms"] for row in itl], color=colour, label=name)
+        # In a second in which the client stood still, tokens come at once: latencies of 0.
+        median = [row["p50_itl_ms"] or float("nan") for row in itl]
+        latency.plot(seconds, median, color=colour, alpha=0.5, linewidth=1)
+        latency.axhline(LIMIT * unloaded[0]["p99_itl_ms"], color=colour, linestyle=":")
+        seconds = [row["second"] for row in gauges]
+        requests.plot(seconds, [r["num_requests_running"] + r["num_requests_waiting"] for r in gauges], color=colour)
+        load.plot(seconds, [row["load"] for row in gauges], color=colour)
+    latency.set_title(f"ms between tokens: p99, p50 (thin), {LIMIT} x unloaded p99 (dotted)", fontsize=9)
+    latency.set_yscale("log")
+    requests.set_title("requests in the server, running and waiting", fontsize=9)
+    load.set_title("load that the price follows", fontsize=9)
+    load.set_ylim(-0.03, 1.03)
+    for axis in (latency, requests, load):
+        axis.set_xlabel("seconds")
+        axis.grid(True, alpha=0.3)
+    requests.set_ylim(bottom=0)
+    canvas.legend(loc="outside lower center", ncols=2, frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(out, dpi=150)
+
+
+if __name__ == "__main__":
+    draw_from_file(__doc__, plot_overload)

@@ -1,0 +1,149 @@
+"""Splits an engine step into its parts, by wrapping what a running engine calls.
+
+Nothing of the product is changed for it: attributes of the engine's objects, and of the classes where there is no
+object to reach, are replaced while a block runs, and put back after it.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from benchmarks.harness import engines
+from benchmarks.harness.engines import Variant
+from vllm_buddy.method import Context
+from vllm_buddy.serving.forward.compiled import BypassCall
+from vllm_buddy.serving.forward.eager import RoutedStep
+
+REST = "rest"
+PARTS = {
+    "layers": "functions of layers",
+    "bypass": "functions of bypasses",
+    "gather": "rest of RoutedStep.run: rows gathered and scattered",
+    "views": "views of the KV policy, their metadata, the forward context",
+    "router": "Decision Module asked, context sums",
+    "plan": "rest of the plugin's scheduling",
+    "count": "layers counted, and metrics",
+    "forward": "rest of the model: embedding and last norm; of stock vLLM all of it, which is one graph",
+    "head": "compute_logits",
+    "sampler": "sampling",
+    "scheduler": "vLLM's own scheduling",
+    REST: "input preparation, output processing, what was named nowhere",
+}
+
+# What is timed: an object or class, the name of its attribute, the part.
+Place = tuple[Any, str, str]
+
+
+class StepClock:
+    """Gives every moment of a step to the innermost part that is open, or to REST: the parts sum to the step.
+
+    steps: per step, ms by part.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._open: list[str] = []
+        self._ms = dict.fromkeys(PARTS, 0.0)
+        self._last = 0.0
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose time within a step counts as `part`, but for parts that it opens itself."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._open:  # outside a step, as when a request arrives
+                return function(*args, **kwargs)
+            self._charge()
+            self._open.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._charge()
+                self._open.pop()
+
+        return call
+
+    def step(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, each call of which is a step."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._ms = dict.fromkeys(PARTS, 0.0)
+            self._last = time.perf_counter()
+            self._open.append(REST)
+            try:
+                result = function(*args, **kwargs)
+                self._charge()
+            finally:
+                self._open.clear()
+            self.steps.append(self._ms)
+            return result
+
+        return call
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        self._ms[self._open[-1]] += (now - self._last) * 1e3
+        self._last = now
+
+
+@contextmanager
+def instrumented(variant: Variant) -> Iterator[StepClock]:
+    """Split the steps of the variant's engine while the block runs. The variant must run in it, and no other.
+
+    On CPU, where calls return when their work is done.
+    """
+    variant.prepare()  # its router is wrapped
+    clock = StepClock()
+    places = _places_of_vllm(variant)
+    if variant.path is None:
+        places += _places_of_buddy(variant)
+    with ExitStack() as stack:
+        stack.enter_context(timed_at(clock, places))
+        if variant.path is None:
+            backbone = engines.backbone(variant.llm)
+            functions = [clock.timed("layers", function) for function in backbone._functions]
+            stack.enter_context(patch.object(backbone, "_functions", functions))
+        engine = variant.llm.llm_engine
+        stack.enter_context(patch.object(engine, "step", clock.step(engine.step)))
+        yield clock
+
+
+@contextmanager
+def timed_at(clock: StepClock, places: Sequence[Place]) -> Iterator[None]:
+    """Let `clock` time all places while the block runs, and put back what was there, whatever happens."""
+    with ExitStack() as stack:
+        for owner, name, part in places:
+            stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
+        yield
+
+
+def _places_of_vllm(variant: Variant) -> list[Place]:
+    runner = engines.model_runner(variant.llm)
+    return [
+        (Scheduler, "schedule", "scheduler"),
+        (Scheduler, "update_from_output", "scheduler"),
+        (GPUModelRunner, "_model_forward", "forward"),
+        (runner.model, "compute_logits", "head"),
+        (GPUModelRunner, "sample_tokens", REST),
+        (runner, "_sample", "sampler"),
+    ]
+
+
+def _places_of_buddy(variant: Variant) -> list[Place]:
+    """Where the plugin overrides vLLM's methods, what it adds counts as a part, and what it calls as vLLM's."""
+    scheduler, runner = engines.core(variant.llm).scheduler, engines.model_runner(variant.llm)
+    return [
+        (scheduler, "schedule", "plan"),
+        (scheduler._router, "path", "router"),
+        (Context, "extend", "router"),
+        (scheduler, "update_from_output", "count"),
+        (runner, "sample_tokens", "count"),
+        (runner, "_model_forward", "views"),
+        (RoutedStep, "_forward_context", "views"),
+        (RoutedStep, "run", "gather"),
+        (BypassCall, "__call__", "bypass"),
+    ]

@@ -1,0 +1,360 @@
+"""The artifact on disk: round trip, and each kind of damage."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from tests.harness.random_router import NUM_LAYERS, VOCAB_SIZE, random_decision
+from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE, Artifact, load_artifact, shipped_artifacts
+from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, LoraConfig, PriorConfig
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity
+from vllm_buddy.errors import ArtifactError
+from vllm_buddy.method import DecisionModule, FoldedDecision, path_of
+from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.lora import LoraDeltas
+
+BASE = BaseModelIdentity(
+    id="tiny", architecture="LlamaForCausalLM", num_layers=NUM_LAYERS, hidden_size=8, vocab_size=VOCAB_SIZE,
+    fingerprint="0123456789abcdef",
+)  # fmt: skip
+LIBRARY = {4: [[0, 1, 2, 9], [0, 1, 3, 9]], 5: [[0, 1, 2, 3, 9]]}
+
+
+RANK = 3
+EPS = 1e-5
+
+
+def _bypass() -> Bypass:
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_LAYERS - 2, RANK, BASE.hidden_size)
+    down, up = torch.randn(2, *shape, generator=generator).half().float()
+    return Bypass(down, up.mT.contiguous(), EPS)
+
+
+def _lora() -> LoraDeltas:
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 2, 2, 8, generator=generator).half().float()
+    names = ("model.layers.3.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+    return LoraDeltas(dict(zip(names, a)), dict(zip(names, b.mT)), alpha=4.0)
+
+
+def _artifact(
+    *,
+    decision: bool | FoldedDecision = True,
+    library: dict[int, list[list[int]]] | None = None,
+    bypass: Bypass | None = None,
+    lora: LoraDeltas | None = None,
+) -> Artifact:
+    config = BuddyConfig(
+        format_version=FORMAT_VERSION,
+        name="round-trip",
+        base_model=BASE,
+        prior=PriorConfig(indicator="taylor", calibration="random", num_tokens=17),
+        has_decision_module=bool(decision),
+        library=library,
+        bypass_rank=0 if bypass is None else bypass.rank,
+        bypass_eps=0.0 if bypass is None else bypass.eps,
+        lora=None if lora is None else LoraConfig(rank=lora.rank, alpha=lora.alpha),
+    )
+    prior = np.random.default_rng(0).standard_normal(NUM_LAYERS - 2).astype(np.float32)
+    return Artifact(config, prior, random_decision() if decision is True else decision or None, bypass, lora)
+
+
+def _folded() -> FoldedDecision:
+    torch.manual_seed(0)
+    return FoldedDecision.fold(DecisionModule(5, NUM_LAYERS - 2, hidden=6), torch.randn(VOCAB_SIZE, 5))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    _artifact(library=LIBRARY).save(tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def _edit_config(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(raw | changes))
+
+
+def _edit_tensors(folder: Path, **changes: np.ndarray | None) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for name, array in changes.items():
+        name = name.replace("__", ".")
+        tensors.pop(name, None)
+        if array is not None:
+            tensors[name] = array
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize("decision", [False, True])
+@pytest.mark.parametrize("library", [None, LIBRARY])
+def test_round_trip(tmp_path: Path, decision: bool, library: dict[int, list[list[int]]] | None) -> None:
+    """Failure: what is served differs in any number from what was trained, or its digest from run to run."""
+    artifact = _artifact(decision=decision, library=library)
+    artifact.save(tmp_path)
+    loaded = load_artifact(tmp_path)
+    assert loaded.config == artifact.config
+    assert loaded.digest == artifact.digest
+    np.testing.assert_array_equal(loaded.prior, artifact.prior)
+    assert (loaded.decision is None) == (not decision)
+    if loaded.decision is not None and artifact.decision is not None:
+        for field in dataclasses.fields(artifact.decision):
+            np.testing.assert_array_equal(getattr(loaded.decision, field.name), getattr(artifact.decision, field.name))
+
+
+@pytest.mark.parametrize(
+    ("parts", "repair"),
+    [({}, "none"), ({"lora": _lora()}, "lora"), ({"bypass": _bypass(), "lora": _lora()}, "bypass")],
+)
+def test_repair_says_what_runs_on_skipped_rows(parts: dict[str, Any], repair: str) -> None:
+    """Failure: a policy is drawn at the speed of one that has nothing to compute where a layer is skipped."""
+    assert _artifact(**parts).repair == repair
+
+
+@pytest.mark.parametrize(
+    "decision, library, own", [(True, LIBRARY, True), (True, None, False), (False, LIBRARY, False)]
+)
+def test_the_library_is_used_where_a_decision_module_was_trained_on_it(decision, library, own) -> None:
+    """Failure: a router whose scores mean something for some paths is asked for any, or the other way round."""
+    artifact = _artifact(decision=_folded() if decision else None, library=library)
+    assert (artifact.router().depths is not None) == own
+    assert artifact.router(library=False).depths is None
+
+
+def test_a_rounded_bypass_takes_a_byte_a_weight(tmp_path: Path) -> None:
+    """Failure: the artifact in the repository is twice as big, or what is loaded is not what was measured."""
+    given = _bypass()
+    rounded = given.rounded()
+    _artifact(bypass=rounded).save(tmp_path)
+    stored = load_file(tmp_path / WEIGHTS_FILE)
+    assert stored["bypass.down"].dtype == stored["bypass.up"].dtype == np.int8
+    loaded = load_artifact(tmp_path).bypass
+    assert loaded and torch.equal(loaded.down, rounded.down) and torch.equal(loaded.up, rounded.up)
+    for weight, other in ((given.down, rounded.down), (given.up, rounded.up)):
+        assert bool(((weight - other).abs() <= weight.abs().amax(dim=-1, keepdim=True) / 253).all())
+
+
+def test_round_trip_of_what_was_trained(tmp_path: Path) -> None:
+    """Failure: tables, bypass or LoRA that are served differ in a bit from those measured after training."""
+    artifact = _artifact(decision=_folded(), bypass=_bypass(), lora=_lora())
+    artifact.save(tmp_path)
+    loaded = load_artifact(tmp_path)
+    assert loaded.digest == artifact.digest and loaded.config == artifact.config
+    assert loaded.decision and loaded.bypass and loaded.lora and artifact.decision and artifact.bypass
+    for field in dataclasses.fields(FoldedDecision):
+        np.testing.assert_array_equal(getattr(loaded.decision, field.name), getattr(artifact.decision, field.name))
+    assert load_file(tmp_path / WEIGHTS_FILE)["decision.table_newest"].dtype == np.int8
+    assert torch.equal(loaded.bypass.down, artifact.bypass.down) and torch.equal(loaded.bypass.up, artifact.bypass.up)
+    assert (loaded.bypass.eps, loaded.lora.alpha) == (EPS, 4.0)
+    for part in ("a", "b"):
+        found, wanted = getattr(loaded.lora, part), getattr(_lora(), part)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_format_version_1(folder: Path) -> None:
+    """Failure: an artifact of the version before, with tables in float32, is refused or read with other numbers."""
+    artifact = load_artifact(folder)
+    _edit_config(folder, format_version=1)
+    raw = json.loads((folder / CONFIG_FILE).read_text())
+    for name in ("recipe", "budgets", "bypass_rank", "bypass_eps", "lora"):
+        del raw[name]
+    (folder / CONFIG_FILE).write_text(json.dumps(raw))
+    loaded = load_artifact(folder)
+    assert loaded.decision is not None and artifact.decision is not None
+    assert load_file(folder / WEIGHTS_FILE)["decision.table_context"].dtype == np.float32
+    np.testing.assert_array_equal(loaded.decision.table_context, artifact.decision.table_context)
+
+
+def test_loaded_artifact_routes_as_the_saved_one(folder: Path) -> None:
+    """Failure: the library comes back with its depths as strings, or the router is built with another prior."""
+    for library in (False, True):
+        routers = _artifact(library=LIBRARY).router(library=library), load_artifact(folder).router(library=library)
+        for token in range(20):
+            paths = []
+            for router in routers:
+                context = router.new_context()
+                assert context is not None
+                context.extend([token])
+                paths.append(router.path(context, 4))
+            assert paths[0] == paths[1]
+            assert not library or paths[0] in [path_of(layers) for layers in LIBRARY[4]]
+
+
+def test_config_keeps_a_path_on_one_line(folder: Path) -> None:
+    """Failure: a library of a 30-layer model is written with one number a line, thousands of lines."""
+    assert "      [0, 1, 3, 9]\n" in (folder / CONFIG_FILE).read_text()
+
+
+def test_digest_changes_with_whatever_can_change_what_is_computed() -> None:
+    """Failure: two artifacts share prefix-cache salts, and one is served the other's KV."""
+    artifact = _artifact()
+    assert artifact.decision is not None
+    b2 = artifact.decision.b2.copy()
+    b2[0] += 1e-3
+    bypass, lora = _artifact(bypass=_bypass()), _artifact(lora=_lora())
+    up, a = _bypass().up, dict(_lora().a)
+    up[0, 0, 0] += 1.0
+    a["model.layers.0.mlp.down_proj"] = 2 * a["model.layers.0.mlp.down_proj"]
+    others = [
+        bypass,
+        dataclasses.replace(bypass, bypass=dataclasses.replace(_bypass(), up=up)),
+        lora,
+        dataclasses.replace(lora, lora=dataclasses.replace(_lora(), a=a)),
+        _artifact(decision=False),
+        _artifact(library=LIBRARY),
+        dataclasses.replace(artifact, prior=artifact.prior[::-1].copy()),
+        dataclasses.replace(artifact, decision=dataclasses.replace(artifact.decision, b2=b2)),
+        dataclasses.replace(artifact, config=artifact.config.model_copy(update={"omega": 0.2})),
+    ]
+    assert len({a.digest for a in (artifact, *others)}) == 10
+
+
+def test_asking_for_a_missing_library(tmp_path: Path) -> None:
+    """Failure: `paths: library` on an artifact without one routes freely in silence."""
+    with pytest.raises(ArtifactError, match="artifact 'round-trip' has no path library; serve it with"):
+        _artifact().router(library=True)
+
+
+def test_missing_folder_and_files(folder: Path) -> None:
+    """Failure: a mistyped artifact name ends in a traceback about a file deep inside."""
+    with pytest.raises(ArtifactError, match=f"no artifact at {folder / 'no'}: {CONFIG_FILE} is missing"):
+        load_artifact(folder / "no")
+    (folder / WEIGHTS_FILE).unlink()
+    with pytest.raises(ArtifactError, match=f"has no {WEIGHTS_FILE}"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("kept_fraction", [0.0, 0.1, 0.9])
+def test_truncated_weights(folder: Path, kept_fraction: float) -> None:
+    """Failure: an interrupted download is served with whatever was there."""
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(data[: int(kept_fraction * len(data))])
+    with pytest.raises(ArtifactError, match="is not a complete safetensors file .* get the artifact again"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"text"', "\ufffe"])
+def test_config_that_is_not_a_json_object(folder: Path, text: str) -> None:
+    """Failure: a config of another shape raises a TypeError instead of naming the file."""
+    (folder / CONFIG_FILE).write_bytes(text.encode("utf-16") if text == "\ufffe" else text.encode())
+    with pytest.raises(ArtifactError, match=f"{CONFIG_FILE} (is not JSON|does not fit the schema)"):
+        load_artifact(folder)
+
+
+def test_newer_format(folder: Path) -> None:
+    """Failure: an artifact of a later vllm_buddy is read as if its fields still meant the same."""
+    _edit_config(folder, format_version=FORMAT_VERSION + 1, something_new=[1, 2])
+    with pytest.raises(ArtifactError, match=r"has format version 4, this vllm_buddy reads up to 3; update vllm_buddy"):
+        load_artifact(folder)
+
+
+def test_unknown_and_missing_fields(folder: Path) -> None:
+    """Failure: a misspelt field is dropped, and its default is served."""
+    _edit_config(folder, omegaa=0.3)
+    with pytest.raises(ArtifactError, match="(?s)does not fit the schema.*omegaa"):
+        load_artifact(folder)
+    (folder / CONFIG_FILE).write_text(json.dumps({"format_version": FORMAT_VERSION}))
+    with pytest.raises(ArtifactError, match="(?s)does not fit the schema.*base_model"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("prior", None),
+        ("prior", np.zeros(7, np.float32)),
+        ("prior", np.zeros((8, 1), np.float32)),
+        ("decision__table_context", np.zeros((63, 6), np.float32)),
+        ("decision__table_newest", None),
+        ("decision__w2", np.zeros((7, 6), np.float32)),
+        ("decision__b2", np.zeros(9, np.float32)),
+    ],
+)
+def test_wrong_shapes(folder: Path, name: str, array: np.ndarray | None) -> None:
+    """Failure: tables of another vocabulary or depth are indexed until a token id is out of range, mid-service."""
+    _edit_tensors(folder, **{name: array})
+    with pytest.raises(ArtifactError, match=rf"'{name.replace('__', '.')}' has shape .*expected .*tiny \(Llama"):
+        load_artifact(folder)
+
+
+def test_widths_that_disagree(folder: Path) -> None:
+    """Failure: two tables of different width pass the shape check one by one and fail at the first request."""
+    _edit_tensors(folder, decision__table_newest=np.zeros((VOCAB_SIZE, 5), np.float32))
+    with pytest.raises(ArtifactError, match=r"disagree on their width: \[5, 6\]"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("bypass__down", np.zeros((8, 4, 8), np.float16), r"shape \(8, 4, 8\), expected \(8, 3, 8\)"),
+        ("bypass__up", np.zeros((8, 3, 8), np.float16), r"shape \(8, 3, 8\), expected \(8, 8, 3\)"),
+        ("bypass__up", None, r"shape None, expected \(8, 8, 3\)"),
+        ("bypass__up", np.full((8, 8, 3), np.inf, np.float16), "not finite"),
+        ("lora__model.layers.0.mlp.down_proj__a", np.zeros((3, 8), np.float16), r"\(3, 8\), expected \(2, None\)"),
+        ("lora__model.layers.0.mlp.down_proj__b", None, r"shape None, expected \(None, 2\)"),
+        ("lora__something__c", np.zeros(1, np.float16), "says nothing of tensor 'lora.something.c'"),
+        ("decision__table_context_scale", np.ones(5, np.float32), r"disagree on their width: \[5, 6\]"),
+        ("decision__table_context_scale", None, r"shape None, expected \(None,\)"),
+    ],
+)
+def test_wrong_shapes_of_what_was_trained(tmp_path: Path, name: str, array: np.ndarray | None, message: str) -> None:
+    """Failure: a bypass of another model is served until a shape error ends the engine, or is left out in silence."""
+    _artifact(decision=_folded(), bypass=_bypass(), lora=_lora()).save(tmp_path)
+    _edit_tensors(tmp_path, **{name: array})
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(tmp_path)
+
+
+def test_weights_that_the_configuration_does_not_mention(tmp_path: Path) -> None:
+    """Failure: a bypass is saved under a configuration without one, and then served without it."""
+    plain = _artifact()
+    with pytest.raises(ArtifactError, match="says nothing of tensor 'bypass.down'"):
+        dataclasses.replace(plain, bypass=_bypass()).save(tmp_path)
+    with pytest.raises(ArtifactError, match="lora.alpha and predictor.depths of the configuration are .*1e-05, .*0.1"):
+        dataclasses.replace(_artifact(bypass=_bypass()), bypass=dataclasses.replace(_bypass(), eps=0.1)).save(tmp_path)
+    with pytest.raises(ArtifactError, match="'bypass.down' holds values that are not finite"):
+        too_large = dataclasses.replace(_bypass(), down=1e6 * _bypass().down)
+        _artifact(bypass=too_large).save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite(folder: Path, value: float) -> None:
+    """Failure: NaN from a diverged training sorts first, and every request runs the same arbitrary path."""
+    _edit_tensors(folder, prior=np.full(8, value, np.float32))
+    with pytest.raises(ArtifactError, match="tensor 'prior' holds values that are not finite"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [[0, 1, 9], [0, 1, 2, 3, 9], [1, 2, 3, 9], [0, 1, 2, 8], [0, 1, 9, 10], [-1, 0, 1, 9], [0, 1, 1, 9], []],
+)
+def test_library_paths_that_are_no_paths(folder: Path, layers: list[int]) -> None:
+    """Failure: a library path of another depth breaks the promise of a budget, or drops the last layer."""
+    _edit_config(folder, library={"4": [[0, 1, 2, 9], layers]})
+    with pytest.raises(ArtifactError, match="is not a set of 4 layers with 0 and 9"):
+        load_artifact(folder)
+
+
+def test_library_without_paths_at_a_depth(folder: Path) -> None:
+    """Failure: an empty list is a depth the router believes it has, and the first request there stops the engine."""
+    _edit_config(folder, library={"4": []})
+    with pytest.raises(ArtifactError, match="the library holds no path of 4 layers"):
+        load_artifact(folder)
+
+
+def test_shipped_artifacts_load() -> None:
+    """Failure: an artifact in the package does not pass the checks its own loader makes."""
+    shipped = shipped_artifacts()
+    assert "smollm2-135m" in shipped
+    for name, path in shipped.items():
+        assert load_artifact(path).config.name == name
+        assert (path / "README.md").is_file() and (path / "run.yaml").is_file()

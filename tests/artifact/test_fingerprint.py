@@ -1,0 +1,91 @@
+"""Which base model an artifact belongs to."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.harness.tiny_models import NUM_LAYERS, load_model, save_tiny_model
+from vllm_buddy.artifact.fingerprint import identify
+from vllm_buddy.errors import ArtifactError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "base", "llama")
+
+
+def _fingerprint(folder: Path) -> str:
+    return identify(folder).fingerprint
+
+
+def test_identity_says_what_the_model_is(folder: Path) -> None:
+    """Failure: the error about a mismatch cannot name both models."""
+    identity = identify(folder, "someone/tiny")
+    assert identity.shape == ("LlamaForCausalLM", NUM_LAYERS, 128, 512)
+    assert identity.summary().startswith("someone/tiny (LlamaForCausalLM, 8 layers, hidden 128, vocabulary 512,")
+    assert identify(folder).id == "base"
+
+
+def test_same_for_a_copy_in_bf16_and_in_shards(folder: Path, tmp_path: Path) -> None:
+    """Failure: an artifact made from fp32 weights refuses the bf16 copy that is served."""
+    model = load_model(folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="500KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    bf16 = save_tiny_model(tmp_path / "bf16", "llama", dtype=torch.bfloat16)
+    assert _fingerprint(folder) == _fingerprint(bf16) == _fingerprint(tmp_path / "shards")
+
+
+def test_differs_for_other_weights(folder: Path, tmp_path: Path) -> None:
+    """Failure: a fine-tuned model of the same shape is served with paths made for another."""
+    other = save_tiny_model(tmp_path / "other", "llama", seed=1)
+    assert _fingerprint(folder) != _fingerprint(other)
+    for name in ("model.layers.5.input_layernorm.weight", "model.norm.weight", "model.embed_tokens.weight"):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = tensors[name] + 0.05
+        changed = tmp_path / name
+        changed.mkdir()
+        save_file(tensors, changed / "model.safetensors")
+        (changed / "config.json").write_text((folder / "config.json").read_text())
+        assert _fingerprint(changed) != _fingerprint(folder)
+
+
+def test_same_where_only_matrices_differ(folder: Path, tmp_path: Path) -> None:
+    """Failure: a quantised copy of the base model, whose matrices differ, is taken for another model."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("proj.weight"):
+            tensors[name] = (tensors[name] * 16).round() / 16
+    (tmp_path / "quantised").mkdir()
+    save_file(tensors, tmp_path / "quantised" / "model.safetensors")
+    (tmp_path / "quantised" / "config.json").write_text((folder / "config.json").read_text())
+    assert _fingerprint(tmp_path / "quantised") == _fingerprint(folder)
+
+
+def test_folders_that_are_no_models(folder: Path, tmp_path: Path) -> None:
+    """Failure: a wrong folder ends in a KeyError or a traceback of the file format's library."""
+    with pytest.raises(ArtifactError, match=r"holds no config\.json, so it is not a Hugging Face model folder"):
+        identify(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"architectures": ["CLIPModel"]}))
+    with pytest.raises(ArtifactError, match="has no 'num_hidden_layers', so it is not that of a decoder"):
+        identify(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ArtifactError, match=r"(?s)config\.json cannot be used .*num_layers"):
+        identify(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"config\.json cannot be used"):
+        identify(folder)
+
+
+def test_weights_that_are_missing_or_cut_short(folder: Path) -> None:
+    """Failure: an interrupted download gets a fingerprint of what happened to arrive."""
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="is not a complete safetensors file .* get the model again"):
+        identify(folder)
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"cannot take a weight fingerprint, no tensor 'model\.layers\.0\.input"):
+        identify(folder)

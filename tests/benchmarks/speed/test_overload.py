@@ -1,0 +1,66 @@
+"""The overload benchmark's own arithmetic, and its picture."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+from benchmarks.speed.overload import auto_budgets, itl_by_second, metrics
+from benchmarks.speed.overload_plot import plot_overload
+
+
+class _Server:
+    """Answers /metrics."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def get(self, path: str) -> bytes:
+        assert path == "/metrics"
+        return self.text.encode()
+
+
+METRICS = """# TYPE vllm_buddy:auto_budget histogram
+vllm_buddy:auto_budget_bucket{engine="0",le="0.5"} 3.0
+vllm_buddy:auto_budget_bucket{engine="0",le="+Inf"} 4.0
+vllm_buddy:auto_budget_count{engine="0"} 4.0
+vllm_buddy:auto_budget_sum{engine="0"} 2.5
+# TYPE vllm_buddy:load gauge
+vllm_buddy:load{engine="0"} 0.25
+"""
+
+
+def test_budgets_and_load_are_read_from_the_metrics() -> None:
+    """A mean over buckets, or over requests of other runs, would be another number."""
+    server: Any = _Server(METRICS)
+    assert auto_budgets(server) == (2.5, 4.0)
+    assert metrics(server)["vllm_buddy:load"] == 0.25
+
+
+def test_a_latency_counts_in_the_second_in_which_its_token_came() -> None:
+    """Counted from the request's start, a late slow-down would be drawn at the beginning."""
+    result = {
+        "start_times": [100.0, 101.0],
+        "ttfts": [0.5, 1.0],
+        "itls": [[0.1, 0.1], [0.25, 0.5, 2.0]],
+    }
+    rows = itl_by_second("auto", result)
+    assert [(row["second"], row["p50_itl_ms"]) for row in rows] == [(0, 100.0), (2, 375.0), (4, 2000.0)]
+    assert {row["variant"] for row in rows} == {"auto"}
+
+
+def test_a_picture_of_the_rows(tmp_path: Path) -> None:
+    """Drawn from the results file alone; without series there is nothing to draw."""
+    rows: list[dict[str, Any]] = []
+    gauges = {"num_requests_running": 3.0, "num_requests_waiting": 1.0, "load": 0.5, "auto_price": 4.0}
+    for name in ("auto, price 0", "auto, price follows load"):
+        rows += [
+            {"series": "itl", "variant": name, "second": s, "p50_itl_ms": 30.0, "p99_itl_ms": 40.0} for s in (0, 1)
+        ]
+        rows += [{"series": "gauges", "variant": name, "second": s, **gauges} for s in (0.5, 1.0)]
+        rows.append({"series": "unloaded", "variant": name, "p99_itl_ms": 33.0})
+    plot_overload(rows, tmp_path / "overload.png")
+    assert (tmp_path / "overload.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="nothing to draw"):
+        plot_overload([], tmp_path / "none.png")

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, engines, and workers that check what they are told to do."""

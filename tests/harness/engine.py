@@ -1,0 +1,333 @@
+"""A vLLM engine in this process that a test can reach into, and the reference to compare it with."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.harness.tiny_models import PREDICTOR_DEPTHS, load_model, random_artifact, save_tiny_model
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.method import PathSchedule, depth_for_budget
+from vllm_buddy.method.reference import GeneratedSequence, generate
+
+BLOCK_SIZE = 32
+MAX_MODEL_LEN = 512
+MAX_TOKENS_PER_STEP = 8192
+USUAL_PARTS = {"bypass_rank": 4, "predictor_depths": PREDICTOR_DEPTHS}
+MAX_STEPS = 5000  # a request that never ends fails its test instead of hanging it
+
+# vLLM ends what all engines of a process share with the first of them, so none ends before the process does.
+_STARTED: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request. budget None sends none, context None is the whole prompt. options: more that it says."""
+
+    prompt: tuple[int, ...]
+    budget: float | None = 1.0
+    max_tokens: int = 8
+    sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    context: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def extra_args(self) -> dict[str, Any] | None:
+        """What it says to the plugin."""
+        options = {"buddy_budget": self.budget, "buddy_context_tokens": self.context, **self.options}
+        return {key: value for key, value in options.items() if value is not None} or None
+
+
+@dataclass
+class Tiny:
+    """A random model with a random artifact, and what the reference made of it so far."""
+
+    folder: Path
+    artifact_folder: Path
+    model: nn.Module
+    artifact: Artifact
+    known: dict[Any, GeneratedSequence] = field(default_factory=dict)
+
+    def expected(
+        self, ask: Ask, policy: str, schedule: PathSchedule, *, library: bool = False, bypass: bool = True
+    ) -> GeneratedSequence:
+        """What the reference generates for `ask`."""
+        depth = depth_for_budget(ask.budget or 1.0, self.artifact.config.base_model.num_layers)
+        # Greedy decoding: fewer tokens are the beginning of more, so one run serves every length.
+        length = -(-ask.max_tokens // 8) * 8
+        key = (ask.prompt, depth, policy, schedule, library, bypass, length, ask.context)
+        if key not in self.known:
+            self.known[key] = generate(
+                self.model,
+                self.artifact.router(library=library),
+                schedule,
+                depth,
+                ask.prompt,
+                length,
+                policy,
+                self.artifact.bypass if bypass else None,
+                ask.context,
+            )
+        whole = self.known[key]
+        positions = len(ask.prompt) + ask.max_tokens - 1
+        return GeneratedSequence(whole.token_ids[: ask.max_tokens], whole.paths[:positions])
+
+
+def make_tiny(root: Path, family: str, **parts: Any) -> Tiny:
+    """Write the model and the artifact under `root`. parts: of the artifact, see random_artifact; none: a bypass and a
+    Budget Predictor."""
+    folder = save_tiny_model(root / "model", family)
+    artifact = random_artifact(root / "artifact", folder, **(parts or USUAL_PARTS))
+    model = load_model(folder)
+    if artifact.lora is not None:
+        artifact.lora.merge_into(model)
+    return Tiny(folder, root / "artifact", model, artifact)
+
+
+def start_engine(tiny: Tiny, *, model_impl: str = "buddy", **overrides: Any) -> "Engine":
+    """An engine in this process; fp32, eager, no tokenizer, K and V weights kept for every KV policy."""
+    from vllm import LLM
+
+    settings = {
+        "artifact": str(tiny.artifact_folder),
+        "kv_policy": "kv_only",
+        "paths": "free",
+        **overrides.pop("buddy", {}),
+    }
+    options: dict[str, Any] = {
+        "model_impl": model_impl,
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_batched_tokens": MAX_TOKENS_PER_STEP,
+        "max_num_seqs": 16,
+        "block_size": BLOCK_SIZE,
+        "kv_cache_memory_bytes": 32 << 20,
+        "seed": 0,
+        # On a GPU vLLM asks for a share of the memory, of which engines of one process each need but a little.
+        **({"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}),
+        **overrides,
+    }
+    if model_impl == "buddy":
+        options["additional_config"] = {"buddy": settings}
+    _STARTED.append(LLM(str(tiny.folder), **options))
+    return Engine(_STARTED[-1], tiny)
+
+
+class Engine:
+    """Drives an engine step by step and switches its settings between requests."""
+
+    def __init__(self, llm: Any, tiny: Tiny) -> None:
+        self.llm = llm
+        self.tiny = tiny
+        self.core = llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.policy = "kv_only"
+        self.schedule = PathSchedule(16)
+        self.library = False
+        self.bypass = True
+        self.finished: dict[str, Any] = {}
+        self._cuda_capture: Any = None
+        self._num_requests = 0
+        self.run([Ask((1,), None, 1)])  # layers and bypasses are compiled at the first step
+        self._backbone = self.runner.model.model
+        self._bypasses = getattr(self._backbone, "bypasses", None)
+
+    # --- settings ----------------------------------------------------------------------------------------------
+
+    def configure(
+        self,
+        policy: str = "masked",
+        interval: int = 16,
+        lag: int = 0,
+        chunk: int = MAX_TOKENS_PER_STEP,
+        *,
+        library: bool = False,
+        bypass: bool = True,
+    ) -> None:
+        """Set KV policy, schedule and tokens per step, with or without the bypass, and empty the prefix cache."""
+        from vllm_buddy.serving.kv import POLICIES
+
+        assert not self.core.scheduler.has_unfinished_requests()
+        self.steps.graphs = None
+        artifact = self.tiny.artifact
+        lag = max(lag, int(self.core.vllm_config.scheduler_config.async_scheduling))
+        self.policy, self.schedule, self.library, self.bypass = policy, PathSchedule(interval, lag), library, bypass
+        self._backbone.bypasses = self._bypasses if bypass else None
+        self.steps.policy = POLICIES[policy](self.steps.num_layers)
+        self.scheduler._salt_prefix = f"{artifact.digest}:{policy}"
+        self.scheduler._schedule = self.schedule
+        self.scheduler._router = artifact.router(library=library)
+        self.scheduler.max_num_scheduled_tokens = chunk
+        self.empty_prefix_cache()
+
+    @property
+    def steps(self) -> Any:
+        return self.runner.buddy_steps
+
+    def capture(self, sizes: Sequence[int], memory_limit: int = 1 << 30, most_paths: int = 100) -> Any:
+        """Decode steps of these sizes as CUDA graphs until the next `configure`; without a GPU, a captured function is
+        replayed by calling it again. The engine must have been started with kernels. A capture counts as one byte."""
+        from vllm_buddy_kernels import KERNELS
+
+        from vllm_buddy.serving.graphs.cache import CudaCapture
+        from vllm_buddy.serving.graphs.decode import DecodeGraphs
+
+        if self._cuda_capture is None and self.runner.device.type == "cuda":
+            self._cuda_capture = CudaCapture(self.runner.device)
+
+        def capture(bodies: Any, warm_up: bool = False) -> Any:
+            if self._cuda_capture is not None:
+                return self._cuda_capture(bodies, warm_up)[0], len(bodies)
+            for body in bodies if warm_up else ():
+                body()
+            return list(bodies), len(bodies)
+
+        backbone = self.runner.model.model
+        builder, block_size = self.runner.buddy_attention()
+        with torch.inference_mode():
+            self.steps.graphs = DecodeGraphs(
+                backbone,
+                backbone.bypasses,
+                self.steps.policy,
+                kernels=KERNELS[self.core.vllm_config.additional_config["buddy"]["kernels"]],
+                builder=builder,
+                block_size=block_size,
+                vllm_config=self.core.vllm_config,
+                sizes=sizes,
+                memory_limit=memory_limit,
+                capture=capture,
+            )
+            self.steps.graphs.capture_pieces()
+        self.steps.graphs.paths.limit = most_paths
+        return self.steps.graphs
+
+    def empty_prefix_cache(self) -> None:
+        assert self.scheduler.reset_prefix_cache()
+
+    # --- requests ----------------------------------------------------------------------------------------------
+
+    def add(self, ask: Ask, request_id: str | None = None, cache_salt: str | None = None) -> str:
+        """Send a request; returns its id."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._num_requests += 1
+        request_id = request_id or f"r{self._num_requests}"
+        options = {
+            "temperature": 0.0,
+            "max_tokens": ask.max_tokens,
+            "detokenize": False,
+            "extra_args": ask.extra_args,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+            **ask.sampling,
+        }
+        prompt: dict[str, Any] = {"prompt_token_ids": list(ask.prompt)}
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
+        self.llm.llm_engine.add_request(request_id, prompt, SamplingParams(**options))
+        return request_id
+
+    def run(
+        self,
+        asks: Sequence[Ask],
+        arrivals: Sequence[int] | None = None,
+        before_step: Callable[[int], None] | None = None,
+    ) -> list[Any]:
+        """Serve `asks`, each sent before the step of its number in `arrivals`; returns their final outputs.
+
+        before_step: called with the number of each step before it is scheduled.
+        """
+        arrivals = arrivals or [0] * len(asks)
+        ids: dict[int, str] = {}
+        for step in range(MAX_STEPS):
+            for index, arrival in enumerate(arrivals):
+                if arrival == step:
+                    ids[index] = self.add(asks[index])
+            if before_step is not None:
+                before_step(step)
+            self.step()
+            if len(ids) == len(asks) and all(i in self.finished for i in ids.values()):
+                break
+        else:
+            raise AssertionError(f"not finished after {MAX_STEPS} steps")
+        return [self.finished.pop(ids[index]) for index in range(len(asks))]
+
+    def step(self) -> None:
+        """One engine step; outputs of requests that finish go to `finished`."""
+        for output in self.llm.llm_engine.step():
+            if output.finished:
+                self.finished[output.request_id] = output
+
+    def finish(self) -> dict[str, Any]:
+        """Step until nothing is left; returns the outputs of all requests that have finished by then."""
+        for _ in range(MAX_STEPS):
+            if not self.llm.llm_engine.has_unfinished_requests():
+                break
+            self.step()
+        outputs, self.finished = self.finished, {}
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        self.llm.llm_engine.abort_request([request_id])
+
+    def abort_all(self) -> None:
+        """Leave the engine idle, whatever a failed test left in it."""
+        self.scheduler.finish_requests(None, _aborted())
+        self.llm.llm_engine.abort_request(list(self.llm.llm_engine.output_processor.request_states))
+        for _ in range(2):  # vLLM tells the runner about finished requests in the next step
+            self.step()
+        self.finished = {}
+
+    # --- disturbances ------------------------------------------------------------------------------------------
+
+    def preempt(self, index: int) -> bool:
+        """Preempt the running request at `index` (modulo their number) as vLLM does when it is out of blocks."""
+        running = self.scheduler.running
+        if not running:
+            return False
+        request = running.pop(index % len(running))
+        self.scheduler._preempt_request(request, time.monotonic())
+        # It may be scheduled again in the next step already; vLLM does this where it preempts between steps.
+        self.scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        return True
+
+    def preempt_all(self) -> None:
+        """Preempt all running requests and empty the prefix cache."""
+        assert self.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    # --- comparison --------------------------------------------------------------------------------------------
+
+    def expected(self, ask: Ask) -> GeneratedSequence:
+        """What the reference generates for `ask` under the present settings."""
+        return self.tiny.expected(ask, self.policy, self.schedule, library=self.library, bypass=self.bypass)
+
+    def check(self, asks: Sequence[Ask], outputs: Sequence[Any]) -> None:
+        """Fail unless tokens and layers of every request are the reference's."""
+        for ask, output in zip(asks, outputs, strict=True):
+            expected = self.expected(ask)
+            assert list(output.outputs[0].token_ids) == expected.token_ids, _describe(self, ask, output, expected)
+            depth = expected.paths[0].bit_count()
+            outcome = output.kv_transfer_params["buddy"]
+            assert outcome["layers_executed_min"] == outcome["layers_executed_max"] == depth
+            assert outcome["distinct_paths"] == len(set(expected.paths))
+
+
+def _describe(engine: Engine, ask: Ask, output: Any, expected: GeneratedSequence) -> str:
+    got = list(output.outputs[0].token_ids)
+    return (
+        f"policy {engine.policy}, {engine.schedule}, budget {ask.budget}, prompt of {len(ask.prompt)} tokens, "
+        f"{output.num_cached_tokens} cached: {got} != {expected.token_ids}"
+    )
+
+
+def _aborted() -> Any:
+    from vllm.v1.request import RequestStatus
+
+    return RequestStatus.FINISHED_ABORTED

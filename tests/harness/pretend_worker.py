@@ -1,0 +1,245 @@
+"""The routing scheduler with a worker that only keeps books: which path wrote which token into which block.
+
+A token's KV stands for all that made it: the tokens and the paths up to its position. The worker stores a hash of
+that where a real one stores K and V, and generates tokens from it. So a block that was made on another path, or from
+other tokens, is found out at once, in microseconds per step, and under asynchronous scheduling too, which vLLM does
+not offer on CPU.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.harness.engine import BLOCK_SIZE, Ask, Tiny
+from tests.harness.tiny_models import HEAD_DIM, NUM_KV_HEADS, VOCAB_SIZE
+from vllm_buddy.method import PathSchedule, RequestRoute, depth_for_budget
+from vllm_buddy.serving.schedule.plan import PLAN_ATTRIBUTE
+
+_START = 7
+
+
+@dataclass
+class _Row:
+    """What the worker knows of one request: its tokens and its blocks."""
+
+    tokens: list[int]
+    blocks: list[int]
+
+
+def _next_hash(before: int, token: int, path: int) -> int:
+    return hash((before, token, path))
+
+
+def _sample(history: int) -> int:
+    return history % VOCAB_SIZE
+
+
+class PretendEngine:
+    """Scheduler, bookkeeping worker, and the queue of steps in flight between them."""
+
+    def __init__(
+        self,
+        tiny: Tiny,
+        schedule: PathSchedule,
+        *,
+        asynchronous: bool,
+        num_blocks: int,
+        chunk: int,
+        buddy: Mapping[str, Any] | None = None,
+    ) -> None:
+        """buddy: more server settings."""
+        from vllm import EngineArgs
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        from vllm_buddy.serving.schedule.scheduler import make_scheduler
+
+        config = EngineArgs(
+            model=str(tiny.folder),
+            model_impl="buddy",
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=512,
+            block_size=BLOCK_SIZE,
+            enforce_eager=True,
+            max_num_seqs=16,
+            # A library of few paths: two requests often have the same one, and meet in the cache.
+            additional_config={
+                "buddy": {
+                    "artifact": str(tiny.artifact_folder),
+                    "paths": "library",
+                    "route_every": schedule.interval,
+                    "decision_lag": schedule.lag,
+                    **(buddy or {}),
+                }
+            },
+        ).create_engine_config()
+        config.scheduler_config.async_scheduling = asynchronous
+        config.cache_config.num_gpu_blocks = num_blocks
+        spec = FullAttentionSpec(
+            block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.float32
+        )
+        self.scheduler = make_scheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK_SIZE,
+            hash_block_size=BLOCK_SIZE,
+            log_stats=True,
+        )
+        self.scheduler.max_num_scheduled_tokens = chunk
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+        self._tiny = tiny
+        self._schedule = self.scheduler._schedule
+        self._queue_size = 2 if asynchronous else 1
+        self._in_flight: deque[tuple[Any, Any]] = deque()
+        self._rows: dict[str, _Row] = {}
+        self._stored = [[0] * BLOCK_SIZE for _ in range(num_blocks)]
+        self._routes: dict[str, RequestRoute] = {}
+        self.asks: dict[str, Ask] = {}
+        self.generated: dict[str, list[int]] = {}
+        self.cache_hits = 0
+
+    # --- requests ----------------------------------------------------------------------------------------------
+
+    def add(self, ask: Ask, runs_as: Ask | None = None) -> str:
+        """Send a request; returns its id. runs_as: the one with a number for a budget that it must equal."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        request_id = f"r{len(self.asks)}"
+        params = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True, extra_args=ask.extra_args)
+        self.scheduler.add_request(Request(request_id, list(ask.prompt), params, None, block_hasher=self._hasher))
+        self.expect(request_id, runs_as or ask)
+        self.generated[request_id] = []
+        return request_id
+
+    def expect(self, request_id: str, ask: Ask) -> None:
+        """Hold a request that was just sent to what `ask` gets."""
+        self.asks[request_id] = ask
+        self._routes[request_id] = self._route(ask)
+
+    def expected(self, ask: Ask) -> list[int]:
+        """What `ask` generates alone, without scheduler and cache."""
+        route, tokens, history = self._route(ask), list(ask.prompt), _START
+        done = 0
+        while len(tokens) < len(ask.prompt) + ask.max_tokens:
+            paths = _paths(route, done, len(tokens) - done, tokens)
+            for token, path in zip(tokens[done:], paths, strict=True):
+                history = _next_hash(history, token, path)
+            done = len(tokens)
+            tokens.append(_sample(history))
+        return tokens[len(ask.prompt) :]
+
+    def paths(self, ask: Ask, tokens: Sequence[int]) -> list[int]:
+        """The path of every position of `ask` if `tokens` are its prompt and what it generated."""
+        return _paths(self._route(ask), 0, len(tokens), tokens)
+
+    def step(self) -> None:
+        """One turn of the engine's loop: schedule and execute; update once the queue of steps is full."""
+        if self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            self._in_flight.append((output, self._execute(output)))
+            if len(self._in_flight) < self._queue_size:
+                return
+        if self._in_flight:
+            output, result = self._in_flight.popleft()
+            for outputs in self.scheduler.update_from_output(output, result).values():
+                for request_output in outputs.outputs:
+                    self.generated[request_output.request_id].extend(request_output.new_token_ids)
+
+    def preempt(self, index: int, *, drop_stale_output: bool) -> None:
+        """Preempt the running request at `index` (modulo their number) between two steps."""
+        running = self.scheduler.running
+        if running:
+            request = running.pop(index % len(running))
+            self.scheduler._preempt_request(request, time.monotonic(), drop_stale_output=drop_stale_output)
+            # It may be scheduled again in the next step already; vLLM does this where it preempts between steps.
+            self.scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+
+    @property
+    def idle(self) -> bool:
+        return not self._in_flight and not self.scheduler.has_requests()
+
+    # --- the worker --------------------------------------------------------------------------------------------
+
+    def _execute(self, output: Any) -> Any:
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        plan = getattr(output, PLAN_ATTRIBUTE)
+        for request_id in output.finished_req_ids:
+            self._rows.pop(request_id, None)
+        computed = self._take_in(output)
+        sampled = {}
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            row, start = self._rows[request_id], computed[request_id]
+            self._lower(request_id, row.tokens)
+            runs, cached_path = plan[request_id]
+            paths = [run.path for run in runs for _ in range(run.num_tokens)]
+            assert paths == _paths(self._routes[request_id], start, num_tokens, row.tokens), (
+                "not the request's own path"
+            )
+            if cached_path is not None:
+                self._check_cached(request_id, start, cached_path)
+            history = self._load(row, start - 1)
+            for position, path in enumerate(paths, start=start):
+                history = _next_hash(history, row.tokens[position], path)
+                self._stored[row.blocks[position // BLOCK_SIZE]][position % BLOCK_SIZE] = history
+            sampled[request_id] = [_sample(history)] if start + num_tokens == len(row.tokens) else []
+            row.tokens += sampled[request_id]
+        return ModelRunnerOutput(
+            req_ids=list(sampled),
+            req_id_to_index={request_id: index for index, request_id in enumerate(sampled)},
+            sampled_token_ids=list(sampled.values()),
+        )
+
+    def _lower(self, request_id: str, tokens: Sequence[int]) -> None:
+        """What load did to the scheduler's route is to be done to ours, which has seen the same tokens."""
+        theirs, ours = self.scheduler._routes[request_id], self._routes[request_id]
+        for position, depth in theirs.lowered[len(ours.lowered) :]:
+            assert ours.lower(depth, position, tokens)
+
+    def _take_in(self, output: Any) -> dict[str, int]:
+        """Update the rows as vLLM's runner does; returns the computed tokens of each scheduled request."""
+        computed = {}
+        for new in output.scheduled_new_reqs:
+            self._rows[new.req_id] = _Row(list(new.prompt_token_ids), list(new.block_ids[0]))
+            computed[new.req_id] = new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks, num_computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens):
+            computed[request_id] = num_computed
+            if request_id in cached.resumed_req_ids:
+                self._rows[request_id] = _Row(list(cached.all_token_ids[request_id]), list(blocks[0]))
+            elif blocks is not None:
+                self._rows[request_id].blocks += blocks[0]
+        return computed
+
+    def _check_cached(self, request_id: str, num_tokens: int, cached_path: int) -> None:
+        row, history = self._rows[request_id], _START
+        paths = _paths(self._routes[request_id], 0, num_tokens, row.tokens) if num_tokens else []
+        for position, path in enumerate(paths):
+            assert path == cached_path, "tokens found in the cache are said to have run another path"
+            history = _next_hash(history, row.tokens[position], path)
+            assert self._load(row, position) == history, "found a block that other tokens or another path made"
+        self.cache_hits += num_tokens
+
+    def _load(self, row: _Row, position: int) -> int:
+        if position < 0:
+            return _START
+        return self._stored[row.blocks[position // BLOCK_SIZE]][position % BLOCK_SIZE]
+
+    def _route(self, ask: Ask) -> RequestRoute:
+        router = self._tiny.artifact.router(library=True)
+        depth = depth_for_budget(ask.budget or 1.0, router.num_layers)
+        return RequestRoute(router, self._schedule, depth, ask.prompt, ask.context)
+
+
+def _paths(route: RequestRoute, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[int]:
+    return [run.path for run in route.runs(start, num_tokens, token_ids) for _ in range(run.num_tokens)]

@@ -1,0 +1,215 @@
+"""Small random models and artifacts: big enough to route, small enough to run in milliseconds.
+
+The weights are drawn wider than a trained model's initialisation, so that greedy decoding has clear gaps between
+the best and the second token and every skipped layer changes the tokens.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from vllm_buddy.artifact import Artifact, load_artifact
+from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, LoraConfig, PredictorConfig, PriorConfig
+from vllm_buddy.artifact.fingerprint import identify
+from vllm_buddy.method import BudgetPredictor, DecisionModule, FoldedDecision, FoldedPredictor
+from vllm_buddy.method.budget import MIN_DEPTH
+from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.decision import value_table
+from vllm_buddy.method.lora import LoraDeltas
+
+NUM_LAYERS = 8
+HIDDEN_SIZE = 128
+NUM_KV_HEADS = 2
+HEAD_DIM = 32  # the smallest that vLLM's CPU attention accepts
+VOCAB_SIZE = 512
+
+PREDICTOR_DEPTHS = (3, 4, 6, 8)
+PREDICTOR_PRICE = 8.0  # at which random prompts take every depth of the grid
+
+_MATRIX_STD = 0.08
+_EMBEDDING_STD = 0.5
+_LM_HEAD_STD = 0.5
+_BIAS_STD = 0.2
+
+_FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+def save_tiny_model(folder: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a random model of `family` ("llama", "qwen2", "qwen3") as a Hugging Face folder; returns `folder`.
+
+    There is no tokenizer and no end-of-sequence token: engines want `skip_tokenizer_init=True` and generate as many
+    tokens as they are asked for.
+    """
+    config_class, model_class = _FAMILIES[family]
+    config = config_class(
+        num_hidden_layers=NUM_LAYERS,
+        hidden_size=HIDDEN_SIZE,
+        num_attention_heads=HIDDEN_SIZE // HEAD_DIM,
+        num_key_value_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        intermediate_size=2 * HIDDEN_SIZE,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = model_class(config)
+    _randomise(model, seed)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The Hugging Face model in `folder`, for the reference."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def random_prompts(num: int, seed: int = 0, min_tokens: int = 3, max_tokens: int = 40) -> list[list[int]]:
+    """Prompts of random token ids and lengths in [min_tokens, max_tokens]."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(min_tokens, max_tokens + 1, num)
+    return [rng.integers(0, VOCAB_SIZE, n).tolist() for n in lengths]
+
+
+def random_artifact(
+    folder: Path,
+    model_dir: Path,
+    seed: int = 0,
+    *,
+    decision: bool = True,
+    paths_per_depth: int = 3,
+    bypass_rank: int = 0,
+    lora_rank: int = 0,
+    predictor_depths: Sequence[int] = (),
+) -> Artifact:
+    """Write an artifact for the model in `model_dir` and return it as loaded from `folder`.
+
+    decision: with a random Decision Module, so wide that paths differ between prompts and along one decoding.
+    paths_per_depth: size of the path library at every depth below full; 0 for none.
+    bypass_rank, lora_rank: with random bypasses, or changes of some weights, that change every token; 0 for none.
+    predictor_depths: grid of a random Budget Predictor; empty for none.
+    """
+    base = identify(model_dir)
+    num_middle = base.num_layers - 2
+    rng = np.random.default_rng(seed)
+    model = load_model(model_dir)
+    values = value_table(model)
+    folded = _random_decision(values, num_middle, seed) if decision else None
+    bypass = _random_bypass(model, bypass_rank, seed) if bypass_rank else None
+    lora = _random_lora(model, lora_rank, seed) if lora_rank else None
+    predictor = _random_predictor(values, predictor_depths, base.num_layers, seed) if predictor_depths else None
+    config = BuddyConfig(
+        format_version=FORMAT_VERSION,
+        name=folder.name,
+        base_model=base,
+        prior=PriorConfig(indicator="taylor", calibration="random", num_tokens=0),
+        has_decision_module=decision,
+        library=_random_library(rng, base.num_layers, paths_per_depth) if paths_per_depth else None,
+        bypass_rank=bypass_rank,
+        bypass_eps=0.0 if bypass is None else bypass.eps,
+        lora=None if lora is None else LoraConfig(rank=lora_rank, alpha=lora.alpha),
+        predictor=None if predictor is None else PredictorConfig(depths=predictor.depths, price=PREDICTOR_PRICE),
+    )
+    prior = rng.standard_normal(num_middle).astype(np.float32)
+    Artifact(config, prior, folded, bypass, lora, predictor).save(folder)
+    return load_artifact(folder)
+
+
+def _randomise(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1.0 + 0.1 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(_BIAS_STD * noise)
+            elif "embed_tokens" in name:
+                parameter.copy_(_EMBEDDING_STD * noise)
+            elif "lm_head" in name:
+                parameter.copy_(_LM_HEAD_STD * noise)
+            else:
+                parameter.copy_(_MATRIX_STD * noise)
+
+
+def _random_decision(values: torch.Tensor, num_middle: int, seed: int) -> FoldedDecision:
+    module = DecisionModule(values.shape[1], num_middle, hidden=16)
+    _randomise_decision(module, values, seed)
+    return FoldedDecision.fold(module, values)
+
+
+def _random_predictor(values: torch.Tensor, depths: Sequence[int], num_layers: int, seed: int) -> FoldedPredictor:
+    predictor = BudgetPredictor(values.shape[1], depths, num_layers)
+    _randomise_decision(predictor.module, values, seed)
+    return FoldedPredictor.fold(predictor, values, num_layers)
+
+
+def _randomise_decision(module: DecisionModule, values: torch.Tensor, seed: int) -> None:
+    # A mean over n tokens varies 1/sqrt(n) as much as one token: the context half gets the larger weight.
+    scale = values.std(dim=0)
+    value_dim = values.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        w_mean, w_newest = module.w1.weight.chunk(2, dim=1)
+        w_mean.mul_(4.0 / (scale * value_dim**0.5))
+        w_newest.mul_(1.0 / (scale * value_dim**0.5))
+
+
+def _random_bypass(model: nn.Module, rank: int, seed: int) -> Bypass:
+    """Bypasses whose contribution is of the size of a layer's."""
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(NUM_LAYERS - 2, rank, HIDDEN_SIZE, generator=generator) / HIDDEN_SIZE**0.5
+    up = torch.randn(NUM_LAYERS - 2, HIDDEN_SIZE, rank, generator=generator) / rank**0.5
+    return Bypass(down, up, model.config.rms_norm_eps)
+
+
+def _random_lora(model: nn.Module, rank: int, seed: int) -> LoraDeltas:
+    """Changes of every projection of every other layer: of those that vLLM stacks, too."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [n for n, m in model.model.layers.named_modules() if isinstance(m, nn.Linear) and int(n.split(".")[0]) % 2]
+    a, b = {}, {}
+    for name in (f"model.layers.{n}" for n in names):
+        out_features, in_features = model.get_parameter(f"{name}.weight").shape
+        a[name] = _MATRIX_STD * torch.randn(rank, in_features, generator=generator)
+        b[name] = torch.randn(out_features, rank, generator=generator) / rank
+    return LoraDeltas(a, b, alpha=1.0 * rank)
+
+
+def _random_library(rng: np.random.Generator, num_layers: int, paths_per_depth: int) -> dict[int, list[list[int]]]:
+    library: dict[int, list[list[int]]] = {}
+    for depth in range(MIN_DEPTH, num_layers):
+        sets: list[list[int]] = []
+        # Fewer paths than asked for exist near the ends: 6 middle layers have 6 sets of one.
+        for _ in range(20 * paths_per_depth):
+            layers = [0, *_sorted_sample(rng, num_layers, depth - 2), num_layers - 1]
+            if layers not in sets:
+                sets.append(layers)
+            if len(sets) == paths_per_depth:
+                break
+        library[depth] = sets
+    return library
+
+
+def _sorted_sample(rng: np.random.Generator, num_layers: int, num_middle: int) -> Sequence[int]:
+    return sorted(int(i) for i in rng.choice(np.arange(1, num_layers - 1), num_middle, replace=False))

@@ -1,0 +1,350 @@
+"""Budget "auto": what the predictor chooses is what runs, at the price of the moment, and nobody else notices."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.harness.engine import Ask, Engine, Tiny
+from tests.harness.pretend_worker import PretendEngine
+from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE, random_prompts
+from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, budget_for_depth
+from vllm_buddy.method.reference import routed_logits
+from vllm_buddy.serving.admission.chooser import AutoLimits, BudgetChooser
+from vllm_buddy.serving.admission.load import LoadPrice
+
+PROMPTS = [tuple(p) for p in random_prompts(12, seed=81, min_tokens=3, max_tokens=90)]
+LOAD_PRICE = 40.0
+NUM_BLOCKS = 400
+FEW_BLOCKS = 24
+
+
+def auto(prompt: tuple[int, ...], max_tokens: int = 8, *, context: int | None = None, **options: Any) -> Ask:
+    """A request with budget "auto". options: without the prefix of their names."""
+    own = {"buddy_budget": "auto", **{f"buddy_{key}": value for key, value in options.items()}}
+    return Ask(prompt, None, max_tokens, context=context, options=own)
+
+
+def fixed(ask: Ask, depth: int) -> Ask:
+    """The request that says as a number what was to be chosen for `ask`."""
+    return replace(ask, budget=budget_for_depth(depth, NUM_LAYERS), options={})
+
+
+def chosen_depth(
+    tiny: Tiny, ask: Ask, price: float = PREDICTOR_PRICE, allowed: Sequence[int] = PREDICTOR_DEPTHS
+) -> int:
+    """What the predictor says, asked alone."""
+    predictor = tiny.artifact.predictor
+    assert predictor is not None
+    return predictor.depth(predictor.excess(ask.prompt[: ask.context]), price, allowed)
+
+
+# --- the choice, alone -------------------------------------------------------------------------------------------
+
+
+def chooser(load: LoadPrice | None = None, **changes: Any) -> BudgetChooser:
+    """Over depths 3, 4, 6, 8 of 8 whose excess, whatever the prompt, is 2.4, 1.2, 0.4 and 0 nats.
+
+    A depth d costs excess + price * d / 8, so 8 is cheapest up to price 1.6, 6 up to 3.2, 4 up to 9.6.
+    """
+    gaps = np.array([1.2, 0.8, 0.4])
+    b2 = np.log(np.expm1(gaps)).astype(np.float32)
+    table = np.zeros((4, 1), np.float32)
+    decision = FoldedDecision(table, table, np.zeros(1, np.float32), np.zeros((3, 1), np.float32), b2)
+    usual = AutoLimits(8, PREDICTOR_DEPTHS, smallest=0.375, largest=1.0, price=1.0, load_price=None, load_floor=0.375)
+    limits = replace(usual, **changes)
+    return BudgetChooser(FoldedPredictor(decision, PREDICTOR_DEPTHS, 8), limits, load)
+
+
+def choose(made: BudgetChooser, *asked: float) -> tuple[float, int, float]:
+    return tuple(made.choose(made._limits.budget(*asked), [1]))
+
+
+def full_load(load_price: float) -> LoadPrice:
+    load = LoadPrice(load_price)
+    load.observe(100, 0, 0.0)
+    return load
+
+
+@pytest.mark.parametrize(("price", "depth"), ((0.0, 8), (1.5, 8), (1.7, 6), (3.1, 6), (3.3, 4), (9.5, 4), (9.7, 3)))
+def test_the_depth_is_the_one_that_is_cheapest_at_the_price(price: float, depth: int) -> None:
+    """Fails if the price is not per layers of the whole model, or the request's own price is not used."""
+    assert choose(chooser(), price) == (budget_for_depth(depth, 8), depth, price)
+
+
+def test_the_range_bounds_the_choice_and_the_budget_that_is_told() -> None:
+    """Fails if a bound is passed over, or a budget is told that lies outside of the range which runs its depth."""
+    assert choose(chooser(), 100.0, 0.5) == (0.5, 4, 100.0)
+    # The budgets of fewest decimals of depths 4 and 6 are 0.5 and 0.8.
+    assert choose(chooser(), 100.0, 0.55) == (0.55, 4, 100.0)
+    assert choose(chooser(), 0.0, 0.375, 0.75) == (0.75, 6, 0.0)
+
+
+def test_load_raises_the_price_of_the_server_and_of_requests() -> None:
+    """Fails if a busy server chooses as an idle one, or load makes a high bid cheaper."""
+    made = chooser(full_load(5.0))
+    assert choose(made) == (0.5, 4, 5.0)
+    assert choose(made, 2.0) == (0.5, 4, 5.0)
+    assert choose(made, 50.0) == (0.4, 3, 50.0)
+    assert (made.level, made.price) == (1.0, 5.0)
+
+
+def test_load_alone_does_not_go_below_its_floor() -> None:
+    """Fails if load degrades answers further than the operator allows, or the floor lifts a cheap request."""
+    made = chooser(full_load(50.0), load_floor=0.7)  # five layers; 6 is the first of the grid that is enough
+    assert choose(made) == (0.8, 6, 50.0)
+    assert choose(made, 2.0) == (0.8, 6, 50.0)
+    assert choose(made, 4.0) == (0.5, 4, 50.0)  # would be 4 without load, too
+    assert choose(made, 60.0) == (0.4, 3, 60.0)
+    assert choose(made, 0.0, 0.375, 0.5) == (0.5, 4, 50.0)  # a range below the floor: its upper end
+
+
+# --- the scheduler, with a worker that only keeps books ----------------------------------------------------------
+
+
+def pretend(
+    tiny: Callable[[str], Tiny], *, asynchronous: bool, num_blocks: int = NUM_BLOCKS, chunk: int = 33, **buddy: Any
+) -> PretendEngine:
+    return PretendEngine(
+        tiny("llama"),
+        PathSchedule(4, 1),
+        asynchronous=asynchronous,
+        num_blocks=num_blocks,
+        chunk=chunk,
+        # Most tests are about arriving requests.
+        buddy={"load_lowers_running": False, **buddy} if "load_price" in buddy else buddy,
+    )
+
+
+def outcome(engine: PretendEngine, request_id: str) -> tuple[int, float | None]:
+    """Depth and price of an unfinished request."""
+    found = engine.scheduler._outcomes[request_id]
+    return found.depth, found.price
+
+
+def finish(engine: PretendEngine) -> None:
+    """Serve what there is; every request must get what it gets alone, at the budget it is said to run at."""
+    while not engine.idle:
+        engine.step()
+    for request_id, ask in engine.asks.items():
+        assert engine.generated[request_id] == engine.expected(ask)
+
+
+both = pytest.mark.parametrize("asynchronous", (False, True), ids=("sync", "async"))
+
+
+@both
+@pytest.mark.parametrize("default", (False, True), ids=("asked", "default"))
+def test_auto_is_the_explicit_budget_that_the_predictor_names(
+    tiny: Callable[[str], Tiny], asynchronous: bool, default: bool
+) -> None:
+    """Fails if another depth runs than the predictor says, or "auto" runs other paths than the number it stands for.
+
+    Half of the requests say a number, and share blocks of the prefix cache with the others.
+    """
+    made = pretend(tiny, asynchronous=asynchronous, default_budget="auto" if default else 1.0)
+    depths = []
+    for number, prompt in enumerate(PROMPTS * 2):
+        ask = auto(prompt, 20, context=3 if number % 3 == 2 else None)
+        depth = chosen_depth(tiny("llama"), ask)
+        depths.append(depth)
+        sent = replace(ask, options={}) if default else ask
+        request_id = made.add(sent, runs_as=fixed(ask, depth))
+        assert outcome(made, request_id) == (depth, PREDICTOR_PRICE)
+        made.add(fixed(ask, depth))
+        made.step()
+    assert len(set(depths)) > 2
+    finish(made)
+    assert made.cache_hits > 0
+
+
+@both
+def test_a_preemption_does_not_ask_the_predictor_again(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
+    """Fails if a request that starts again takes the price of that moment: its tokens so far ran at another depth."""
+    made = pretend(
+        tiny, asynchronous=asynchronous, num_blocks=FEW_BLOCKS, load_price=LOAD_PRICE, load_running=[1, 2], price=0.0
+    )
+    first = made.add(auto(PROMPTS[0], 60), runs_as=fixed(auto(PROMPTS[0], 60), NUM_LAYERS))
+    for prompt in PROMPTS[1:4]:
+        made.add(Ask(prompt, 0.5, 60))
+    for step in range(20):
+        made.step()
+        if step in (5, 12):
+            assert made.scheduler._chooser.level == 1
+            made.preempt(0, drop_stale_output=False)
+    assert made.scheduler.requests[first].num_preemptions > 0
+    assert outcome(made, first) == (NUM_LAYERS, 0.0)
+    finish(made)
+
+
+@both
+@pytest.mark.parametrize("signal", ("waiting", "running", "kv_use"))
+def test_load_raises_the_price_and_it_falls_back(tiny: Callable[[str], Tiny], asynchronous: bool, signal: str) -> None:
+    """Fails if a signal is not read from the scheduler, explicit budgets follow it, or the price stays up after it."""
+    buddy: dict[str, Any] = {"load_running": [1, 4]} if signal == "running" else {}
+    if signal == "kv_use":
+        buddy = {"load_kv_use": [0.02, 0.04]}
+    if signal != "waiting":
+        buddy["load_waiting"] = [50, 60]
+    made = pretend(tiny, asynchronous=asynchronous, load_price=LOAD_PRICE, **buddy)
+    calm = chosen_depth(tiny("llama"), auto(PROMPTS[0]))
+    loaded = chosen_depth(tiny("llama"), auto(PROMPTS[0]), LOAD_PRICE)
+    assert loaded < calm
+
+    def send_auto() -> tuple[int, float | None]:
+        request_id = made.add(auto(PROMPTS[0]))
+        got = outcome(made, request_id)
+        made.expect(request_id, fixed(auto(PROMPTS[0]), got[0]))
+        return got
+
+    assert send_auto() == (calm, PREDICTOR_PRICE)
+    finish(made)
+    explicit = [made.add(Ask(prompt, 1.0, 40)) for prompt in PROMPTS[1:10]]
+    if signal != "waiting":
+        for _ in range(25):
+            made.step()
+    assert send_auto() == (loaded, LOAD_PRICE)
+    assert [outcome(made, request_id) for request_id in explicit] == [(NUM_LAYERS, None)] * 9
+    finish(made)
+    assert made.scheduler._chooser.level == 0
+    assert send_auto() == (calm, PREDICTOR_PRICE)
+    finish(made)
+
+
+@both
+def test_an_abort_of_everything_leaves_no_load(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
+    """Fails if the gauges of a server whose clients went away show their load for good: no request follows to tell."""
+    from vllm.v1.request import RequestStatus
+
+    made = pretend(tiny, asynchronous=asynchronous, load_price=LOAD_PRICE, load_running=[0, 2])
+    for prompt in PROMPTS[:4]:
+        made.add(Ask(prompt, 0.5, 40))
+    for _ in range(3):
+        made.step()
+    assert made.scheduler._chooser.level == 1
+    made.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    while not made.idle:
+        made.step()
+    assert made.scheduler._chooser.level == 0
+
+
+def test_the_metrics_show_load_price_and_choices(
+    tiny: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a server under load looks idle in /metrics, or an idle one loaded, or numbers count as chosen."""
+    made = pretend(tiny, asynchronous=False, load_price=LOAD_PRICE, load_running=[0, 4])
+    metrics = made.scheduler._metrics
+    monkeypatch.setattr(metrics, "_export_to", tmp_path / "engine.prom")
+
+    def sample(name: str) -> float:
+        lines = (tmp_path / "engine.prom").read_text().splitlines()
+        (value,) = (line.split()[-1] for line in lines if line.startswith(f'vllm_buddy:{name}{{engine="0"}}'))
+        return float(value)
+
+    depth = chosen_depth(tiny("llama"), auto(PROMPTS[0], 30))
+    for number, prompt in enumerate(PROMPTS[:2]):
+        ask = auto(prompt, 30) if number == 0 else Ask(prompt, 1.0, 30)
+        made.add(ask, runs_as=fixed(ask, depth) if number == 0 else None)
+    made.step()
+    metrics.export(idle=True)
+    assert (sample("load"), sample("auto_price")) == (0.5, (PREDICTOR_PRICE + LOAD_PRICE) / 2)
+    finish(made)
+    assert (sample("load"), sample("auto_price")) == (0, PREDICTOR_PRICE)
+    assert (sample("auto_budget_count"), sample("budget_count")) == (1, 2)
+    assert sample("auto_budget_sum") == budget_for_depth(depth, NUM_LAYERS)
+
+
+@both
+def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
+    """Fails if requests of a calm minute stay deep in a busy one, numbers are touched, or a block that holds tokens of
+    the lower depth is found by one who runs the depth before."""
+    made = pretend(
+        tiny, asynchronous=asynchronous, load_price=LOAD_PRICE, load_running=[2, 4], price=0.0, load_lowers_running=True
+    )
+    scheduler = made.scheduler
+    first = made.add(auto(PROMPTS[0], 60), runs_as=fixed(auto(PROMPTS[0], 60), NUM_LAYERS))
+    number = made.add(Ask(PROMPTS[1], 1.0, 60))
+    for _ in range(25):
+        made.step()
+    route = scheduler._routes[first]
+    assert not route.lowered and route.depth == NUM_LAYERS
+    others = [made.add(Ask(prompt, 0.5, 30)) for prompt in PROMPTS[2:6]]
+    for _ in range(6):
+        made.step()
+    assert [depth for _, depth in route.lowered][-1:] == [PREDICTOR_DEPTHS[0]]
+    assert all(len(PROMPTS[0]) < position for position, _ in route.lowered)
+    assert not scheduler._routes[number].lowered
+    told = scheduler._outcomes[first].as_dict(route)
+    assert (told["depth"], told["lowered_to"]) == (NUM_LAYERS, PREDICTOR_DEPTHS[0])
+    made.preempt(0, drop_stale_output=False)
+    while not made.idle:
+        made.step()
+    for request_id in (number, *others):
+        assert made.generated[request_id] == made.expected(made.asks[request_id])
+    follow_up = made.add(Ask((*PROMPTS[0], *made.generated[first]), 1.0, 4))
+    while not made.idle:
+        made.step()
+    assert made.generated[follow_up] == made.expected(made.asks[follow_up])
+
+
+# --- a real engine -----------------------------------------------------------------------------------------------
+
+
+def test_tokens_and_layers_of_auto_requests_are_those_of_the_budget_chosen(llama: Engine) -> None:
+    """Fails if what the response tells is not what ran, or a request's own price or range is lost on the way."""
+    llama.configure("masked", 4)
+    tiny = llama.tiny
+    asked: list[tuple[Ask, int, float | None]] = [
+        (ask := auto(PROMPTS[0]), chosen_depth(tiny, ask), PREDICTOR_PRICE),
+        (ask := auto(PROMPTS[1]), chosen_depth(tiny, ask), PREDICTOR_PRICE),
+        (auto(PROMPTS[2], price=0), 8, 0.0),
+        (auto(PROMPTS[3], price=1e6), 3, 1e6),
+        (auto(PROMPTS[3], price=1e6, auto_min=0.5), 4, 1e6),
+        (auto(PROMPTS[2], price=0, auto_max=0.8), 6, 0.0),
+        (ask := auto(PROMPTS[4], price=20.0, auto_min=0.5, context=3), chosen_depth(tiny, ask, 20.0, (4, 6, 8)), 20.0),
+        (Ask(PROMPTS[5], 0.625), 5, None),
+        (Ask(PROMPTS[6], None), NUM_LAYERS, None),
+    ]
+    outputs = llama.run([ask for ask, _, _ in asked])
+    llama.check([replace(ask, budget=depth / NUM_LAYERS, options={}) for ask, depth, _ in asked], outputs)
+    for (_, depth, price), output in zip(asked, outputs, strict=True):
+        told = output.kv_transfer_params["buddy"]
+        assert (told["depth"], told["auto"], told["price"]) == (depth, price is not None, price)
+        if price is not None:
+            assert told["budget"] == budget_for_depth(depth, NUM_LAYERS)
+
+
+@pytest.mark.parametrize("policy", ("masked", "kv_only", "zero"))
+@pytest.mark.parametrize("preempted", (False, True))
+def test_a_lowered_request_goes_on_as_the_reference_does(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch, policy: str, preempted: bool
+) -> None:
+    """Fails if the cache of a request is read wrongly after its depth changed, or is computed again on other paths."""
+    llama.configure(policy, 0)
+    tiny, scheduler = llama.tiny, llama.scheduler
+    assert tiny.artifact.predictor is not None
+    load = LoadPrice(LOAD_PRICE, waiting=(50, 60), running=(1, 3))
+    limits = replace(scheduler._limits.auto, load_price=LOAD_PRICE)
+    monkeypatch.setattr(scheduler, "_chooser", BudgetChooser(tiny.artifact.predictor, limits, load))
+    asks = [auto(PROMPTS[0], 30, price=0), *(Ask(prompt, 1.0, 12) for prompt in PROMPTS[1:4])]
+    routes: dict[str, Any] = {}
+
+    def before_step(step: int) -> None:
+        routes.update(scheduler._routes)
+        if preempted and step == 16:
+            assert llama.preempt(0)
+
+    lowered, *others = llama.run(asks, [0, 8, 8, 8], before_step)
+    llama.check(asks[1:], others)
+    told = lowered.kv_transfer_params["buddy"]
+    assert (told["depth"], told["lowered_to"]) == (NUM_LAYERS, PREDICTOR_DEPTHS[0])
+    assert (told["layers_executed_max"], told["layers_executed_min"]) == (NUM_LAYERS, PREDICTOR_DEPTHS[0])
+    (route,) = (route for route in routes.values() if route.lowered)
+    tokens = list(lowered.outputs[0].token_ids)
+    inputs = [*asks[0].prompt, *tokens[:-1]]
+    paths = [run.path for run in route.runs(0, len(inputs), inputs) for _ in range(run.num_tokens)]
+    logits = routed_logits(tiny.model, inputs, paths, policy, tiny.artifact.bypass)
+    assert logits[len(asks[0].prompt) - 1 :].argmax(dim=-1).tolist() == tokens

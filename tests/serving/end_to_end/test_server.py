@@ -1,0 +1,298 @@
+"""One real server, over HTTP: budgets in, outcomes and metrics out."""
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.harness.engine import BLOCK_SIZE, Ask, Tiny
+from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE, random_prompts
+from vllm_buddy.method import PathSchedule, budget_for_depth, depth_for_budget
+
+START_TIMEOUT_S = 240.0  # about 20 s on two idle cores
+REQUEST_TIMEOUT_S = 60.0
+SCHEDULE = PathSchedule(1)
+PROMPTS = [tuple(p) for p in random_prompts(4, seed=71, min_tokens=5, max_tokens=60)]
+NUM_TOKENS = 12
+LOAD_PRICE = 40.0
+# One request that runs is a full load, so it would lower itself.
+LOAD = {"load_price": LOAD_PRICE, "load_running": [0, 1], "load_lowers_running": False}
+
+
+class Server:
+    """vLLM's API server on the tiny Llama, in a process of its own with an engine process behind it."""
+
+    def __init__(self, tiny: Tiny, log: Any) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        buddy = {"artifact": str(tiny.artifact_folder), "paths": "free", "route_every": SCHEDULE.interval, **LOAD}
+        settings = {"buddy": buddy}
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny.folder)]
+        command += ["--served-model-name", "tiny", "--port", str(port), "--host", "127.0.0.1"]
+        command += ["--model-impl", "buddy", "--additional-config", json.dumps(settings)]
+        command += ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
+        command += ["--block-size", str(BLOCK_SIZE), "--kv-cache-memory-bytes", str(32 << 20)]
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError(f"the server did not come up (exit status {self.process.poll()})")
+
+    def complete(self, prompt: tuple[int, ...], body: str = "", num_tokens: int = NUM_TOKENS) -> tuple[int, Any]:
+        """POST /v1/completions with `body`, JSON members, added; returns status and answer."""
+        base = f'"model": "tiny", "prompt": {list(prompt)}, "max_tokens": {num_tokens}, "temperature": 0'
+        text = "{" + base + ', "return_token_ids": true' + (f", {body}" if body else "") + "}"
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", text.encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def metrics(self) -> dict[str, float]:
+        """Samples of our families, without labels and buckets."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=REQUEST_TIMEOUT_S) as response:
+            text = response.read().decode()
+        found = re.findall(r'^(vllm_buddy:\w+)\{engine="0"\} (\S+)$', text, flags=re.MULTILINE)
+        assert len(found) == len(dict(found)), "a sample is there twice"
+        return {name: float(value) for name, value in found}
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log_path = tmp_path_factory.mktemp("server") / "log"
+    with log_path.open("w") as log:
+        server = Server(tiny("llama"), log)
+        try:
+            server.wait()
+            yield server
+        except AssertionError:
+            print(log_path.read_text()[-5000:])
+            raise
+        finally:
+            server.stop()
+
+
+def budget(value: str) -> str:
+    return f'"vllm_xargs": {{"buddy_budget": {value}}}'
+
+
+def test_mixed_budgets_at_once_give_the_references_tokens_and_tell_what_ran(
+    server: Server, tiny: Callable[[str], Tiny]
+) -> None:
+    """Fails if budgets are lost between HTTP and the engine's processes, or the outcome on the way back."""
+    budgets = (0.5, 1.0, 0.75, 0.4)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda pair: server.complete(pair[0], budget(str(pair[1]))), zip(PROMPTS, budgets)))
+    for (status, answer), prompt, asked in zip(answers, PROMPTS, budgets, strict=True):
+        expected = tiny("llama").expected(Ask(prompt, asked, NUM_TOKENS), "masked", SCHEDULE)
+        assert status == 200
+        assert answer["choices"][0]["token_ids"] == expected.token_ids
+        depth = depth_for_budget(asked, NUM_LAYERS)
+        assert answer["kv_transfer_params"]["buddy"] == {
+            "budget": asked,
+            "depth": depth,
+            "auto": False,
+            "price": None,
+            "lowered_to": None,
+            "layers_executed_mean": depth,
+            "layers_executed_min": depth,
+            "layers_executed_max": depth,
+            "tokens": len(prompt) + NUM_TOKENS - 1,
+            "distinct_paths": len(set(expected.paths)),
+            "reroutes": sum(a != b for a, b in zip(expected.paths, expected.paths[1:])),
+        }
+
+
+# As JSON text: NaN and 1e400 are not JSON by the letter, but Python's parser takes them.
+BAD = ("0", "-0.5", "1.5", "NaN", "Infinity", "1e400", "[0.5]", '"half"', '"0.5"', '"Auto"', "0.3", "false", "[]")
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_a_bad_budget_is_answered_400_while_others_go_on(server: Server, value: str) -> None:
+    """Fails if a bad request gets a 500, no name of the parameter, or takes others with it."""
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(server.complete, PROMPTS[0], budget("0.5"), 40)
+        status, answer = server.complete(PROMPTS[1], budget(value))
+        assert good.result()[0] == 200
+    assert status == 400
+    assert answer["error"]["param"] == "vllm_xargs.buddy_budget"
+    assert "buddy_budget" in answer["error"]["message"]
+    assert ("0.375" if value == "0.3" else "(0, 1]") in answer["error"]["message"]
+
+
+def auto(**options: float | str) -> str:
+    return f'"vllm_xargs": {json.dumps({"buddy_budget": "auto", **options})}'
+
+
+@pytest.mark.parametrize(
+    ("body", "key", "told"),
+    (
+        (auto(buddy_price=-0.1), "buddy_price", "from 0 up"),
+        (auto(buddy_price=math.nan), "buddy_price", "from 0 up"),
+        (auto(buddy_price=math.inf), "buddy_price", "from 0 up"),
+        (auto(buddy_price="cheap"), "buddy_price", "from 0 up"),
+        (auto(buddy_auto_max=2), "buddy_auto_max", "(0, 1]"),
+        (auto(buddy_auto_min=0.2), "buddy_auto_min", "0.375 to 1"),
+        (auto(buddy_auto_min=0.625, buddy_auto_max=0.7), "buddy_auto_min", "among 0.4, 0.5, 0.8, 1"),
+        ('"vllm_xargs": {"buddy_price": 0.1}', "buddy_price", "the budget is 1"),
+    ),
+)
+def test_a_bad_option_of_auto_is_answered_400_while_others_go_on(
+    server: Server, body: str, key: str, told: str
+) -> None:
+    """Fails if what cannot be chosen is found out in the engine, where it would end all requests."""
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(server.complete, PROMPTS[0], budget("0.5"), 40)
+        status, answer = server.complete(PROMPTS[1], body)
+        assert good.result()[0] == 200
+    assert status == 400
+    assert answer["error"]["param"] == f"vllm_xargs.{key}"
+    assert key in answer["error"]["message"] and told in answer["error"]["message"]
+
+
+def test_auto_is_chosen_at_the_price_of_the_moment(server: Server, tiny: Callable[[str], Tiny]) -> None:
+    """Fails if price, range or load do not reach the choice, or the response does not tell what was chosen.
+
+    What is chosen under load is asked for until it is: that a request is running is known in the server only.
+    """
+    predictor = tiny("llama").artifact.predictor
+    assert predictor is not None
+
+    def told(prompt: tuple[int, ...], price: float, **options: float) -> float:
+        """Ask; returns the effective price, after a look at the rest."""
+        status, answer = server.complete(prompt, auto(**options))
+        assert status == 200
+        outcome = answer["kv_transfer_params"]["buddy"]
+        allowed = [d for d in PREDICTOR_DEPTHS if d / NUM_LAYERS >= options.get("buddy_auto_min", 0)]
+        depth = predictor.depth(predictor.excess(prompt), outcome["price"], allowed)
+        assert (outcome["auto"], outcome["depth"]) == (True, depth)
+        assert outcome["budget"] == budget_for_depth(depth, NUM_LAYERS)
+        assert outcome["layers_executed_min"] == outcome["layers_executed_max"] == depth
+        expected = tiny("llama").expected(Ask(prompt, outcome["budget"], NUM_TOKENS), "masked", SCHEDULE)
+        assert answer["choices"][0]["token_ids"] == expected.token_ids
+        assert outcome["price"] in (price, LOAD_PRICE)
+        return outcome["price"]
+
+    for prompt in PROMPTS:
+        assert told(prompt, PREDICTOR_PRICE) == PREDICTOR_PRICE
+    assert told(PROMPTS[0], 0.0, buddy_price=0.0) == 0.0
+    assert told(PROMPTS[0], 1e6, buddy_price=1e6, buddy_auto_min=0.5) == 1e6
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(server.complete, prompt, budget("0.5"), 440) for prompt in PROMPTS * 2]
+        seen = []
+        while LOAD_PRICE not in seen and not all(request.done() for request in running):
+            seen.append(told(PROMPTS[1], PREDICTOR_PRICE))
+        assert LOAD_PRICE in seen
+        assert all(request.result()[1]["kv_transfer_params"]["buddy"]["depth"] == 4 for request in running)
+    assert told(PROMPTS[1], PREDICTOR_PRICE) == PREDICTOR_PRICE
+    metrics = server.metrics()
+    assert (metrics["vllm_buddy:load"], metrics["vllm_buddy:auto_price"]) == (0, PREDICTOR_PRICE)
+
+
+def test_a_context_beyond_the_prompt_is_answered_400_while_others_go_on(server: Server) -> None:
+    """Fails if what only the prompt's length can tell is found out in the engine, where it would end all requests."""
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(server.complete, PROMPTS[0], budget("0.5"), 40)
+        status, answer = server.complete(PROMPTS[1], '"vllm_xargs": {"buddy_context_tokens": 1000}')
+        assert good.result()[0] == 200
+    assert status == 400
+    assert answer["error"]["param"] == "vllm_xargs.buddy_context_tokens"
+    assert f"from 1 to {len(PROMPTS[1])}" in answer["error"]["message"]
+
+
+def test_a_context_reaches_the_router(server: Server, tiny: Callable[[str], Tiny]) -> None:
+    """Fails if the option is checked and then dropped between HTTP and the engine."""
+    for context in (1, 5):
+        ask = Ask(PROMPTS[0], 0.5, NUM_TOKENS, context=context)
+        body = f'"vllm_xargs": {{"buddy_budget": 0.5, "buddy_context_tokens": {context}}}'
+        status, answer = server.complete(PROMPTS[0], body)
+        assert status == 200
+        assert answer["choices"][0]["token_ids"] == tiny("llama").expected(ask, "masked", SCHEDULE).token_ids
+
+
+def test_an_object_as_budget_is_answered_400(server: Server) -> None:
+    """Fails if what vLLM's own schema refuses becomes a 500."""
+    assert server.complete(PROMPTS[0], budget('{"x": 1}'))[0] == 400
+
+
+def test_an_unknown_option_is_answered_400_by_name(server: Server) -> None:
+    """Fails if a misspelt option is passed over."""
+    status, answer = server.complete(PROMPTS[0], '"vllm_xargs": {"buddy_bugdet": 0.5}')
+    assert status == 400 and answer["error"]["param"] == "vllm_xargs.buddy_bugdet"
+
+
+@pytest.mark.parametrize("body", ("", budget("1"), budget("true")), ids=("none", "1", "true"))
+def test_no_budget_one_and_true_are_the_whole_model(server: Server, body: str) -> None:
+    """Fails if the default is not applied. vLLM turns JSON true into 1 before anyone sees it, which is documented."""
+    status, answer = server.complete(PROMPTS[0], body)
+    assert status == 200
+    assert answer["kv_transfer_params"]["buddy"]["depth"] == NUM_LAYERS
+
+
+def test_metrics_count_what_was_served(server: Server) -> None:
+    """Fails if a family is missing, or counts something else than the requests between two scrapes."""
+    time.sleep(1.1)  # the engine writes its metrics once a second, and when it runs out of work
+    server.complete(PROMPTS[0], budget("1.0"), 2)
+    before = server.metrics()
+    asked = ((PROMPTS[0], 0.5), (PROMPTS[1], 0.75), (PROMPTS[2], 1.0))
+    outcomes = [server.complete(p, budget(str(b)))[1]["kv_transfer_params"]["buddy"] for p, b in asked]
+    outcomes.append(server.complete(PROMPTS[3], auto())[1]["kv_transfer_params"]["buddy"])
+    after = server.metrics()
+    grown = {name.removeprefix("vllm_buddy:"): after[name] - before[name] for name in after}
+    assert grown["budget_count"] == grown["layers_executed_count"] == 4
+    assert grown["budget_sum"] == pytest.approx(0.5 + 0.75 + 1.0 + outcomes[3]["budget"])  # a difference of sums
+    assert grown["auto_budget_count"] == 1 and grown["auto_budget_sum"] == pytest.approx(outcomes[3]["budget"])
+    assert grown["layers_executed_sum"] == sum(o["depth"] for o in outcomes)
+    assert grown["layer_tokens_executed_total"] == sum(o["depth"] * o["tokens"] for o in outcomes)
+    assert grown["layer_tokens_skipped_total"] == sum((NUM_LAYERS - o["depth"]) * o["tokens"] for o in outcomes)
+    assert grown["reroutes_total"] == sum(o["reroutes"] for o in outcomes)
+    assert grown["decisions_total"] > 0 and grown["routing_seconds_count"] > 0
+    assert 0 < grown["routing_seconds_sum"] < 1
+
+
+def test_an_abandoned_request_leaves_the_server_whole(server: Server) -> None:
+    """Fails if a client that goes away leaves a route behind that the next step trips over."""
+    host, port = server.url.removeprefix("http://").split(":")
+    asked = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 400, "stream": True}
+    body = json.dumps({**asked, "vllm_xargs": {"buddy_budget": 0.5}}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            assert b"200 OK" in connection.recv(100)
+    assert server.complete(PROMPTS[1], budget("0.75"))[0] == 200

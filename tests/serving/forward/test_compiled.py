@@ -1,0 +1,69 @@
+"""Layers compiled one by one: the same tokens, and nothing compiled again."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.harness.engine import Engine, Tiny, start_engine
+from tests.harness.tiny_models import HIDDEN_SIZE, NUM_LAYERS
+from tests.serving.end_to_end.test_golden import batch
+
+# fp32 sums of 128 products of magnitude 1 in another order
+ATOL = 1e-5
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny: Callable[[str], Tiny]) -> Iterator[Engine]:
+    """A routed engine with vLLM's default compilation mode."""
+    yield start_engine(tiny("llama"), enforce_eager=False)
+
+
+@pytest.mark.parametrize("bypass", (False, True), ids=("bare", "bypass"))
+@pytest.mark.parametrize("policy", ("masked", "kv_only"))
+def test_compiled_layers_give_the_reference_tokens(compiled: Engine, policy: str, bypass: bool) -> None:
+    """Fails if a compiled layer or bypass has another layer's weights, a length it was traced with, or other rows."""
+    compiled.configure(policy, 4, bypass=bypass)
+    asks = batch(seed=7)
+    compiled.check(asks, compiled.run(asks))
+    compiled.check(asks[:1], compiled.run(asks[:1]))  # one row, the size compilers like to specialise on
+
+
+def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Engine) -> None:
+    """Fails if the bypasses run uncompiled, unpacked or through torch's wrappers, or a layer gets another one's."""
+    from vllm_buddy.serving.forward.compiled import bypass_functions
+    from vllm_buddy.serving.forward.direct_call import DirectCall
+
+    bypass = compiled.tiny.artifact.bypass
+    functions = bypass_functions(bypass, compiled.core.vllm_config)
+    hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
+    for layer in range(1, NUM_LAYERS - 1):
+        assert isinstance(functions[layer].step, DirectCall)
+        assert functions[layer].down.owner is not None and functions[layer].up.owner is not None
+        added, state = functions[layer](torch.arange(5), hidden, residual)
+        torch.testing.assert_close(added + state, bypass.apply(layer, hidden + residual), atol=ATOL, rtol=0)
+
+
+def test_the_last_norm_is_called_directly(compiled: Engine) -> None:
+    """Fails if the last norm runs as half a dozen operations of torch, or through its wrappers, at every step."""
+    from vllm_buddy.serving.forward.direct_call import DirectCall
+
+    backbone = compiled.runner.model.model
+    assert isinstance(backbone._last_norm, DirectCall)
+    hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
+    expected, _ = backbone.norm.forward_native(hidden.clone(), residual.clone())
+    torch.testing.assert_close(backbone._last_norm(hidden, residual)[0], expected, atol=ATOL, rtol=0)
+
+
+def test_paths_and_batch_sizes_compile_nothing_new(compiled: Engine) -> None:
+    """Fails if a path, a batch size or a prompt length makes a graph of its own."""
+    from vllm_buddy.serving.forward.direct_call import DirectCall
+
+    functions = compiled.runner.model.model._functions
+    assert len(functions) == compiled.runner.buddy_steps.policy.num_layers
+    assert all(isinstance(function, DirectCall) for function in functions)
+    compiled.configure("masked", 1)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for num_requests in (1, 3, 8):
+        compiled.run(batch(seed=num_requests, max_prompt=30 * num_requests)[:num_requests])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before

@@ -1,0 +1,105 @@
+"""One step of layers and bypasses, without an engine: what is called on which rows, and what is copied between."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_buddy.serving.forward.eager import RoutedStep
+from vllm_buddy.serving.kv import LayerView
+
+NUM_ROWS = 4
+ALL = tuple(range(NUM_ROWS))
+HIDDEN = 3
+
+
+def view(rows: tuple[int, ...]) -> LayerView:
+    if rows == ALL:
+        return LayerView()
+    array = np.array(rows, dtype=np.int64)
+    return LayerView(array, torch.from_numpy(array) if rows else None)
+
+
+class Recorder:
+    """Layers and bypasses that log (kind, index, rows) and add to hidden what tells them apart."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.calls: list[tuple[str, int, tuple[int, ...]]] = []
+        self.regathered: list[int] = []  # calls whose input is not the output of the call before on the same rows
+        self.layers = [self._function("layer", i, 100.0**i) for i in range(num_layers)]
+        self.bypasses = [self._function("bypass", i, 10 * 100.0**i) for i in range(num_layers)]
+        self._last: tuple[Any, Any] = (None, None)
+
+    def _function(self, kind: str, index: int, amount: float) -> Any:
+        def call(positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None) -> Any:
+            rows = tuple(positions.tolist())
+            if self.calls and self.calls[-1][2] == rows and hidden is not self._last[0]:
+                self.regathered.append(len(self.calls))
+            self.calls.append((kind, index, rows))
+            self._last = hidden + amount, torch.zeros_like(hidden)
+            return self._last
+
+        return call
+
+
+def run(rows_of_layers: list[tuple[int, ...]], *, bypass: bool) -> tuple[Recorder, torch.Tensor, np.ndarray]:
+    from vllm.forward_context import override_forward_context
+
+    recorder = Recorder(len(rows_of_layers))
+    step = RoutedStep(SimpleNamespace(), [view(r) for r in rows_of_layers], np.zeros(NUM_ROWS, dtype=np.int32))  # type: ignore[arg-type]
+    hidden = torch.zeros(NUM_ROWS, HIDDEN, dtype=torch.float64)
+    with override_forward_context(SimpleNamespace()):
+        hidden, _ = step.run(
+            recorder.layers,
+            recorder.layers,
+            torch.arange(NUM_ROWS),
+            hidden,
+            None,
+            recorder.bypasses if bypass else None,
+        )
+    return recorder, hidden, step.executed
+
+
+A, B = (0, 2), (1, 3)
+STEPS = {
+    "everybody": [ALL] * 4,
+    "one path": [ALL, (), (), ALL, (), ALL],
+    "two paths": [ALL, A, A, B, (), B, ALL],
+    "gaps": [ALL, A, (), A, (), (), B, ALL],
+    "full depth beside one path": [ALL, ALL, A, A, A, ALL],
+}
+
+
+@pytest.mark.parametrize("bypass", (False, True), ids=("bare", "bypass"))
+@pytest.mark.parametrize("name", STEPS)
+def test_each_row_goes_through_its_layers_and_its_bypasses_in_order(name: str, bypass: bool) -> None:
+    """Fails if a row misses a bypass, gets one of a layer it runs, or is lost between gathering and scattering."""
+    rows_of_layers = STEPS[name]
+    recorder, hidden, executed = run(rows_of_layers, bypass=bypass)
+    for row in range(NUM_ROWS):
+        seen = [(kind, index) for kind, index, rows in recorder.calls if row in rows]
+        ran = [row in rows for rows in rows_of_layers]
+        assert seen == [("layer" if r else "bypass", i) for i, r in enumerate(ran) if r or bypass]
+        wanted = sum(100.0**i * (1 if r else 10 * bypass) for i, r in enumerate(ran))
+        assert hidden[row].tolist() == [wanted] * HIDDEN
+        assert executed[row] == sum(ran)
+
+
+def test_rows_stay_together_while_the_same_rows_skip() -> None:
+    """Fails if rows are gathered again for each layer or bypass, which costs more than the bypass."""
+    for name, num_calls in (("one path", 6), ("full depth beside one path", 2 + 3 + 3 + 1)):
+        recorder, _, _ = run(STEPS[name], bypass=True)
+        assert len(recorder.calls) == num_calls
+        assert recorder.regathered == []
+    # Layers that nobody runs: once for all rows, unless the same rows run the layer behind them.
+    recorder, _, _ = run(STEPS["gaps"], bypass=True)
+    calls = [(index, rows) for kind, index, rows in recorder.calls if kind == "bypass"]
+    assert calls == [(2, A), (1, B), (2, B), (3, B), (4, ALL), (5, ALL), (6, A)]
+
+
+def test_nothing_of_a_bypass_runs_where_everybody_runs_every_layer() -> None:
+    """Fails if requests at full depth pay for the bypass of others that are not there."""
+    recorder, _, _ = run(STEPS["everybody"], bypass=True)
+    assert [kind for kind, _, _ in recorder.calls] == ["layer"] * 4

@@ -1,0 +1,54 @@
+"""The cache of captured graphs: what is captured, kept and dropped. No device."""
+
+from vllm_buddy.serving.graphs.cache import GraphCache
+
+
+def replay() -> None:
+    """Nothing."""
+
+
+def test_a_key_recurs_after_so_many_times() -> None:
+    """Fails if a path that occurs once is captured, or one that recurs never is."""
+    cache = GraphCache(10, 3)
+    assert [cache.recurs("a") for _ in range(4)] == [False, False, True, True]
+    assert not cache.recurs("b")
+
+
+def test_the_least_recently_used_go_first_and_the_limit_holds() -> None:
+    """Fails if a graph in use is dropped before one that is not, or the limit is passed."""
+    cache = GraphCache(10, 1)
+    cache.put("a", replay, 4)
+    cache.put("b", replay, 4)
+    assert cache.get("a") is replay
+    cache.put("c", replay, 4)
+    assert "b" not in cache and "a" in cache and "c" in cache and cache.num_bytes == 8
+    cache.put("d", replay, 10)
+    assert len(cache) == 1 and cache.num_bytes == 10 and cache.get("a") is None
+
+
+def test_a_graph_beyond_the_limit_is_not_kept_nor_captured_at_every_step() -> None:
+    """Fails if a path too large for the limit is captured again and again, in the middle of serving."""
+    cache = GraphCache(10, 3)
+    cache.put("a", replay, 4)
+    cache.put("large", replay, 11)
+    assert "large" not in cache and "a" in cache
+    assert not any(cache.recurs("large") for _ in range(100))
+
+
+def test_counts_of_ever_new_paths_are_bounded() -> None:
+    """Fails if the host's memory grows with every path that was ever seen."""
+    cache = GraphCache(10, 3)
+    for number in range(5000):
+        cache.recurs(number)
+    assert len(cache._asked) <= 1024
+
+
+def test_without_room_or_captures_left_nothing_recurs() -> None:
+    """Fails if paths are captured for which there is no memory, or all-reduces of graphs fill vLLM's buffer."""
+    assert not any(GraphCache(0, 1).recurs("a") for _ in range(10))
+    cache = GraphCache(10, 1)
+    cache.captures_left = 2
+    for key in "abcd":
+        if cache.recurs(key):
+            cache.put(key, replay, 1)
+    assert len(cache) == 2 and cache.get("a") is replay

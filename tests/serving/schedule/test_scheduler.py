@@ -1,0 +1,152 @@
+"""The routing scheduler, synchronous and asynchronous, against a worker that only keeps books."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.harness.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Tiny
+from tests.harness.pretend_worker import PretendEngine
+from tests.harness.tiny_models import random_prompts
+from tests.serving.end_to_end.test_independence import BUDGETS, CONTEXTS, PROMPTS, ask_with
+from vllm_buddy.method import PathSchedule
+
+scenarios = given(
+    interval=st.sampled_from((0, 1, 4, 16)),
+    lag=st.sampled_from((0, 0, 1, 3)),
+    num_blocks=st.sampled_from((17, 24, 200)),
+    chunk=st.sampled_from((5, 33, 64, MAX_TOKENS_PER_STEP)),
+    requests=st.lists(
+        st.tuples(
+            st.builds(
+                ask_with,
+                st.sampled_from(PROMPTS),
+                st.sampled_from(BUDGETS),
+                st.sampled_from((1, 9, 40, 70)),
+                st.sampled_from(CONTEXTS),
+            ),
+            st.integers(0, 20),
+            # Whether another request follows that has the generated tokens in its prompt.
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    events=st.lists(
+        st.tuples(st.integers(1, 60), st.sampled_from(("late", "drop", "all", "abort")), st.integers(0, 5)), max_size=5
+    ),
+)
+
+
+def check_scenario(tiny: Tiny, asynchronous: bool, interval, lag, num_blocks, chunk, requests, events) -> int:
+    """Serve and compare; returns the number of tokens found in the cache."""
+    from vllm.v1.request import RequestStatus
+
+    engine = PretendEngine(
+        tiny, PathSchedule(interval, lag), asynchronous=asynchronous, num_blocks=num_blocks, chunk=chunk
+    )
+    scheduler, aborted, followed = engine.scheduler, set(), set()
+    for step in range(3000):
+        for ask, arrival, _ in requests:
+            if arrival == step:
+                engine.add(ask)
+        for at, kind, index in events:
+            if at == step and kind == "all":
+                scheduler.reset_prefix_cache(reset_running_requests=True)
+            elif at == step and kind in ("late", "drop"):
+                engine.preempt(index, drop_stale_output=kind == "drop")
+            elif at == step and scheduler.running:
+                request = scheduler.running[index % len(scheduler.running)]
+                aborted.add(request.request_id)
+                scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        follow(engine, [ask for ask, _, wanted in requests if wanted], followed)
+        engine.step()
+        if step > 20 and engine.idle:
+            break
+    assert engine.idle
+    for request_id, ask in engine.asks.items():
+        if request_id not in aborted:
+            assert engine.generated[request_id] == engine.expected(ask)
+    return engine.cache_hits
+
+
+def follow(engine: PretendEngine, asks: list[Ask], followed: set[int]) -> None:
+    """Send, once, the text of a request that has got far as another request's prompt."""
+    for number, ask in enumerate(asks):
+        for request_id, generated in list(engine.generated.items()):
+            if number not in followed and engine.asks[request_id] is ask and len(generated) >= 36:
+                followed.add(number)
+                engine.add(Ask((*ask.prompt, *generated), ask.budget, 2))
+
+
+_FEW = settings(
+    max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.parametrize("asynchronous", (False, True), ids=("sync", "async"))
+def test_every_block_found_in_the_cache_is_what_the_request_would_compute(
+    tiny: Callable[[str], Tiny], asynchronous: bool
+) -> None:
+    """Fails if a plan depends on when tokens arrive, or a request finds blocks of other tokens or another path."""
+    hits = 0
+
+    @_FEW
+    @scenarios
+    def check(**scenario) -> None:  # type: ignore[no-untyped-def]
+        nonlocal hits
+        hits += check_scenario(tiny("llama"), asynchronous, **scenario)
+
+    check()
+    assert hits > 1000
+
+
+@pytest.mark.parametrize("asynchronous", (False, True), ids=("sync", "async"))
+def test_a_request_preempted_right_at_its_change_of_path_takes_no_block_beyond_it(
+    tiny: Callable[[str], Tiny], asynchronous: bool
+) -> None:
+    """Fails if the hash of the block in which a request leaves its path outlives the decision to leave it.
+
+    Under asynchronous scheduling the token that fills the block arrives a step after its path was decided.
+    """
+    engine = PretendEngine(
+        tiny("llama"), PathSchedule(1, 1), asynchronous=asynchronous, num_blocks=50, chunk=MAX_TOKENS_PER_STEP
+    )
+    leaver, sharer = leaves_with_the_last_token_of_a_block(engine)
+    engine.add(sharer)
+    while not engine.idle:
+        engine.step()
+    leaver_id = engine.add(leaver)
+    while len(engine.generated[leaver_id]) < 2:
+        engine.step()
+    engine.preempt(0, drop_stale_output=False)
+    while not engine.idle:
+        engine.step()
+    assert engine.generated[leaver_id] == engine.expected(leaver)
+
+
+def leaves_with_the_last_token_of_a_block(engine: PretendEngine) -> tuple[Ask, Ask]:
+    """A request whose path changes at the last position of its first block, and one that has that block on one path."""
+    for seed in range(1000):
+        prompt = tuple(random_prompts(1, seed=seed, min_tokens=BLOCK_SIZE - 2, max_tokens=BLOCK_SIZE - 2)[0])
+        leaver = Ask(prompt, 0.5, 8)
+        tokens = (*prompt, *engine.expected(leaver))
+        before, at = engine.paths(leaver, tokens)[BLOCK_SIZE - 2 : BLOCK_SIZE]
+        sharer = Ask(tokens[: BLOCK_SIZE + 1], 0.5, 1)
+        if before != at and before == engine.paths(leaver, tokens)[0] == engine.paths(sharer, tokens)[0]:
+            return leaver, sharer
+    raise AssertionError("no such pair among 1000 prompts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", (False, True), ids=("sync", "async"))
+def test_the_same_in_many_more_scenarios(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
+    """The same with twenty times the scenarios."""
+
+    @settings(_FEW, max_examples=2000)
+    @scenarios
+    def check(**scenario) -> None:  # type: ignore[no-untyped-def]
+        check_scenario(tiny("llama"), asynchronous, **scenario)
+
+    check()

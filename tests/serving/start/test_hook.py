@@ -1,0 +1,387 @@
+"""What a server may be started with, and what the others are told. No engine is started here."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.engine import Tiny
+from tests.harness.tiny_models import (
+    NUM_LAYERS,
+    PREDICTOR_DEPTHS,
+    PREDICTOR_PRICE,
+    random_artifact,
+    save_tiny_model,
+)
+from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE
+from vllm_buddy.artifact.config import FORMAT_VERSION
+from vllm_buddy.serving.admission.chooser import AutoLimits
+from vllm_buddy.serving.start import hook
+from vllm_buddy.serving.start.settings import BuddySettings
+
+START_TIMEOUT_S = 300.0  # importing vLLM takes 5 s on an idle core
+BASE = {
+    "model_impl": "buddy",
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "max_model_len": 512,
+    "enforce_eager": True,
+}
+
+
+@pytest.fixture
+def llama_model(tiny: Callable[[str], Tiny]) -> Tiny:
+    return tiny("llama")
+
+
+@pytest.fixture
+def artifact_copy(llama_model: Tiny, tmp_path: Path) -> Path:
+    """An artifact to damage."""
+    return shutil.copytree(llama_model.artifact_folder, tmp_path / "artifact")
+
+
+def configure(tiny: Tiny, buddy: Any = None, **options: Any) -> Any:
+    """The engine's configuration, as a server makes it before it starts any process."""
+    from vllm import EngineArgs
+
+    settings = {"artifact": str(tiny.artifact_folder)} | (buddy or {})
+    options = {**BASE, "model": str(tiny.folder), "additional_config": {"buddy": settings}, **options}
+    return EngineArgs(**options).create_engine_config()
+
+
+def refusal(tiny: Tiny, buddy: Any = None, **options: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        configure(tiny, buddy, **options)
+    return str(caught.value)
+
+
+def test_a_good_configuration_gets_our_scheduler_and_worker(llama_model: Tiny) -> None:
+    """Fails if the refusals below come from somewhere else, or routing is not put in place."""
+    config = configure(llama_model)
+    assert config.scheduler_config.scheduler_cls == "vllm_buddy.serving.schedule.scheduler.make_scheduler"
+    assert config.parallel_config.worker_cls.startswith("vllm_buddy.serving.worker.worker.")
+    assert config.model_config.buddy_limits.num_layers == 8
+
+
+@pytest.mark.parametrize(
+    "buddy",
+    (
+        {"artefact": "x"},
+        {"route_every": "4"},
+        {"route_every": 4.0},
+        {"route_every": True},
+        {"route_every": -1},
+        {"decision_lag": -1},
+        {"decision_lag": 0.5},
+        {"kv_policy": "mask"},
+        {"kv_policy": None},
+        {"paths": "some"},
+        {"artifact": 3},
+        {"default_budget": 0},
+        {"default_budget": 1.5},
+        {"default_budget": "0.5"},
+        {"default_budget": True},
+        {"default_budget": math.nan},
+        {"min_budget": -0.5},
+        {"min_budget": [0.5]},
+        {"default_budget": "Auto"},
+        {"default_budget": None},
+        {"auto_min": "auto"},
+        {"auto_min": 0},
+        {"auto_max": 1.1},
+        {"price": -0.1},
+        {"price": math.nan},
+        {"price": math.inf},
+        {"price": True},
+        {"price": "1"},
+        {"load_price": -1},
+        {"load_price": math.inf},
+        {"load_waiting": [8, 1]},
+        {"load_waiting": [1, 1]},
+        {"load_waiting": [1]},
+        {"load_waiting": [1, 8.0]},
+        {"load_waiting": 8},
+        {"load_waiting": None},
+        {"load_running": [-1, 8]},
+        {"load_running": [False, True]},
+        {"load_kv_use": [0.5, 1.1]},
+        {"load_kv_use": [0.9, 0.5]},
+        {"load_kv_use": [math.nan, 0.5]},
+        {"load_floor": 0},
+        {"load_hysteresis": 1},
+        {"load_hysteresis": -0.1},
+        {"load_hysteresis": math.nan},
+    ),
+    ids=str,
+)
+def test_a_setting_that_is_unknown_or_wrong_is_refused_with_the_known_ones(llama_model: Tiny, buddy: Any) -> None:
+    """Fails if a misspelt or impossible setting starts a server that does something else."""
+    message = refusal(llama_model, buddy)
+    (name,) = buddy
+    assert f"'{name}" in message
+    assert all(known in message for known in BuddySettings.model_fields)
+
+
+@pytest.mark.parametrize("buddy", ("x", None, [], 3), ids=str)
+def test_settings_that_are_no_object_are_refused(llama_model: Tiny, buddy: Any) -> None:
+    """Fails if `buddy` given as something else than an object counts as no settings."""
+    assert "kv_policy" in refusal(llama_model, additional_config={"buddy": buddy})
+
+
+def test_a_default_budget_that_no_request_could_ask_for_is_refused(llama_model: Tiny) -> None:
+    """Fails if the server's default is below its own floor, below three layers, or without a path in the library."""
+    assert "0.375" in refusal(llama_model, {"default_budget": 0.3})
+    assert "0.6" in refusal(llama_model, {"default_budget": 0.5, "min_budget": 0.6})
+
+
+@pytest.fixture(scope="module")
+def without_predictor(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An artifact of the tiny Llama that chooses no budgets."""
+    folder = tmp_path_factory.mktemp("without") / "plain"
+    random_artifact(folder, tiny("llama").folder)
+    return str(folder)
+
+
+AUTO_ALONE: tuple[dict[str, Any], ...] = (
+    {"default_budget": "auto"},
+    {"auto_min": 0.5},
+    {"auto_max": 0.9},
+    {"price": 0.1},
+    {"load_price": 0.1},
+    {"load_price": 0.1, "load_waiting": [1, 8]},
+    {"default_budget": "auto", "price": 0.0},
+)
+
+
+@pytest.mark.parametrize("buddy", AUTO_ALONE, ids=str)
+def test_auto_without_a_budget_predictor_is_refused_with_the_ways_out(
+    llama_model: Tiny, without_predictor: str, buddy: dict[str, Any]
+) -> None:
+    """Fails if a server whose operator counts on "auto" starts with something else."""
+    message = refusal(llama_model, {"artifact": without_predictor, **buddy})
+    assert "artifact 'plain' has no Budget Predictor" in message and "`vllm-buddy train-budget`" in message
+    assert ("set default_budget to a number in (0, 1]" in message) == ("default_budget" in buddy)
+    assert all(name in message for name in buddy)
+
+
+def test_an_artifact_without_a_budget_predictor_is_served(llama_model: Tiny, without_predictor: str) -> None:
+    """Fails if the settings of "auto" are in the way of those who do not use it."""
+    config = configure(llama_model, {"artifact": without_predictor, "load_running": None, "auto_min": None})
+    assert config.model_config.buddy_limits.auto is None
+
+
+@pytest.mark.parametrize("name", ("load_waiting", "load_running", "load_kv_use", "load_floor", "load_hysteresis"))
+def test_a_setting_of_load_without_a_price_under_load_is_refused(llama_model: Tiny, name: str) -> None:
+    """Fails if an operator describes the load and the price does not follow it; also where the value is the usual."""
+    value = BuddySettings.model_fields[name].default
+    value = [2, 9] if name == "load_running" else 0.5 if name == "load_floor" else value
+    message = refusal(llama_model, {name: value})
+    assert f"{name} without load_price" in message
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "turned range": ({"auto_min": 0.8, "auto_max": 0.5}, "auto_max 0.5 is below auto_min, 0.8"),
+    "range below all requests": ({"min_budget": 0.6, "auto_max": 0.5}, "auto_max 0.5 is below the smallest budget"),
+    "below min_budget": ({"min_budget": 0.6, "auto_min": 0.5}, "auto_min 0.5 is below the smallest budget"),
+    "below three layers": ({"auto_min": 0.2}, "0.375"),
+    "nothing of the grid": ({"auto_min": 0.625, "auto_max": 0.7}, "has no budget in [0.625, 0.7]"),
+    "floor above the range": ({"auto_max": 0.8, "load_price": 90.0, "load_floor": 0.9}, "load_floor 0.9 lies outside"),
+    "floor below the range": ({"auto_min": 0.5, "load_price": 90.0, "load_floor": 0.4}, "load_floor 0.4 lies outside"),
+    "no dearer": ({"price": 2.0, "load_price": 2.0}, "load_price 2 is not above the price without load, 2"),
+    "no dearer than the artifact says": ({"load_price": PREDICTOR_PRICE}, "is not above the price without load, 8"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_settings_of_auto_that_contradict_each_other_are_refused(llama_model: Tiny, name: str) -> None:
+    """Fails if a server starts whose requests with budget "auto" would be refused, or whose load changes nothing."""
+    buddy, told = CONTRADICTIONS[name]
+    assert told in refusal(llama_model, buddy)
+
+
+def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a setting is dropped on the way, or the operator cannot see what "auto" will do."""
+    said: list[str] = []
+    monkeypatch.setattr(hook.logger, "info", lambda message, *args: said.append(message % args))
+    settings = {"min_budget": 0.45, "price": 2.0, "load_price": 9, "load_floor": 0.8, "load_waiting": [0, 4]}
+    config = configure(llama_model, {"default_budget": "auto", **settings})
+    limits = config.model_config.buddy_limits
+    assert limits.default_budget == "auto"
+    assert limits.auto == AutoLimits(NUM_LAYERS, PREDICTOR_DEPTHS, 0.45, 1.0, 2.0, 9.0, 0.8)
+    told = 'default budget auto, smallest 0.45, "auto" chooses among 0.45, 0.5, 0.8, 1 at price 2, 9 when fully loaded'
+    assert said[-1].endswith(told)
+    # The engine's process reads them again; what nobody gave must not look given there.
+    read = hook.engine_settings(config)
+    assert read.load_waiting == (0, 4) and read.load_price == 9
+    assert "load_kv_use" not in read.model_fields_set
+
+
+def test_without_an_artifact_the_ways_to_get_one_are_told(llama_model: Tiny) -> None:
+    """Fails if a model without a shipped artifact is served unrouted, or the user is left alone."""
+    message = refusal(llama_model, additional_config={})
+    assert "vllm-buddy prior" in message and "LlamaForCausalLM, 8 layers" in message
+
+
+@pytest.mark.parametrize("name", ("/no/such/folder", "./none", "nobody/nothing", "noname"))
+def test_an_artifact_that_is_not_there_is_refused_by_name(
+    llama_model: Tiny, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a wrong name starts a server with another artifact, or none."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert name in refusal(llama_model, {"artifact": name})
+
+
+def damage_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, **changes}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "weights truncated": (
+        lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes()[:-100]),
+        "not a complete safetensors file",
+    ),
+    "weights empty": (lambda f: (f / WEIGHTS_FILE).write_bytes(b""), WEIGHTS_FILE),
+    "weights missing": (lambda f: (f / WEIGHTS_FILE).unlink(), WEIGHTS_FILE),
+    "config truncated": (
+        lambda f: (f / CONFIG_FILE).write_text((f / CONFIG_FILE).read_text()[:-30]),
+        "is not JSON",
+    ),
+    "config missing": (lambda f: (f / CONFIG_FILE).unlink(), CONFIG_FILE),
+    "config of another kind": (lambda f: (f / CONFIG_FILE).write_text("[1]"), CONFIG_FILE),
+    "newer format": (lambda f: damage_config(f, format_version=FORMAT_VERSION + 1), "update vllm_buddy"),
+    "unknown field": (lambda f: damage_config(f, surprise=1), "surprise"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_artifact_is_refused(llama_model: Tiny, artifact_copy: Path, name: str) -> None:
+    """Fails if half an artifact routes half a model."""
+    damage, told = DAMAGE[name]
+    damage(artifact_copy)
+    message = refusal(llama_model, {"artifact": str(artifact_copy)})
+    assert told in message and str(artifact_copy) in message
+
+
+@pytest.mark.parametrize("other", ("family", "weights"))
+def test_an_artifact_of_another_model_is_refused_with_both_named(
+    llama_model: Tiny, tmp_path: Path, tiny: Callable[[str], Tiny], other: str
+) -> None:
+    """Fails if a router trained for one model routes another, even one of the same shape."""
+    if other == "family":
+        artifact = tiny("qwen2").artifact_folder
+    else:
+        model = save_tiny_model(tmp_path / "other", "llama", seed=1)
+        random_artifact(tmp_path / "artifact", model)
+        artifact = tmp_path / "artifact"
+    message = refusal(llama_model, {"artifact": str(artifact)})
+    assert "was made for" in message and message.count("fingerprint") == 2
+
+
+def test_a_model_cut_by_overrides_is_refused(llama_model: Tiny) -> None:
+    """Fails if the artifact fits the files and not the model: paths would lose layers, the last one first."""
+    assert "6 layers" in refusal(llama_model, hf_overrides={"num_hidden_layers": 6})
+
+
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": ({"hf_overrides": {"architectures": ["MistralForCausalLM"]}}, "LlamaForCausalLM, Qwen2ForCausalLM"),
+    "sliding window": ({"hf_overrides": {"sliding_window": 16}}, "sliding-window"),
+    "sliding layers": ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "sliding-window"),
+    "LoRA": ({"enable_lora": True}, "--enable-lora"),
+    "KV connector": ({"kv_transfer_config": CONNECTOR}, "--kv-transfer-config"),
+    "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+    "speculation": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        "--speculative-config",
+    ),
+    "FlashInfer": ({"attention_config": {"backend": "FLASHINFER"}}, "FlashInfer"),
+    "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    "scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+    "worker": ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
+    "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+    "pooling": ({"runner": "pooling", "convert": "embed"}, "text generation"),
+    "prefetch": ({"offload_group_size": 2, "offload_num_in_group": 1}, "--cpu-offload-gb"),
+    "dual batch": ({"enable_dbo": True}, "--enable-dbo"),
+    "whole compilation": ({"enforce_eager": False, "compilation_config": {"mode": 1}}, "STOCK_TORCH_COMPILE"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_cannot_be_routed_is_refused_with_the_reason(llama_model: Tiny, name: str) -> None:
+    """Fails if a feature that routing breaks starts, or the user is not told which and what to do."""
+    options, told = UNSUPPORTED[name]
+    assert told in refusal(llama_model, **options)
+    if name not in ("architecture", "sliding window", "sliding layers", "whole compilation"):
+        return
+    # The same without routing is vLLM's affair, and starts.
+    configure(llama_model, additional_config={}, **{**options, "model_impl": "auto"})
+
+
+@pytest.mark.parametrize("buddy", ({"cuda_graphs": True}, {"graph_sizes": [1, 2]}))
+def test_what_the_device_does_not_have_is_refused(llama_model: Tiny, buddy: dict[str, Any]) -> None:
+    """Fails if a server starts without what it was told to use."""
+    assert "they need a CUDA device" in refusal(llama_model, buddy)
+
+
+def test_the_rust_front_end_is_refused(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a front end that validates no budgets is put before a routed engine."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert "VLLM_USE_RUST_FRONTEND" in refusal(llama_model)
+
+
+START = """
+import sys
+from vllm import EngineArgs
+config = EngineArgs(model=sys.argv[1], model_impl=sys.argv[2], dtype="float32", skip_tokenizer_init=True,
+                    additional_config={"buddy": {"artifact": sys.argv[3]}}).create_engine_config()
+print("STARTED", config.scheduler_config.scheduler_cls)
+"""
+
+
+def start(tiny: Tiny, model_impl: str, **environment: str) -> str:
+    """Make a configuration in a process of its own; returns what it said."""
+    command = [sys.executable, "-c", START, str(tiny.folder), model_impl, str(tiny.artifact_folder)]
+    environment = {**os.environ, **environment}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_TIMEOUT_S)
+    assert (result.returncode == 0) == ("STARTED" in result.stdout)
+    return result.stdout + result.stderr
+
+
+def test_switched_off_it_refuses_buddy_and_nothing_else(llama_model: Tiny) -> None:
+    """Fails if `--model-impl buddy` serves the stock model where the plugin is switched off."""
+    said = start(llama_model, "buddy", VLLM_BUDDY_DISABLE="1")
+    assert "STARTED" not in said and "VLLM_BUDDY_DISABLE" in said
+    assert "STARTED None" in start(llama_model, "auto", VLLM_BUDDY_DISABLE="1")
+
+
+def test_a_plugin_that_fails_to_load_refuses_buddy_and_nothing_else(llama_model: Tiny, tmp_path: Path) -> None:
+    """Fails if `--model-impl buddy` serves the stock model where the plugin cannot be imported."""
+    # A module that shadows one the plugin needs, as a broken installation would.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['vllm_buddy.serving.patches'] = None\n")
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    said = start(llama_model, "buddy", PYTHONPATH=path)
+    assert "STARTED" not in said and "failed to load" in said and "vllm-buddy doctor" in said
+    assert "STARTED None" in start(llama_model, "auto", PYTHONPATH=path)
+
+
+def test_patches_that_fail_halfway_refuse_buddy(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if one patch is in place and the other is not: budgets would go unchecked."""
+    from vllm.model_executor.models.registry import _ModelRegistry
+
+    from vllm_buddy.serving import patches, plugin
+
+    def fail() -> None:
+        raise ImportError("moved")
+
+    monkeypatch.setattr(patches, "_wrap_verify", fail)
+    monkeypatch.setattr(_ModelRegistry, "_normalize_arch", _ModelRegistry._normalize_arch)
+    plugin.register()
+    assert "moved" in refusal(llama_model)

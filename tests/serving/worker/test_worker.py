@@ -1,0 +1,68 @@
+"""The GPU worker, as far as it goes without a GPU: what it takes from the KV cache, and when it captures."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.serving.worker.worker import BuddyGPUWorker
+
+AVAILABLE = 10 << 30
+STATES = 4 * 8192 * 64 * 2  # of [8192 tokens, 64] in 16 bits
+
+
+def worker(buddy: dict[str, Any], kv_cache_memory_bytes: int | None = None) -> Any:
+    made: Any = object.__new__(BuddyGPUWorker)
+    made.cache_config = SimpleNamespace(kv_cache_memory_bytes=kv_cache_memory_bytes)
+    made.scheduler_config = SimpleNamespace(max_num_batched_tokens=8192)
+    made.model_config = SimpleNamespace(get_hidden_size=lambda: 64, dtype=torch.bfloat16)
+    made.vllm_config = SimpleNamespace(additional_config={"buddy": buddy})
+    return made
+
+
+@pytest.mark.parametrize(
+    "buddy, given, left",
+    [
+        ({"cuda_graphs": True, "graph_memory_mib": 512}, None, AVAILABLE - STATES - (512 << 20)),
+        ({"cuda_graphs": False}, None, AVAILABLE - STATES),
+        ({"cuda_graphs": True}, 1 << 30, AVAILABLE),
+    ],
+)
+def test_the_kv_cache_leaves_room_for_graphs(
+    monkeypatch: pytest.MonkeyPatch, buddy: dict[str, Any], given: int | None, left: int
+) -> None:
+    """Fails if capturing runs out of memory, or a size that the user gave is changed."""
+
+    def available(self: Any) -> int:
+        self.cache_config.kv_cache_memory_bytes = 1  # as a start-up plan of vLLM's does
+        return AVAILABLE
+
+    monkeypatch.setattr(Worker, "determine_available_memory", available)
+    assert worker(buddy, given).determine_available_memory() == left
+
+
+def test_graphs_are_captured_before_vllm_ends_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if our kernels are compiled after vLLM starts to hold compilations for errors, or if its method moved."""
+    calls: list[str] = []
+    monkeypatch.setattr(Worker, "_maybe_activate_jit_monitor", lambda self: calls.append("monitor"))
+    made = worker({})
+    made.model_runner = SimpleNamespace(
+        buddy_steps=SimpleNamespace(start_serving=lambda runner: calls.append("start serving"))
+    )
+    made._maybe_activate_jit_monitor()
+    assert calls == ["start serving", "monitor"]
+    assert "self._maybe_activate_jit_monitor()" in inspect.getsource(inspect.unwrap(Worker.compile_or_warm_up_model))
+
+
+def test_sleep_that_would_lose_the_bypass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a server that slept serves what is left of a bypass."""
+    slept: list[int] = []
+    monkeypatch.setattr(Worker, "sleep", lambda self, level=1: slept.append(level))
+    worker({}).sleep(1)
+    with pytest.raises(UnsupportedError, match="level 1 only"):
+        worker({}).sleep(2)
+    assert slept == [1]

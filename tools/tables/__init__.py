@@ -1,0 +1,1 @@
+"""The generated tables of README.md and docs/, from the results files."""

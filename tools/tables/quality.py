@@ -1,0 +1,60 @@
+"""The tables of README.md and of the shipped artifact's card that say how good its text is, from the results files."""
+
+from tools.tables.results import Row, by_key, load_rows, table
+
+CHANCE = 0.5  # of a PIQA question
+
+
+def quality_table() -> str:
+    """The shipped artifact against the unrouted model."""
+    return _quality(load_rows("quality_shipped.json"))
+
+
+def recipes_table() -> str:
+    """Every way to choose and repair a path, trained on as much."""
+    return _quality(load_rows("quality_recipes.json"))
+
+
+def static_table() -> str:
+    """Static layer sets without any repair."""
+    return _quality(load_rows("quality_static.json"))
+
+
+def _quality(rows: list[Row]) -> str:
+    """A line per policy and depth: perplexity over dense, accuracy, and what is kept of dense's margin over chance."""
+    found = by_key(rows, "policy", "layers", "metric")
+    dense = {metric: row for (policy, _, metric), row in found.items() if policy == "dense"}
+    heads = ["layers", "policy", "perplexity", "over dense", "KL", "agreement", "PIQA acc", "margin kept", "acc_norm"]
+    keys = dict.fromkeys((r["layers"], r["policy"]) for r in rows if r["policy"] == "dense" or r["budget"] < 1)
+    lines = []
+    for layers, policy in sorted(keys, key=lambda key: -key[0]):
+
+        def value(metric: str, layers: int = layers, policy: str = policy) -> float | None:
+            row = found.get((policy, layers, metric))
+            return None if row is None else row["value"]
+
+        perplexity, accuracy = value("perplexity"), value("piqa_acc")
+        over = None if perplexity is None else perplexity / dense["perplexity"]["value"]
+        kept = None if accuracy is None else (accuracy - CHANCE) / (dense["piqa_acc"]["value"] - CHANCE)
+        cells = [
+            _shown(perplexity, ",.2f"),
+            _shown(over, ",.3f"),
+            _shown(value("kl"), ".3f"),
+            _shown(value("agreement"), ".3f"),
+            _shown(accuracy, ".3f"),
+            _shown(kept, ".0%"),
+            _shown(value("piqa_acc_norm"), ".3f"),
+            _shown(value("distinct_paths"), ".0f"),
+        ]
+        lines.append([str(layers), policy, *cells])
+    tokens, questions, error = dense["perplexity"]["n"], dense["piqa_acc"]["n"], dense["piqa_acc"]["stderr"]
+    note = (
+        f"{tokens:,} scored tokens of the last fifth of WikiText-2's validation split, {questions} questions of PIQA. "
+        f"Standard error of a PIQA accuracy: {error:.3f}; rows share text and questions, so differences between rows "
+        "are known better than the rows themselves."
+    )
+    return "\n".join([*table([*heads, "paths"], lines), "", note])
+
+
+def _shown(number: float | None, form: str) -> str:
+    return "" if number is None else format(number, form)

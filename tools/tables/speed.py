@@ -1,0 +1,165 @@
+"""The tables of README.md and docs/benchmarks.md that say how fast it is, from the results files."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tools.tables.results import Row, by_key, load_rows, number, percent, rounds_note, section, spread, table, where
+
+
+def decode_summary() -> str:
+    """Medians of tokens/s over stock vLLM and over the pruned checkpoint, by batch."""
+    rows = load_rows("cpu_decode.jsonl")
+    found = by_key(rows, "metric", "variant", "batch")
+    batches = sorted({row["batch"] for row in rows})
+    lines = []
+    for variant in _variants(rows):
+        if variant == "stock":
+            continue
+        layers = found["ratio_to_stock", variant, batches[0]]["layers"]
+        cells = [_p50(found.get((metric, variant, batch))) for metric in _RATIOS for batch in batches]
+        lines.append([variant, str(layers), *cells])
+    heads = [f"over {peer}, {batch}" for peer in ("stock", "pruned") for batch in batches]
+    note = (
+        f"`python -m benchmarks.speed.decode`: tokens/s of decode steps over stock vLLM and over the pruned "
+        f"checkpoint, at batch {', '.join(map(str, batches))}; medians of {rows[0]['n']} rounds, {where(rows[0])}. "
+        "[docs/benchmarks.md](docs/benchmarks.md#decode) has the spread."
+    )
+    return section(note, ["variant", "layers", *heads], lines)
+
+
+def decode_table() -> str:
+    """Decode speed with p20 to p80."""
+    rows = load_rows("cpu_decode.jsonl")
+    found = by_key(rows, "metric", "variant", "batch")
+    lines = []
+    for batch in sorted({row["batch"] for row in rows}):
+        for variant in _variants(rows):
+            layers = found["ms_per_step", variant, batch]["layers"]
+            cells = [spread(found.get((metric, variant, batch))) for metric in ("ms_per_step", *_RATIOS)]
+            routing = spread(found.get(("routing_share", variant, batch)), percent)
+            lines.append([str(batch), variant, str(layers), *cells, routing])
+    heads = ["batch", "variant", "layers", "ms per step", "over stock", "over pruned", "routing"]
+    return section(rounds_note(rows), heads, lines)
+
+
+def prefill_table() -> str:
+    """Time to the first token."""
+    rows = load_rows("cpu_prefill.jsonl")
+    found = by_key(rows, "metric", "variant", "prompt_tokens")
+    lines = [
+        [
+            f"{length:,}",
+            variant,
+            str(found["ttft_ms", variant, length]["layers"]),
+            *(spread(found.get((metric, variant, length))) for metric in ("ttft_ms", "over_stock", "over_pruned")),
+        ]
+        for length in sorted({row["prompt_tokens"] for row in rows})
+        for variant in _variants(rows)
+    ]
+    note = (
+        f"`python -m benchmarks.speed.prefill`: time to first token of one request, over that of stock vLLM and of the "
+        f"pruned checkpoint (below 1 is sooner). {rounds_note(rows)}"
+    )
+    return section(note, ["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines)
+
+
+def mixed_table() -> str:
+    """Budgets mixed in one batch."""
+    rows = load_rows("cpu_mixed.jsonl")
+    found = by_key(rows, "metric", "variant")
+    meaning = {
+        "ms_per_step": "ms per step",
+        "tokens_per_s": "tokens/s",
+        "predicted_ms": "ms per step as predicted from runs with one budget",
+        "of_predicted": "tokens/s over predicted",
+        "over_turns": "tokens/s over three batches that take turns",
+        "over_all_full": "tokens/s over all requests at 1.0",
+    }
+    lines = [[text, spread(found[metric, "mixed"])] for metric, text in meaning.items()]
+    for (metric, variant), row in found.items():
+        if metric == "steps_per_token":
+            first = found["first_token_step", variant]
+            budget = variant.removeprefix("mixed: ")
+            text = f"budget {budget}: step of the first token; steps from token to token"
+            lines.append([text, f"{first['p50']:.0f}; {row['p50']:.2f} ({row['p20']:.2f} to {row['p80']:.2f})"])
+    note = (
+        f"`python -m benchmarks.speed.mixed`: {rows[0]['batch']} requests in one batch, a third each at 1.0, 0.75 "
+        f"and 0.5. {rounds_note(rows)}"
+    )
+    return section(note, ["decode", "median (p20 to p80)"], lines)
+
+
+def serving_summary() -> str:
+    """Throughput over stock and what a user waits, at the highest rate, with all at once, and with a shared prefix."""
+    rows = load_rows("cpu_serving.jsonl")
+    highest = max(row["rate"] for row in rows if row["rate"] != "inf" and row["workload"] == "unique")
+    shown = [row for row in rows if row["workload"] != "unique" or row["rate"] in (highest, "inf")]
+    return _serving(
+        shown,
+        {
+            "output_tokens_per_s": "tokens/s",
+            "ratio_to_stock": "over stock",
+            "p50_ttft_ms": "TTFT p50",
+            "p99_ttft_ms": "TTFT p99",
+            "p50_itl_ms": "ITL p50",
+            "p99_itl_ms": "ITL p99",
+            "goodput_per_s": "goodput/s",
+        },
+        lambda row: "" if row is None else number(row["p50"]),
+    )
+
+
+def serving_table() -> str:
+    """All figures of the serving benchmark with their spread."""
+    return _serving(
+        load_rows("cpu_serving.jsonl"),
+        {
+            "output_tokens_per_s": "tokens/s",
+            "ratio_to_stock": "over stock",
+            "p50_ttft_ms": "TTFT p50",
+            "p99_ttft_ms": "TTFT p99",
+            "p50_tpot_ms": "TPOT p50",
+            "p99_tpot_ms": "TPOT p99",
+            "p50_itl_ms": "ITL p50",
+            "p99_itl_ms": "ITL p99",
+            "goodput_per_s": "goodput/s",
+        },
+        spread,
+    )
+
+
+def memory_table() -> str:
+    """KV capacity and resident memory."""
+    rows = load_rows("cpu_memory.jsonl")
+    value = {(row["metric"], row["variant"]): row["value"] for row in rows}
+    lines = []
+    for metric, name in (("kv_capacity_tokens", "KV capacity, tokens"), ("resident_mib", "resident memory, MiB")):
+        ratio = value[f"{metric}_ratio", "buddy"]
+        lines.append([name, f"{value[metric, 'stock']:,.0f}", f"{value[metric, 'buddy']:,.0f}", f"{ratio:.3f}"])
+    return "\n".join(table([where(rows[0]), "stock", "buddy", "ratio"], lines))
+
+
+_RATIOS = ("ratio_to_stock", "ratio_to_pruned")
+
+
+def _serving(rows: Sequence[Row], columns: dict[str, str], shown: Callable[[Row | None], str]) -> str:
+    found = by_key(rows, "metric", "workload", "rate", "variant")
+    lines = [
+        [workload, str(rate), variant, *(shown(found.get((metric, workload, rate, variant))) for metric in columns)]
+        for workload, rate in dict.fromkeys((row["workload"], row["rate"]) for row in rows)
+        for variant in _variants([row for row in rows if (row["workload"], row["rate"]) == (workload, rate)])
+    ]
+    note = (
+        f"`python -m benchmarks.speed.serving`: `vllm bench serve` against servers on one machine. {rounds_note(rows)} "
+        f"Latencies in ms, goodput in requests/s within `{rows[0]['objective']}` (ms). Rate: requests/s, `inf`: all at "
+        "once."
+    )
+    return section(note, ["prompts", "rate", "variant", *columns.values()], lines)
+
+
+def _variants(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["variant"] for row in rows))
+
+
+def _p50(row: Row | None) -> str:
+    return "" if row is None else f"{row['p50']:.2f}"

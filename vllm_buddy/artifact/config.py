@@ -1,0 +1,95 @@
+"""`buddy_config.json`: the schema of an artifact's configuration."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity
+from vllm_buddy.method.budget import MIN_DEPTH
+from vllm_buddy.method.router import OMEGA
+
+FORMAT_VERSION = 3
+
+
+class PriorConfig(BaseModel):
+    """Where the static layer importance comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    indicator: str = Field(description="an indicator of `vllm-buddy prior`, a static method, or searched")
+    calibration: str = Field(description="name of the calibration text")
+    num_tokens: int = Field(description="calibration tokens measured")
+
+
+class LoraConfig(BaseModel):
+    """How the change of the base weights is scaled: by alpha / rank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(ge=1)
+    alpha: float = Field(allow_inf_nan=False)
+
+
+class PricePoint(BaseModel):
+    """What a price comes to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    price: float = Field(ge=0, allow_inf_nan=False, description="nats per token for all layers of the model")
+    budget: float = Field(gt=0, le=1, description="mean budget at this price, of requests that training held out")
+
+
+class PredictorConfig(BaseModel):
+    """The Budget Predictor's grid and its dial."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    depths: tuple[int, ...] = Field(min_length=2, description="layers of the budgets it chooses among, ascending")
+    price: float = Field(
+        ge=0, allow_inf_nan=False, description="price of compute where neither server nor user set one"
+    )
+    prices: tuple[PricePoint, ...] = Field(default=(), description="what other prices come to, ascending")
+
+    @field_validator("depths")
+    @classmethod
+    def _ascending(cls, depths: tuple[int, ...]) -> tuple[int, ...]:
+        if list(depths) != sorted(set(depths)):
+            raise ValueError(f"depths must ascend: {depths}")
+        return depths
+
+
+class BuddyConfig(BaseModel):
+    """`buddy_config.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = Field(description="this schema's version")
+    name: str = Field(description="name of the artifact")
+    base_model: BaseModelIdentity = Field(description="the model it was made for")
+    prior: PriorConfig
+    omega: float = Field(default=OMEGA, description="weight of the standardised prior beside the trained scores")
+    has_decision_module: bool = Field(description="false: the path follows the prior alone")
+    library: dict[int, list[list[int]]] | None = Field(
+        default=None, description="for each depth, the layer sets that `paths: library` lets the router pick from"
+    )
+    route_every: int | None = Field(
+        default=None, ge=0, description="tokens between two decisions that suit this router; absent: the usual number"
+    )
+    recipe: Literal["bypass", "paper", "distill"] | None = Field(
+        default=None, description="what was trained beside the routing, and how; absent: nothing was"
+    )
+    budgets: tuple[float, float] | None = Field(default=None, description="smallest and largest budget trained for")
+    bypass_rank: int = Field(default=0, ge=0, description="rank of the bypasses of skipped layers; 0: there are none")
+    bypass_eps: float = Field(default=0.0, ge=0, description="epsilon of the bypasses' RMSNorm, the base model's")
+    lora: LoraConfig | None = Field(default=None, description="the artifact changes base weights, at every budget")
+    predictor: PredictorConfig | None = Field(default=None, description="absent: there is no budget `auto`")
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> "BuddyConfig":
+        if self.predictor is None:
+            return self
+        depths, num_layers = self.predictor.depths, self.base_model.num_layers
+        allowed = {*(self.library or range(MIN_DEPTH, num_layers)), num_layers}
+        if unknown := sorted({*depths} - allowed):
+            raise ValueError(f"the Budget Predictor chooses among depths {depths}, but there is no path of {unknown}")
+        return self

@@ -1,0 +1,112 @@
+"""Which base model an artifact belongs to, told from the files of a model folder."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from vllm_buddy.errors import ArtifactError
+
+_EMBEDDING = "model.embed_tokens.weight"
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_EMBEDDING_ROWS = 64
+
+
+class BaseModelIdentity(BaseModel):
+    """The base model of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(description="hub id or name, for people")
+    revision: str | None = Field(default=None, description="hub revision, where there is one")
+    architecture: str = Field(description="for example LlamaForCausalLM")
+    num_layers: int = Field(ge=3)
+    hidden_size: int
+    vocab_size: int
+    fingerprint: str = Field(description="weight fingerprint, see vllm_buddy.artifact.fingerprint")
+
+    def summary(self) -> str:
+        """One line for error messages."""
+        return (
+            f"{self.id} ({self.architecture}, {self.num_layers} layers, hidden {self.hidden_size}, "
+            f"vocabulary {self.vocab_size}, fingerprint {self.fingerprint})"
+        )
+
+    @property
+    def shape(self) -> tuple[str, int, int, int]:
+        """What must agree even where there are no weights to compare (dummy load format)."""
+        return (self.architecture, self.num_layers, self.hidden_size, self.vocab_size)
+
+    def same_model(self, other: "BaseModelIdentity") -> bool:
+        """Whether both are the same weights, whatever they are called and however they are quantised."""
+        return self.shape == other.shape and self.fingerprint == other.fingerprint
+
+
+def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:
+    """Identity of the Hugging Face model in `folder` (config.json and safetensors).
+
+    Raises:
+        ArtifactError: no config.json, not one of a decoder with at least three layers, or no complete safetensors to
+            take a fingerprint of.
+    """
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise ArtifactError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
+    try:
+        config: dict[str, Any] = json.loads(config_path.read_text())
+        return BaseModelIdentity(
+            id=name or folder.absolute().name,
+            architecture=(config.get("architectures") or ["unknown"])[0],
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            vocab_size=config["vocab_size"],
+            fingerprint=weight_fingerprint(folder, config["num_hidden_layers"]),
+        )
+    except KeyError as error:
+        raise ArtifactError(f"{config_path} has no {error}, so it is not that of a decoder language model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise ArtifactError(f"{config_path} cannot be used ({error})") from None
+
+
+def weight_fingerprint(folder: Path, num_layers: int) -> str:
+    """Sixteen hex digits over every layer norm and evenly spaced rows of the token embedding, as bf16.
+
+    These tensors are what weight quantisation leaves alone, so a quantised copy of a model has the
+    fingerprint of the model; any training of all weights changes it.
+    """
+    files = _tensor_files(folder)
+    names = [f"model.layers.{i}.{norm}" for i in range(num_layers) for norm in _NORMS] + ["model.norm.weight"]
+    missing = [name for name in (*names, _EMBEDDING) if name not in files]
+    if missing:
+        raise ArtifactError(f"{folder}: cannot take a weight fingerprint, no tensor {missing[0]!r} in its safetensors")
+    digest = hashlib.sha256()
+    for name in names:
+        with safe_open(files[name], framework="pt") as f:
+            digest.update(_bf16_bytes(f.get_tensor(name)))
+    with safe_open(files[_EMBEDDING], framework="pt") as f:
+        rows = f.get_slice(_EMBEDDING)
+        num_rows = rows.get_shape()[0]
+        for row in range(0, num_rows, max(1, num_rows // _EMBEDDING_ROWS)):
+            digest.update(_bf16_bytes(rows[row : row + 1]))
+    return digest.hexdigest()[:16]
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    return {name: path for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
+
+
+def _names(path: Path) -> Iterator[str]:
+    try:
+        with safe_open(path, framework="pt") as f:
+            yield from f.keys()
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is not a complete safetensors file ({error}); get the model again") from None
+
+
+def _bf16_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()

@@ -1,0 +1,1 @@
+"""The routed forward pass: models, eager steps, compiled layers."""

@@ -1,0 +1,1 @@
+"""Decode steps as CUDA graphs of layers and of paths."""

@@ -1,0 +1,40 @@
+"""Views for policies under which every position of every layer has an entry: vLLM's own slots and lengths."""
+
+import numpy as np
+
+from vllm_buddy.serving.kv.base import KVPolicy, LayerView
+from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
+
+
+class Aligned(KVPolicy):
+    """Position p of a request is at position p of its block table in every layer; no state is kept."""
+
+    def places(self, batch: StepBatch) -> RunPlaces:
+        return RunPlaces(np.broadcast_to(batch.run_position.astype(np.int32), batch.run_mask.T.shape))
+
+    def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+        views: dict[bytes, LayerView] = {}
+        result = []
+        for mask in np.ascontiguousarray(batch.run_mask.T):
+            key = mask.tobytes()
+            if key not in views:
+                views[key] = self._view(batch, mask)
+            result.append(views[key])
+        return result
+
+    def _view(self, batch: StepBatch, runs: np.ndarray) -> LayerView:
+        if runs.all():
+            return LayerView()
+        rows, skipped = batch.token_rows(runs), batch.to_device(batch.token_rows(~runs))
+        skipped_slots = batch.slot_mapping[skipped]
+        if len(rows) == 0:
+            return LayerView(rows_np=rows, skipped=skipped, skipped_slots=skipped_slots)
+        # A sequence per run: the queries of one attention sequence must be its last positions, and a run that is
+        # followed by a skipping one is not.
+        reqs = batch.run_request[runs]
+        seq_lens = (batch.run_position + batch.run_length)[runs]
+        rows_device = batch.to_device(rows)
+        slot_mapping = batch.slot_mapping[rows_device]
+        tables = batch.tables(reqs, int(seq_lens.max()))
+        metadata = batch.metadata(batch.run_length[runs], seq_lens, tables, slot_mapping)
+        return LayerView(rows, rows_device, metadata, slot_mapping, skipped, skipped_slots)

@@ -1,0 +1,84 @@
+"""The interface of a KV policy, and the view of the cache that a layer gets."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
+
+
+@dataclass
+class LayerView:
+    """What one layer runs on in one step. Layers that run the same rows on equal lengths share a view.
+
+    rows_np, rows: [num_rows] token rows that execute the layer, ascending, on the host and on the device;
+        None means all rows. Empty: nobody executes it.
+    attn_metadata, slot_mapping: for these rows; None means vLLM's own for the whole batch.
+    skipped: rows that do not execute the layer, on the device; see skipped_rows.
+    skipped_slots: where they write to its cache all the same. None: nothing is written.
+    """
+
+    rows_np: np.ndarray | None = None
+    rows: torch.Tensor | None = None
+    attn_metadata: Any = None
+    slot_mapping: torch.Tensor | None = None
+    skipped: torch.Tensor | None = None
+    skipped_slots: torch.Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.rows_np is not None and len(self.rows_np) == 0
+
+    def skipped_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`skipped`, found on first use if the policy has not set it. hidden: [num_tokens, any]."""
+        if self.skipped is None:
+            skips = np.ones(len(hidden), dtype=bool)
+            skips[self.rows_np] = False
+            self.skipped = torch.from_numpy(np.flatnonzero(skips)).to(hidden.device, non_blocking=True)
+        return self.skipped
+
+
+class KVPolicy(ABC):
+    """Turns a step into one view per layer.
+
+    num_layers: of the whole model.
+    shares_blocks: whether requests may share KV blocks, through vLLM's prefix cache.
+    writes_skipped: whether a skipped layer leaves entries of its own, see write_skipped.
+    in_graphs: whether a decode step of it can be captured: then rows that skip a layer may run through it, and write
+        where `places` says.
+    """
+
+    name: ClassVar[str]
+    writes_skipped: ClassVar[bool]
+    in_graphs: ClassVar[bool]
+
+    def __init__(self, num_layers: int, shares_blocks: bool = True) -> None:
+        self.num_layers = num_layers
+        self.shares_blocks = shares_blocks
+
+    @property
+    def moves_first_blocks(self) -> bool:
+        """Whether a layer's part of a request may start behind the first block of its block table."""
+        return False
+
+    def forget(self, req_id: str) -> None:  # noqa: B027 - most policies keep nothing
+        """Drop what is kept about a finished request."""
+
+    @abstractmethod
+    def places(self, batch: StepBatch) -> RunPlaces:
+        """Where each run of the step writes its K and V, in every layer; moves on what is kept about the requests."""
+
+    @abstractmethod
+    def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+        """One view per layer of the model. places: of this step."""
+
+    def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
+        """Write what the skipped rows leave in this layer's cache, before the other rows attend to it.
+
+        layer: the vLLM decoder layer. positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], of the
+        whole batch; the skipped rows' state is their sum, or hidden where residual is None.
+        """
+        raise NotImplementedError(f"KV policy {self.name} writes nothing for skipped layers")

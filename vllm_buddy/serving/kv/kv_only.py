@@ -1,0 +1,60 @@
+"""`kv_only`: a skipped layer still projects K and V from the hidden state that passes it.
+
+Every position stays attendable, at the price of two small projections per skipped layer.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.platforms import current_platform
+
+from vllm_buddy.serving.kv.aligned import Aligned
+from vllm_buddy.serving.kv.base import LayerView
+
+
+class KVOnly(Aligned):
+    """Writes norm -> K, V projections -> (K norm) -> RoPE of the skipped rows."""
+
+    name: ClassVar[str] = "kv_only"
+    writes_skipped: ClassVar[bool] = True
+    in_graphs: ClassVar[bool] = True
+
+    def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
+        attention, attn = layer.self_attn, layer.self_attn.attn
+        # Indexing copies, and the norm works in place on what it is given.
+        if residual is None:
+            normed = layer.input_layernorm(hidden[view.skipped])
+        else:
+            normed, _ = layer.input_layernorm(hidden[view.skipped], residual[view.skipped])
+        key, value = self._project(attention, normed)
+        if hasattr(attention, "k_norm"):
+            key = attention.k_norm(key.view(-1, attn.num_kv_heads, attn.head_size)).view(key.shape)
+        key, _ = attention.rotary_emb(positions[view.skipped], key)
+        key = key.view(-1, attn.num_kv_heads, attn.head_size)
+        value = value.reshape(-1, attn.num_kv_heads, attn.head_size)
+        attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, view.skipped_slots)
+
+    @staticmethod
+    def _project(attention: Any, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        qkv_proj = attention.qkv_proj
+        if hasattr(qkv_proj, "buddy_kv_weight"):
+            bias = None if qkv_proj.bias is None else qkv_proj.bias[attention.q_size :]
+            kv = torch.nn.functional.linear(normed, qkv_proj.buddy_kv_weight, bias)
+        else:  # quantised weights come in packed forms that cannot be cut
+            kv = qkv_proj(normed)[0][:, attention.q_size :]
+        key, value = kv.split([attention.kv_size, attention.kv_size], dim=-1)
+        return key.contiguous(), value
+
+
+def keep_kv_weights(layer: Any) -> None:
+    """Keep the K and V rows of an unquantised layer's projection within reach. Call after loading its weights.
+
+    A view on a GPU. On CPU vLLM packs the weight for its matrix product and drops the original, so the rows are
+    copied: 2 * kv_size * hidden_size numbers a layer.
+    """
+    attention = layer.self_attn
+    qkv_proj = attention.qkv_proj
+    if isinstance(qkv_proj.quant_method, UnquantizedLinearMethod):
+        rows = qkv_proj.weight.data[attention.q_size :]
+        qkv_proj.buddy_kv_weight = rows.clone() if current_platform.is_cpu() else rows

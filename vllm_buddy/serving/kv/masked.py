@@ -1,0 +1,207 @@
+"""`masked`: a skipped layer leaves no entry, so later tokens of that layer do not attend to the position.
+
+Packed layout: in layer l the cache of a request holds only the tokens that executed l, contiguous in its ordinary
+block table. RoPE is already in K and order is kept, so causal attention over that layer's own length is attention
+masked by validity, on every stock backend. Validity is the per-request, per-layer length.
+
+Blocks may be shared through the prefix cache as long as all their tokens ran one path P. A layer outside P is empty
+in them, for every request that shares them; so when a request leaves P, such a layer starts in the first block that
+is the request's own, not at the start of the block table, where sharers would overwrite each other.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from vllm_buddy.method import LayerPath
+from vllm_buddy.method.path import path_mask
+from vllm_buddy.serving.kv.base import KVPolicy, LayerView
+from vllm_buddy.serving.schedule.plan import RequestPlan
+from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
+
+_INITIAL_SLOTS = 64
+
+
+@dataclass
+class _LastStep:
+    """The step before, for the common case that a step repeats it: the same requests decode on along their paths."""
+
+    req_ids: list[str]
+    plans: list[RequestPlan]
+    slots: np.ndarray
+    mask: np.ndarray | None = None  # [num_runs, num_layers] int32, 1 where the run executes the layer
+    places: RunPlaces | None = None
+    views: list[LayerView] | None = None
+
+    @classmethod
+    def none(cls) -> "_LastStep":
+        return cls([], [], np.empty(0, dtype=np.int64))
+
+    def repeated_by(self, batch: StepBatch) -> bool:
+        """Whether `batch` goes on with the same requests along the same paths."""
+        return (
+            len(self.req_ids) > 0
+            and batch.plans == self.plans
+            and batch.req_ids == self.req_ids
+            and all(plan.cached_path is None for plan in self.plans)
+        )
+
+    def same_views(self, batch: StepBatch) -> list[LayerView] | None:
+        """The views, if they are right for `batch`, which repeats the step, as well.
+
+        So they are in decoding if each layer holds either all tokens of the requests that run it or is run by nobody:
+        views with lengths and slots of their own are of one step only.
+        """
+        if self.views is None or batch.num_tokens != len(self.req_ids):
+            return None
+        return self.views if all(view.attn_metadata is None for view in self.views) else None
+
+
+class Masked(KVPolicy):
+    """State per request: tokens held by each layer, and the block each layer starts in."""
+
+    name: ClassVar[str] = "masked"
+    writes_skipped: ClassVar[bool] = False
+    in_graphs: ClassVar[bool] = True
+
+    def __init__(self, num_layers: int, shares_blocks: bool = True) -> None:
+        super().__init__(num_layers, shares_blocks)
+        self._slot: dict[str, int] = {}
+        self._free = list(range(_INITIAL_SLOTS))
+        self._lens = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)
+        self._first_block = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)
+        self._num_tokens = np.zeros(_INITIAL_SLOTS, dtype=np.int64)
+        # The path of all tokens so far, per slot; None once it has changed.
+        self._uniform: list[LayerPath | None] = [None] * _INITIAL_SLOTS
+        self._last = _LastStep.none()
+        self._repeated = False  # whether the present step repeats the last one
+
+    @property
+    def moves_first_blocks(self) -> bool:
+        return self.shares_blocks
+
+    def forget(self, req_id: str) -> None:
+        slot = self._slot.pop(req_id, None)
+        if slot is not None:
+            self._free.append(slot)
+            self._last = _LastStep.none()
+
+    def layer_lengths(self, req_id: str) -> np.ndarray:
+        """[num_layers], tokens that each layer holds of a request."""
+        return self._lens[self._slot[req_id]].copy()
+
+    def places(self, batch: StepBatch) -> RunPlaces:
+        self._repeated = self._last.repeated_by(batch) and np.array_equal(
+            self._num_tokens[self._last.slots], batch.num_computed_tokens
+        )
+        if not self._repeated:
+            slots = np.array([self._enter(batch, row) for row in range(len(batch.req_ids))], dtype=np.int64)
+            self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots)
+        last, slots = self._last, self._last.slots
+        if self._repeated and batch.num_tokens == len(slots):  # decoding goes on, each layer by one token or none
+            assert last.mask is not None and last.places is not None
+            self._lens[slots] += last.mask
+            self._num_tokens[slots] += 1
+            last.places = RunPlaces(last.places.first_position + last.mask.T, last.places.first_block)
+            return last.places
+        held, first_block = self._lens[slots], self._first_block[slots]
+        count = batch.run_mask * batch.run_length[:, None].astype(np.int32)
+        before = held
+        if len(count) > len(slots):  # a request with several runs: each starts behind those before it
+            behind = np.cumsum(count, axis=0, dtype=np.int32) - count
+            before = held[batch.run_request] + behind - behind[batch.first_run][batch.run_request]
+            first_block = first_block[batch.run_request]
+            count = np.add.reduceat(count, batch.first_run, axis=0)
+        self._lens[slots] = held + count
+        self._num_tokens[slots] += np.diff(batch.query_start_loc)
+        last.mask = batch.run_mask.astype(np.int32)
+        last.places = RunPlaces(np.where(batch.run_mask, before, -1).T, first_block.T if first_block.any() else None)
+        return last.places
+
+    def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+        same = self._last.same_views(batch) if self._repeated else None
+        self._last.views = same or _views_at(batch, places)
+        return self._last.views
+
+    def _enter(self, batch: StepBatch, row: int) -> int:
+        """Slot of the request in `row`, its state checked against the plan and made ready for the step."""
+        req_id, plan = batch.req_ids[row], batch.plans[row]
+        num_computed = int(batch.num_computed_tokens[row])
+        slot = self._slot.get(req_id)
+        if slot is None:
+            slot = self._slot[req_id] = self._new_slot()
+        if plan.cached_path is not None:
+            self._lens[slot] = path_mask(plan.cached_path, self.num_layers) * num_computed
+            self._first_block[slot] = 0
+            self._num_tokens[slot] = num_computed
+            self._uniform[slot] = plan.cached_path
+        elif self._num_tokens[slot] != num_computed:
+            raise RuntimeError(
+                f"request {req_id}: the KV cache holds {self._num_tokens[slot]} tokens, the plan continues at "
+                f"{num_computed}"
+            )
+        uniform = self._uniform[slot]
+        if uniform is not None:
+            position = num_computed
+            for run in plan.runs:
+                if run.path != uniform:
+                    outside = ~path_mask(uniform, self.num_layers)
+                    if self.moves_first_blocks:
+                        self._first_block[slot, outside] = position // batch.block_size
+                    self._uniform[slot] = None
+                    break
+                position += run.num_tokens
+        return slot
+
+    def _new_slot(self) -> int:
+        if not self._free:
+            size = len(self._num_tokens)
+            self._free = list(range(size, 2 * size))
+            self._lens = np.concatenate([self._lens, np.zeros_like(self._lens)])
+            self._first_block = np.concatenate([self._first_block, np.zeros_like(self._first_block)])
+            self._num_tokens = np.concatenate([self._num_tokens, np.zeros_like(self._num_tokens)])
+            self._uniform += [None] * size
+        return self._free.pop()
+
+
+def _views_at(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+    """A view per layer. Layers whose runs have the same places share one."""
+    runs_it = places.first_position >= 0
+    keys = places.first_position
+    if places.first_block is not None:
+        keys = np.concatenate([keys, places.first_block * runs_it], axis=1)
+    distinct: dict[bytes, int] = {}
+    view_of_layer = [distinct.setdefault(key, len(distinct)) for key in map(bytes, np.ascontiguousarray(keys))]
+    views, own = [], []
+    for layer in (view_of_layer.index(view) for view in range(len(distinct))):
+        executes = runs_it[layer]
+        if not executes.any():
+            views.append(LayerView(rows_np=batch.token_rows(executes)))
+            continue
+        shifted = places.first_block is not None and places.first_block[layer][executes].any()
+        if not executes.all() or shifted or not np.array_equal(places.first_position[layer], batch.run_position):
+            own.append(layer)
+        views.append(LayerView())  # right if every token so far executed the layer: vLLM's own metadata
+    if own:
+        all_slots = batch.layer_slots(places.of(own))
+        for layer, slots in zip(own, all_slots):
+            views[view_of_layer[layer]] = _own_view(batch, places.of([layer]), slots)
+    return [views[view] for view in view_of_layer]
+
+
+def _own_view(batch: StepBatch, places: RunPlaces, slots: torch.Tensor) -> LayerView:
+    """A view with rows, lengths and slots of its own. places: of one layer. slots: [num_tokens]."""
+    executes = places.first_position[0] >= 0
+    count = np.add.reduceat(batch.run_length * executes, batch.first_run)
+    seq_lens = np.maximum.reduceat((places.first_position[0] + batch.run_length) * executes, batch.first_run)
+    reqs = np.flatnonzero(count)
+    first_block = None if places.first_block is None else places.first_block[0][batch.first_run][reqs]
+    tables = batch.tables(reqs, int(seq_lens.max()), first_block)
+    if executes.all():
+        return LayerView(attn_metadata=batch.metadata(count, seq_lens, tables, slots), slot_mapping=slots)
+    rows = batch.token_rows(executes)
+    rows_device = batch.to_device(rows)
+    slots = slots.index_select(0, rows_device)
+    return LayerView(rows, rows_device, batch.metadata(count[reqs], seq_lens[reqs], tables, slots), slots)

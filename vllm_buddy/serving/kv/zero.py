@@ -1,0 +1,19 @@
+"""`zero`: a skipped layer writes zeros, as the paper does. A zero key has logit 0, so it takes attention mass."""
+
+from typing import Any, ClassVar
+
+from vllm_buddy.serving.kv.aligned import Aligned
+from vllm_buddy.serving.kv.base import LayerView
+
+
+class Zero(Aligned):
+    """For reproduction of the paper's numbers."""
+
+    name: ClassVar[str] = "zero"
+    writes_skipped: ClassVar[bool] = True
+    in_graphs: ClassVar[bool] = False  # a row that ran through the layer would leave what it computed
+
+    def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
+        attn = layer.self_attn.attn
+        zeros = hidden.new_zeros(len(view.skipped_slots), attn.num_kv_heads, attn.head_size)  # type: ignore[arg-type]
+        attn.impl.do_kv_cache_update(attn, zeros, zeros, attn.kv_cache, view.skipped_slots)

@@ -1,0 +1,1 @@
+"""Routing in vLLM's scheduler: the plan of each step, prefix caching, outcome and metrics."""

@@ -1,0 +1,199 @@
+"""Outcome per request and `vllm_buddy:*` metrics.
+
+The scheduler's process measures, the API server's process is scraped. The first writes its metrics in Prometheus'
+text form to a file, at most once a second and when it runs out of work; the second reads the files on a scrape.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from vllm_buddy.method import RequestRoute
+from vllm_buddy.serving.schedule.plan import Executed
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+METRICS_DIR_VARIABLE = "VLLM_BUDDY_METRICS_DIR"
+_EXPORT_INTERVAL_S = 1.0
+_BUDGET_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0)
+_SECONDS_BUCKETS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+
+
+class Outcome:
+    """What one request got: its budget, and the layers that its tokens executed as counted in the engine.
+
+    price: the one at which budget "auto" was decided; None if the budget was given as a number.
+    """
+
+    def __init__(self, budget: float, depth: int, price: float | None = None) -> None:
+        self.budget = budget
+        self.depth = depth
+        self.price = price
+        self.num_tokens = 0
+        self._total = 0
+        self._fewest: int | None = None
+        self._most: int | None = None
+
+    def add(self, executed: Executed) -> None:
+        """Count one step's tokens."""
+        self.num_tokens += executed.num_tokens
+        self._total += executed.total
+        self._fewest = executed.fewest if self._fewest is None else min(self._fewest, executed.fewest)
+        self._most = executed.most if self._most is None else max(self._most, executed.most)
+
+    @property
+    def mean_layers(self) -> float | None:
+        return self._total / self.num_tokens if self.num_tokens else None
+
+    def as_dict(self, route: RequestRoute) -> dict[str, Any]:
+        """The form it has in the response, under kv_transfer_params["buddy"]."""
+        return {
+            "budget": self.budget,
+            "depth": self.depth,
+            "auto": self.price is not None,
+            "price": self.price,
+            "lowered_to": route.depth if route.lowered else None,
+            "layers_executed_mean": self.mean_layers,
+            "layers_executed_min": self._fewest,
+            "layers_executed_max": self._most,
+            "tokens": self.num_tokens,
+            "distinct_paths": route.num_distinct_paths,
+            "reroutes": route.num_reroutes,
+        }
+
+
+class EngineMetrics:
+    """The metrics of one engine, in a registry of their own. has_auto: with those of budget "auto"."""
+
+    def __init__(self, num_layers: int, engine: int, export_to: Path | None, *, has_auto: bool) -> None:
+        self._registry = CollectorRegistry()
+        self._export_to = export_to
+        self._next_export = 0.0
+        self.routing_seconds = 0.0  # in all, for benchmarks
+        layers = [float(n) for n in range(1, num_layers + 1)]
+        self._budget = self._histogram("budget", "Budget of finished requests.", _BUDGET_BUCKETS, engine)
+        self._layers = self._histogram(
+            "layers_executed", "Mean number of layers executed per token, of finished requests.", layers, engine
+        )
+        self._routing = self._histogram(
+            "routing_seconds", "Time to route one arriving request or one step.", _SECONDS_BUCKETS, engine
+        )
+        self._reroutes = self._counter("reroutes", "Changes of path within finished requests.", engine)
+        self._decisions = self._counter("decisions", "Routing decisions for finished requests.", engine)
+        self._executed = self._counter("layer_tokens_executed", "Layers executed, summed over tokens.", engine)
+        self._skipped = self._counter(
+            "layer_tokens_skipped",
+            "Layers skipped, summed over tokens. Share skipped: this over the sum with layer_tokens_executed.",
+            engine,
+        )
+        if has_auto:
+            self._auto_budget = self._histogram(
+                "auto_budget", "Budget that was chosen for finished requests.", _BUDGET_BUCKETS, engine
+            )
+            self._auto_price = self._gauge("auto_price", "Price of compute, nats per token for all layers.", engine)
+            self._load = self._gauge("load", "Load that the price follows, from 0 to 1.", engine)
+
+    @classmethod
+    def for_engine(cls, vllm_config: "VllmConfig") -> "EngineMetrics":
+        """Metrics of this engine core process, exported where the API server asked for them."""
+        engine = vllm_config.parallel_config.data_parallel_index
+        folder = os.environ.get(METRICS_DIR_VARIABLE)
+        # With several API servers vLLM collects the metrics of all processes itself (PROMETHEUS_MULTIPROC_DIR).
+        export_to = Path(folder) / f"engine-{engine}.prom" if folder and not _multiprocess() else None
+        limits = vllm_config.model_config.buddy_limits
+        return cls(limits.num_layers, engine, export_to, has_auto=limits.auto is not None)
+
+    def observe_request(self, outcome: Outcome, route: RequestRoute) -> None:
+        """A request ended, finished or aborted."""
+        self._budget.observe(outcome.budget)
+        if outcome.price is not None:
+            self._auto_budget.observe(outcome.budget)
+        if outcome.mean_layers is not None:
+            self._layers.observe(outcome.mean_layers)
+        self._reroutes.inc(route.num_reroutes)
+        self._decisions.inc(route.num_decisions)
+
+    def observe_routing(self, seconds: float) -> None:
+        """One arriving request or one step was routed."""
+        self._routing.observe(seconds)
+        self.routing_seconds += seconds
+
+    def show_load(self, level: float, price: float) -> None:
+        """The load, and the price of budget "auto" under it, are these now."""
+        self._load.set(level)
+        self._auto_price.set(price)
+
+    def observe_step(self, executed: Iterable[Executed], num_layers: int) -> None:
+        """Count one step's layer executions."""
+        total = tokens = 0
+        for counts in executed:
+            total += counts.total
+            tokens += counts.num_tokens
+        self._executed.inc(total)
+        self._skipped.inc(tokens * num_layers - total)
+
+    def export(self, *, idle: bool) -> None:
+        """Write the file for the API server's process, if it is time."""
+        if self._export_to is None or (time.monotonic() < self._next_export and not idle):
+            return
+        self._next_export = time.monotonic() + _EXPORT_INTERVAL_S
+        partial = self._export_to.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            partial.write_bytes(generate_latest(self._registry))
+            partial.replace(self._export_to)
+        except OSError:  # the API server has gone and taken the folder with it
+            self._export_to = None
+
+    def _counter(self, name: str, description: str, engine: int) -> Counter:
+        return Counter(f"vllm_buddy:{name}", description, ["engine"], registry=self._registry).labels(engine)
+
+    def _gauge(self, name: str, description: str, engine: int) -> Gauge:
+        return Gauge(
+            f"vllm_buddy:{name}", description, ["engine"], registry=self._registry, multiprocess_mode="mostrecent"
+        ).labels(engine)
+
+    def _histogram(self, name: str, description: str, buckets: Iterable[float], engine: int) -> Histogram:
+        return Histogram(
+            f"vllm_buddy:{name}", description, ["engine"], registry=self._registry, buckets=tuple(buckets)
+        ).labels(engine)
+
+
+class _EngineFiles(Collector):
+    """Reads what the engines wrote, on each scrape."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Any]:
+        families: dict[str, Any] = {}
+        for path in sorted(self._folder.glob("*.prom")):
+            for family in text_string_to_metric_families(path.read_text()):
+                if family.name in families:
+                    families[family.name].samples.extend(family.samples)
+                else:
+                    families[family.name] = family
+        yield from families.values()
+
+
+def export_from_this_process(instance_id: str) -> None:
+    """Make this process, which serves /metrics, collect the metrics of the engines it is about to start."""
+    if _multiprocess():
+        return
+    folder = Path(tempfile.mkdtemp(prefix=f"vllm_buddy-{instance_id}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[METRICS_DIR_VARIABLE] = str(folder)
+    REGISTRY.register(_EngineFiles(folder))
+
+
+def _multiprocess() -> bool:
+    return "PROMETHEUS_MULTIPROC_DIR" in os.environ

@@ -1,0 +1,1 @@
+"""Server start: settings, what the device offers, what is refused, and vLLM's config hook."""

@@ -1,0 +1,1 @@
+"""vLLM's workers and model runners, which turn the plan of a step into inputs of the model."""

@@ -1,0 +1,188 @@
+"""One step of a worker, as both model runners describe it. Nothing behind it knows which runner ran."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm_buddy_kernels import Kernels
+
+from vllm_buddy.method.path import path_mask
+from vllm_buddy.serving.schedule.plan import RequestPlan
+
+_BLOCKS_STEP = 16
+
+
+@dataclass(frozen=True)
+class RunPlaces:
+    """Where the runs of a step write their K and V, in some or all layers.
+
+    A position is one within what a layer's cache holds of the request; it lies in the request's block table, from the
+    entry `first_block` on.
+
+    first_position: [num_layers, num_runs] int32, of each run's first token; -1: it writes nothing.
+    first_block: [num_layers, num_runs] int32; None: 0 everywhere.
+    """
+
+    first_position: np.ndarray
+    first_block: np.ndarray | None = None
+
+    def of(self, layers: Sequence[int]) -> "RunPlaces":
+        """Those of some of the layers."""
+        first_block = None if self.first_block is None else self.first_block[layers]
+        return RunPlaces(self.first_position[layers], first_block)
+
+
+@dataclass
+class StepBatch:
+    """The rows of one step, on the host, but for the block table and the slots, which are where the model runs.
+
+    req_ids: [num_reqs], in row order.
+    query_start_loc: [num_reqs + 1]; tokens of request i are rows query_start_loc[i] to query_start_loc[i + 1].
+    num_computed_tokens: [num_reqs], tokens in the KV cache before this step.
+    block_table: [num_reqs, max_num_blocks], int32, blocks of block_size tokens.
+    slot_mapping: [num_tokens], the position-aligned slots of vLLM's own metadata.
+    build_metadata: from CommonAttentionMetadata to what the attention backend reads.
+    kernels: Triton's, or their references.
+    """
+
+    num_layers: int
+    req_ids: Sequence[str]
+    plans: Sequence[RequestPlan]
+    query_start_loc: np.ndarray
+    num_computed_tokens: np.ndarray
+    block_table: torch.Tensor
+    block_size: int
+    slot_mapping: torch.Tensor
+    build_metadata: Callable[[CommonAttentionMetadata], Any]
+    kernels: Kernels
+
+    @property
+    def device(self) -> torch.device:
+        return self.slot_mapping.device
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_start_loc[-1])
+
+    @cached_property
+    def run_request(self) -> np.ndarray:
+        """[num_runs], the row of the request each run belongs to."""
+        return np.repeat(np.arange(len(self.plans)), [len(plan.runs) for plan in self.plans])
+
+    @cached_property
+    def first_run(self) -> np.ndarray:
+        """[num_reqs], the first run of each request."""
+        return np.flatnonzero(np.diff(self.run_request, prepend=-1))
+
+    @cached_property
+    def run_length(self) -> np.ndarray:
+        """[num_runs], tokens in each run."""
+        return np.array([run.num_tokens for plan in self.plans for run in plan.runs], dtype=np.int64)
+
+    @cached_property
+    def run_start(self) -> np.ndarray:
+        """[num_runs], first token row of each run."""
+        return np.cumsum(self.run_length) - self.run_length
+
+    @cached_property
+    def run_position(self) -> np.ndarray:
+        """[num_runs], position of each run's first token within its request."""
+        starts_at = self.num_computed_tokens - self.query_start_loc[:-1]
+        return starts_at[self.run_request] + self.run_start
+
+    @cached_property
+    def run_mask(self) -> np.ndarray:
+        """[num_runs, num_layers], bool: does the run execute the layer?"""
+        return np.stack([path_mask(run.path, self.num_layers) for plan in self.plans for run in plan.runs])
+
+    def token_rows(self, runs: np.ndarray) -> np.ndarray:
+        """Rows of the tokens of `runs`, ascending. runs: [num_runs], bool."""
+        return np.flatnonzero(np.repeat(runs, self.run_length))
+
+    @cached_property
+    def _runs_on_device(self) -> Sequence[torch.Tensor]:
+        """token_run, run_request and run_start as the op layer_slots takes them, in one copy."""
+        num_runs, num_tokens = len(self.run_request), self.num_tokens
+        runs = np.empty(num_tokens + 2 * num_runs + 1, dtype=np.int32)
+        runs[:num_tokens] = np.repeat(np.arange(num_runs), self.run_length)
+        runs[num_tokens:-1] = np.concatenate([self.run_request, self.run_start])
+        runs[-1] = num_tokens
+        return self.to_device(runs).split([num_tokens, num_runs, num_runs + 1])
+
+    def layer_slots(self, places: RunPlaces) -> torch.Tensor:
+        """[num_layers, num_tokens], the slots of `places`; -1 where a run writes nothing."""
+        num_layers, num_runs = places.first_position.shape
+        token_run, run_request, run_start = self._runs_on_device
+        slots = torch.empty(num_layers, self.num_tokens, dtype=torch.int64, device=self.device)
+        self.kernels.layer_slots(
+            self.block_table,
+            token_run,
+            run_request,
+            run_start,
+            self.to_device(places.first_position),
+            None if places.first_block is None else self.to_device(places.first_block),
+            self.block_size,
+            0,
+            slots,
+            torch.empty(num_layers, num_runs, dtype=torch.int32, device=self.device),  # known on the host
+        )
+        return slots
+
+    def tables(self, reqs: np.ndarray, most_tokens: int, first_block: np.ndarray | None = None) -> torch.Tensor:
+        """Block tables of rows `reqs` from their first blocks on: [len(reqs), blocks of most_tokens or more], int32."""
+        # In steps: Triton's attention is compiled for what divides the width of the table.
+        num_blocks = min(-(-most_tokens // (_BLOCKS_STEP * self.block_size)) * _BLOCKS_STEP, self.block_table.shape[1])
+        if first_block is None or not first_block.any():
+            if len(reqs) == len(self.block_table) and np.array_equal(reqs, np.arange(len(reqs))):
+                return self.block_table[:, :num_blocks]
+            return self.block_table[:, :num_blocks].index_select(0, self.to_device(reqs))
+        columns = np.minimum(first_block[:, None] + np.arange(num_blocks), self.block_table.shape[1] - 1)
+        return self.block_table[self.to_device(reqs)[:, None], self.to_device(columns)]
+
+    def metadata(
+        self,
+        query_lens: np.ndarray,
+        seq_lens: np.ndarray,
+        block_table: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> Any:
+        """Attention metadata for sequences of this batch.
+
+        query_lens, seq_lens: [num_seqs], tokens to compute and tokens to attend to, the computed ones included.
+        block_table: [num_seqs, any]. slot_mapping: [sum(query_lens)].
+        """
+        query_start_loc = np.zeros(len(query_lens) + 1, dtype=np.int32)
+        np.cumsum(query_lens, out=query_start_loc[1:])
+        return self.build_metadata(
+            CommonAttentionMetadata(
+                query_start_loc=self.to_device(query_start_loc),
+                query_start_loc_cpu=torch.from_numpy(query_start_loc),
+                seq_lens=self.to_device(seq_lens.astype(np.int32, copy=False)),
+                num_reqs=len(query_lens),
+                num_actual_tokens=int(query_start_loc[-1]),
+                max_query_len=int(query_lens.max()),
+                max_seq_len=int(seq_lens.max()),
+                block_table_tensor=block_table,
+                slot_mapping=slot_mapping,
+                causal=True,
+            )
+        )
+
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        """The array as a tensor where the model runs, without waiting for it."""
+        if self.device.type == "cpu":
+            return torch.from_numpy(np.ascontiguousarray(array))
+        return async_tensor_h2d(np.ascontiguousarray(array), device=self.device)
+
+
+def check_plan(plans: Sequence[RequestPlan], num_scheduled: Sequence[int], req_ids: Sequence[str]) -> None:
+    """Every scheduled token has a path. Anything else is a bug, and would serve wrong tokens silently."""
+    for plan, num_tokens, req_id in zip(plans, num_scheduled, req_ids, strict=True):
+        planned = sum(run.num_tokens for run in plan.runs)
+        if planned != num_tokens:
+            raise RuntimeError(f"request {req_id}: {num_tokens} tokens scheduled, {planned} planned")

@@ -1,0 +1,75 @@
+"""What lies beside a trained artifact: the model card, the record of the run and its curves."""
+
+import json
+from typing import Any
+
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, card_origin, card_title, run_header, to_yaml
+from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
+from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
+from vllm_buddy.training.loop import LOG_FILE, Run
+from vllm_buddy.training.stage1_settings import TrainSettings
+
+_REPAIRS = {
+    "bypass": "A low-rank bypass of rank {rank} stands in for each layer that is skipped; the base model's weights are "
+    "not in the artifact and are not changed, so budget 1.0 is the base model exactly.",
+    "distill": "LoRA of rank {rank} on all linear layers, distilled from the full model, is merged into the base model "
+    "when it is loaded; it acts at every budget, 1.0 included.",
+    "paper": "LoRA of rank {rank} on all linear layers, trained by next-token cross-entropy as BUDDY describes it, is "
+    "merged into the base model when it is loaded; it acts at every budget, 1.0 included.",
+}
+
+
+def finish_run(artifact: Artifact, run: Run, settings: TrainSettings, command: str, commit: str | None) -> None:
+    """Write artifact, card, run.yaml and curves to the run's folder."""
+    artifact.save(settings.out)
+    draw_curves(settings.out / LOG_FILE, settings.out / CURVES_FILE, f"{artifact.config.name}: {settings.recipe}")
+    (settings.out / CARD_FILE).write_text(model_card(artifact, settings, command))
+    log = read_log(settings.out / LOG_FILE)
+    record: dict[str, Any] = {
+        **run_header(command, commit, settings.seed),
+        "settings": json.loads(settings.model_dump_json(exclude={"data", "data_dir", "cache_dir", "out"})),
+        "data": {
+            source.file.name: {
+                "sha256": run.corpus.sha256[source.file.name],
+                "weight": source.weight,
+                "share": source.share,
+            }
+            for source in settings.data
+        },
+        "base_model": artifact.config.base_model.model_dump(),
+        "last_loss": round(sum(row["loss"] for row in log[-20:]) / len(log[-20:]), 4),
+        "training_seconds": log[-1]["seconds"],
+        "router_fit": run.router_figures,
+    }
+    (settings.out / RUN_FILE).write_text(to_yaml(record))
+
+
+def model_card(artifact: Artifact, settings: TrainSettings, command: str) -> str:
+    """README.md of a trained artifact."""
+    config = artifact.config
+    base = config.base_model
+    smallest = depth_for_budget(settings.min_budget, base.num_layers)
+    static = layers_of(top_k_path(artifact.prior, smallest))
+    routed = (
+        "A Decision Module picks each request's path from its tokens."
+        if config.has_decision_module
+        else "There is no Decision Module: every request of one budget runs the same layers."
+    )
+    lines = [
+        *card_title(config.name, base.id),
+        f"Dynamic depth for {base.id} ({base.architecture}, {base.num_layers} layers, fingerprint "
+        f"`{base.fingerprint}`), for serving with vllm_buddy. One artifact serves every budget from "
+        f"{settings.min_budget:g} to 1.",
+        "",
+        f"{_REPAIRS[settings.recipe].format(rank=settings.rank)} {routed}",
+        "",
+        f"Trained on {settings.tokens:,} tokens of "
+        f"{', '.join(source.file.name for source in settings.data)}. With the least budget the static path runs layers "
+        f"{', '.join(map(str, static))}.",
+        "",
+        "`vllm-buddy eval --artifact DIR --text FILE --piqa FILE` measures what that is worth.",
+        "",
+        *card_origin(command, f"every setting, the hashes of the data, and versions; `{CURVES_FILE}` shows the loss"),
+    ]
+    return "\n".join(lines) + "\n"
