@@ -65,7 +65,8 @@ def rank(module: str) -> int:
         if prefix in RANKS and (length > 1 or len(parts) == 1 or prefix != "vllm_buddy"):
             return RANKS[prefix]
     # A name of the package itself, such as vllm_buddy.__version__.
-    assert len(parts) == 2 and not (ROOT / "vllm_buddy" / parts[1]).is_dir(), f"{module} has no rank in this test"
+    assert len(parts) == 2, f"{module} has no rank in this test"
+    assert not (ROOT / "vllm_buddy" / parts[1]).is_dir(), f"{module} has no rank in this test"
     return 0
 
 

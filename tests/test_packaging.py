@@ -59,7 +59,8 @@ def test_base_install_adds_nothing_to_vllm(wheel: zipfile.ZipFile) -> None:
 
 def setup_env() -> ModuleType:
     spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

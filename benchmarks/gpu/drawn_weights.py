@@ -29,7 +29,7 @@ def load_drawn_weights(layers: Sequence[int]) -> None:
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     class DrawnWeights(DummyModelLoader):
-        def load_weights(self, model: nn.Module, model_config: object) -> None:
+        def load_weights(self, model: nn.Module, model_config: object) -> None:  # noqa: ARG002 - vLLM's signature
             draw_weights(model, layers)
 
     register_model_loader("dummy")(DrawnWeights)

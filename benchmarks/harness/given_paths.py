@@ -64,7 +64,8 @@ class GivenPaths(Router):
         picked = super().path(context, depth)
         if depth == self.num_layers:
             return picked
-        assert isinstance(context, _FirstToken) and context.first is not None
+        assert isinstance(context, _FirstToken)
+        assert context.first is not None
         path = self.paths[(context.first - self._first_token) % len(self.paths)]
         if path.bit_count() != depth:
             raise ValueError(f"a path of {depth} layers is asked for, those given have {path.bit_count()}")

@@ -215,7 +215,7 @@ def _economize_loop(model: Any, skipped: Sequence[int] = (), in_prompt: bool = T
 
 def _transformers_generate(model: Any) -> Generate:
     def generate(prompts: list[torch.Tensor], tokens: int, first: FirstTokens) -> tuple[list[list[int]], list[int]]:
-        def tick(token_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        def tick(_token_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             first.tick()
             return scores
 

@@ -55,7 +55,8 @@ class LoopProcess:
         Raises:
             Refused: it is an error, it does not come in time, or the process is dead.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
             self._process.stdin.flush()

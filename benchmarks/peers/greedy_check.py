@@ -71,7 +71,7 @@ class GreedyCheck:
     def logits(self, token_ids: list[int], run: LayersRun, first_skipping: int) -> torch.Tensor:
         """[len(token_ids), vocab_size]. first_skipping: position from which on `run.skipped` are passed unchanged."""
 
-        def pass_unchanged(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        def pass_unchanged(_layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             return torch.cat([output[:, :first_skipping], inputs[0][:, first_skipping:]], dim=1)
 
         layers = self._model.model.layers

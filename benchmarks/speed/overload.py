@@ -82,25 +82,27 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
     """Start the servers, check them, run all rounds; a row per figure, and rows of `series` for the last round."""
     artifact = load_artifact(artifact_dir)
     rounds, rows = Rounds(args.rounds), []
-    with tempfile.TemporaryDirectory(prefix="vllm_buddy-overload-") as work:
-        with open_servers(model, artifact, artifact_dir, Path(work)) as (stock, *autos):
-            rounds.mark_checked(check([stock, *autos], model, artifact))
-            burst = Load(WORKLOAD, float("inf"), args.seconds, args.burst)
-            for served in (stock, *autos):  # warms up
-                send(served, Load(WORKLOAD, float("inf"), 1, 16), seed=0)
-            sustained = []
-            for index in range(args.rounds):
-                sustained.append(send(stock, burst, seed=index + 1)["request_throughput"])
-                rounds.add(index, stock.name, sustained_per_s=sustained[-1])
-            rate = OVERLOAD * float(np.median(sustained))
-            print(f"dense sustains {np.median(sustained):.2f} requests/s; {rate:.2f} will arrive", flush=True)
-            load = Load(WORKLOAD, round(rate, 2), args.seconds, args.burst)
-            for index in range(args.rounds):
-                for served in autos if index % 2 == 0 else reversed(autos):
-                    traced = run(rounds, served, load, index, args.alone)
-                    if index + 1 == args.rounds:
-                        rows += traced
-                print(f"round {index + 1} of {args.rounds} done", flush=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="vllm_buddy-overload-") as work,
+        open_servers(model, artifact, artifact_dir, Path(work)) as (stock, *autos),
+    ):
+        rounds.mark_checked(check([stock, *autos], model, artifact))
+        burst = Load(WORKLOAD, float("inf"), args.seconds, args.burst)
+        for served in (stock, *autos):  # warms up
+            send(served, Load(WORKLOAD, float("inf"), 1, 16), seed=0)
+        sustained = []
+        for index in range(args.rounds):
+            sustained.append(send(stock, burst, seed=index + 1)["request_throughput"])
+            rounds.add(index, stock.name, sustained_per_s=sustained[-1])
+        rate = OVERLOAD * float(np.median(sustained))
+        print(f"dense sustains {np.median(sustained):.2f} requests/s; {rate:.2f} will arrive", flush=True)
+        load = Load(WORKLOAD, round(rate, 2), args.seconds, args.burst)
+        for index in range(args.rounds):
+            for served in autos if index % 2 == 0 else reversed(autos):
+                traced = run(rounds, served, load, index, args.alone)
+                if index + 1 == args.rounds:
+                    rows += traced
+            print(f"round {index + 1} of {args.rounds} done", flush=True)
     figures = [rounds.row("sustained_per_s", rounds.values("sustained_per_s", stock.name), variant=stock.name)]
     about = {"rate": load.rate, "requests": load.num_requests, "workload": WORKLOAD.name}
     for served in autos:

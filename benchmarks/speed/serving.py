@@ -98,14 +98,16 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
     loads = [Load(WORKLOADS[0], rate, args.seconds, args.burst) for rate in args.rates]
     loads += [Load(WORKLOADS[1], rate, args.seconds, args.burst) for rate in args.prefix_rates]
     artifact = load_artifact(artifact_dir)
-    with tempfile.TemporaryDirectory(prefix="vllm_buddy-serving-") as work:
-        with open_servers(model, artifact, artifact_dir, Path(work)) as variants:
-            checked = check(variants, model, artifact)
-            for served in variants:  # warms up
-                run(served, replace(loads[0], rate=float("inf"), burst=16), seed=0, goodput=args.goodput)
-            rows = []
-            for load in loads:
-                rows += measure_load(variants, checked, load, args.rounds, args.goodput)
+    with (
+        tempfile.TemporaryDirectory(prefix="vllm_buddy-serving-") as work,
+        open_servers(model, artifact, artifact_dir, Path(work)) as variants,
+    ):
+        checked = check(variants, model, artifact)
+        for served in variants:  # warms up
+            run(served, replace(loads[0], rate=float("inf"), burst=16), seed=0, goodput=args.goodput)
+        rows = []
+        for load in loads:
+            rows += measure_load(variants, checked, load, args.rounds, args.goodput)
     return rows
 
 
@@ -147,7 +149,7 @@ def open_server(stack: ExitStack, name: str, folder: Path, log: Path, *options: 
     print(f"starting server '{name}'", flush=True)
     process = stack.enter_context(start_server(name, folder, log, options))
     try:
-        process.wait_until_healthy(lambda seconds, gist: None)
+        process.wait_until_healthy(lambda *_: None)
     except ServerError as error:
         raise Refused(f"server '{name}' did not start: {error}") from None
     return Server(name, process, folder)

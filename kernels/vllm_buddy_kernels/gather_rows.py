@@ -168,7 +168,10 @@ def _gather_rows(
 
 @_gather_rows.register_fake
 def _(
-    hidden: torch.Tensor, residual: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor, eps: float
+    hidden: torch.Tensor,
+    _residual: torch.Tensor | None,
+    rows: torch.Tensor,
+    *_: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = len(rows), hidden.shape[1]
     return hidden.new_empty(shape), hidden.new_empty(shape)

@@ -148,13 +148,13 @@ def _scatter_rows(
 
 @_scatter_rows.register_fake
 def _(
-    hidden_rows: torch.Tensor,
-    residual_rows: torch.Tensor,
-    source: torch.Tensor,
+    _hidden_rows: torch.Tensor,
+    _residual_rows: torch.Tensor,
+    _source: torch.Tensor,
     hidden: torch.Tensor,
-    residual: torch.Tensor | None,
+    _residual: torch.Tensor | None,
     weight: torch.Tensor | None,
-    eps: float,
+    *_: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, hidden_size = hidden.shape
     return hidden.new_empty(0 if weight is None else num_tokens, hidden_size), hidden.new_empty(num_tokens, hidden_size)

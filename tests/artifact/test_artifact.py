@@ -118,7 +118,7 @@ def test_repair_says_what_runs_on_skipped_rows(parts: dict[str, Any], repair: st
 
 
 @pytest.mark.parametrize(
-    "decision, library, own", [(True, LIBRARY, True), (True, None, False), (False, LIBRARY, False)]
+    ("decision", "library", "own"), [(True, LIBRARY, True), (True, None, False), (False, LIBRARY, False)]
 )
 def test_the_library_is_used_where_a_decision_module_was_trained_on_it(decision, library, own) -> None:
     """Failure: a router whose scores mean something for some paths is asked for any, or the other way round."""
@@ -135,7 +135,9 @@ def test_a_rounded_bypass_takes_a_byte_a_weight(tmp_path: Path) -> None:
     stored = load_file(tmp_path / WEIGHTS_FILE)
     assert stored["bypass.down"].dtype == stored["bypass.up"].dtype == np.int8
     loaded = load_artifact(tmp_path).bypass
-    assert loaded and torch.equal(loaded.down, rounded.down) and torch.equal(loaded.up, rounded.up)
+    assert loaded
+    assert torch.equal(loaded.down, rounded.down)
+    assert torch.equal(loaded.up, rounded.up)
     for weight, other in ((given.down, rounded.down), (given.up, rounded.up)):
         assert bool(((weight - other).abs() <= weight.abs().amax(dim=-1, keepdim=True) / 253).all())
 
@@ -145,16 +147,23 @@ def test_round_trip_of_what_was_trained(tmp_path: Path) -> None:
     artifact = _artifact(decision=_folded(), bypass=_bypass(), lora=_lora())
     artifact.save(tmp_path)
     loaded = load_artifact(tmp_path)
-    assert loaded.digest == artifact.digest and loaded.config == artifact.config
-    assert loaded.decision and loaded.bypass and loaded.lora and artifact.decision and artifact.bypass
+    assert loaded.digest == artifact.digest
+    assert loaded.config == artifact.config
+    assert loaded.decision
+    assert loaded.bypass
+    assert loaded.lora
+    assert artifact.decision
+    assert artifact.bypass
     for field in dataclasses.fields(FoldedDecision):
         np.testing.assert_array_equal(getattr(loaded.decision, field.name), getattr(artifact.decision, field.name))
     assert load_file(tmp_path / WEIGHTS_FILE)["decision.table_newest"].dtype == np.int8
-    assert torch.equal(loaded.bypass.down, artifact.bypass.down) and torch.equal(loaded.bypass.up, artifact.bypass.up)
+    assert torch.equal(loaded.bypass.down, artifact.bypass.down)
+    assert torch.equal(loaded.bypass.up, artifact.bypass.up)
     assert (loaded.bypass.eps, loaded.lora.alpha) == (EPS, 4.0)
     for part in ("a", "b"):
         found, wanted = getattr(loaded.lora, part), getattr(_lora(), part)
-        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
 def test_format_version_1(folder: Path) -> None:
@@ -166,7 +175,8 @@ def test_format_version_1(folder: Path) -> None:
         del raw[name]
     (folder / CONFIG_FILE).write_text(json.dumps(raw))
     loaded = load_artifact(folder)
-    assert loaded.decision is not None and artifact.decision is not None
+    assert loaded.decision is not None
+    assert artifact.decision is not None
     assert load_file(folder / WEIGHTS_FILE)["decision.table_context"].dtype == np.float32
     np.testing.assert_array_equal(loaded.decision.table_context, artifact.decision.table_context)
 
@@ -235,7 +245,7 @@ def test_truncated_weights(folder: Path, kept_fraction: float) -> None:
     """Failure: an interrupted download is served with whatever was there."""
     data = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).write_bytes(data[: int(kept_fraction * len(data))])
-    with pytest.raises(ArtifactError, match="is not a complete safetensors file .* get the artifact again"):
+    with pytest.raises(ArtifactError, match=r"is not a complete safetensors file .* get the artifact again"):
         load_artifact(folder)
 
 
@@ -257,10 +267,10 @@ def test_newer_format(folder: Path) -> None:
 def test_unknown_and_missing_fields(folder: Path) -> None:
     """Failure: a misspelt field is dropped, and its default is served."""
     _edit_config(folder, omegaa=0.3)
-    with pytest.raises(ArtifactError, match="(?s)does not fit the schema.*omegaa"):
+    with pytest.raises(ArtifactError, match=r"(?s)does not fit the schema.*omegaa"):
         load_artifact(folder)
     (folder / CONFIG_FILE).write_text(json.dumps({"format_version": FORMAT_VERSION}))
-    with pytest.raises(ArtifactError, match="(?s)does not fit the schema.*base_model"):
+    with pytest.raises(ArtifactError, match=r"(?s)does not fit the schema.*base_model"):
         load_artifact(folder)
 
 
@@ -315,11 +325,11 @@ def test_wrong_shapes_of_what_was_trained(tmp_path: Path, name: str, array: np.n
 def test_weights_that_the_configuration_does_not_mention(tmp_path: Path) -> None:
     """Failure: a bypass is saved under a configuration without one, and then served without it."""
     plain = _artifact()
-    with pytest.raises(ArtifactError, match="says nothing of tensor 'bypass.down'"):
+    with pytest.raises(ArtifactError, match=r"says nothing of tensor 'bypass.down'"):
         dataclasses.replace(plain, bypass=_bypass()).save(tmp_path)
-    with pytest.raises(ArtifactError, match="lora.alpha and predictor.depths of the configuration are .*1e-05, .*0.1"):
+    with pytest.raises(ArtifactError, match=r"lora.alpha and predictor.depths of the configuration are .*1e-05, .*0.1"):
         dataclasses.replace(_artifact(bypass=_bypass()), bypass=dataclasses.replace(_bypass(), eps=0.1)).save(tmp_path)
-    with pytest.raises(ArtifactError, match="'bypass.down' holds values that are not finite"):
+    with pytest.raises(ArtifactError, match=r"'bypass.down' holds values that are not finite"):
         too_large = dataclasses.replace(_bypass(), down=1e6 * _bypass().down)
         _artifact(bypass=too_large).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -357,4 +367,5 @@ def test_shipped_artifacts_load() -> None:
     assert "smollm2-135m" in shipped
     for name, path in shipped.items():
         assert load_artifact(path).config.name == name
-        assert (path / "README.md").is_file() and (path / "run.yaml").is_file()
+        assert (path / "README.md").is_file()
+        assert (path / "run.yaml").is_file()

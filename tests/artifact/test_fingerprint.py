@@ -84,7 +84,7 @@ def test_weights_that_are_missing_or_cut_short(folder: Path) -> None:
     """Failure: an interrupted download gets a fingerprint of what happened to arrive."""
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ArtifactError, match="is not a complete safetensors file .* get the model again"):
+    with pytest.raises(ArtifactError, match=r"is not a complete safetensors file .* get the model again"):
         identify(folder)
     weights.unlink()
     with pytest.raises(ArtifactError, match=r"cannot take a weight fingerprint, no tensor 'model\.layers\.0\.input"):

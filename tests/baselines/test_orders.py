@@ -108,7 +108,8 @@ def test_paths_of_all_depths_are_nested() -> None:
 def test_shipped_orders_are_those_of_the_embedded_model() -> None:
     """Failure: a comparison starts with minutes of measuring, or with another model's orders."""
     (file,) = shipped_orders()
-    assert file.base_model.num_layers == 30 and {order.method for order in file.orders} == set(MEASURED)
+    assert file.base_model.num_layers == 30
+    assert {order.method for order in file.orders} == set(MEASURED)
     for name in STATIC_METHODS:
         assert sorted(layer_order(name, file.base_model)) == list(range(1, 29))
     artifact = json.loads((Path("vllm_buddy/artifacts") / DEFAULT_MODEL / "buddy_config.json").read_text())
@@ -117,7 +118,7 @@ def test_shipped_orders_are_those_of_the_embedded_model() -> None:
 
 def test_another_model_has_no_order(folder: Path) -> None:
     """Failure: the order of one model is used for another."""
-    with pytest.raises(BaselineError, match="order of 'sleb' has not been measured for .*vllm-buddy orders"):
+    with pytest.raises(BaselineError, match=r"order of 'sleb' has not been measured for .*vllm-buddy orders"):
         layer_order("sleb", identify(folder))
     with pytest.raises(BaselineError, match="unknown static method 'slep'; known are shortgpt, sleb, delta_ppl"):
         layer_order("slep", identify(folder))

@@ -40,7 +40,7 @@ def sharded(llama: Path, tmp_path: Path) -> Path:
     (folder / "model.safetensors").unlink()
     parts: dict[str, dict[str, torch.Tensor]] = {}
     with safe_open(llama / "model.safetensors", framework="pt") as f:
-        for name in f.keys():
+        for name in f:
             words = name.split(".")
             part = words[2] if words[1] == "layers" else words[1] if words[1] == "embed_tokens" else "rest"
             parts.setdefault(part, {})[name] = f.get_tensor(name)
@@ -85,7 +85,7 @@ def test_shards_stay_shards(sharded: Path, llama: Path, tmp_path: Path) -> None:
     found = {}
     for file in files:
         with safe_open(out / file, framework="pt") as f:
-            found |= {name: (file, f.get_tensor(name).nbytes) for name in f.keys()}
+            found |= {name: (file, f.get_tensor(name).nbytes) for name in f}
     assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
     assert index["metadata"]["total_size"] == sum(size for _, size in found.values())
 
@@ -146,7 +146,7 @@ def test_models_that_cannot_be_pruned_leave_nothing_behind(sharded: Path, tmp_pa
     with pytest.raises(BaselineError, match="is not a complete safetensors file"):
         save_pruned_checkpoint(sharded, LAYERS, tmp_path / "out")
     gone.unlink()
-    with pytest.raises(BaselineError, match="model-00003-of-00010.safetensors is not a complete safetensors file"):
+    with pytest.raises(BaselineError, match=r"model-00003-of-00010.safetensors is not a complete safetensors file"):
         save_pruned_checkpoint(sharded, LAYERS, tmp_path / "out")
     gone.write_bytes(kept)
     config = json.loads((sharded / "config.json").read_text())
@@ -154,7 +154,7 @@ def test_models_that_cannot_be_pruned_leave_nothing_behind(sharded: Path, tmp_pa
     with pytest.raises(BaselineError, match="is quantised; prune the model it was made from"):
         save_pruned_checkpoint(sharded, LAYERS, tmp_path / "out")
     (sharded / "config.json").write_text("{")
-    with pytest.raises(BaselineError, match="config.json cannot be read"):
+    with pytest.raises(BaselineError, match=r"config.json cannot be read"):
         save_pruned_checkpoint(sharded, LAYERS, tmp_path / "out")
     (sharded / "config.json").write_text(json.dumps(config))
     for path in sharded.glob("*.safetensors*"):

@@ -27,7 +27,9 @@ def test_router_follows_the_order_at_every_depth(base: BaseModelIdentity, tmp_pa
     for depth in range(3, NUM_LAYERS):
         assert router.path(None, depth) == static_path(ORDER, depth)
     assert router.path(None, NUM_LAYERS) == full_path(NUM_LAYERS)
-    assert loaded.decision is None and loaded.repair == "none" and loaded.schedule().interval == 0
+    assert loaded.decision is None
+    assert loaded.repair == "none"
+    assert loaded.schedule().interval == 0
 
 
 def test_names_say_where_the_order_comes_from(base: BaseModelIdentity) -> None:

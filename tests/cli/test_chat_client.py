@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -14,7 +15,7 @@ OUTCOME = {"budget": 0.5, "layers_executed_mean": 15.0}
 
 
 class Handler(BaseHTTPRequestHandler):
-    received: list[dict] = []
+    received: ClassVar[list[dict]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -67,7 +68,7 @@ def test_streamed_answer_is_put_together(client: ChatClient) -> None:
 
 def test_refusal_is_reported(client: ChatClient) -> None:
     """The server's reason must reach the user."""
-    with pytest.raises(ServerError, match="400.*budget is 2.0"):
+    with pytest.raises(ServerError, match=r"400.*budget is 2.0"):
         client.ask("Hi", 2.0)
 
 

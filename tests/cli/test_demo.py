@@ -60,7 +60,9 @@ def test_wrong_depth_is_a_failure() -> None:
     """A budget the engine does not keep must not pass as a demo."""
     assert result().failures() == []
     wrong = result([answer("One?", 0.5, layers=16)]).failures()
-    assert len(wrong) == 1 and "16" in wrong[0] and "15" in wrong[0]
+    assert len(wrong) == 1
+    assert "16" in wrong[0]
+    assert "15" in wrong[0]
 
 
 def test_answer_without_outcome_is_a_failure() -> None:
@@ -80,7 +82,8 @@ def test_all_answers_without_outcome_still_give_a_table() -> None:
 def test_json_is_plain() -> None:
     """results/demo.json is read by other programs."""
     content = json.loads(json.dumps(result().as_json()))
-    assert len(content["rows"]) == 2 and len(content["requests_alone"]) == 4
+    assert len(content["rows"]) == 2
+    assert len(content["requests_alone"]) == 4
     assert content["mixed"]["texts_equal_to_alone"] == 2
 
 

@@ -50,9 +50,11 @@ def test_both_forms_hold_the_layers_of_the_method(
 
     routed, stock = (shlex.split(line) for line in shown.splitlines() if line.startswith("  vllm-buddy serve "))
     buddy = json.loads(routed[-1])["buddy"]
-    assert routed[2] == str(model_with_tokenizer) and depth_for_budget(buddy["default_budget"], NUM_LAYERS) == KEPT
+    assert routed[2] == str(model_with_tokenizer)
+    assert depth_for_budget(buddy["default_budget"], NUM_LAYERS) == KEPT
     artifact = load_artifact(Path(buddy["artifact"]))
-    assert artifact.config.base_model == base and artifact.config.prior.indicator == method
+    assert artifact.config.base_model == base
+    assert artifact.config.prior.indicator == method
     for depth in range(3, NUM_LAYERS):
         assert artifact.router().path(None, depth) == static_path(order, depth)
 
@@ -85,8 +87,10 @@ def test_the_card_says_how_to_make_it_again(
     assert _prune("random", tmp_path / "a", model_with_tokenizer, "--seed", "7", "--base-model-id", "me/my model") == 0
     folder = tmp_path / "a" / "artifact"
     card, record = (folder / "README.md").read_text(), (folder / "run.yaml").read_text()
-    assert "**Nothing here is trained**" in card and '\nbase_model: "me/my model"\n' in card
-    assert "\nseed: 7\n" in record and '\n  method: "random"\n' in record
+    assert "**Nothing here is trained**" in card
+    assert '\nbase_model: "me/my model"\n' in card
+    assert "\nseed: 7\n" in record
+    assert '\n  method: "random"\n' in record
     command = shlex.split(next(line for line in card.splitlines() if "vllm-buddy prune" in line))
     command[3] = str(tmp_path / "b")
     assert main(command[1:]) == 0

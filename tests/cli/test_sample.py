@@ -15,7 +15,7 @@ __all__ = ["model_with_tokenizer"]
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    ("arguments", "told"),
     [
         (["a.jsonl", "--tokens", "0"], "must be positive"),
         (["a.jsonl", "--temperature", "nan"], "must be positive"),
@@ -42,8 +42,8 @@ def test_samples_can_be_trained_on(model_with_tokenizer: Path, tmp_path: Path) -
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
-    assert (
-        len(texts) == 8 and {text[:2] for text in texts[::2]} == {"ab"} and {text[:2] for text in texts[1::2]} == {"cd"}
-    )
+    assert len(texts) == 8
+    assert {text[:2] for text in texts[::2]} == {"ab"}
+    assert {text[:2] for text in texts[1::2]} == {"cd"}
     # The random model follows "ab" with tokens that are no text.
     assert len(set(texts[1::2])) == 4

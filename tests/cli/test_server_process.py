@@ -73,7 +73,7 @@ def test_ctrl_c_stops_the_server(tmp_path: Path) -> None:
 
 def test_end_of_the_log_is_in_the_error(tmp_path: Path) -> None:
     """A server that does not start says why, in its log alone."""
-    with server(DYING, tmp_path) as started, pytest.raises(ServerError, match="(?s)status 3.*the reason"):
+    with server(DYING, tmp_path) as started, pytest.raises(ServerError, match=r"(?s)status 3.*the reason"):
         started.wait_until_healthy(lambda elapsed, gist: None)
 
 

@@ -63,7 +63,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="cannot read the multiple-choice file"):
         read_choices(tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(EvaluationError, match="is not UTF-8 text .byte 0.; give a JSONL file"):
+    with pytest.raises(EvaluationError, match=r"is not UTF-8 text .byte 0.; give a JSONL file"):
         read_choices(tmp_path / "binary")
 
 

@@ -8,7 +8,7 @@ from vllm_buddy.cli.main import main
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         (["--part", "0.8"], "two shares with a comma between"),
         (["--part", "a,b"], "two shares with a comma between"),
@@ -24,4 +24,5 @@ def test_options_are_refused_in_one_line(
     """Before a model is loaded, and without a traceback."""
     assert main(["eval-budget", str(tmp_path / "text.txt"), *options]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error
+    assert error.count("\n") == 1

@@ -64,14 +64,18 @@ def test_rows(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str
     # 200 tokens are 8 windows of 32 at stride 24, each with 24 scored.
     assert {by[p, b, m]["n"] for p, b, m in by if m in TEXT_METRICS} == {192}
     assert {by[p, b, m]["n"] for p, b, m in by if m in PIQA_METRICS} == {6}
-    assert by["dense", 1.0, "kl"]["value"] == 0 and by["dense", 1.0, "agreement"]["value"] == 1
+    assert by["dense", 1.0, "kl"]["value"] == 0
+    assert by["dense", 1.0, "agreement"]["value"] == 1
     for metric in (*TEXT_METRICS, *PIQA_METRICS):
         assert by["dense", 1.0, metric]["value"] == by["buddy", 1.0, metric]["value"]
     assert by["reverse", 0.5, "perplexity"]["value"] != by["buddy", 0.5, "perplexity"]["value"]
     assert by["buddy", 0.5, "distinct_paths"]["value"] > 1 == by["buddy", 1.0, "distinct_paths"]["value"]
     shown = capsys.readouterr().out
-    assert "scoring 192 tokens of" in shown and "8 windows of 32 at stride 24, each behind a context of 8" in shown
-    assert "6 questions of" in shown and "perplexity" in shown and "wrote" in shown
+    assert "scoring 192 tokens of" in shown
+    assert "8 windows of 32 at stride 24, each behind a context of 8" in shown
+    assert "6 questions of" in shown
+    assert "perplexity" in shown
+    assert "wrote" in shown
 
 
 def test_policies_score_the_same_as_alone(data: list[str], artifact: Path, tmp_path: Path) -> None:
@@ -178,7 +182,8 @@ def test_an_artifact_of_another_model(data: list[str], tmp_path: Path, capsys: p
     random_artifact(tmp_path / "artifact", other)
     assert main(["eval", *data, "--policy", f"mine={tmp_path / 'artifact'}"]) == 2
     error = capsys.readouterr().err
-    assert "policy 'mine': artifact 'artifact' was made for other" in error and "but the model is bytes" in error
+    assert "policy 'mine': artifact 'artifact' was made for other" in error
+    assert "but the model is bytes" in error
 
 
 def test_a_budget_that_the_library_lacks(
@@ -196,8 +201,10 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
         main(["eval", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for name, field in EvalSettings.model_fields.items():
-        assert f"--{name.replace('_', '-')}" in shown and field.description
-    assert "(default: 1.0,0.875,0.75,0.5)" in shown and "(default: buddy,shortgpt,sleb)" in shown
+        assert f"--{name.replace('_', '-')}" in shown
+        assert field.description
+    assert "(default: 1.0,0.875,0.75,0.5)" in shown
+    assert "(default: buddy,shortgpt,sleb)" in shown
 
 
 def test_results_are_read_as_they_were_written(data: list[str], tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def test_static_policy_follows_the_order(tiny: Tiny, tmp_path: Path) -> None:
     policy = static_policy("sleb", tiny.artifact.config.base_model, order)
     policy.artifact.save(tmp_path / "a")
     loaded = Policy("sleb", load_artifact(tmp_path / "a"), policy.schedule, policy.library)
-    assert loaded.artifact.bypass is None and loaded.artifact.lora is None
+    assert loaded.artifact.bypass is None
+    assert loaded.artifact.lora is None
     for depth in range(3, NUM_LAYERS + 1):
         for sample in random_samples([(20, 3), (30, 29)]):
             for p in (policy, loaded):
@@ -76,15 +77,18 @@ def test_frozen_takes_the_most_common_path(tiny: Tiny, tmp_path: Path) -> None:
     counts: Counter[int] = Counter()
     for sample in samples:
         counts.update(run.path for run in policy.route(sample, DEPTH) for _ in range(run.num_tokens))
-    assert policy.path_counts(samples, DEPTH) == counts and counts.total() == 20 * 39
+    assert policy.path_counts(samples, DEPTH) == counts
+    assert counts.total() == 20 * 39
     assert len(counts) > 1
     frozen = policy.frozen(samples, [DEPTH, NUM_LAYERS])
     assert set(frozen.path_counts(samples, DEPTH)) == {max(counts, key=lambda path: counts[path])}
     assert frozen.artifact.bypass is tiny.artifact.bypass
     frozen.artifact.save(tmp_path / "a")
     loaded = load_artifact(tmp_path / "a")
-    assert loaded.decision is None and loaded.bypass is not None
-    assert loaded.config.library is not None and list(loaded.config.library) == [DEPTH]
+    assert loaded.decision is None
+    assert loaded.bypass is not None
+    assert loaded.config.library is not None
+    assert list(loaded.config.library) == [DEPTH]
 
 
 def test_prompt_only_never_changes_its_path(tiny: Tiny) -> None:

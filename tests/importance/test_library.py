@@ -21,7 +21,8 @@ def test_paths_are_few_close_and_nested(num_middle: int, paths_per_depth: int, s
         assert path_of(sets[0]) == top_k_path(prior, depth)
         above = set(np.flatnonzero([top_k_path(prior, depth + 1) >> i & 1 for i in range(num_middle + 2)]))
         for layers in sets:
-            assert layers == sorted(layers) and len(layers) == depth
+            assert layers == sorted(layers)
+            assert len(layers) == depth
             assert {0, num_middle + 1} <= set(layers) <= above
 
 

@@ -40,7 +40,8 @@ def test_artifact_routes_by_the_indicator(
         path = artifact.router().path(None, depth)
         assert path.bit_count() == depth
         assert path == artifact.router(library=True).path(None, depth)
-        assert artifact.config.library is not None and path_of(artifact.config.library[depth][0]) == path
+        assert artifact.config.library is not None
+        assert path_of(artifact.config.library[depth][0]) == path
 
 
 def test_the_same_command_gives_the_same_artifact(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
@@ -72,7 +73,8 @@ def test_card_and_record_say_what_was_done(
     for key in ("command", "date", "seed", "settings", "text", "base_model", "perplexity", "versions"):
         assert f"\n{key}:" in f"\n{record}"
     shown = capsys.readouterr()
-    assert "perplexity by budget, cosine:" in shown.out and "taylor: 2 of 2" in shown.err
+    assert "perplexity by budget, cosine:" in shown.out
+    assert "taylor: 2 of 2" in shown.err
 
 
 def test_record_names_the_code_that_ran(
@@ -96,14 +98,16 @@ def test_card_without_held_out_text_has_no_table(model_with_tokenizer: Path, tmp
     """Failure: an empty table, or figures nobody measured."""
     assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Perplexity" not in card and "path library" not in card
+    assert "Perplexity" not in card
+    assert "path library" not in card
 
 
 def test_files_can_be_read_by_others(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
     """Failure: the tensors are written readable by their owner alone, and a packaged artifact fails for users."""
     assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
-    assert len(modes) == 4 and len(set(modes.values())) == 1
+    assert len(modes) == 4
+    assert len(set(modes.values())) == 1
 
 
 @pytest.mark.parametrize(

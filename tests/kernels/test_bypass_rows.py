@@ -75,7 +75,8 @@ def test_definition(
     hidden, residual, skips, down, up = make(*shape, dtype)
     arguments = hidden, residual if with_residual else None, skips, down, up
     state = op(*arguments, EPS)
-    assert state.dtype == dtype and state.shape == hidden.shape
+    assert state.dtype == dtype
+    assert state.shape == hidden.shape
     assert close(state[skips], *wanted(*arguments))
 
 
@@ -156,9 +157,12 @@ def test_launch_table(hidden_size: int, rank: int, itemsize: int) -> None:
     launches = {num_tokens: bypass_launch(num_tokens, hidden_size, rank, itemsize) for num_tokens in (1, 128, 8192)}
     for launch in launches.values():
         slices = -(-hidden_size // launch.columns)
-        assert 1 <= slices <= 32 and launch.columns % launch.block_out == 0
+        assert 1 <= slices <= 32
+        assert launch.columns % launch.block_out == 0
         tiles = NUM_STAGES * itemsize * launch.block_in * (launch.block_rank + 2 * BLOCK_ROWS)
-        assert tiles <= STAGES_BYTES and launch.block_rank >= rank and launch.block_in >= 16 <= launch.block_out
+        assert tiles <= STAGES_BYTES
+        assert launch.block_rank >= rank
+        assert launch.block_in >= 16 <= launch.block_out
     assert launches[8192].columns >= hidden_size
     if hidden_size >= 2048:
         assert -(-hidden_size // launches[1].columns) >= 16

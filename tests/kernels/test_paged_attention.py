@@ -134,7 +134,8 @@ def test_views_are_read_and_written_in_place() -> None:
     view = replace(case, query=wide[..., :32], block_table=table[:, : case.block_table.shape[1]])
     view.kernel(out[:, 2:6])
     torch.testing.assert_close(out[:, 2:6], case.reference(), rtol=SAME, atol=SAME)
-    assert out[:, :2].isnan().all() and out[:, 6:].isnan().all()
+    assert out[:, :2].isnan().all()
+    assert out[:, 6:].isnan().all()
 
 
 def test_a_wrong_answer_is_noticed() -> None:
@@ -188,8 +189,10 @@ def test_the_op_is_described_truly() -> None:
 def test_the_launch_table_depends_on_sizes_alone() -> None:
     """Fails if a graph captured for a batch would be launched with more splits than it has room for, or with none."""
     assert [split_count(n, 8, 8192) for n in (1, 8, 32, 256)] == [32, 16, 4, 1]
-    assert split_count(1, 1, 1 << 20) == 64 and split_count(1, 8, 16) == split_count(0, 8, 4096 * 16) // 64 == 1
-    assert [tile_tokens(h, 2) for h in (16, 64, 128, 256)] == [128, 128, 64, 32] and tile_tokens(256, 4) == 16
+    assert split_count(1, 1, 1 << 20) == 64
+    assert split_count(1, 8, 16) == split_count(0, 8, 4096 * 16) // 64 == 1
+    assert [tile_tokens(h, 2) for h in (16, 64, 128, 256)] == [128, 128, 64, 32]
+    assert tile_tokens(256, 4) == 16
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="real sizes need a CUDA device")

@@ -98,7 +98,8 @@ def test_wrong_answers_are_noticed(dtype: torch.dtype) -> None:
         (hidden_rows.roll(1, 0), residual_rows.roll(1, 0), source, hidden, residual, weight),
     ):
         normed, _ = scatter_rows(*[*wrong, EPS])
-        assert normed is not None and not right_norm(normed, definition)
+        assert normed is not None
+        assert not right_norm(normed, definition)
 
 
 def test_rows_of_wider_buffers() -> None:

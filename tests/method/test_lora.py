@@ -59,7 +59,7 @@ def test_weights_that_are_missing_or_of_another_shape(tiny: Tiny) -> None:
     with pytest.raises(ArtifactError, match=rf"LoRA of {name} is for a weight of shape \[5, 3\], the model's has"):
         other.merge_into(model)
     missing = LoraDeltas({"model.x": torch.zeros(2, 3)}, {"model.x": torch.zeros(5, 2)}, ALPHA)
-    with pytest.raises(ArtifactError, match="no weight of model.x"):
+    with pytest.raises(ArtifactError, match=r"no weight of model.x"):
         missing.merge_into(model)
-    with pytest.raises(ArtifactError, match="no weight of model.x"):
+    with pytest.raises(ArtifactError, match=r"no weight of model.x"):
         list(missing.merge_all(iter(model.named_parameters())))

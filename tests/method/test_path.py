@@ -19,7 +19,8 @@ def test_path_has_exactly_the_depth_and_both_ends(scores: list[float], data: st.
     depth = data.draw(st.integers(3, len(scores) + 2))
     path = top_k_path(scores, depth)
     assert path.bit_count() == depth
-    assert path & 1 and path >> len(scores) + 1 == 1
+    assert path & 1
+    assert path >> len(scores) + 1 == 1
 
 
 def test_path_holds_the_highest_scores() -> None:

@@ -1,5 +1,7 @@
 """When a request is routed again, and that nothing but its own tokens matters."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def _spread(route: RequestRoute, chunks: list[int], token_ids: list[int]) -> lis
         runs = route.runs(len(paths), num_tokens, token_ids)
         assert sum(run.num_tokens for run in runs) == num_tokens
         assert all(run.num_tokens > 0 for run in runs)
-        assert all(a.path != b.path for a, b in zip(runs, runs[1:]))
+        assert all(a.path != b.path for a, b in itertools.pairwise(runs))
         paths += [run.path for run in runs for _ in range(run.num_tokens)]
     return paths
 
@@ -77,7 +79,7 @@ def test_a_context_shorter_than_the_prompt_is_a_shorter_prompt(
     assert paths == _expected(ROUTER, schedule, 5, token_ids, num_context)
 
 
-@pytest.mark.parametrize("num_context", (0, -1, 4))
+@pytest.mark.parametrize("num_context", [0, -1, 4])
 def test_a_context_that_is_not_within_the_prompt_is_refused(num_context: int) -> None:
     """Failure: a path is decided from nothing, or from tokens that do not exist yet."""
     with pytest.raises(ValueError, match=f"{num_context} context tokens of a prompt of 3"):
@@ -115,12 +117,14 @@ def test_paths_really_change_along_a_request() -> None:
     """Failure: the properties above hold for a router that always answers the same."""
     token_ids = [(7 * i) % VOCAB_SIZE for i in range(60)]
     route = RequestRoute(ROUTER, PathSchedule(1), 5, token_ids[:10])
-    assert route.uniform_length is None and route.num_decisions == 1
+    assert route.uniform_length is None
+    assert route.num_decisions == 1
     paths = _spread(route, [60], token_ids)
     assert route.num_distinct_paths == len(set(paths)) > 3
-    assert route.num_reroutes == sum(a != b for a, b in zip(paths, paths[1:]))
+    assert route.num_reroutes == sum(a != b for a, b in itertools.pairwise(paths))
     assert route.num_decisions == 51
-    assert route.uniform_length is not None and set(paths[: route.uniform_length]) == {paths[0]}
+    assert route.uniform_length is not None
+    assert set(paths[: route.uniform_length]) == {paths[0]}
     assert paths[route.uniform_length] != paths[0]
 
 

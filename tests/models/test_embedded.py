@@ -32,7 +32,8 @@ def test_second_fetch_writes_nothing(fetched: Path) -> None:
     lines: list[str] = []
     assert fetch(folder=fetched, report=lines.append) == fetched
     assert {p.name: p.stat().st_mtime_ns for p in fetched.iterdir()} == before
-    assert len(lines) == 1 and "complete" in lines[0]
+    assert len(lines) == 1
+    assert "complete" in lines[0]
     assert [p.name for p in fetched.parent.iterdir()] == ["smollm2"]  # no temporary folder is left
 
 
@@ -51,7 +52,8 @@ def test_config_is_the_models(fetched: Path) -> None:
     assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (9, 3, 49152)
     assert config.rope_parameters["rope_theta"] == 100_000
     assert config.rms_norm_eps == 1e-5
-    assert config.tie_word_embeddings and config.dtype == torch.bfloat16
+    assert config.tie_word_embeddings
+    assert config.dtype == torch.bfloat16
     assert GenerationConfig.from_pretrained(fetched).eos_token_id == 2
 
 
@@ -60,7 +62,8 @@ def test_tokenizer_is_the_models(fetched: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(fetched)
-    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == 2
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token_id == 2
     messages = [{"role": "user", "content": "Hi"}]
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
@@ -152,7 +155,7 @@ def test_package_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / MODEL.gguf).write_bytes(b"GGUF other")
 
     class Spec:
-        submodule_search_locations = [str(tmp_path)]
+        submodule_search_locations = (str(tmp_path),)
 
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: Spec())
     with pytest.raises(EmbeddedModelError, match="damaged or of another version"):

@@ -40,7 +40,8 @@ class Builder:
         self.asked: dict[str, Any] = {}
 
     def build(self, common_prefix_len: int, shared: CommonAttentionMetadata, fast_build: bool = False) -> Any:
-        assert common_prefix_len == 0 and fast_build, "the metadata would lie in the builder's own buffers"
+        assert common_prefix_len == 0
+        assert fast_build, "the metadata would lie in the builder's own buffers"
         return FlashAttentionMetadata(
             num_actual_tokens=shared.num_actual_tokens,
             max_query_len=shared.max_query_len,
@@ -63,11 +64,13 @@ def test_version_3_gets_a_plan_and_a_bound_on_its_splits() -> None:
     bound = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
     assert metadata.max_num_splits == builder.asked["max_num_splits"] == bound > 1
     assert len(metadata.scheduler_metadata) == 17
-    assert builder.asked["seqlens"] is shared.seq_lens and builder.asked["cu_query_lens"] is shared.query_start_loc
-    assert metadata.seq_lens is shared.seq_lens and metadata.block_table is shared.block_table_tensor
+    assert builder.asked["seqlens"] is shared.seq_lens
+    assert builder.asked["cu_query_lens"] is shared.query_start_loc
+    assert metadata.seq_lens is shared.seq_lens
+    assert metadata.block_table is shared.block_table_tensor
 
 
-@pytest.mark.parametrize("batch_invariant", (False, True))
+@pytest.mark.parametrize("batch_invariant", [False, True])
 def test_others_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch, batch_invariant: bool) -> None:
     """Fails if FlashAttention 2, Triton or batch-invariant attention is told of splits that it does not have."""
     if batch_invariant:
@@ -75,7 +78,9 @@ def test_others_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch, batch_inva
         monkeypatch.setitem(vars(envs), "VLLM_BATCH_INVARIANT", True)
     builder = Builder(aot_schedule=batch_invariant)
     metadata = metadata_to_capture(builder, common())
-    assert metadata.max_num_splits == 0 and metadata.scheduler_metadata is None and builder.asked == {}
+    assert metadata.max_num_splits == 0
+    assert metadata.scheduler_metadata is None
+    assert builder.asked == {}
     other = SimpleNamespace(build=lambda *args, **kwargs: "metadata")
     assert metadata_to_capture(other, common()) == "metadata"
 
@@ -87,4 +92,5 @@ def test_vllms_builder_is_as_we_use_it() -> None:
     wanted = set(inspect.signature(FlashAttentionMetadataBuilder._get_scheduler_metadata).parameters) - {"self"}
     assert set(builder.asked) == wanted
     source = inspect.getsource(FlashAttentionMetadataBuilder.__init__)
-    assert "self.aot_schedule =" in source and "self.attention_config =" in source
+    assert "self.aot_schedule =" in source
+    assert "self.attention_config =" in source

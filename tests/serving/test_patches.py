@@ -37,11 +37,12 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     patches.apply()
     assert (_ModelRegistry._normalize_arch, SamplingParams.verify, InputProcessor.process_inputs) == before
     for wrapped in before:
-        assert hasattr(wrapped, patches._MARK) and not hasattr(original(wrapped), patches._MARK)
+        assert hasattr(wrapped, patches._MARK)
+        assert not hasattr(original(wrapped), patches._MARK)
 
 
-@pytest.mark.parametrize("architecture", (*patches.ROUTED_ARCHITECTURES, "MistralForCausalLM"))
-@pytest.mark.parametrize("model_impl", ("auto", "vllm", "transformers"))
+@pytest.mark.parametrize("architecture", [*patches.ROUTED_ARCHITECTURES, "MistralForCausalLM"])
+@pytest.mark.parametrize("model_impl", ["auto", "vllm", "transformers"])
 def test_other_model_implementations_see_vllms_own_registry(architecture: str, model_impl: str) -> None:
     """Fails if the plugin changes which class serves a model that did not ask for routing."""
     from types import SimpleNamespace
@@ -79,7 +80,8 @@ def test_the_registered_classes_exist_and_are_routed() -> None:
         cls = getattr(models, routed)
         assert stock in [base.__name__ for base in cls.__mro__]
         assert issubclass(cls, models._Routed)
-        assert routed in ModelRegistry.models and MODELS_CONFIG_MAP[routed] is BuddyModelConfig
+        assert routed in ModelRegistry.models
+        assert MODELS_CONFIG_MAP[routed] is BuddyModelConfig
 
 
 def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:

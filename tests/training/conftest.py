@@ -13,7 +13,27 @@ from vllm_buddy.training.stage1_settings import TrainSettings
 
 __all__ = ["model_with_tokenizer"]
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven old wizards box with daft zombies in june".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "old",
+    "wizards",
+    "box",
+    "with",
+    "daft",
+    "zombies",
+    "in",
+    "june",
+]
 
 
 @pytest.fixture

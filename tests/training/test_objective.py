@@ -89,4 +89,5 @@ def test_search_leaves_out_a_layer_that_does_nothing_first(tmp_path) -> None:
         model.model.layers[3].mlp.down_proj.weight.zero_()
     tokens = torch.from_numpy(np.random.default_rng(0).integers(VOCAB_SIZE, size=(2, 16)))
     order = removal_order(model, tokens, None, 4)
-    assert order[0] == 3 and sorted(order) == list(range(1, NUM_LAYERS - 1))
+    assert order[0] == 3
+    assert sorted(order) == list(range(1, NUM_LAYERS - 1))

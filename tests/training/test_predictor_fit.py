@@ -78,7 +78,7 @@ def test_contexts_that_say_nothing_choose_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"depths": [6, 4]}, "must be at least two and ascend"),
         ({"depths": [6]}, "must be at least two and ascend"),
@@ -116,7 +116,8 @@ def test_from_files_to_an_artifact_that_is_evaluated(
     out, command = run
     assert main(command) == 0
     artifact, before = load_artifact(out), load_artifact(out.parent / "artifact")
-    assert artifact.config.predictor is not None and artifact.predictor is not None
+    assert artifact.config.predictor is not None
+    assert artifact.predictor is not None
     assert artifact.predictor.depths == (4, 6, 8)
     assert artifact.without_predictor().digest == before.digest != artifact.digest
     budgets = [point.budget for point in artifact.config.predictor.prices]
@@ -141,11 +142,12 @@ def test_from_files_to_an_artifact_that_is_evaluated(
     assert sum(row["own_price"] for row in auto) == 3
     assert main(["eval-budget", data, *options[:-1], str(out / "e.nothing")]) == 2
     assert "cannot write the picture" in capsys.readouterr().err
-    assert "mixed" in printed and (out / "e.png").stat().st_size > 10_000
+    assert "mixed" in printed
+    assert (out / "e.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ("depths=[4, 9]", "must lie in 3 to 8"),
         ("artifact=nowhere", "no artifact at nowhere"),

@@ -44,7 +44,8 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any
     process = train(config, f"out={out}")
     deadline = time.monotonic() + 120
     while not (out / LOG_FILE).is_file() or len((out / LOG_FILE).read_text().splitlines()) < 7:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
@@ -72,4 +73,5 @@ def test_a_mistake_is_one_line_and_an_exit_code(settings: dict[str, Any], tmp_pa
     config = write_config(settings | {"data": [{"file": str(tmp_path / "none.txt")}]}, tmp_path / "run.yaml")
     _, stderr = (process := train(config)).communicate(timeout=120)
     assert process.returncode == 2
-    assert "cannot read the data file" in stderr and "Traceback" not in stderr
+    assert "cannot read the data file" in stderr
+    assert "Traceback" not in stderr

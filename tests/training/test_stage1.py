@@ -41,7 +41,8 @@ def test_every_recipe_makes_an_artifact_that_loads_and_routes(settings: dict[str
     loaded = load_artifact(settings["out"])
     assert loaded.digest == artifact.digest
     assert loaded.schedule().interval == RECIPES[name].get("decide_every", PathSchedule().interval)
-    assert all(np.isfinite(losses)) and len(losses) == RECIPES[name].get("tokens", 6 * 4 * 32) // (4 * 32)
+    assert all(np.isfinite(losses))
+    assert len(losses) == RECIPES[name].get("tokens", 6 * 4 * 32) // (4 * 32)
     assert {p.name for p in settings["out"].iterdir()} >= {"README.md", "run.yaml", "curves.png", LOG_FILE}
     recipe = RECIPES[name].get("recipe", "bypass")
     assert (loaded.bypass is not None, loaded.lora is not None) == (recipe == "bypass", recipe != "bypass")
@@ -74,7 +75,7 @@ def test_two_runs_of_one_seed_are_one_run(settings: dict[str, Any], name: str, t
 
 
 @pytest.mark.parametrize("name", ["bypass", "paper"])
-@pytest.mark.parametrize("stop_after, saved", [(3, 2), (6, 4)])
+@pytest.mark.parametrize(("stop_after", "saved"), [(3, 2), (6, 4)])
 def test_a_stopped_run_goes_on_with_the_same_losses(
     settings: dict[str, Any], name: str, stop_after: int, saved: int, tmp_path: Path
 ) -> None:
@@ -108,7 +109,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(settings: dict[str, Any], monkey
         saved(state, file)
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(TrainingError, match="No space left on device.*is intact"):
+    with pytest.raises(TrainingError, match=r"No space left on device.*is intact"):
         run(settings)
     monkeypatch.undo()
     assert checkpoint.load_state(settings["out"] / checkpoint.CHECKPOINT_FILE)["step"] == 2
@@ -133,11 +134,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     with pytest.raises(TrainingError, match="step 3: the loss is nan"):
         run(settings)
     state = checkpoint.load_state(settings["out"] / checkpoint.CHECKPOINT_FILE)
-    assert state["step"] == 2 and all(p.isfinite().all() for p in state["parameters"])
+    assert state["step"] == 2
+    assert all(p.isfinite().all() for p in state["parameters"])
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"paths": "best"}, "unknown static method 'best'"),
         ({"recipe": "distill"}, "paths are searched for a bypass"),
@@ -160,7 +162,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], change:
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    ("name", "content", "message"),
     [
         ("a.txt", None, "cannot read"),
         ("a.txt", b"", "is empty"),
@@ -217,7 +219,7 @@ def test_no_room_for_the_logits_is_found_before_training(
 
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(TrainingError, match="logits need .* MiB .* cache_dir"):
+    with pytest.raises(TrainingError, match=r"logits need .* MiB .* cache_dir"):
         run(settings)
 
 

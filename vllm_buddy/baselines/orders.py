@@ -121,7 +121,7 @@ def measure_order(
     text: CalibrationText,
     tokens: int | None = None,
     window: int = WINDOW,
-    report: Report = lambda what, done, total: None,
+    report: Report = lambda *_: None,
 ) -> LayerOrder:
     """Measure the order of method `name` on the start of `text`.
 

@@ -39,7 +39,7 @@ class PrunedModel:
         return self.artifact.config.base_model
 
 
-def prune(settings: PruneSettings, model_dir: Path, report: Report = lambda what, done, total: None) -> PrunedModel:
+def prune(settings: PruneSettings, model_dir: Path, report: Report = lambda *_: None) -> PrunedModel:
     """Decide which layers of the model in `model_dir` are kept. Writes nothing.
 
     report: progress of measuring an order, which alone loads the model and is done last.

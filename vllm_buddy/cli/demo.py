@@ -139,5 +139,5 @@ def _stop_on_signals() -> None:
         signal.signal(signal.SIGHUP, _raise_interrupt)
 
 
-def _raise_interrupt(signum: int, frame: FrameType | None) -> None:
+def _raise_interrupt(_signum: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt

@@ -4,6 +4,7 @@
 process with it and not the report.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -39,10 +40,8 @@ def check_engine() -> Check:
             return Check("engine", False, f"a tiny model was not served within {_TIMEOUT_S} s", "is the machine busy?")
         finally:
             # Also what an engine that failed has left behind.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     return judge(output, process.returncode)
 

@@ -104,7 +104,8 @@ def evaluate_auto(
 def compare_auto(artifact: Artifact, measured: Mapping[str, DepthLosses]) -> AutoEvaluation:
     """The rows, of measured losses at the depths of the artifact's predictor."""
     predictor, config = artifact.predictor, artifact.config.predictor
-    assert predictor is not None and config is not None
+    assert predictor is not None
+    assert config is not None
     losses = {name: part.losses for name, part in measured.items()}
     excess = {
         name: np.stack([predictor.excess(s.token_ids[: s.num_context]) for s in part.samples])

@@ -30,7 +30,7 @@ class PriorResult:
     text: CalibrationText
 
 
-def build_prior(settings: PriorSettings, report: Report = lambda what, done, total: None) -> PriorResult:
+def build_prior(settings: PriorSettings, report: Report = lambda *_: None) -> PriorResult:
     """Measure the importance of a model's middle layers and make an artifact of it.
 
     report: called as report(what, done, total) while measuring.

@@ -59,7 +59,7 @@ def default_folder(name: str = DEFAULT_MODEL) -> Path:
 
 
 def fetch(
-    name: str = DEFAULT_MODEL, folder: Path | None = None, report: Callable[[str], None] = lambda line: None
+    name: str = DEFAULT_MODEL, folder: Path | None = None, report: Callable[[str], None] = lambda _: None
 ) -> Path:
     """Make sure that the embedded model is in `folder` (by default `default_folder(name)`) and return it.
 

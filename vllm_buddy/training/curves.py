@@ -1,5 +1,6 @@
 """The loss curve of a run as a picture, from its log alone."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def draw_curves(log: Path, out: Path, title: str) -> None:
     points = np.array([(row["tokens"], depth, loss) for row in rows for depth, loss in row["losses"]])
     edges = np.linspace(points[:, 1].min(), points[:, 1].max() + 1e-6, BANDS + 1)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for low, high in zip(edges, edges[1:]):
+    for low, high in itertools.pairwise(edges):
         band = points[(points[:, 1] >= low) & (points[:, 1] < high)]
         if len(band) == 0:
             continue

@@ -45,7 +45,7 @@ class Run:
     teacher: Teacher | None
     accelerator: Any
     frozen: Callable[[], AbstractContextManager[Any]]
-    report: Callable[[dict[str, Any]], None] = field(default=lambda row: None)
+    report: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
     router_figures: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -72,7 +72,7 @@ def removal_order(
     token_ids: torch.Tensor,
     bypass: Bypass | None,
     min_depth: int,
-    report: Callable[[int, int, float], None] = lambda layer, depth, divergence: None,
+    report: Callable[[int, int, float], None] = lambda *_: None,
 ) -> list[int]:
     """All middle layers in the order they leave, searched down to `min_depth` layers. Paths of all depths are nested.
 

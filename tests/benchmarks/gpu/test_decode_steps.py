@@ -67,7 +67,8 @@ def parsed(*options: str) -> argparse.Namespace:
 def test_options_make_the_plan() -> None:
     """Fails if an option is ignored or a default is not what the documentation says."""
     plan = plan_of(parsed())
-    assert plan.shapes == [LLAMA_8B.name, "Qwen2.5-7B-Instruct", SMOLLM2] and len(plan.runs) == 8
+    assert plan.shapes == [LLAMA_8B.name, "Qwen2.5-7B-Instruct", SMOLLM2]
+    assert len(plan.runs) == 8
     assert (plan.steps, plan.repeats) == (64, 5)
     assert plan_of(parsed("--only-quick")) == QUICK
     plan = plan_of(parsed("--batch", "2", "--context", "64", "128", "--tokens", "7", "--shapes", SMOLLM2))
@@ -101,9 +102,11 @@ def test_peers_have_the_layers_of_buddys_path(subject: Subject) -> None:
     assert context is not None
     context.extend([300, 400])
     path = router.path(context, subject.depth(0.5))
-    assert pruned.layers == [layer for layer in range(8) if path >> layer & 1] and len(pruned.layers or ()) == 4
+    assert pruned.layers == [layer for layer in range(8) if path >> layer & 1]
+    assert len(pruned.layers or ()) == 4
     assert json.loads((Path(pruned.model) / "config.json").read_text())["num_hidden_layers"] == 4
-    assert buddy.layers == stock.layers == list(range(8)) and buddy.model == stock.model
+    assert buddy.layers == stock.layers == list(range(8))
+    assert buddy.model == stock.model
     assert EngineJob(**json.loads(buddy.as_json())).budgets == [1.0, 0.5]
 
 
@@ -138,7 +141,8 @@ def test_ratios_are_of_equal_repeats(subject: Subject) -> None:
     assert rows["buddy 0.5", "ratio_to_pruned"]["p50"] == 0.75  # 0.5 and 1
     assert rows["buddy 1.0", "ratio_to_pruned"]["p50"] == rows["buddy 1.0", "ratio_to_stock"]["p50"]
     assert rows["buddy 0.5", "routing_share"]["p50"] == 0.015
-    assert rows["stock", "ms_per_step"]["n"] == 2 and ("stock", "routing_share") not in rows
+    assert rows["stock", "ms_per_step"]["n"] == 2
+    assert ("stock", "routing_share") not in rows
     assert rows["pruned 0.5", "ms_per_step"]["layers"] == 4
     assert {row["scheduling"] for row in figures.rows()} == {"async"}
     assert figures.refused() == []
@@ -151,7 +155,8 @@ def test_a_failed_check_takes_figures_away(subject: Subject) -> None:
     figures = filled(subject, outputs)
     shown = {(row["variant"], row["metric"]) for row in figures.rows()}
     assert not {"stock", "buddy 1.0"} & {variant for variant, _ in shown}
-    assert ("buddy 0.5", "ratio_to_pruned") in shown and ("buddy 0.5", "ratio_to_stock") not in shown
+    assert ("buddy 0.5", "ratio_to_pruned") in shown
+    assert ("buddy 0.5", "ratio_to_stock") not in shown
     assert any(line.startswith("stock, batch 1") for line in figures.refused())
 
 
@@ -189,4 +194,5 @@ def test_whole_run_on_the_cpu(subject: Subject) -> None:
     rows = {(row["variant"], row["batch"]): row for row in figures.rows() if row["metric"] == "ms_per_step"}
     assert set(rows) == {(variant, batch) for variant in (*PEERS, *BUDDIES) for batch in (1, 3)}
     shares = [row["p50"] for row in figures.rows() if row["metric"] == "routing_share"]
-    assert shares and all(0 < share < 1 for share in shares)
+    assert shares
+    assert all(0 < share < 1 for share in shares)

@@ -17,9 +17,11 @@ def test_a_run_is_left_out_where_its_cache_does_not_fit() -> None:
     assert why_left_out(10, 1024, 256, **kv) is None  # 800 blocks
     assert "fit" not in (why_left_out(12, 1024, 256, **kv) or "")  # 960 blocks
     why = why_left_out(13, 1024, 256, **kv)  # 1040
-    assert why is not None and "16640 tokens of KV cache" in why
+    assert why is not None
+    assert "16640 tokens of KV cache" in why
     why = why_left_out(1, 1024, 256, **{**kv, "max_model_len": 1279})
-    assert why is not None and "1279 positions" in why
+    assert why is not None
+    assert "1279 positions" in why
 
 
 def test_early_requests_have_tokens_left_when_the_last_prompt_is_read() -> None:
@@ -33,7 +35,8 @@ def test_check_prompts_are_the_same_everywhere_and_reach_the_longest_context() -
     """Fails if engines are compared on different prompts, or never on as many tokens as are timed."""
     prompts = check_prompts(1000, 8, 900)
     assert prompts == check_prompts(1000, 8, 900)
-    assert len(prompts) == 8 and max(map(len, prompts)) == 900
+    assert len(prompts) == 8
+    assert max(map(len, prompts)) == 900
     assert all(100 <= token < 1000 for prompt in prompts for token in prompt)
     assert [len(prompt) for prompt in check_prompts(1000, 1, 900)] == [900]
 
@@ -41,7 +44,8 @@ def test_check_prompts_are_the_same_everywhere_and_reach_the_longest_context() -
 def test_windows_are_the_time_between_stamps() -> None:
     """Fails if a repeat has the time or the routing of another one."""
     seconds, shares = windows([(10.0, 1.0), (12.0, 1.5), (16.0, 1.5)])
-    assert seconds == [2.0, 4.0] and shares == [0.25, 0.0]
+    assert seconds == [2.0, 4.0]
+    assert shares == [0.25, 0.0]
 
 
 @dataclass(frozen=True)

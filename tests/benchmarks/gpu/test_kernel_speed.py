@@ -61,8 +61,10 @@ def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tm
     """Fails if a CPU run ends in a traceback, or measures the interpreter."""
     monkeypatch.setattr(kernel_speed, "device", lambda: "cpu")
     ended = run_main(monkeypatch, "--out", str(tmp_path / "out.jsonl"))
-    assert "CUDA kernels" in str(ended.value) and "tests/kernels" in str(ended.value)
-    assert "\n" not in str(ended.value) and not list(tmp_path.iterdir())
+    assert "CUDA kernels" in str(ended.value)
+    assert "tests/kernels" in str(ended.value)
+    assert "\n" not in str(ended.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options", [("--rounds", "0"), ("--ops", "attention")])
@@ -119,7 +121,8 @@ def test_right_outputs_pass_and_wrong_ones_are_refused(op: str, monkeypatch: pyt
 def test_a_difference_is_noticed() -> None:
     """Fails if NaN, another shape or another integer counts as equal."""
     ones = torch.ones(4)
-    assert difference(ones, ones) == 0.0 and difference(ones * 1.5, ones) == 0.5
+    assert difference(ones, ones) == 0.0
+    assert difference(ones * 1.5, ones) == 0.5
     assert not difference(ones * float("nan"), ones) <= TOLERANCE
     assert difference(ones[:3], ones) == difference(ones.long(), ones.long() + 1) == float("inf")
 
@@ -129,7 +132,8 @@ def test_shares_of_valid_tokens(form: str) -> None:
     """Fails if sequences have more or fewer valid tokens than their rows say, or whole blocks are not whole."""
     *_, table, lengths, words, layer, _ = attention_case(TINY, 3, 128, 0.75, form).make("cpu")
     valid = (words.view(-1, BLOCK_SIZE) >> layer & 1)[table.long()]
-    assert valid.flatten(1).sum(1).tolist() == [96] * 3 and lengths.tolist() == [128] * 3
+    assert valid.flatten(1).sum(1).tolist() == [96] * 3
+    assert lengths.tolist() == [128] * 3
     whole = {0, BLOCK_SIZE} >= set(valid.sum(2).flatten().tolist())
     assert whole == (form == "blocks")
 
@@ -140,7 +144,8 @@ def test_the_packed_cache_holds_the_valid_tokens() -> None:
     query, key_cache, value_cache, table, lengths, words, layer, scale = arguments
     valid = (words.view(-1, BLOCK_SIZE)[table.long()].flatten(1) >> layer & 1).bool()
     packed, packed_table = pack(key_cache, value_cache, table, valid)
-    assert packed.shape == (4, 2, BLOCK_SIZE, 32) and packed_table.shape == (2, 2)
+    assert packed.shape == (4, 2, BLOCK_SIZE, 32)
+    assert packed_table.shape == (2, 2)
     keys, values = packed.transpose(1, 2).split(16, -1)
     all_valid = torch.full((4 * BLOCK_SIZE,), 1 << LAYER)
     found = paged_attention_reference(query, keys, values, packed_table, lengths // 2, all_valid, layer, scale)
@@ -160,12 +165,17 @@ def test_rows_of_a_case() -> None:
     found = {(row["variant"], row["metric"]): row for row in rows}
     assert len(found) == len(rows) == 11
     figures = {key: row["p50"] for key, row in found.items()}
-    assert figures[KERNEL, "gb_per_s"] == 2.0 and figures[KERNEL, "copy_share"] == 0.5
-    assert figures[FLASH, "gb_per_s"] == 2.0 and figures[REFERENCE, "gb_per_s"] == 0.4
-    assert figures[KERNEL, "ratio_to_reference"] == 5.0 and figures[KERNEL, "ratio_to_flash"] == 0.5
+    assert figures[KERNEL, "gb_per_s"] == 2.0
+    assert figures[KERNEL, "copy_share"] == 0.5
+    assert figures[FLASH, "gb_per_s"] == 2.0
+    assert figures[REFERENCE, "gb_per_s"] == 0.4
+    assert figures[KERNEL, "ratio_to_reference"] == 5.0
+    assert figures[KERNEL, "ratio_to_flash"] == 0.5
     assert found[REFERENCE, "us"]["timing"] == found[KERNEL, "ratio_to_reference"]["timing"] == "host"
-    assert found[KERNEL, "us"]["timing"] == "graph" and found[KERNEL, "us"]["n"] == 2
-    assert {row["model"] for row in rows} == {"tiny"} and {row["form"] for row in rows} == {"tokens"}
+    assert found[KERNEL, "us"]["timing"] == "graph"
+    assert found[KERNEL, "us"]["n"] == 2
+    assert {row["model"] for row in rows} == {"tiny"}
+    assert {row["form"] for row in rows} == {"tokens"}
 
 
 def test_a_case_is_measured_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +193,8 @@ def test_a_case_is_measured_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_speed, "Timed", Constant)
     monkeypatch.setattr(kernel_speed, "num_sets", lambda _: 2)
     rows = kernel_speed.measure(on_device, 3, copy_gb_per_s=1.0, flash=True)
-    assert {row["n"] for row in rows} == {3} and len(rows) == 7
+    assert {row["n"] for row in rows} == {3}
+    assert len(rows) == 7
     assert [row["p50"] for row in rows if row["metric"] in ("us", "ratio_to_reference")] == [2.0, 6.0, 3.0]
 
 
@@ -202,6 +213,9 @@ def test_unchecked_or_slow_launches() -> None:
     """Fails if an unchecked kernel has rows, sets stay in the cache, or a graph turns round a part of them."""
     with pytest.raises(Refused, match="not checked"):
         rows_of(attention_case(TINY, 2, 64, 0.5, "tokens"), [Variant(KERNEL, [], 1)], Rounds(1), 1.0)
-    assert num_sets(1) == MAX_SETS and num_sets(2**30) == 1 and num_sets(2**20) == 192
-    assert num_launches(4, us=TARGET_US * 10) == 4 and num_launches(4, us=TARGET_US / 100) == 100
+    assert num_sets(1) == MAX_SETS
+    assert num_sets(2**30) == 1
+    assert num_sets(2**20) == 192
+    assert num_launches(4, us=TARGET_US * 10) == 4
+    assert num_launches(4, us=TARGET_US / 100) == 100
     assert np.isclose(num_launches(256, us=2.0) * 2.0, TARGET_US, rtol=0.1)

@@ -35,17 +35,20 @@ def test_a_shape_has_the_size_of_its_model(shape: ModelShape, tmp_path: Path) ->
 def test_positions_are_those_of_the_models(tmp_path: Path) -> None:
     """Fails if transformers does not understand what config.json says of rotary embeddings, and uses its defaults."""
     llama = AutoConfig.from_pretrained(LLAMA_8B.save(tmp_path / "llama"))
-    assert llama.rope_parameters["rope_theta"] == 500000.0 and llama.rope_parameters["rope_type"] == "llama3"
+    assert llama.rope_parameters["rope_theta"] == 500000.0
+    assert llama.rope_parameters["rope_type"] == "llama3"
     assert llama.max_position_embeddings == 131072
     qwen = AutoConfig.from_pretrained(QWEN_7B.save(tmp_path / "qwen"))
-    assert qwen.rope_parameters["rope_theta"] == 1e6 and qwen.sliding_window is None
+    assert qwen.rope_parameters["rope_theta"] == 1e6
+    assert qwen.sliding_window is None
 
 
 def test_a_model_with_fewer_layers_differs_in_nothing_else(tmp_path: Path) -> None:
     """Fails if the peer of a budget is another model."""
     whole = json.loads((LLAMA_8B.save(tmp_path / "whole") / "config.json").read_text())
     pruned = json.loads((LLAMA_8B.save(tmp_path / "pruned", 16) / "config.json").read_text())
-    assert pruned.pop("num_hidden_layers") == 16 and whole.pop("num_hidden_layers") == 32
+    assert pruned.pop("num_hidden_layers") == 16
+    assert whole.pop("num_hidden_layers") == 32
     assert pruned == whole
 
 
@@ -53,7 +56,9 @@ def test_a_model_with_fewer_layers_differs_in_nothing_else(tmp_path: Path) -> No
 def test_the_prior_keeps_evenly_spaced_layers(depth: int) -> None:
     """Fails if a path is a block of layers: what one layer hands to the next is then not what skipping does to it."""
     layers = np.array(layers_of(Router(32, evenly_spaced(30)).path(None, depth)))
-    assert len(layers) == depth and layers[0] == 0 and layers[-1] == 31
+    assert len(layers) == depth
+    assert layers[0] == 0
+    assert layers[-1] == 31
     assert np.diff(layers).max() <= 2 * 32 / depth
 
 
@@ -62,7 +67,9 @@ def test_the_artifact_is_one_that_loads(tmp_path: Path) -> None:
     small = ModelShape("small", {**LLAMA_8B.config, "num_hidden_layers": 6, "hidden_size": 64, "vocab_size": 100})
     small.artifact(bypass_rank=8).save(tmp_path)
     artifact = load_artifact(tmp_path)
-    assert artifact.bypass is not None and artifact.bypass.rank == 8 and artifact.bypass.eps == 1e-5
+    assert artifact.bypass is not None
+    assert artifact.bypass.rank == 8
+    assert artifact.bypass.eps == 1e-5
     assert artifact.config.base_model.shape == ("LlamaForCausalLM", 6, 64, 100)
 
 

@@ -101,7 +101,7 @@ def test_a_layer_less_is_refused(setting: Setting) -> None:
         with pytest.raises(Refused, match="stock does not compute what the reference computes"):
             setting.reference.check(setting.stock(path), PROMPTS, setting.stock_logprobs(shortened(path)))
     found = setting.buddy_logprobs(path=shortened(setting.path))
-    with pytest.raises(Refused, match="buddy does not compute what the reference computes.*nothing is timed"):
+    with pytest.raises(Refused, match=r"buddy does not compute what the reference computes.*nothing is timed"):
         setting.reference.check(setting.buddy(), PROMPTS, found)
 
 

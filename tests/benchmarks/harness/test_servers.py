@@ -99,7 +99,9 @@ def test_logprobs_are_those_of_the_second_token_by_id(fake: FakeServer, server: 
     assert server.second_token_logprobs([(STOCK, [3, 5])]) == [{17: -0.5, 203: -1.25}]
     [(path, body)] = fake.asked
     assert path == "/v1/completions"
-    assert body["model"] == SERVED_NAME and body["prompt"] == [3, 5] and body["max_tokens"] == 2
+    assert body["model"] == SERVED_NAME
+    assert body["prompt"] == [3, 5]
+    assert body["max_tokens"] == 2
     assert body["logit_bias"] == {"5": 100.0}
     assert "vllm_xargs" not in body
 

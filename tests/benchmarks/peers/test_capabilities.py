@@ -34,7 +34,7 @@ def test_files_that_claims_point_to_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "capability, reason",
+    ("capability", "reason"),
     [
         ("speculative decoding", "speculative decoding"),
         ("pipeline parallelism", "pipeline parallelism"),

@@ -45,7 +45,7 @@ def test_an_error_over_there_is_refused_here_and_the_process_lives(tmp_path: Pat
         assert process.ask("echo", index=1) == {"index": 1}
 
 
-@pytest.mark.parametrize("how, said", [("die", "status 7.*\nout of luck"), ("half", "status 0")])
+@pytest.mark.parametrize(("how", "said"), [("die", "status 7.*\nout of luck"), ("half", "status 0")])
 def test_a_dead_process_is_refused_with_its_last_words(tmp_path: Path, how: str, said: str) -> None:
     """Fails if half a line is read as a reply, or a crash ends in a traceback about pipes."""
     with echo(tmp_path) as process:
@@ -105,7 +105,7 @@ ABOUT = {"versions": {"economize": "0.3.2", "transformers": "5"}, "threads": 2, 
 
 
 @pytest.mark.parametrize(
-    "about, said",
+    ("about", "said"),
     [
         ({**ABOUT, "versions": {"economize": "0.4.0"}}, "has economize 0.4.0; what is compared here is 0.3.2"),
         ({**ABOUT, "threads": 1}, "1 threads on 2 cores, not 2 as vLLM"),
@@ -117,6 +117,5 @@ def test_an_unfair_start_is_refused(
 ) -> None:
     """Fails if another version, or a process that is bound to fewer cores, is compared."""
     monkeypatch.setattr(LoopProcess, "ask", lambda *_, **__: about)
-    with pytest.raises(Refused, match=said):
-        with economize_process.started(tmp_path, tmp_path, tmp_path, 2):
-            pass
+    with pytest.raises(Refused, match=said), economize_process.started(tmp_path, tmp_path, tmp_path, 2):
+        pass

@@ -69,7 +69,7 @@ def full_load(load_price: float) -> LoadPrice:
     return load
 
 
-@pytest.mark.parametrize(("price", "depth"), ((0.0, 8), (1.5, 8), (1.7, 6), (3.1, 6), (3.3, 4), (9.5, 4), (9.7, 3)))
+@pytest.mark.parametrize(("price", "depth"), [(0.0, 8), (1.5, 8), (1.7, 6), (3.1, 6), (3.3, 4), (9.5, 4), (9.7, 3)])
 def test_the_depth_is_the_one_that_is_cheapest_at_the_price(price: float, depth: int) -> None:
     """Fails if the price is not per layers of the whole model, or the request's own price is not used."""
     assert choose(chooser(), price) == (budget_for_depth(depth, 8), depth, price)
@@ -133,11 +133,11 @@ def finish(engine: PretendEngine) -> None:
         assert engine.generated[request_id] == engine.expected(ask)
 
 
-both = pytest.mark.parametrize("asynchronous", (False, True), ids=("sync", "async"))
+both = pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
 
 
 @both
-@pytest.mark.parametrize("default", (False, True), ids=("asked", "default"))
+@pytest.mark.parametrize("default", [False, True], ids=("asked", "default"))
 def test_auto_is_the_explicit_budget_that_the_predictor_names(
     tiny: Callable[[str], Tiny], asynchronous: bool, default: bool
 ) -> None:
@@ -181,7 +181,7 @@ def test_a_preemption_does_not_ask_the_predictor_again(tiny: Callable[[str], Tin
 
 
 @both
-@pytest.mark.parametrize("signal", ("waiting", "running", "kv_use"))
+@pytest.mark.parametrize("signal", ["waiting", "running", "kv_use"])
 def test_load_raises_the_price_and_it_falls_back(tiny: Callable[[str], Tiny], asynchronous: bool, signal: str) -> None:
     """Fails if a signal is not read from the scheduler, explicit budgets follow it, or the price stays up after it."""
     buddy: dict[str, Any] = {"load_running": [1, 4]} if signal == "running" else {}
@@ -270,7 +270,8 @@ def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asy
     for _ in range(25):
         made.step()
     route = scheduler._routes[first]
-    assert not route.lowered and route.depth == NUM_LAYERS
+    assert not route.lowered
+    assert route.depth == NUM_LAYERS
     others = [made.add(Ask(prompt, 0.5, 30)) for prompt in PROMPTS[2:6]]
     for _ in range(6):
         made.step()
@@ -317,8 +318,8 @@ def test_tokens_and_layers_of_auto_requests_are_those_of_the_budget_chosen(llama
             assert told["budget"] == budget_for_depth(depth, NUM_LAYERS)
 
 
-@pytest.mark.parametrize("policy", ("masked", "kv_only", "zero"))
-@pytest.mark.parametrize("preempted", (False, True))
+@pytest.mark.parametrize("policy", ["masked", "kv_only", "zero"])
+@pytest.mark.parametrize("preempted", [False, True])
 def test_a_lowered_request_goes_on_as_the_reference_does(
     llama: Engine, monkeypatch: pytest.MonkeyPatch, policy: str, preempted: bool
 ) -> None:

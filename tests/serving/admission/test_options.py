@@ -34,12 +34,13 @@ def refused(engine: Engine, extra_args: dict[str, Any]) -> Any:
     return caught.value
 
 
-@pytest.mark.parametrize("value", (*OUT_OF_RANGE, *WRONG_TYPE), ids=lambda v: repr(v)[:20])
+@pytest.mark.parametrize("value", [*OUT_OF_RANGE, *WRONG_TYPE], ids=lambda v: repr(v)[:20])
 def test_a_budget_that_is_no_number_in_range_is_refused(llama: Engine, value: Any) -> None:
     """Fails if a bad budget is served as something else, kills the engine, or is refused without saying why."""
     error = refused(llama, {"buddy_budget": value})
     assert error.parameter == "vllm_xargs.buddy_budget"
-    assert "buddy_budget" in str(error) and "(0, 1]" in str(error)
+    assert "buddy_budget" in str(error)
+    assert "(0, 1]" in str(error)
 
 
 @pytest.mark.parametrize("value", TOO_LOW)
@@ -75,7 +76,8 @@ def test_a_depth_that_the_library_lacks_is_refused_with_those_it_has(
     model_config = llama.llm.llm_engine.model_config
     monkeypatch.setattr(model_config, "buddy_limits", replace(model_config.buddy_limits, depths=(4, 6)))
     message = str(refused_only(llama, 0.625))
-    assert "5 of 8" in message and "4, 6, 8" in message
+    assert "5 of 8" in message
+    assert "4, 6, 8" in message
     llama.run([Ask(PROMPTS[1], budget, 2) for budget in (0.5, 0.75, 1.0)])
 
 
@@ -96,52 +98,57 @@ def test_auto_is_refused_without_a_budget_predictor(llama: Engine, monkeypatch: 
     assert "auto" not in str(refused(llama, {"buddy_budget": "half"}))
 
 
-@pytest.mark.parametrize("value", ("Auto", "auto ", "AUTO", ["auto"]), ids=repr)
+@pytest.mark.parametrize("value", ["Auto", "auto ", "AUTO", ["auto"]], ids=repr)
 def test_what_only_looks_like_auto_is_refused(llama: Engine, value: Any) -> None:
     """Fails if a misspelt "auto" is served, or the user is not told how it is spelt."""
     error = refused(llama, {"buddy_budget": value})
-    assert error.parameter == "vllm_xargs.buddy_budget" and '(0, 1] or "auto"' in str(error)
+    assert error.parameter == "vllm_xargs.buddy_budget"
+    assert '(0, 1] or "auto"' in str(error)
 
 
-@pytest.mark.parametrize("value", (-0.1, -1, math.nan, math.inf, -math.inf, True, "1", "", [1.0], {}), ids=repr)
+@pytest.mark.parametrize("value", [-0.1, -1, math.nan, math.inf, -math.inf, True, "1", "", [1.0], {}], ids=repr)
 def test_a_price_that_is_no_finite_number_from_0_up_is_refused(llama: Engine, value: Any) -> None:
     """Fails if a bad price ends the engine, or turns the choice around."""
     error = refused(llama, {"buddy_budget": "auto", "buddy_price": value})
     assert error.parameter == "vllm_xargs.buddy_price"
-    assert "buddy_price" in str(error) and "from 0 up" in str(error)
+    assert "buddy_price" in str(error)
+    assert "from 0 up" in str(error)
 
 
-@pytest.mark.parametrize("key", ("buddy_auto_min", "buddy_auto_max"))
-@pytest.mark.parametrize("value", (0, 1.5, math.nan, "0.5", "auto", True, [0.5]), ids=repr)
+@pytest.mark.parametrize("key", ["buddy_auto_min", "buddy_auto_max"])
+@pytest.mark.parametrize("value", [0, 1.5, math.nan, "0.5", "auto", True, [0.5]], ids=repr)
 def test_an_end_of_the_range_that_is_no_budget_is_refused(llama: Engine, key: str, value: Any) -> None:
     """Fails if the range of "auto" is not checked as budgets are."""
     error = refused(llama, {"buddy_budget": "auto", key: value})
-    assert error.parameter == f"vllm_xargs.{key}" and "(0, 1]" in str(error)
+    assert error.parameter == f"vllm_xargs.{key}"
+    assert "(0, 1]" in str(error)
 
 
-@pytest.mark.parametrize("key", ("buddy_auto_min", "buddy_auto_max"))
-@pytest.mark.parametrize("value", (0.4, 0.9))
+@pytest.mark.parametrize("key", ["buddy_auto_min", "buddy_auto_max"])
+@pytest.mark.parametrize("value", [0.4, 0.9])
 def test_a_range_beyond_the_servers_is_refused_with_the_servers(
     llama: Engine, monkeypatch: pytest.MonkeyPatch, key: str, value: float
 ) -> None:
     """Fails if a request makes the server spend, or save, more than its operator lets "auto"."""
     limit(llama, monkeypatch, smallest=0.5, largest=0.8)
     error = refused(llama, {"buddy_budget": "auto", key: value})
-    assert error.parameter == f"vllm_xargs.{key}" and "0.5 to 0.8" in str(error)
+    assert error.parameter == f"vllm_xargs.{key}"
+    assert "0.5 to 0.8" in str(error)
 
 
-@pytest.mark.parametrize(("low", "high"), ((0.625, 0.7), (0.8, 0.5), (0.9, None)))
+@pytest.mark.parametrize(("low", "high"), [(0.625, 0.7), (0.8, 0.5), (0.9, None)])
 def test_a_range_without_a_budget_of_the_grid_is_refused_with_the_grid(
     llama: Engine, monkeypatch: pytest.MonkeyPatch, low: float, high: float | None
 ) -> None:
     """Fails if an empty choice ends the engine. Of the grid of 3, 4, 6 and 8 layers the server allows 4 and 6."""
     limit(llama, monkeypatch, smallest=0.5, largest=0.95)
     error = refused(llama, {"buddy_budget": "auto", "buddy_auto_min": low, "buddy_auto_max": high})
-    assert error.parameter == "vllm_xargs.buddy_auto_min" and "among 0.5, 0.8 (" in str(error)
+    assert error.parameter == "vllm_xargs.buddy_auto_min"
+    assert "among 0.5, 0.8 (" in str(error)
 
 
-@pytest.mark.parametrize("budget", (0.5, None))
-@pytest.mark.parametrize("key", ("buddy_price", "buddy_auto_min", "buddy_auto_max"))
+@pytest.mark.parametrize("budget", [0.5, None])
+@pytest.mark.parametrize("key", ["buddy_price", "buddy_auto_min", "buddy_auto_max"])
 def test_an_option_of_auto_beside_another_budget_is_refused(llama: Engine, key: str, budget: float | None) -> None:
     """Fails if a price that changes nothing is accepted in silence."""
     error = refused(llama, {"buddy_budget": budget, key: 0.5})
@@ -167,10 +174,12 @@ def test_what_the_server_allows_travels_to_other_processes(llama: Engine) -> Non
     """Fails if the limits cannot be pickled, or the tables of the predictor go with them to every process."""
     limits = llama.llm.llm_engine.model_config.buddy_limits
     text = pickle.dumps(limits)
-    assert pickle.loads(text) == limits and limits.auto is not None and len(text) < 1000
+    assert pickle.loads(text) == limits
+    assert limits.auto is not None
+    assert len(text) < 1000
 
 
-@pytest.mark.parametrize("value", (0, -1, len(PROMPTS[1]) + 1, 2**40, 3.0, "3", True, [3], math.nan), ids=repr)
+@pytest.mark.parametrize("value", [0, -1, len(PROMPTS[1]) + 1, 2**40, 3.0, "3", True, [3], math.nan], ids=repr)
 def test_a_context_that_is_not_within_the_prompt_is_refused(llama: Engine, value: Any) -> None:
     """Fails if the context is cut to the prompt in silence, or ends the engine where the prompt is routed."""
     error = refused(llama, {"buddy_budget": 0.5, "buddy_context_tokens": value})
@@ -198,7 +207,7 @@ def test_options_of_others_are_left_alone(llama: Engine) -> None:
     llama.run([Ask(PROMPTS[0], None, 2, {"extra_args": {"other": [1, "x"], "buddy_budget": None}})])
 
 
-@pytest.mark.parametrize("budget", (1, 1.0, 0.375, np.float64(0.5)))
+@pytest.mark.parametrize("budget", [1, 1.0, 0.375, np.float64(0.5)])
 def test_budgets_at_the_edge_are_served(llama: Engine, budget: float) -> None:
     """Fails if the smallest or the largest allowed budget is refused."""
     llama.configure("masked", 4)
@@ -247,7 +256,8 @@ def test_an_abort_leaves_nothing_behind_and_disturbs_nobody(llama: Engine) -> No
         outputs = llama.finish()
         llama.check(good, [outputs[i] for i in ids])
     llama.abort_all()
-    assert not llama.scheduler._routes and not llama.scheduler._outcomes
+    assert not llama.scheduler._routes
+    assert not llama.scheduler._outcomes
     assert not llama.runner.buddy_steps.policy._slot
 
 

@@ -21,9 +21,9 @@ def batch(seed: int) -> list[Ask]:
     return [Ask(tuple(p), b, NUM_TOKENS, context=c) for p, b, c in zip(prompts, BUDGETS, contexts)]
 
 
-@pytest.mark.parametrize("chunk", (7, 8192))
+@pytest.mark.parametrize("chunk", [7, 8192])
 @pytest.mark.parametrize("policy", KV_POLICIES)
-@pytest.mark.parametrize("interval", (0, 1, 4))
+@pytest.mark.parametrize("interval", [0, 1, 4])
 def test_tokens_equal_the_reference(llama: Engine, policy: str, interval: int, chunk: int) -> None:
     """Fails if the first path sees more than the context, or the rest of the prompt runs on that path."""
     llama.configure(policy, interval, chunk=chunk)

@@ -18,9 +18,9 @@ def batch(seed: int, max_prompt: int = 100) -> list[Ask]:
     return [Ask(tuple(p), b, NUM_TOKENS) for p, b in zip(prompts, BUDGETS)]
 
 
-@pytest.mark.parametrize("bypass", (False, True), ids=("bare", "bypass"))
+@pytest.mark.parametrize("bypass", [False, True], ids=("bare", "bypass"))
 @pytest.mark.parametrize("policy", KV_POLICIES)
-@pytest.mark.parametrize("interval", (0, 1, 4, 16))
+@pytest.mark.parametrize("interval", [0, 1, 4, 16])
 def test_tokens_of_a_mixed_batch_equal_the_reference(engine: Engine, policy: str, interval: int, bypass: bool) -> None:
     """Fails if a layer runs wrong rows, attends to wrong positions or leaves the wrong thing where it is skipped."""
     engine.configure(policy, interval, bypass=bypass)
@@ -28,7 +28,7 @@ def test_tokens_of_a_mixed_batch_equal_the_reference(engine: Engine, policy: str
     engine.check(asks, engine.run(asks))
 
 
-@pytest.mark.parametrize("chunk", (7, 33))
+@pytest.mark.parametrize("chunk", [7, 33])
 @pytest.mark.parametrize("policy", KV_POLICIES)
 def test_tokens_do_not_depend_on_chunked_prefill(engine: Engine, policy: str, chunk: int) -> None:
     """Fails if a path or a layer's length depends on where a chunk of the prompt ends."""

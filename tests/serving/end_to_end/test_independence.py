@@ -121,7 +121,7 @@ def test_tokens_do_not_depend_on_it_when_blocks_run_out_either(crowded: Engine, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", (*FAMILIES, "crowded"))
+@pytest.mark.parametrize("family", [*FAMILIES, "crowded"])
 def test_tokens_do_not_depend_on_it_in_many_more_scenarios(
     family: str, engine_of: Callable[[str], Engine], crowded: Engine
 ) -> None:

@@ -15,7 +15,7 @@ def batch(num_tokens: int = 24, seed: int = 21, max_prompt: int = 90) -> list[As
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)
-@pytest.mark.parametrize("interval", (1, 4, 16))
+@pytest.mark.parametrize("interval", [1, 4, 16])
 def test_preempted_requests_run_their_old_paths_again(engine: Engine, policy: str, interval: int) -> None:
     """Fails if a resumed request runs its generated tokens on other paths, or on top of its old layer lengths."""
     engine.configure(policy, interval)
@@ -31,7 +31,7 @@ def test_preempted_requests_run_their_old_paths_again(engine: Engine, policy: st
     assert sum(o.kv_transfer_params["buddy"]["tokens"] for o in outputs) > sum(len(a.prompt) + 23 for a in asks)
 
 
-@pytest.mark.parametrize("chunk", (7, 33))
+@pytest.mark.parametrize("chunk", [7, 33])
 @pytest.mark.parametrize("policy", KV_POLICIES)
 def test_preemption_of_all_without_a_cache(llama: Engine, policy: str, chunk: int) -> None:
     """Fails if a request that restarts at its first token, chunk by chunk, depends on what it was before."""

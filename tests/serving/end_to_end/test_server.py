@@ -161,7 +161,7 @@ def auto(**options: float | str) -> str:
 
 @pytest.mark.parametrize(
     ("body", "key", "told"),
-    (
+    [
         (auto(buddy_price=-0.1), "buddy_price", "from 0 up"),
         (auto(buddy_price=math.nan), "buddy_price", "from 0 up"),
         (auto(buddy_price=math.inf), "buddy_price", "from 0 up"),
@@ -170,7 +170,7 @@ def auto(**options: float | str) -> str:
         (auto(buddy_auto_min=0.2), "buddy_auto_min", "0.375 to 1"),
         (auto(buddy_auto_min=0.625, buddy_auto_max=0.7), "buddy_auto_min", "among 0.4, 0.5, 0.8, 1"),
         ('"vllm_xargs": {"buddy_price": 0.1}', "buddy_price", "the budget is 1"),
-    ),
+    ],
 )
 def test_a_bad_option_of_auto_is_answered_400_while_others_go_on(
     server: Server, body: str, key: str, told: str
@@ -182,7 +182,8 @@ def test_a_bad_option_of_auto_is_answered_400_while_others_go_on(
         assert good.result()[0] == 200
     assert status == 400
     assert answer["error"]["param"] == f"vllm_xargs.{key}"
-    assert key in answer["error"]["message"] and told in answer["error"]["message"]
+    assert key in answer["error"]["message"]
+    assert told in answer["error"]["message"]
 
 
 def test_auto_is_chosen_at_the_price_of_the_moment(server: Server, tiny: Callable[[str], Tiny]) -> None:
@@ -253,10 +254,11 @@ def test_an_object_as_budget_is_answered_400(server: Server) -> None:
 def test_an_unknown_option_is_answered_400_by_name(server: Server) -> None:
     """Fails if a misspelt option is passed over."""
     status, answer = server.complete(PROMPTS[0], '"vllm_xargs": {"buddy_bugdet": 0.5}')
-    assert status == 400 and answer["error"]["param"] == "vllm_xargs.buddy_bugdet"
+    assert status == 400
+    assert answer["error"]["param"] == "vllm_xargs.buddy_bugdet"
 
 
-@pytest.mark.parametrize("body", ("", budget("1"), budget("true")), ids=("none", "1", "true"))
+@pytest.mark.parametrize("body", ["", budget("1"), budget("true")], ids=("none", "1", "true"))
 def test_no_budget_one_and_true_are_the_whole_model(server: Server, body: str) -> None:
     """Fails if the default is not applied. vLLM turns JSON true into 1 before anyone sees it, which is documented."""
     status, answer = server.complete(PROMPTS[0], body)
@@ -276,12 +278,14 @@ def test_metrics_count_what_was_served(server: Server) -> None:
     grown = {name.removeprefix("vllm_buddy:"): after[name] - before[name] for name in after}
     assert grown["budget_count"] == grown["layers_executed_count"] == 4
     assert grown["budget_sum"] == pytest.approx(0.5 + 0.75 + 1.0 + outcomes[3]["budget"])  # a difference of sums
-    assert grown["auto_budget_count"] == 1 and grown["auto_budget_sum"] == pytest.approx(outcomes[3]["budget"])
+    assert grown["auto_budget_count"] == 1
+    assert grown["auto_budget_sum"] == pytest.approx(outcomes[3]["budget"])
     assert grown["layers_executed_sum"] == sum(o["depth"] for o in outcomes)
     assert grown["layer_tokens_executed_total"] == sum(o["depth"] * o["tokens"] for o in outcomes)
     assert grown["layer_tokens_skipped_total"] == sum((NUM_LAYERS - o["depth"]) * o["tokens"] for o in outcomes)
     assert grown["reroutes_total"] == sum(o["reroutes"] for o in outcomes)
-    assert grown["decisions_total"] > 0 and grown["routing_seconds_count"] > 0
+    assert grown["decisions_total"] > 0
+    assert grown["routing_seconds_count"] > 0
     assert 0 < grown["routing_seconds_sum"] < 1
 
 

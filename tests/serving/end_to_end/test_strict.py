@@ -11,9 +11,9 @@ from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 BUDGETS = (1.0, 0.5, 0.75, 0.4, 0.625, 0.5, 0.875, 0.4)
 
 
-@pytest.mark.parametrize("bypass", (False, True), ids=("bare", "bypass"))
+@pytest.mark.parametrize("bypass", [False, True], ids=("bare", "bypass"))
 @pytest.mark.parametrize("policy", KV_POLICIES)
-@pytest.mark.parametrize("interval", (0, 1, 4))
+@pytest.mark.parametrize("interval", [0, 1, 4])
 def test_every_token_runs_exactly_the_layers_of_its_path_once(
     engine: Engine, policy: str, interval: int, bypass: bool
 ) -> None:
@@ -36,7 +36,9 @@ def test_every_token_runs_exactly_the_layers_of_its_path_once(
         for position in range(num_tokens):
             ran = [layer for layer in range(NUM_LAYERS) if (request_id, position, layer) in log.ran]
             wrote = [layer for layer in range(NUM_LAYERS) if (request_id, position, layer) in log.wrote]
-            assert len(ran) == depth and ran[0] == 0 and ran[-1] == NUM_LAYERS - 1
+            assert len(ran) == depth
+            assert ran[0] == 0
+            assert ran[-1] == NUM_LAYERS - 1
             assert ran == layers_of(paths[position])
             bypassed = [layer for layer in range(NUM_LAYERS) if (request_id, position, layer) in log.bypassed]
             assert sorted(ran + bypassed) == (list(range(NUM_LAYERS)) if bypass else ran)

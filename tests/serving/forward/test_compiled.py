@@ -16,11 +16,11 @@ ATOL = 1e-5
 @pytest.fixture(scope="module")
 def compiled(tiny: Callable[[str], Tiny]) -> Iterator[Engine]:
     """A routed engine with vLLM's default compilation mode."""
-    yield start_engine(tiny("llama"), enforce_eager=False)
+    return start_engine(tiny("llama"), enforce_eager=False)
 
 
-@pytest.mark.parametrize("bypass", (False, True), ids=("bare", "bypass"))
-@pytest.mark.parametrize("policy", ("masked", "kv_only"))
+@pytest.mark.parametrize("bypass", [False, True], ids=("bare", "bypass"))
+@pytest.mark.parametrize("policy", ["masked", "kv_only"])
 def test_compiled_layers_give_the_reference_tokens(compiled: Engine, policy: str, bypass: bool) -> None:
     """Fails if a compiled layer or bypass has another layer's weights, a length it was traced with, or other rows."""
     compiled.configure(policy, 4, bypass=bypass)
@@ -39,7 +39,8 @@ def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Eng
     hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
     for layer in range(1, NUM_LAYERS - 1):
         assert isinstance(functions[layer].step, DirectCall)
-        assert functions[layer].down.owner is not None and functions[layer].up.owner is not None
+        assert functions[layer].down.owner is not None
+        assert functions[layer].up.owner is not None
         added, state = functions[layer](torch.arange(5), hidden, residual)
         torch.testing.assert_close(added + state, bypass.apply(layer, hidden + residual), atol=ATOL, rtol=0)
 

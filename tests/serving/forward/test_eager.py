@@ -72,7 +72,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("bypass", (False, True), ids=("bare", "bypass"))
+@pytest.mark.parametrize("bypass", [False, True], ids=("bare", "bypass"))
 @pytest.mark.parametrize("name", STEPS)
 def test_each_row_goes_through_its_layers_and_its_bypasses_in_order(name: str, bypass: bool) -> None:
     """Fails if a row misses a bypass, gets one of a layer it runs, or is lost between gathering and scattering."""

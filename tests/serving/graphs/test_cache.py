@@ -21,9 +21,14 @@ def test_the_least_recently_used_go_first_and_the_limit_holds() -> None:
     cache.put("b", replay, 4)
     assert cache.get("a") is replay
     cache.put("c", replay, 4)
-    assert "b" not in cache and "a" in cache and "c" in cache and cache.num_bytes == 8
+    assert "b" not in cache
+    assert "a" in cache
+    assert "c" in cache
+    assert cache.num_bytes == 8
     cache.put("d", replay, 10)
-    assert len(cache) == 1 and cache.num_bytes == 10 and cache.get("a") is None
+    assert len(cache) == 1
+    assert cache.num_bytes == 10
+    assert cache.get("a") is None
 
 
 def test_a_graph_beyond_the_limit_is_not_kept_nor_captured_at_every_step() -> None:
@@ -31,7 +36,8 @@ def test_a_graph_beyond_the_limit_is_not_kept_nor_captured_at_every_step() -> No
     cache = GraphCache(10, 3)
     cache.put("a", replay, 4)
     cache.put("large", replay, 11)
-    assert "large" not in cache and "a" in cache
+    assert "large" not in cache
+    assert "a" in cache
     assert not any(cache.recurs("large") for _ in range(100))
 
 
@@ -51,4 +57,5 @@ def test_without_room_or_captures_left_nothing_recurs() -> None:
     for key in "abcd":
         if cache.recurs(key):
             cache.put(key, replay, 1)
-    assert len(cache) == 2 and cache.get("a") is replay
+    assert len(cache) == 2
+    assert cache.get("a") is replay

@@ -96,7 +96,7 @@ def counted_kernels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[
     return calls
 
 
-@pytest.mark.parametrize("policy, interval, bypass", GOLDEN)
+@pytest.mark.parametrize(("policy", "interval", "bypass"), GOLDEN)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_of_replayed_steps_equal_the_reference(
     engines: Callable[[str, str], Engine], family: str, policy: str, interval: int, bypass: bool
@@ -110,7 +110,8 @@ def test_tokens_of_replayed_steps_equal_the_reference(
         graphs = engine.capture(SIZES)
         log = Log(graphs)
         engine.check(asks, engine.run(asks, arrivals=[0, 0, 0, 1, 2, 2, 5, 9]))
-        assert len(log.steps) > 20 and all(log.steps)
+        assert len(log.steps) > 20
+        assert all(log.steps)
         assert (graphs._buffers.tables is not None) == (policy == MASKED and shares_blocks)
 
 
@@ -128,7 +129,7 @@ def test_replayed_steps_do_not_depend_on_what_happens_beside_a_request(
     check_scenario(engines("llama", KERNELS), **scenario, prepare=capture)
 
 
-@pytest.mark.parametrize("policy", (MASKED, KV_ONLY))
+@pytest.mark.parametrize("policy", [MASKED, KV_ONLY])
 def test_tokens_of_triton_kernels_equal_the_reference(engines: Callable[[str, str], Engine], policy: str) -> None:
     """Fails if serving gives a kernel something else than its reference, or expects something else of it."""
     engine = engines("llama", "triton")
@@ -148,7 +149,9 @@ def test_rows_between_kernels_equal_the_reference(llama: Engine, monkeypatch: py
             calls = counted_kernels(llama, monkeypatch)
             asks = batch(seed=3)
             llama.check(asks, llama.run(asks))
-            assert calls["gather_rows"] and calls["scatter_rows"] and bool(calls["bypass_rows"]) == bypass
+            assert calls["gather_rows"]
+            assert calls["scatter_rows"]
+            assert bool(calls["bypass_rows"]) == bypass
             assert bool(calls["layer_slots"]) == (policy == MASKED)
             monkeypatch.undo()
 
@@ -166,8 +169,10 @@ def test_a_path_that_recurs_is_one_graph_and_others_are_pieces(llama: Engine) ->
     assert [(layer, use.value) for _, (layer, use) in first[1:-1]] == [
         (layer, "none" if layer in bypassed else "all") for layer in range(NUM_LAYERS)
     ]
-    assert len(log.captured) == 1 and len(graphs.paths) == 1
-    assert len(log.steps) == 8 and [len(step) for step in log.steps] == [NUM_LAYERS + 2] * 2 + [1] * 6
+    assert len(log.captured) == 1
+    assert len(graphs.paths) == 1
+    assert len(log.steps) == 8
+    assert [len(step) for step in log.steps] == [NUM_LAYERS + 2] * 2 + [1] * 6
     assert last == log.captured
     llama.check([ask], llama.run([ask]))
     assert len(log.captured) == 1, "a path in the cache is captured again"
@@ -194,8 +199,10 @@ def test_a_path_shares_what_its_layers_have_in_common(llama: Engine, monkeypatch
         replay()  # on what is left in the buffers
     some = NUM_LAYERS - depth_for_budget(0.5, NUM_LAYERS)
     assert len(built) == 2, "one for the layers that both run, one for those that one runs"
-    assert calls["scatter_rows"] == some and calls["scatter_rows with norm"] == some
-    assert calls["layer_slots"] == 1 and not calls["gather_rows"]
+    assert calls["scatter_rows"] == some
+    assert calls["scatter_rows with norm"] == some
+    assert calls["layer_slots"] == 1
+    assert not calls["gather_rows"]
 
 
 def test_without_bypass_skipped_layers_are_not_launched(llama: Engine) -> None:
@@ -218,7 +225,7 @@ def test_steps_that_fit_no_graph_run_without(llama: Engine) -> None:
     assert len(log.steps) == 3  # 4 tokens each, the first of them in prefill
 
 
-@pytest.mark.parametrize("room, replayed", ((True, True), (False, False)))
+@pytest.mark.parametrize(("room", "replayed"), [(True, True), (False, False)])
 def test_layers_behind_shared_blocks_have_tables_of_their_own_if_there_is_room(
     llama: Engine, room: bool, replayed: bool
 ) -> None:
@@ -241,7 +248,9 @@ def test_rows_of_one_step_run_and_skip_a_layer(llama: Engine) -> None:
     asks = [Ask((5, 6, 7), 1.0, 3), Ask((5, 6, 7), 0.5, 3), Ask((8, 9), 0.4, 3)]
     llama.check(asks, llama.run(asks))
     uses = Counter(piece[1].value for step in log.steps for _, piece in step[1:-1] if len(step) > 1)
-    assert uses["some"] and uses["all"] and not uses["none"]
+    assert uses["some"]
+    assert uses["all"]
+    assert not uses["none"]
     assert {size for step in log.steps for size, *_ in step} == {4}  # padded
 
 
@@ -252,7 +261,8 @@ def test_a_full_cache_drops_the_path_not_used_for_longest(llama: Engine) -> None
     asks = [Ask((5, 6, 7), budget, 8) for budget in (1.0, 0.75, 0.5)]
     for ask in (*asks, asks[0]):
         llama.check([ask], llama.run([ask]))
-        assert len(graphs.paths) <= 2 and graphs.paths.num_bytes <= 2
+        assert len(graphs.paths) <= 2
+        assert graphs.paths.num_bytes <= 2
 
 
 def test_without_memory_for_a_path_its_layers_are_replayed(llama: Engine) -> None:
@@ -268,10 +278,11 @@ def test_without_memory_for_a_path_its_layers_are_replayed(llama: Engine) -> Non
     graphs._capture = full
     ask = Ask((5, 6, 7), 0.5, 9)
     llama.check([ask], llama.run([ask]))
-    assert len(tries) == 1 and {len(step) for step in log.steps} == {NUM_LAYERS + 2}
+    assert len(tries) == 1
+    assert {len(step) for step in log.steps} == {NUM_LAYERS + 2}
 
 
-@pytest.mark.parametrize("tensor_parallel_size, captures_left", ((1, None), (2, 400)))
+@pytest.mark.parametrize(("tensor_parallel_size", "captures_left"), [(1, None), (2, 400)])
 def test_start_up_captures_what_the_settings_say(
     llama: Engine, monkeypatch: pytest.MonkeyPatch, tensor_parallel_size: int, captures_left: int | None
 ) -> None:
@@ -296,7 +307,9 @@ def test_start_up_captures_what_the_settings_say(
         with monkeypatch.context() as ranks:
             ranks.setattr(llama.core.vllm_config.parallel_config, "tensor_parallel_size", tensor_parallel_size)
             steps.start_serving(llama.runner)
-        assert steps.serving and steps.graphs.sizes == [2, 8] and len(made) == 1
+        assert steps.serving
+        assert steps.graphs.sizes == [2, 8]
+        assert len(made) == 1
         assert steps.graphs.paths.limit == (62 << 20) - steps.graphs._buffers.tables.nbytes
         assert steps.graphs.paths.captures_left == captures_left
     ask = Ask((5, 6, 7), 0.5, 9)
@@ -313,5 +326,6 @@ def test_stale_buffers_do_not_reach_padded_rows_slots(llama: Engine) -> None:
     few = [Ask(asks[0].prompt, 0.5, 5), Ask(asks[1].prompt, 0.75, 5)]
     llama.check(few, llama.run(few))
     slots, lengths = graphs._buffers.slots(8), graphs._buffers.lengths(8)
-    assert (slots[:, 2:] == -1).all() and (lengths[:, 2:] == 1).all()
+    assert (slots[:, 2:] == -1).all()
+    assert (lengths[:, 2:] == 1).all()
     assert torch.equal((slots[:, :2] >= 0), graphs._buffers.plan(8)[1][:, :2] >= 0)

@@ -103,7 +103,8 @@ def check_masked(batch: StepBatch, views: list[LayerView], sequences: list[Seque
                     assert runs == bool(run.path >> layer & 1)
                     if runs:
                         slot = slot_of(batch, view, row)
-                        assert slot not in sequence.written[layer] and slot not in shared_slots
+                        assert slot not in sequence.written[layer]
+                        assert slot not in shared_slots
                         sequence.written[layer].append(slot)
                         assert seen_by(batch, view, row) == sequence.written[layer]
                 row += 1
@@ -151,7 +152,7 @@ def test_packed_slots_are_written_once_and_seen_by_their_request_alone(scenario:
         policy.forget(str(i))
 
 
-@pytest.mark.parametrize("name", ("kv_only", "zero"))
+@pytest.mark.parametrize("name", ["kv_only", "zero"])
 @_SETTINGS
 @given(requests)
 def test_aligned_views_write_every_position_and_see_all_before(name: str, scenario: list) -> None:

@@ -30,7 +30,7 @@ def same_path_prompts(engine: Engine, prefix: tuple[int, ...], budget: float, nu
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)
-@pytest.mark.parametrize("interval", (0, 1, 4, 16))
+@pytest.mark.parametrize("interval", [0, 1, 4, 16])
 def test_a_repeated_batch_is_found_in_the_cache_and_gives_the_same_tokens(
     engine: Engine, policy: str, interval: int
 ) -> None:
@@ -63,7 +63,7 @@ def test_one_prompt_at_many_budgets_shares_nothing_between_paths(llama: Engine, 
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)
-@pytest.mark.parametrize("interval", (1, 4))
+@pytest.mark.parametrize("interval", [1, 4])
 def test_requests_that_share_blocks_may_leave_their_path_at_the_same_time(
     engine: Engine, policy: str, interval: int
 ) -> None:

@@ -85,7 +85,7 @@ _FEW = settings(
 )
 
 
-@pytest.mark.parametrize("asynchronous", (False, True), ids=("sync", "async"))
+@pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
 def test_every_block_found_in_the_cache_is_what_the_request_would_compute(
     tiny: Callable[[str], Tiny], asynchronous: bool
 ) -> None:
@@ -102,7 +102,7 @@ def test_every_block_found_in_the_cache_is_what_the_request_would_compute(
     assert hits > 1000
 
 
-@pytest.mark.parametrize("asynchronous", (False, True), ids=("sync", "async"))
+@pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
 def test_a_request_preempted_right_at_its_change_of_path_takes_no_block_beyond_it(
     tiny: Callable[[str], Tiny], asynchronous: bool
 ) -> None:
@@ -140,7 +140,7 @@ def leaves_with_the_last_token_of_a_block(engine: PretendEngine) -> tuple[Ask, A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asynchronous", (False, True), ids=("sync", "async"))
+@pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
 def test_the_same_in_many_more_scenarios(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
     """The same with twenty times the scenarios."""
 

@@ -35,14 +35,16 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_cpu_layers_are_compiled_and_nothing_is_captured(cpu: None) -> None:
     """Fails if a CPU server gets kernels that it did not ask for."""
     settings = resolved({})
-    assert settings.kernels is None and settings.cuda_graphs is False
+    assert settings.kernels is None
+    assert settings.cuda_graphs is False
     assert resolved({"kernels": "reference"}).kernels == "reference"
 
 
 def test_on_a_gpu_both_are_the_default(gpu: pytest.MonkeyPatch) -> None:
     """Fails if a GPU server runs without kernels or graphs by default, or captures sizes that no batch has."""
     settings = resolved({})
-    assert settings.kernels == "triton" and settings.cuda_graphs is True
+    assert settings.kernels == "triton"
+    assert settings.cuda_graphs is True
     assert settings.graph_sizes == (1, 2, 4, 8, 16, 24, 32, 48, 64)
     assert resolved({}, max_num_seqs=5).graph_sizes == (1, 2, 4, 5)
     assert resolved({}, max_num_seqs=1000).graph_sizes[-1] == 256
@@ -68,12 +70,12 @@ def test_a_missing_triton_is_refused_with_the_setting_to_do_without(gpu: pytest.
 def test_kernels_on_cpu_without_the_interpreter_are_refused(cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a CPU server starts with kernels that cannot run there."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(SettingsError, match="need a CUDA devices, not cpu.*leave it out"):
+    with pytest.raises(SettingsError, match=r"need a CUDA devices, not cpu.*leave it out"):
         resolved({"kernels": "triton"})
 
 
 @pytest.mark.parametrize(
-    "settings, eager, reason",
+    ("settings", "eager", "reason"),
     [
         ({"kv_policy": "zero"}, False, "KV policy zero cannot be captured"),
         ({"kernels": "reference"}, False, 'made of the kernels "triton"'),
@@ -94,7 +96,7 @@ def test_graphs_on_cpu_are_refused(cpu: None) -> None:
         resolved({"cuda_graphs": True})
 
 
-@pytest.mark.parametrize("settings", ({"graph_sizes": (1, 2)}, {"graph_memory_mib": 512}))
+@pytest.mark.parametrize("settings", [{"graph_sizes": (1, 2)}, {"graph_memory_mib": 512}])
 def test_settings_of_graphs_without_graphs_are_refused(gpu: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
     """Fails if a server ignores what it was told."""
     (name,) = settings
@@ -107,11 +109,11 @@ def test_settings_of_graphs_without_graphs_are_refused(gpu: pytest.MonkeyPatch, 
 
 def test_sizes_that_no_step_has_are_refused(gpu: pytest.MonkeyPatch) -> None:
     """Fails if graphs are captured, and memory is taken, for batches that cannot be."""
-    with pytest.raises(SettingsError, match="graph_sizes go to 65, .* --max-num-seqs 64"):
+    with pytest.raises(SettingsError, match=r"graph_sizes go to 65, .* --max-num-seqs 64"):
         resolved({"graph_sizes": (1, 65)})
 
 
-@pytest.mark.parametrize("sizes", ([], [2, 1], [1, 1], [0, 1]))
+@pytest.mark.parametrize("sizes", [[], [2, 1], [1, 1], [0, 1]])
 def test_sizes_that_do_not_grow_are_refused(sizes: list[int]) -> None:
     """Fails if a step may be padded to a size that was not captured, or to a smaller one."""
     with pytest.raises(ValueError):
@@ -147,5 +149,5 @@ def test_kernels_are_tried_in_every_form_at_start() -> None:
     def refuses(*args: Any) -> Any:
         raise KernelError("the rank is 1000, not 1 to 512")
 
-    with pytest.raises(UnsupportedError, match='the rank is 1000.*set "kernels": "reference"'):
+    with pytest.raises(UnsupportedError, match=r'the rank is 1000.*set "kernels": "reference"'):
         try_kernels([layer] * 3, None, Kernels(refuses, refuses, refuses, refuses), 16)

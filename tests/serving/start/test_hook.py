@@ -72,7 +72,7 @@ def test_a_good_configuration_gets_our_scheduler_and_worker(llama_model: Tiny) -
 
 @pytest.mark.parametrize(
     "buddy",
-    (
+    [
         {"artefact": "x"},
         {"route_every": "4"},
         {"route_every": 4.0},
@@ -118,7 +118,7 @@ def test_a_good_configuration_gets_our_scheduler_and_worker(llama_model: Tiny) -
         {"load_hysteresis": 1},
         {"load_hysteresis": -0.1},
         {"load_hysteresis": math.nan},
-    ),
+    ],
     ids=str,
 )
 def test_a_setting_that_is_unknown_or_wrong_is_refused_with_the_known_ones(llama_model: Tiny, buddy: Any) -> None:
@@ -129,7 +129,7 @@ def test_a_setting_that_is_unknown_or_wrong_is_refused_with_the_known_ones(llama
     assert all(known in message for known in BuddySettings.model_fields)
 
 
-@pytest.mark.parametrize("buddy", ("x", None, [], 3), ids=str)
+@pytest.mark.parametrize("buddy", ["x", None, [], 3], ids=str)
 def test_settings_that_are_no_object_are_refused(llama_model: Tiny, buddy: Any) -> None:
     """Fails if `buddy` given as something else than an object counts as no settings."""
     assert "kv_policy" in refusal(llama_model, additional_config={"buddy": buddy})
@@ -166,7 +166,8 @@ def test_auto_without_a_budget_predictor_is_refused_with_the_ways_out(
 ) -> None:
     """Fails if a server whose operator counts on "auto" starts with something else."""
     message = refusal(llama_model, {"artifact": without_predictor, **buddy})
-    assert "artifact 'plain' has no Budget Predictor" in message and "`vllm-buddy train-budget`" in message
+    assert "artifact 'plain' has no Budget Predictor" in message
+    assert "`vllm-buddy train-budget`" in message
     assert ("set default_budget to a number in (0, 1]" in message) == ("default_budget" in buddy)
     assert all(name in message for name in buddy)
 
@@ -177,7 +178,7 @@ def test_an_artifact_without_a_budget_predictor_is_served(llama_model: Tiny, wit
     assert config.model_config.buddy_limits.auto is None
 
 
-@pytest.mark.parametrize("name", ("load_waiting", "load_running", "load_kv_use", "load_floor", "load_hysteresis"))
+@pytest.mark.parametrize("name", ["load_waiting", "load_running", "load_kv_use", "load_floor", "load_hysteresis"])
 def test_a_setting_of_load_without_a_price_under_load_is_refused(llama_model: Tiny, name: str) -> None:
     """Fails if an operator describes the load and the price does not follow it; also where the value is the usual."""
     value = BuddySettings.model_fields[name].default
@@ -219,17 +220,19 @@ def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monk
     assert said[-1].endswith(told)
     # The engine's process reads them again; what nobody gave must not look given there.
     read = hook.engine_settings(config)
-    assert read.load_waiting == (0, 4) and read.load_price == 9
+    assert read.load_waiting == (0, 4)
+    assert read.load_price == 9
     assert "load_kv_use" not in read.model_fields_set
 
 
 def test_without_an_artifact_the_ways_to_get_one_are_told(llama_model: Tiny) -> None:
     """Fails if a model without a shipped artifact is served unrouted, or the user is left alone."""
     message = refusal(llama_model, additional_config={})
-    assert "vllm-buddy prior" in message and "LlamaForCausalLM, 8 layers" in message
+    assert "vllm-buddy prior" in message
+    assert "LlamaForCausalLM, 8 layers" in message
 
 
-@pytest.mark.parametrize("name", ("/no/such/folder", "./none", "nobody/nothing", "noname"))
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "nobody/nothing", "noname"])
 def test_an_artifact_that_is_not_there_is_refused_by_name(
     llama_model: Tiny, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,10 +270,11 @@ def test_a_damaged_artifact_is_refused(llama_model: Tiny, artifact_copy: Path, n
     damage, told = DAMAGE[name]
     damage(artifact_copy)
     message = refusal(llama_model, {"artifact": str(artifact_copy)})
-    assert told in message and str(artifact_copy) in message
+    assert told in message
+    assert str(artifact_copy) in message
 
 
-@pytest.mark.parametrize("other", ("family", "weights"))
+@pytest.mark.parametrize("other", ["family", "weights"])
 def test_an_artifact_of_another_model_is_refused_with_both_named(
     llama_model: Tiny, tmp_path: Path, tiny: Callable[[str], Tiny], other: str
 ) -> None:
@@ -282,7 +286,8 @@ def test_an_artifact_of_another_model_is_refused_with_both_named(
         random_artifact(tmp_path / "artifact", model)
         artifact = tmp_path / "artifact"
     message = refusal(llama_model, {"artifact": str(artifact)})
-    assert "was made for" in message and message.count("fingerprint") == 2
+    assert "was made for" in message
+    assert message.count("fingerprint") == 2
 
 
 def test_a_model_cut_by_overrides_is_refused(llama_model: Tiny) -> None:
@@ -325,7 +330,7 @@ def test_what_cannot_be_routed_is_refused_with_the_reason(llama_model: Tiny, nam
     configure(llama_model, additional_config={}, **{**options, "model_impl": "auto"})
 
 
-@pytest.mark.parametrize("buddy", ({"cuda_graphs": True}, {"graph_sizes": [1, 2]}))
+@pytest.mark.parametrize("buddy", [{"cuda_graphs": True}, {"graph_sizes": [1, 2]}])
 def test_what_the_device_does_not_have_is_refused(llama_model: Tiny, buddy: dict[str, Any]) -> None:
     """Fails if a server starts without what it was told to use."""
     assert "they need a CUDA device" in refusal(llama_model, buddy)
@@ -358,7 +363,8 @@ def start(tiny: Tiny, model_impl: str, **environment: str) -> str:
 def test_switched_off_it_refuses_buddy_and_nothing_else(llama_model: Tiny) -> None:
     """Fails if `--model-impl buddy` serves the stock model where the plugin is switched off."""
     said = start(llama_model, "buddy", VLLM_BUDDY_DISABLE="1")
-    assert "STARTED" not in said and "VLLM_BUDDY_DISABLE" in said
+    assert "STARTED" not in said
+    assert "VLLM_BUDDY_DISABLE" in said
     assert "STARTED None" in start(llama_model, "auto", VLLM_BUDDY_DISABLE="1")
 
 
@@ -368,7 +374,9 @@ def test_a_plugin_that_fails_to_load_refuses_buddy_and_nothing_else(llama_model:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['vllm_buddy.serving.patches'] = None\n")
     path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
     said = start(llama_model, "buddy", PYTHONPATH=path)
-    assert "STARTED" not in said and "failed to load" in said and "vllm-buddy doctor" in said
+    assert "STARTED" not in said
+    assert "failed to load" in said
+    assert "vllm-buddy doctor" in said
     assert "STARTED None" in start(llama_model, "auto", PYTHONPATH=path)
 
 

@@ -22,7 +22,8 @@ def test_the_engine_runs_on_it(llama: Engine) -> None:
 
     from vllm_buddy.serving.worker.runner_v2 import BuddyModelState
 
-    assert isinstance(llama.runner, GPUModelRunner) and isinstance(llama.runner.model_state, BuddyModelState)
+    assert isinstance(llama.runner, GPUModelRunner)
+    assert isinstance(llama.runner.model_state, BuddyModelState)
     assert isinstance(llama.scheduler, AsyncScheduler) == (RUNNER == "v2-async")
     if RUNNER == "v2-async":
         assert llama.core.batch_queue_size == 2
@@ -86,7 +87,8 @@ def test_a_step_is_described_as_the_runner_batches_it(llama: Engine, monkeypatch
     def checked(steps: Any, batch: StepBatch) -> Any:
         num_reqs = len(batch.req_ids)
         assert len(batch.plans) == num_reqs == len(batch.num_computed_tokens) == len(batch.block_table)
-        assert batch.num_tokens == len(batch.slot_mapping) and batch.num_layers == NUM_LAYERS
+        assert batch.num_tokens == len(batch.slot_mapping)
+        assert batch.num_layers == NUM_LAYERS
         before = np.repeat(batch.num_computed_tokens - batch.query_start_loc[:-1], np.diff(batch.query_start_loc))
         positions = torch.from_numpy(before + np.arange(batch.num_tokens))
         rows = torch.from_numpy(np.repeat(np.arange(num_reqs), np.diff(batch.query_start_loc)))

@@ -25,7 +25,7 @@ def worker(buddy: dict[str, Any], kv_cache_memory_bytes: int | None = None) -> A
 
 
 @pytest.mark.parametrize(
-    "buddy, given, left",
+    ("buddy", "given", "left"),
     [
         ({"cuda_graphs": True, "graph_memory_mib": 512}, None, AVAILABLE - STATES - (512 << 20)),
         ({"cuda_graphs": False}, None, AVAILABLE - STATES),

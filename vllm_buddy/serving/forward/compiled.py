@@ -88,7 +88,7 @@ class BypassCall:
     up: "_Weight"
 
     def __call__(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+        self, _positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.step(hidden, residual, self.down.tensor, self.up.tensor)
 
@@ -121,7 +121,7 @@ def _weight(matrix: torch.Tensor) -> _Weight:
     return _Weight(packed.handler_tensor, product, packed)
 
 
-def _never_skipped(positions: Any, hidden: Any, residual: Any) -> Any:
+def _never_skipped(*_: Any) -> Any:
     raise RuntimeError("the first and the last layer are never skipped")
 
 
@@ -163,7 +163,7 @@ def _compile(
         return ahead
 
 
-def _attend_to_itself(layer: Any, query: torch.Tensor, *args: Any, output: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def _attend_to_itself(_layer: Any, query: torch.Tensor, *_: Any, output: torch.Tensor, **__: Any) -> torch.Tensor:
     """Stands in for attention while there is no cache: without metadata the output would be left uninitialised."""
     return output.copy_(query)
 

@@ -72,7 +72,8 @@ class RoutedStep:
         self, view: LayerView, first: Any, chain: Any, skipping: Any, positions: Any, hidden: Any, residual: Any
     ) -> tuple[torch.Tensor, None]:
         """What _indexed does, on states that are one sum. first: the layer that the chain begins with."""
-        assert self.kernels is not None and view.rows is not None
+        assert self.kernels is not None
+        assert view.rows is not None
         norm, num_tokens, rows = first.input_layernorm, len(hidden), view.rows
         eps = norm.variance_epsilon
         source = torch.full((num_tokens,), -1, dtype=torch.int32, device=hidden.device)
@@ -122,10 +123,11 @@ def _same_rows(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def _indexed(
-    view: LayerView, first: Any, chain: Any, skipping: Any, positions: Any, hidden: Any, residual: Any
+    view: LayerView, _first: Any, chain: Any, skipping: Any, positions: Any, hidden: Any, residual: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `chain` on the rows of a view and `skipping` on the others, where they lie."""
-    assert residual is not None and view.rows is not None  # layer 0 runs on all rows
+    assert residual is not None
+    assert view.rows is not None
     parts: list[tuple[torch.Tensor, Sequence[LayerFn]]] = [(view.rows, chain)]
     if skipping:
         parts.append((view.skipped_rows(hidden), skipping))

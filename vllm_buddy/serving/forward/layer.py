@@ -38,7 +38,7 @@ class FusedBypass:
     kernels: Kernels
 
     def __call__(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+        self, _positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, None]:
         """In the form of a layer, on all rows."""
         return self.on_rows(hidden, residual, torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)), None

@@ -60,7 +60,8 @@ class RoutedBackbone(_Backbone):
     ) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size]. step None, in profiling and dummy runs: all layers, all rows."""
         self.prepare()
-        assert self._functions is not None and self._last_norm is not None
+        assert self._functions is not None
+        assert self._last_norm is not None
         if isinstance(step, GraphedStep):
             assert input_ids is not None  # prompt embeddings are refused at start
             return step.run(input_ids, positions)

@@ -12,7 +12,7 @@ class Aligned(KVPolicy):
     def places(self, batch: StepBatch) -> RunPlaces:
         return RunPlaces(np.broadcast_to(batch.run_position.astype(np.int32), batch.run_mask.T.shape))
 
-    def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+    def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:  # noqa: ARG002
         views: dict[bytes, LayerView] = {}
         result = []
         for mask in np.ascontiguousarray(batch.run_mask.T):

@@ -101,7 +101,8 @@ class Masked(KVPolicy):
             self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots)
         last, slots = self._last, self._last.slots
         if self._repeated and batch.num_tokens == len(slots):  # decoding goes on, each layer by one token or none
-            assert last.mask is not None and last.places is not None
+            assert last.mask is not None
+            assert last.places is not None
             self._lens[slots] += last.mask
             self._num_tokens[slots] += 1
             last.places = RunPlaces(last.places.first_position + last.mask.T, last.places.first_block)

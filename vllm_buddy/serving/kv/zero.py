@@ -13,7 +13,7 @@ class Zero(Aligned):
     writes_skipped: ClassVar[bool] = True
     in_graphs: ClassVar[bool] = False  # a row that ran through the layer would leave what it computed
 
-    def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
+    def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:  # noqa: ARG002
         attn = layer.self_attn.attn
         zeros = hidden.new_zeros(len(view.skipped_slots), attn.num_kv_heads, attn.head_size)  # type: ignore[arg-type]
         attn.impl.do_kv_cache_update(attn, zeros, zeros, attn.kv_cache, view.skipped_slots)

@@ -106,7 +106,7 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
     ),
     (
         "the Rust front end",
-        lambda c: os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+        lambda _: os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         "it does not validate a request's buddy_budget; unset VLLM_USE_RUST_FRONTEND",
     ),
 ]

@@ -93,7 +93,8 @@ class RoutedSteps:
     def capture_graphs(self, runner: Any) -> None:
         """Capture the graphs of all layers, in place of those that there may be. runner: see start_serving."""
         settings, backbone = self._settings, runner.model.model
-        assert settings.graph_sizes is not None and self._moves_rows is not None
+        assert settings.graph_sizes is not None
+        assert self._moves_rows is not None
         builder, block_size = runner.buddy_attention()
         limit = settings.graph_memory_mib << 20
         self.graphs = None
