@@ -25,9 +25,22 @@ RANKS = {
     "vllm_buddy.evaluation": 4,
     "vllm_buddy.baselines": 4,
     "vllm_buddy.serving": 5,
-    "vllm_buddy.evaluation.vllm_engine": 6,  # asks a routed engine, as a user does
-    "vllm_buddy.cli": 7,
-    "vllm_buddy.__main__": 8,
+    "vllm_buddy.serving.compat": 5.0,
+    "vllm_buddy.serving.start.settings": 5.1,
+    "vllm_buddy.serving.admission.options": 5.2,
+    "vllm_buddy.serving.admission": 5.3,
+    "vllm_buddy.serving.schedule": 5.4,
+    "vllm_buddy.serving.worker.batch": 5.5,
+    "vllm_buddy.serving.kv": 5.6,
+    "vllm_buddy.serving.forward": 5.7,
+    "vllm_buddy.serving.graphs": 5.8,
+    "vllm_buddy.serving.worker": 5.9,
+    "vllm_buddy.serving.start": 6.0,
+    "vllm_buddy.serving.patches": 6.1,
+    "vllm_buddy.serving.plugin": 6.2,
+    "vllm_buddy.evaluation.vllm_engine": 7,  # asks a routed engine, as a user does
+    "vllm_buddy.cli": 8,
+    "vllm_buddy.__main__": 9,
 }
 
 

@@ -39,12 +39,12 @@ def generate(text: str, names: Sequence[str], page: str) -> str:
 
 
 def settings_table() -> str:
-    """One row per server setting."""
-    from vllm_buddy.serving.start.settings import BuddySettings
+    """One row per server setting, those of a section as `section.name`."""
+    from vllm_buddy.serving.start.settings import known_settings
 
     rows = []
-    for name, field in BuddySettings.model_fields.items():
-        default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+    for name, field in known_settings().items():
+        default = "" if field.default is None or field.is_required() else f"`{json.dumps(field.default)}`"
         rows.append([f"`{name}`", default, str(field.description)])
     return "\n".join(table(["key", "default", "meaning"], rows))
 

@@ -129,7 +129,7 @@ class Overhead:
         if self._variant.budget is None:
             return 0.0
         metrics = engines.core(self._variant.llm).scheduler._metrics
-        return metrics.routing_seconds + engines.model_runner(self._variant.llm).buddy_steps.view_seconds
+        return metrics.routing_seconds + engines.model_runner(self._variant.llm).buddy_state.view_seconds
 
     def __enter__(self) -> "Overhead":
         self._before = self._total()

@@ -45,7 +45,7 @@ WORKLOAD = Workload("64 in, 128 out", 0, 64, 128)
 LIMITS = ("--max-num-batched-tokens", "16", "--max-num-seqs", "16")
 # Requests that run at which the price starts to rise and at which it is full. Long before that even the steepest
 # requests run the fewest layers.
-LOAD_SETTINGS: dict[str, Any] = {"load_price": 12.0, "load_running": [1, 4], "load_waiting": [1, 4]}
+LOAD_SETTINGS: dict[str, Any] = {"load": {"price": 12.0, "running": [1, 4], "waiting": [1, 4]}}
 GAUGES = ("vllm_buddy:load", "vllm_buddy:auto_price", "vllm:num_requests_running", "vllm:num_requests_waiting")
 CHECKED_BUDGETS = (1.0, 0.5)
 METRICS = (
@@ -123,7 +123,7 @@ def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path
         dense = Routing(name="dense", layers=num_layers, path=router.full)
         served = [Served("stock", stock, (), [dense])]
         for name, settings in (("auto, price 0", {}), ("auto, price follows load", LOAD_SETTINGS)):
-            buddy = {"artifact": str(artifact_dir), "default_budget": "auto", "price": 0.0, **settings}
+            buddy = {"artifact": str(artifact_dir), "default_budget": "auto", "auto": {"price": 0.0}, **settings}
             config = json.dumps({"buddy": buddy})
             log_name = name.replace(",", "").replace(" ", "-")
             server = open_server(stack, log_name, model, work, "--additional-config", config, *LIMITS)

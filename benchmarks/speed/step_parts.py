@@ -105,8 +105,8 @@ def instrumented(variant: Variant) -> Iterator[StepClock]:
         stack.enter_context(timed_at(clock, places))
         if variant.path is None:
             backbone = engines.backbone(variant.llm)
-            functions = [clock.timed("layers", function) for function in backbone._functions]
-            stack.enter_context(patch.object(backbone, "_functions", functions))
+            functions = [clock.timed("layers", function) for function in backbone.functions]
+            stack.enter_context(patch.object(backbone, "functions", functions))
         engine = variant.llm.llm_engine
         stack.enter_context(patch.object(engine, "step", clock.step(engine.step)))
         yield clock

@@ -155,12 +155,12 @@ class Engine:
         from vllm_buddy.serving.kv import POLICIES
 
         assert not self.core.scheduler.has_unfinished_requests()
-        self.steps.graphs = None
+        self.state.graphs = None
         artifact = self.tiny.artifact
         lag = max(lag, int(self.core.vllm_config.scheduler_config.async_scheduling))
         self.policy, self.schedule, self.library, self.bypass = policy, PathSchedule(interval, lag), library, bypass
         self._backbone.bypasses = self._bypasses if bypass else None
-        self.steps.policy = POLICIES[policy](self.steps.num_layers)
+        self.state.policy = POLICIES[policy](self.state.num_layers)
         self.scheduler._salt_prefix = f"{artifact.digest}:{policy}"
         self.scheduler._schedule = self.schedule
         self.scheduler._router = artifact.router(library=library)
@@ -168,15 +168,15 @@ class Engine:
         self.empty_prefix_cache()
 
     @property
-    def steps(self) -> Any:
-        return self.runner.buddy_steps
+    def state(self) -> Any:
+        return self.runner.buddy_state
 
     def capture(self, sizes: Sequence[int], memory_limit: int = 1 << 30, most_paths: int = 100) -> Any:
         """Decode steps of these sizes as CUDA graphs until the next `configure`; without a GPU, a captured function is
         replayed by calling it again. The engine must have been started with kernels. A capture counts as one byte."""
         from vllm_buddy_kernels import KERNELS
 
-        from vllm_buddy.serving.graphs.cache import CudaCapture
+        from vllm_buddy.serving.graphs.capture import CudaCapture
         from vllm_buddy.serving.graphs.decode import DecodeGraphs
 
         if self._cuda_capture is None and self.runner.device.type == "cuda":
@@ -190,23 +190,22 @@ class Engine:
             return list(bodies), len(bodies)
 
         backbone = self.runner.model.model
-        builder, block_size = self.runner.buddy_attention()
         with torch.inference_mode():
-            self.steps.graphs = DecodeGraphs(
+            self.state.graphs = DecodeGraphs(
                 backbone,
                 backbone.bypasses,
-                self.steps.policy,
+                self.state.policy,
                 kernels=KERNELS[self.core.vllm_config.additional_config["buddy"]["kernels"]],
-                builder=builder,
-                block_size=block_size,
+                builder=self.state.builder,
+                block_size=self.state.block_size,
                 vllm_config=self.core.vllm_config,
                 sizes=sizes,
                 memory_limit=memory_limit,
                 capture=capture,
             )
-            self.steps.graphs.capture_pieces()
-        self.steps.graphs.paths.limit = most_paths
-        return self.steps.graphs
+            self.state.graphs.capture_pieces()
+        self.state.graphs.paths.limit = most_paths
+        return self.state.graphs
 
     def empty_prefix_cache(self) -> None:
         assert self.scheduler.reset_prefix_cache()

@@ -29,7 +29,7 @@ class LayerLog:
         self._batch: Any = None  # of Model Runner V2, which keeps none
 
     def __enter__(self) -> "LayerLog":
-        run, write = RoutedStep.run, self._engine.runner.buddy_steps.policy.write_skipped
+        run, write = RoutedStep.run, self._engine.runner.buddy_state.policy.write_skipped
         layers = list(self._engine.runner.model.model.layers)
 
         def logged_run(
@@ -55,7 +55,7 @@ class LayerLog:
 
             self._patch.setattr(state, "prepare_inputs", kept)
         self._patch.setattr(RoutedStep, "run", logged_run)
-        self._patch.setattr(self._engine.runner.buddy_steps.policy, "write_skipped", logged_write)
+        self._patch.setattr(self._engine.runner.buddy_state.policy, "write_skipped", logged_write)
         return self
 
     def __exit__(

@@ -202,7 +202,7 @@ class PretendEngine:
 
     def _lower(self, request_id: str, tokens: Sequence[int]) -> None:
         """What load did to the scheduler's route is to be done to ours, which has seen the same tokens."""
-        theirs, ours = self.scheduler._routes[request_id], self._routes[request_id]
+        theirs, ours = self.scheduler._routed[request_id].route, self._routes[request_id]
         for position, depth in theirs.lowered[len(ours.lowered) :]:
             assert ours.lower(depth, position, tokens)
 

@@ -1,12 +1,16 @@
-"""What a layer that a token skips leaves in that layer's KV cache."""
+"""The KV policies by name: what a token leaves in the KV cache of a layer that it skips."""
+
+from typing import Final, Literal, get_args
 
 from vllm_buddy.errors import SettingsError
 
-MASKED = "masked"  # no entry: later tokens of that layer do not attend to the position
-KV_ONLY = "kv_only"  # K and V projected from the hidden state that passes the layer: the position stays attendable
-ZERO = "zero"  # the paper's: K and V are zeros and not masked, so the position's logit is 0 and takes attention mass
+KVPolicyName = Literal["masked", "kv_only", "zero"]
 
-KV_POLICIES = (MASKED, KV_ONLY, ZERO)
+MASKED: Final = "masked"  # no entry: later tokens do not attend to the position in that layer
+KV_ONLY: Final = "kv_only"  # K and V projected from the hidden state that passes the layer: the position is attended to
+ZERO: Final = "zero"  # K and V are zeros, as in the paper: the position's logit is 0, so it takes attention mass
+
+KV_POLICIES: tuple[KVPolicyName, ...] = get_args(KVPolicyName)
 
 
 def check_kv_policy(name: str) -> None:

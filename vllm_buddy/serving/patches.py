@@ -1,12 +1,21 @@
-"""All changes to vLLM's own classes: three wrapped methods and one table entry per model class.
+"""All changes to classes of vLLM: three wrapped methods, and a table entry for each routed model class.
 
-| patch | why there is no hook |
-|---|---|
-| `_ModelRegistry._normalize_arch` | --model-impl knows a fixed list of implementations |
-| `SamplingParams.verify` | per-request options in vllm_xargs are not validated, and HTTP 400 needs an error there |
-| `InputProcessor.process_inputs` | the same, for an option that is checked against the length of the prompt |
+`_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
+    Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
+    Nearest hook: `--model-class-overrides`, which does not look at `--model-impl` and calls no config hook.
+    Remove when: ModelRegistry can register an implementation for a value of `--model-impl`.
 
-All act only where model_impl is "buddy". tests/serving/test_patches.py fails when vLLM's side moves.
+`SamplingParams.verify` validates the options that a request sends in `vllm_xargs`.
+    Why: vLLM does not know them, and only an error raised here becomes HTTP 400.
+    Nearest hook: `SamplingParams._verify_extra_args`, which checks the range of integers only.
+    Remove when: plugins can register a validator of `extra_args`.
+
+`InputProcessor.process_inputs` validates the options that depend on the prompt.
+    Why, nearest hook: as above; the prompt is not tokenized yet in `SamplingParams.verify`.
+    Remove when: that validator gets the tokenized prompt.
+
+All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_patches.py fails
+when vLLM's side moves.
 """
 
 from typing import Any
@@ -38,7 +47,7 @@ def _register_models() -> None:
     from vllm_buddy.serving.start.hook import BuddyModelConfig
 
     for routed in ROUTED_ARCHITECTURES.values():
-        # The string form: vLLM imports the model code when it needs it, in the process that needs it.
+        # As a string, so that vLLM imports the model code only in the processes that need it.
         if routed not in ModelRegistry.models:
             ModelRegistry.register_model(routed, f"{_MODELS_MODULE}:{routed}")
         MODELS_CONFIG_MAP[routed] = BuddyModelConfig
@@ -70,7 +79,7 @@ def _wrap_verify() -> None:
     """Validate a request's buddy options where vLLM validates its own: HTTP 400 in the server."""
     from vllm.sampling_params import SamplingParams
 
-    from vllm_buddy.serving.admission.options import verify_request
+    from vllm_buddy.serving.admission.options import verify_options
 
     original = SamplingParams.verify
     if hasattr(original, _MARK):
@@ -79,18 +88,18 @@ def _wrap_verify() -> None:
     def verify(self: SamplingParams, model_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, model_config, *args, **kwargs)
         if getattr(model_config, "model_impl", None) == MODEL_IMPL:
-            verify_request(self, model_config)
+            verify_options(self, model_config)
 
     setattr(verify, _MARK, original)
     SamplingParams.verify = verify
 
 
 def _wrap_process_inputs() -> None:
-    """Validate what depends on the prompt where vLLM knows both, before the request leaves for the engine."""
+    """Validate what depends on the prompt, where vLLM has tokenized it and the request has not left for the engine."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vllm_buddy.serving.admission.options import verify_context
+    from vllm_buddy.serving.admission.options import verify_with_prompt
 
     original = InputProcessor.process_inputs
     if hasattr(original, _MARK):
@@ -100,7 +109,7 @@ def _wrap_process_inputs() -> None:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if getattr(self.model_config, "model_impl", None) == MODEL_IMPL and isinstance(params, SamplingParams):
-            verify_context(params, len(request.prompt_token_ids))
+            verify_with_prompt(params, len(request.prompt_token_ids), is_streaming_input=request.resumable)
         return request
 
     setattr(process_inputs, _MARK, original)

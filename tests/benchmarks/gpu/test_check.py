@@ -121,7 +121,7 @@ def test_vllm_finds_the_plugin_of_a_checkout(tmp_path: Path, monkeypatch: pytest
 def test_without_a_gpu_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if parts are started where all of them must fail."""
     monkeypatch.setattr(check_module, "device", lambda: "cpu")
-    monkeypatch.setattr("sys.argv", ["check_module.py", str(tmp_path / "out")])
+    monkeypatch.setattr("sys.argv", ["check.py", str(tmp_path / "out")])
     with pytest.raises(Refused, match="no CUDA device is found"):
         check_module.main()
     assert not (tmp_path / "out").exists()

@@ -141,5 +141,5 @@ def _wrapped_attributes(engine: Engine) -> list[object]:
     own = [vars(o).keys() for o in (engine.scheduler, engine.scheduler._router, runner, runner.model)]
     classes = [vars(c).copy() for c in (step_parts.Scheduler, step_parts.GPUModelRunner, Context, BypassCall)]
     routed_step = (RoutedStep.run, RoutedStep._forward_context)
-    functions = (list(backbone._functions), list(backbone.bypasses))
+    functions = (list(backbone.functions), list(backbone.bypasses))
     return [[sorted(keys) for keys in own], classes, routed_step, functions, "step" in vars(engine.llm.llm_engine)]

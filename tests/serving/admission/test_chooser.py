@@ -13,7 +13,8 @@ from tests.harness.pretend_worker import PretendEngine
 from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE, random_prompts
 from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, budget_for_depth
 from vllm_buddy.method.reference import routed_logits
-from vllm_buddy.serving.admission.chooser import AutoLimits, BudgetChooser
+from vllm_buddy.serving.admission.chooser import BudgetChooser
+from vllm_buddy.serving.admission.limits import AutoLimits
 from vllm_buddy.serving.admission.load import LoadPrice
 
 PROMPTS = [tuple(p) for p in random_prompts(12, seed=81, min_tokens=3, max_tokens=90)]
@@ -115,13 +116,13 @@ def pretend(
         num_blocks=num_blocks,
         chunk=chunk,
         # Most tests are about arriving requests.
-        buddy={"load_lowers_running": False, **buddy} if "load_price" in buddy else buddy,
+        buddy={**buddy, "load": {"lowers_running": False, **buddy["load"]}} if "load" in buddy else buddy,
     )
 
 
 def outcome(engine: PretendEngine, request_id: str) -> tuple[int, float | None]:
     """Depth and price of an unfinished request."""
-    found = engine.scheduler._outcomes[request_id]
+    found = engine.scheduler._routed[request_id].outcome
     return found.depth, found.price
 
 
@@ -165,7 +166,11 @@ def test_auto_is_the_explicit_budget_that_the_predictor_names(
 def test_a_preemption_does_not_ask_the_predictor_again(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
     """Fails if a request that starts again takes the price of that moment: its tokens so far ran at another depth."""
     made = pretend(
-        tiny, asynchronous=asynchronous, num_blocks=FEW_BLOCKS, load_price=LOAD_PRICE, load_running=[1, 2], price=0.0
+        tiny,
+        asynchronous=asynchronous,
+        num_blocks=FEW_BLOCKS,
+        load={"price": LOAD_PRICE, "running": [1, 2]},
+        auto={"price": 0.0},
     )
     first = made.add(auto(PROMPTS[0], 60), runs_as=fixed(auto(PROMPTS[0], 60), NUM_LAYERS))
     for prompt in PROMPTS[1:4]:
@@ -184,12 +189,13 @@ def test_a_preemption_does_not_ask_the_predictor_again(tiny: Callable[[str], Tin
 @pytest.mark.parametrize("signal", ["waiting", "running", "kv_use"])
 def test_load_raises_the_price_and_it_falls_back(tiny: Callable[[str], Tiny], asynchronous: bool, signal: str) -> None:
     """Fails if a signal is not read from the scheduler, explicit budgets follow it, or the price stays up after it."""
-    buddy: dict[str, Any] = {"load_running": [1, 4]} if signal == "running" else {}
+    load: dict[str, Any] = {"price": LOAD_PRICE}
+    load |= {"running": [1, 4]} if signal == "running" else {}
     if signal == "kv_use":
-        buddy = {"load_kv_use": [0.02, 0.04]}
+        load |= {"kv_use": [0.02, 0.04]}
     if signal != "waiting":
-        buddy["load_waiting"] = [50, 60]
-    made = pretend(tiny, asynchronous=asynchronous, load_price=LOAD_PRICE, **buddy)
+        load["waiting"] = [50, 60]
+    made = pretend(tiny, asynchronous=asynchronous, load=load)
     calm = chosen_depth(tiny("llama"), auto(PROMPTS[0]))
     loaded = chosen_depth(tiny("llama"), auto(PROMPTS[0]), LOAD_PRICE)
     assert loaded < calm
@@ -219,7 +225,7 @@ def test_an_abort_of_everything_leaves_no_load(tiny: Callable[[str], Tiny], asyn
     """Fails if the gauges of a server whose clients went away show their load for good: no request follows to tell."""
     from vllm.v1.request import RequestStatus
 
-    made = pretend(tiny, asynchronous=asynchronous, load_price=LOAD_PRICE, load_running=[0, 2])
+    made = pretend(tiny, asynchronous=asynchronous, load={"price": LOAD_PRICE, "running": [0, 2]})
     for prompt in PROMPTS[:4]:
         made.add(Ask(prompt, 0.5, 40))
     for _ in range(3):
@@ -235,7 +241,7 @@ def test_the_metrics_show_load_price_and_choices(
     tiny: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a server under load looks idle in /metrics, or an idle one loaded, or numbers count as chosen."""
-    made = pretend(tiny, asynchronous=False, load_price=LOAD_PRICE, load_running=[0, 4])
+    made = pretend(tiny, asynchronous=False, load={"price": LOAD_PRICE, "running": [0, 4]})
     metrics = made.scheduler._metrics
     monkeypatch.setattr(metrics, "_export_to", tmp_path / "engine.prom")
 
@@ -262,14 +268,17 @@ def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asy
     """Fails if requests of a calm minute stay deep in a busy one, numbers are touched, or a block that holds tokens of
     the lower depth is found by one who runs the depth before."""
     made = pretend(
-        tiny, asynchronous=asynchronous, load_price=LOAD_PRICE, load_running=[2, 4], price=0.0, load_lowers_running=True
+        tiny,
+        asynchronous=asynchronous,
+        load={"price": LOAD_PRICE, "running": [2, 4], "lowers_running": True},
+        auto={"price": 0.0},
     )
     scheduler = made.scheduler
     first = made.add(auto(PROMPTS[0], 60), runs_as=fixed(auto(PROMPTS[0], 60), NUM_LAYERS))
     number = made.add(Ask(PROMPTS[1], 1.0, 60))
     for _ in range(25):
         made.step()
-    route = scheduler._routes[first]
+    route = scheduler._routed[first].route
     assert not route.lowered
     assert route.depth == NUM_LAYERS
     others = [made.add(Ask(prompt, 0.5, 30)) for prompt in PROMPTS[2:6]]
@@ -277,8 +286,8 @@ def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asy
         made.step()
     assert [depth for _, depth in route.lowered][-1:] == [PREDICTOR_DEPTHS[0]]
     assert all(len(PROMPTS[0]) < position for position, _ in route.lowered)
-    assert not scheduler._routes[number].lowered
-    told = scheduler._outcomes[first].as_dict(route)
+    assert not scheduler._routed[number].route.lowered
+    told = scheduler._routed[first].outcome.as_dict(route)
     assert (told["depth"], told["lowered_to"]) == (NUM_LAYERS, PREDICTOR_DEPTHS[0])
     made.preempt(0, drop_stale_output=False)
     while not made.idle:
@@ -330,11 +339,12 @@ def test_a_lowered_request_goes_on_as_the_reference_does(
     load = LoadPrice(LOAD_PRICE, waiting=(50, 60), running=(1, 3))
     limits = replace(scheduler._limits.auto, load_price=LOAD_PRICE)
     monkeypatch.setattr(scheduler, "_chooser", BudgetChooser(tiny.artifact.predictor, limits, load))
+    monkeypatch.setattr(scheduler, "_lowers_running", True)
     asks = [auto(PROMPTS[0], 30, price=0), *(Ask(prompt, 1.0, 12) for prompt in PROMPTS[1:4])]
     routes: dict[str, Any] = {}
 
     def before_step(step: int) -> None:
-        routes.update(scheduler._routes)
+        routes.update({req_id: routed.route for req_id, routed in scheduler._routed.items()})
         if preempted and step == 16:
             assert llama.preempt(0)
 

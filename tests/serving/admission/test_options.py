@@ -256,9 +256,40 @@ def test_an_abort_leaves_nothing_behind_and_disturbs_nobody(llama: Engine) -> No
         outputs = llama.finish()
         llama.check(good, [outputs[i] for i in ids])
     llama.abort_all()
-    assert not llama.scheduler._routes
-    assert not llama.scheduler._outcomes
-    assert not llama.runner.buddy_steps.policy._slot
+    assert not llama.scheduler._routed
+    assert not llama.runner.buddy_state.policy._slot
+
+
+SESSION_OPTIONS = ({"buddy_budget": 0.5}, {"buddy_budget": 1.0}, {"buddy_context_tokens": 1}, {"buddy_price": 0.1})
+
+
+@pytest.mark.parametrize("extra_args", SESSION_OPTIONS, ids=str)
+def test_a_streaming_input_session_that_asks_for_a_budget_is_refused(llama: Engine, extra_args: dict[str, Any]) -> None:
+    """Fails if a session, which has no prompt to route by, runs at full depth although it asked for something else."""
+    from vllm.exceptions import VLLMValidationError
+
+    (key,) = extra_args
+    if key == "buddy_price":
+        extra_args = {**extra_args, "buddy_budget": "auto"}
+    with pytest.raises(VLLMValidationError, match="streaming-input session runs at full depth") as caught:
+        session_request(llama, extra_args)
+    assert caught.value.parameter.startswith("vllm_xargs.buddy_")
+
+
+def test_a_streaming_input_session_without_options_passes(llama: Engine) -> None:
+    """Fails if sessions are refused that ask for nothing, or a session is not told from an ordinary request."""
+    assert session_request(llama, None).resumable
+    assert session_request(llama, {"other": 1}).resumable
+
+
+def session_request(engine: Engine, extra_args: dict[str, Any] | None) -> Any:
+    """What vLLM makes of one chunk of a streaming-input session."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=2, extra_args=extra_args)
+    prompt = {"prompt_token_ids": list(PROMPTS[0])}
+    processor = engine.llm.llm_engine.input_processor
+    return processor.process_inputs("session", prompt, params, ("generate",), resumable=True)
 
 
 def test_parallel_samples_are_routed_each_by_its_own_tokens(llama: Engine) -> None:

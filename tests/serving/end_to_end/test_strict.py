@@ -66,7 +66,7 @@ def test_the_masked_cache_holds_the_tokens_that_ran_each_layer(llama: Engine) ->
                 name = request.request_id.rsplit("-", 1)[0]
                 ran = [sum(1 for r, _, layer in log.ran if (r, layer) == (name, i)) for i in range(NUM_LAYERS)]
                 if ran[0]:
-                    assert ran == llama.runner.buddy_steps.policy.layer_lengths(request.request_id).tolist()
+                    assert ran == llama.runner.buddy_state.policy.layer_lengths(request.request_id).tolist()
                     assert ran[0] == ran[-1] == request.num_computed_tokens
                     checked += 1
     assert checked > len(ids)

@@ -50,18 +50,45 @@ def test_the_last_norm_is_called_directly(compiled: Engine) -> None:
     from vllm_buddy.serving.forward.direct_call import DirectCall
 
     backbone = compiled.runner.model.model
-    assert isinstance(backbone._last_norm, DirectCall)
+    assert isinstance(backbone.last_norm, DirectCall)
     hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
     expected, _ = backbone.norm.forward_native(hidden.clone(), residual.clone())
-    torch.testing.assert_close(backbone._last_norm(hidden, residual)[0], expected, atol=ATOL, rtol=0)
+    torch.testing.assert_close(backbone.last_norm(hidden, residual)[0], expected, atol=ATOL, rtol=0)
+
+
+def test_layers_that_are_alike_are_compiled_once(compiled: Engine) -> None:
+    """Fails if every layer is compiled again, for seconds each, or layers that share code share weights too."""
+    first, *others = compiled.runner.model.model.functions
+    assert len({function._code for function in others}) == 1
+    assert first._code != others[0]._code  # it has no residual
+    templates = [[id(value) for value in function._template] for function in others]
+    assert len(set(map(tuple, templates))) == len(others)
+
+
+@pytest.mark.parametrize("difference", ["constant", "shape"])
+def test_a_layer_that_differs_is_not_bound_to_the_code_of_another(
+    compiled: Engine, monkeypatch: pytest.MonkeyPatch, difference: str
+) -> None:
+    """Fails if a constant that was compiled into the code of one layer is applied to another."""
+    from vllm_buddy.serving.forward.compiled import _bind
+
+    backbone, config = compiled.runner.model.model, compiled.core.vllm_config
+    pattern, layer, call = backbone.layers[1], backbone.layers[2], backbone.functions[1]
+    assert _bind(pattern, call, layer, config) is not None
+    norm = layer.post_attention_layernorm
+    if difference == "constant":
+        monkeypatch.setattr(norm, "variance_epsilon", 1.0)
+    else:
+        monkeypatch.setattr(norm, "weight", torch.nn.Parameter(norm.weight.data.repeat(2)))
+    assert _bind(pattern, call, layer, config) is None
 
 
 def test_paths_and_batch_sizes_compile_nothing_new(compiled: Engine) -> None:
     """Fails if a path, a batch size or a prompt length makes a graph of its own."""
     from vllm_buddy.serving.forward.direct_call import DirectCall
 
-    functions = compiled.runner.model.model._functions
-    assert len(functions) == compiled.runner.buddy_steps.policy.num_layers
+    functions = compiled.runner.model.model.functions
+    assert len(functions) == compiled.runner.buddy_state.policy.num_layers
     assert all(isinstance(function, DirectCall) for function in functions)
     compiled.configure("masked", 1)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

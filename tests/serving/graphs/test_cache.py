@@ -1,6 +1,6 @@
 """The cache of captured graphs: what is captured, kept and dropped. No device."""
 
-from vllm_buddy.serving.graphs.cache import GraphCache
+from vllm_buddy.serving.graphs.cache import MOST_GRAPHS, GraphCache
 
 
 def replay() -> None:
@@ -29,6 +29,17 @@ def test_the_least_recently_used_go_first_and_the_limit_holds() -> None:
     assert len(cache) == 1
     assert cache.num_bytes == 10
     assert cache.get("a") is None
+
+
+def test_graphs_that_take_no_memory_of_their_own_are_bounded_in_number() -> None:
+    """Fails if graphs that fit into memory already reserved, and so count as 0 bytes, are kept without end."""
+    cache = GraphCache(10, 1, most_graphs=3)
+    for key in "abcde":
+        cache.put(key, replay, 0)
+    assert len(cache) == 3
+    assert [key in cache for key in "abcde"] == [False, False, True, True, True]
+    assert len(GraphCache(10, 1)._graphs) == 0
+    assert GraphCache(10, 1).most_graphs == MOST_GRAPHS
 
 
 def test_a_graph_beyond_the_limit_is_not_kept_nor_captured_at_every_step() -> None:

@@ -15,8 +15,9 @@ from tests.serving.end_to_end.test_golden import batch
 from tests.serving.end_to_end.test_independence import FEW, check_scenario, scenarios
 from vllm_buddy.method import depth_for_budget, layers_of
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
-from vllm_buddy.serving.graphs.cache import OutOfGraphMemory
-from vllm_buddy.serving.worker import state
+from vllm_buddy.serving.graphs.capture import OutOfGraphMemory
+from vllm_buddy.serving.start.settings import GraphSettings
+from vllm_buddy.serving.worker import state as worker_state
 
 SIZES = (1, 2, 4, 8)
 KERNELS = "triton" if torch.cuda.is_available() else "reference"  # the references wait for the device
@@ -85,12 +86,12 @@ def counted_kernels(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[
 
         return call
 
-    steps, backbone = engine.steps, engine.runner.model.model
+    state, backbone = engine.state, engine.runner.model.model
     kernels = Kernels(
-        **{field.name: counted(field.name, getattr(steps.kernels, field.name)) for field in fields(Kernels)}
+        **{field.name: counted(field.name, getattr(state.kernels, field.name)) for field in fields(Kernels)}
     )
-    monkeypatch.setattr(steps, "kernels", kernels)
-    monkeypatch.setattr(steps, "_moves_rows", kernels)
+    monkeypatch.setattr(state, "kernels", kernels)
+    monkeypatch.setattr(state, "_moves_rows", kernels)
     if backbone.bypasses is not None:
         monkeypatch.setattr(backbone, "bypasses", [b and replace(b, kernels=kernels) for b in backbone.bypasses])
     return calls
@@ -106,7 +107,7 @@ def test_tokens_of_replayed_steps_equal_the_reference(
     asks = [Ask(ask.prompt, ask.budget, ask.max_tokens) for ask in batch(seed=interval)]
     for shares_blocks in (True, False):
         engine.configure(policy, interval, bypass=bypass)
-        engine.steps.policy.shares_blocks = shares_blocks
+        engine.state.policy.shares_blocks = shares_blocks
         graphs = engine.capture(SIZES)
         log = Log(graphs)
         engine.check(asks, engine.run(asks, arrivals=[0, 0, 0, 1, 2, 2, 5, 9]))
@@ -123,7 +124,7 @@ def test_replayed_steps_do_not_depend_on_what_happens_beside_a_request(
     """Fails if buffers that steps share carry something from one request, or one step, to another."""
 
     def capture(engine: Engine) -> None:
-        if engine.steps.policy.in_graphs:
+        if engine.state.policy.in_graphs:
             engine.capture((2, 3, 8), most_paths=3)
 
     check_scenario(engines("llama", KERNELS), **scenario, prepare=capture)
@@ -185,7 +186,7 @@ def test_a_path_shares_what_its_layers_have_in_common(llama: Engine, monkeypatch
     calls = counted_kernels(llama, monkeypatch)
     graphs = llama.capture((4,))
     built: list[Any] = []
-    monkeypatch.setattr(graphs, "_kernels", llama.steps.kernels)
+    monkeypatch.setattr(graphs, "_kernels", llama.state.kernels)
     monkeypatch.setattr(
         graphs, "_metadata", lambda size, index, made=graphs._metadata: built.append(index) or made(size, index)
     )
@@ -297,21 +298,21 @@ def test_start_up_captures_what_the_settings_say(
         return list(bodies), 1 << 20
 
     made: list[Any] = []
-    monkeypatch.setattr(state, "CudaCapture", lambda device: made.append(device) or capture)
+    monkeypatch.setattr(worker_state, "CudaCapture", lambda device: made.append(device) or capture)
     llama.configure(MASKED, 0)
-    steps = llama.steps
-    updates = {"cuda_graphs": True, "graph_sizes": (2, 8), "graph_memory_mib": 64, "kernels": KERNELS}
-    monkeypatch.setattr(steps, "_settings", steps._settings.model_copy(update=updates))
-    monkeypatch.setattr(steps, "_capture", None)
+    state = llama.state
+    graphs = GraphSettings(enabled=True, sizes=(2, 8), memory_mib=64)
+    monkeypatch.setattr(state, "_settings", state._settings.model_copy(update={"graphs": graphs, "kernels": KERNELS}))
+    monkeypatch.setattr(state, "_capture", None)
     for _ in range(2):
         with monkeypatch.context() as ranks:
             ranks.setattr(llama.core.vllm_config.parallel_config, "tensor_parallel_size", tensor_parallel_size)
-            steps.start_serving(llama.runner)
-        assert steps.serving
-        assert steps.graphs.sizes == [2, 8]
+            state.start_serving(llama.runner.model.model)
+        assert state.serving
+        assert state.graphs.sizes == [2, 8]
         assert len(made) == 1
-        assert steps.graphs.paths.limit == (62 << 20) - steps.graphs._buffers.tables.nbytes
-        assert steps.graphs.paths.captures_left == captures_left
+        assert state.graphs.paths.limit == (62 << 20) - state.graphs._buffers.tables.nbytes
+        assert state.graphs.paths.captures_left == captures_left
     ask = Ask((5, 6, 7), 0.5, 9)
     llama.check([ask], llama.run([ask]))
     assert bodies_seen == [bodies_seen[0]] * 4 + [1]

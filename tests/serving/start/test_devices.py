@@ -36,7 +36,7 @@ def test_on_cpu_layers_are_compiled_and_nothing_is_captured(cpu: None) -> None:
     """Fails if a CPU server gets kernels that it did not ask for."""
     settings = resolved({})
     assert settings.kernels is None
-    assert settings.cuda_graphs is False
+    assert settings.graphs.enabled is False
     assert resolved({"kernels": "reference"}).kernels == "reference"
 
 
@@ -44,19 +44,19 @@ def test_on_a_gpu_both_are_the_default(gpu: pytest.MonkeyPatch) -> None:
     """Fails if a GPU server runs without kernels or graphs by default, or captures sizes that no batch has."""
     settings = resolved({})
     assert settings.kernels == "triton"
-    assert settings.cuda_graphs is True
-    assert settings.graph_sizes == (1, 2, 4, 8, 16, 24, 32, 48, 64)
-    assert resolved({}, max_num_seqs=5).graph_sizes == (1, 2, 4, 5)
-    assert resolved({}, max_num_seqs=1000).graph_sizes[-1] == 256
-    assert resolved({"graph_sizes": [3, 7]}).graph_sizes == (3, 7)
+    assert settings.graphs.enabled is True
+    assert settings.graphs.sizes == (1, 2, 4, 8, 16, 24, 32, 48, 64)
+    assert resolved({}, max_num_seqs=5).graphs.sizes == (1, 2, 4, 5)
+    assert resolved({}, max_num_seqs=1000).graphs.sizes[-1] == 256
+    assert resolved({"graphs": {"sizes": [3, 7]}}).graphs.sizes == (3, 7)
 
 
 def test_each_way_to_switch_graphs_off(gpu: pytest.MonkeyPatch) -> None:
     """Fails if graphs are captured where they were switched off or cannot be."""
-    assert resolved({"cuda_graphs": False}).cuda_graphs is False
-    assert resolved({}, eager=True).cuda_graphs is False
-    assert resolved({"kernels": "reference"}).cuda_graphs is False
-    assert resolved({"kv_policy": "zero"}).cuda_graphs is False
+    assert resolved({"graphs": {"enabled": False}}).graphs.enabled is False
+    assert resolved({}, eager=True).graphs.enabled is False
+    assert resolved({"kernels": "reference"}).graphs.enabled is False
+    assert resolved({"kv_policy": "zero"}).graphs.enabled is False
 
 
 def test_a_missing_triton_is_refused_with_the_setting_to_do_without(gpu: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_a_missing_triton_is_refused_with_the_setting_to_do_without(gpu: pytest.
 def test_kernels_on_cpu_without_the_interpreter_are_refused(cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a CPU server starts with kernels that cannot run there."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(SettingsError, match=r"need a CUDA devices, not cpu.*leave it out"):
+    with pytest.raises(SettingsError, match=r"need a CUDA device, not cpu.*leave it out"):
         resolved({"kernels": "triton"})
 
 
@@ -87,40 +87,41 @@ def test_graphs_that_cannot_be_had_are_refused(
 ) -> None:
     """Fails if a server that was asked for graphs runs without them."""
     with pytest.raises(SettingsError, match=f"{reason}; leave it out or set it to false"):
-        resolved({"cuda_graphs": True, **settings}, eager=eager)
+        resolved({"graphs": {"enabled": True}, **settings}, eager=eager)
 
 
 def test_graphs_on_cpu_are_refused(cpu: None) -> None:
     """Fails if a server that was asked for graphs runs without them."""
     with pytest.raises(SettingsError, match="need a CUDA device"):
-        resolved({"cuda_graphs": True})
+        resolved({"graphs": {"enabled": True}})
 
 
-@pytest.mark.parametrize("settings", [{"graph_sizes": (1, 2)}, {"graph_memory_mib": 512}])
+@pytest.mark.parametrize("settings", [{"sizes": (1, 2)}, {"memory_mib": 512}])
 def test_settings_of_graphs_without_graphs_are_refused(gpu: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
     """Fails if a server ignores what it was told."""
     (name,) = settings
-    with pytest.raises(SettingsError, match=f"{name} without CUDA graphs: they are switched off"):
-        resolved({**settings, "cuda_graphs": False})
-    with pytest.raises(SettingsError, match=f"{name} without CUDA graphs: --enforce-eager"):
-        resolved(settings, eager=True)
-    assert resolved(settings).cuda_graphs
+    with pytest.raises(SettingsError, match=f"graphs.{name} without CUDA graphs: they are switched off"):
+        resolved({"graphs": {**settings, "enabled": False}})
+    with pytest.raises(SettingsError, match=f"graphs.{name} without CUDA graphs: --enforce-eager"):
+        resolved({"graphs": settings}, eager=True)
+    assert resolved({"graphs": settings}).graphs.enabled
 
 
 def test_sizes_that_no_step_has_are_refused(gpu: pytest.MonkeyPatch) -> None:
     """Fails if graphs are captured, and memory is taken, for batches that cannot be."""
-    with pytest.raises(SettingsError, match=r"graph_sizes go to 65, .* --max-num-seqs 64"):
-        resolved({"graph_sizes": (1, 65)})
+    with pytest.raises(SettingsError, match=r"graphs.sizes go to 65, .* --max-num-seqs 64"):
+        resolved({"graphs": {"sizes": (1, 65)}})
 
 
 @pytest.mark.parametrize("sizes", [[], [2, 1], [1, 1], [0, 1]])
 def test_sizes_that_do_not_grow_are_refused(sizes: list[int]) -> None:
     """Fails if a step may be padded to a size that was not captured, or to a smaller one."""
     with pytest.raises(ValueError):
-        BuddySettings(graph_sizes=sizes)
+        BuddySettings(graphs={"sizes": sizes})
 
 
-def test_kernels_are_tried_in_every_form_at_start() -> None:
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_kernels_are_tried_in_every_form_at_start(block_size: int) -> None:
     """Fails if a kernel's first compilation, or its refusal of the model's shapes, waits for a request."""
     from vllm_buddy_kernels import KERNELS, KernelError, Kernels
 
@@ -128,10 +129,13 @@ def test_kernels_are_tried_in_every_form_at_start() -> None:
     from vllm_buddy.serving.forward.layer import fused_bypasses, try_kernels
 
     calls: list[tuple[str, Any]] = []
+    block_sizes: set[int] = set()
 
     def logged(name: str) -> Any:
         def call(*args: Any) -> Any:
             calls.append((name, [None if arg is None else type(arg).__name__ for arg in args]))
+            if name == "layer_slots":
+                block_sizes.add(args[6])
             return getattr(KERNELS["reference"], name)(*args)
 
         return call
@@ -139,7 +143,8 @@ def test_kernels_are_tried_in_every_form_at_start() -> None:
     kernels = Kernels(*(logged(name) for name in ("layer_slots", "gather_rows", "scatter_rows", "bypass_rows")))
     layer = SimpleNamespace(input_layernorm=SimpleNamespace(weight=torch.ones(8), variance_epsilon=1e-6))
     bypass = Bypass(torch.zeros(1, 2, 8), torch.zeros(1, 8, 2), 1e-6)
-    try_kernels([layer] * 3, fused_bypasses(bypass, kernels), kernels, 16)
+    try_kernels([layer] * 3, fused_bypasses(bypass, kernels), kernels, block_size)
+    assert block_sizes == {block_size}  # the kernel is compiled for one
     forms = {(name, tuple(arg is None for arg in args)) for name, args in calls}
     assert len([1 for name, _ in forms if name == "scatter_rows"]) == 4
     assert len([1 for name, _ in forms if name == "gather_rows"]) == 2
@@ -150,4 +155,4 @@ def test_kernels_are_tried_in_every_form_at_start() -> None:
         raise KernelError("the rank is 1000, not 1 to 512")
 
     with pytest.raises(UnsupportedError, match=r'the rank is 1000.*set "kernels": "reference"'):
-        try_kernels([layer] * 3, None, Kernels(refuses, refuses, refuses, refuses), 16)
+        try_kernels([layer] * 3, None, Kernels(refuses, refuses, refuses, refuses), block_size)

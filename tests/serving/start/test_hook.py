@@ -22,9 +22,9 @@ from tests.harness.tiny_models import (
 )
 from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE
 from vllm_buddy.artifact.config import FORMAT_VERSION
-from vllm_buddy.serving.admission.chooser import AutoLimits
+from vllm_buddy.serving.admission.limits import AutoLimits
 from vllm_buddy.serving.start import hook
-from vllm_buddy.serving.start.settings import BuddySettings
+from vllm_buddy.serving.start.settings import engine_settings, known_settings
 
 START_TIMEOUT_S = 300.0  # importing vLLM takes 5 s on an idle core
 BASE = {
@@ -93,31 +93,38 @@ def test_a_good_configuration_gets_our_scheduler_and_worker(llama_model: Tiny) -
         {"min_budget": [0.5]},
         {"default_budget": "Auto"},
         {"default_budget": None},
-        {"auto_min": "auto"},
-        {"auto_min": 0},
-        {"auto_max": 1.1},
-        {"price": -0.1},
-        {"price": math.nan},
-        {"price": math.inf},
-        {"price": True},
-        {"price": "1"},
-        {"load_price": -1},
-        {"load_price": math.inf},
-        {"load_waiting": [8, 1]},
-        {"load_waiting": [1, 1]},
-        {"load_waiting": [1]},
-        {"load_waiting": [1, 8.0]},
-        {"load_waiting": 8},
-        {"load_waiting": None},
-        {"load_running": [-1, 8]},
-        {"load_running": [False, True]},
-        {"load_kv_use": [0.5, 1.1]},
-        {"load_kv_use": [0.9, 0.5]},
-        {"load_kv_use": [math.nan, 0.5]},
-        {"load_floor": 0},
-        {"load_hysteresis": 1},
-        {"load_hysteresis": -0.1},
-        {"load_hysteresis": math.nan},
+        {"auto": {"min": "auto"}},
+        {"auto": {"min": 0}},
+        {"auto": {"max": 1.1}},
+        {"auto": {"mim": 0.5}},
+        {"auto": None},
+        {"auto": 0.5},
+        {"graphs": True},
+        {"graphs": {"sizes": [2, 1]}},
+        {"load": {}},
+        {"load": 3.0},
+        {"auto": {"price": -0.1}},
+        {"auto": {"price": math.nan}},
+        {"auto": {"price": math.inf}},
+        {"auto": {"price": True}},
+        {"auto": {"price": "1"}},
+        {"load": {"price": -1}},
+        {"load": {"price": math.inf}},
+        {"load": {"price": 90.0, "waiting": [8, 1]}},
+        {"load": {"price": 90.0, "waiting": [1, 1]}},
+        {"load": {"price": 90.0, "waiting": [1]}},
+        {"load": {"price": 90.0, "waiting": [1, 8.0]}},
+        {"load": {"price": 90.0, "waiting": 8}},
+        {"load": {"price": 90.0, "waiting": None}},
+        {"load": {"price": 90.0, "running": [-1, 8]}},
+        {"load": {"price": 90.0, "running": [False, True]}},
+        {"load": {"price": 90.0, "kv_use": [0.5, 1.1]}},
+        {"load": {"price": 90.0, "kv_use": [0.9, 0.5]}},
+        {"load": {"price": 90.0, "kv_use": [math.nan, 0.5]}},
+        {"load": {"price": 90.0, "floor": 0}},
+        {"load": {"price": 90.0, "hysteresis": 1}},
+        {"load": {"price": 90.0, "hysteresis": -0.1}},
+        {"load": {"price": 90.0, "hysteresis": math.nan}},
     ],
     ids=str,
 )
@@ -126,7 +133,7 @@ def test_a_setting_that_is_unknown_or_wrong_is_refused_with_the_known_ones(llama
     message = refusal(llama_model, buddy)
     (name,) = buddy
     assert f"'{name}" in message
-    assert all(known in message for known in BuddySettings.model_fields)
+    assert all(known in message for known in known_settings())
 
 
 @pytest.mark.parametrize("buddy", ["x", None, [], 3], ids=str)
@@ -151,12 +158,12 @@ def without_predictor(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.Temp
 
 AUTO_ALONE: tuple[dict[str, Any], ...] = (
     {"default_budget": "auto"},
-    {"auto_min": 0.5},
-    {"auto_max": 0.9},
-    {"price": 0.1},
-    {"load_price": 0.1},
-    {"load_price": 0.1, "load_waiting": [1, 8]},
-    {"default_budget": "auto", "price": 0.0},
+    {"auto": {"min": 0.5}},
+    {"auto": {"max": 0.9}},
+    {"auto": {"price": 0.1}},
+    {"load": {"price": 0.1}},
+    {"load": {"price": 0.1, "waiting": [1, 8]}},
+    {"default_budget": "auto", "auto": {"price": 0.0}},
 )
 
 
@@ -174,29 +181,56 @@ def test_auto_without_a_budget_predictor_is_refused_with_the_ways_out(
 
 def test_an_artifact_without_a_budget_predictor_is_served(llama_model: Tiny, without_predictor: str) -> None:
     """Fails if the settings of "auto" are in the way of those who do not use it."""
-    config = configure(llama_model, {"artifact": without_predictor, "load_running": None, "auto_min": None})
+    config = configure(llama_model, {"artifact": without_predictor, "load": None, "auto": {"min": None}})
     assert config.model_config.buddy_limits.auto is None
 
 
-@pytest.mark.parametrize("name", ["load_waiting", "load_running", "load_kv_use", "load_floor", "load_hysteresis"])
-def test_a_setting_of_load_without_a_price_under_load_is_refused(llama_model: Tiny, name: str) -> None:
-    """Fails if an operator describes the load and the price does not follow it; also where the value is the usual."""
-    value = BuddySettings.model_fields[name].default
-    value = [2, 9] if name == "load_running" else 0.5 if name == "load_floor" else value
-    message = refusal(llama_model, {name: value})
-    assert f"{name} without load_price" in message
+@pytest.mark.parametrize(
+    ("old", "value", "new"),
+    [
+        ("auto_min", 0.5, "auto.min"),
+        ("price", 0.5, "auto.price"),
+        ("load_price", 2.0, "load.price"),
+        ("load_waiting", [1, 8], "load.waiting"),
+        ("cuda_graphs", True, "graphs.enabled"),
+        ("graph_sizes", [1, 2], "graphs.sizes"),
+    ],
+)
+def test_a_setting_that_has_moved_is_answered_with_its_new_name(
+    llama_model: Tiny, old: str, value: Any, new: str
+) -> None:
+    """Fails if an operator with an older configuration is told that a setting is unknown, and not where it is."""
+    section, name = new.split(".")
+    message = refusal(llama_model, {old: value})
+    assert f"'{old}' is now '{new}'" in message
+    assert f'{{"buddy": {{"{section}": {{"{name}": ...}}}}}}' in message
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "turned range": ({"auto_min": 0.8, "auto_max": 0.5}, "auto_max 0.5 is below auto_min, 0.8"),
-    "range below all requests": ({"min_budget": 0.6, "auto_max": 0.5}, "auto_max 0.5 is below the smallest budget"),
-    "below min_budget": ({"min_budget": 0.6, "auto_min": 0.5}, "auto_min 0.5 is below the smallest budget"),
-    "below three layers": ({"auto_min": 0.2}, "0.375"),
-    "nothing of the grid": ({"auto_min": 0.625, "auto_max": 0.7}, "has no budget in [0.625, 0.7]"),
-    "floor above the range": ({"auto_max": 0.8, "load_price": 90.0, "load_floor": 0.9}, "load_floor 0.9 lies outside"),
-    "floor below the range": ({"auto_min": 0.5, "load_price": 90.0, "load_floor": 0.4}, "load_floor 0.4 lies outside"),
-    "no dearer": ({"price": 2.0, "load_price": 2.0}, "load_price 2 is not above the price without load, 2"),
-    "no dearer than the artifact says": ({"load_price": PREDICTOR_PRICE}, "is not above the price without load, 8"),
+    "turned range": ({"auto": {"min": 0.8, "max": 0.5}}, "auto.max 0.5 is below auto.min, 0.8"),
+    "range below all requests": (
+        {"min_budget": 0.6, "auto": {"max": 0.5}},
+        "auto.max 0.5 is below the smallest budget",
+    ),
+    "below min_budget": ({"min_budget": 0.6, "auto": {"min": 0.5}}, "auto.min 0.5 is below the smallest budget"),
+    "below three layers": ({"auto": {"min": 0.2}}, "0.375"),
+    "nothing of the grid": ({"auto": {"min": 0.625, "max": 0.7}}, "has no budget in [0.625, 0.7]"),
+    "floor above the range": (
+        {"auto": {"max": 0.8}, "load": {"price": 90.0, "floor": 0.9}},
+        "load.floor 0.9 lies outside",
+    ),
+    "floor below the range": (
+        {"auto": {"min": 0.5}, "load": {"price": 90.0, "floor": 0.4}},
+        "load.floor 0.4 lies outside",
+    ),
+    "no dearer": (
+        {"auto": {"price": 2.0}, "load": {"price": 2.0}},
+        "load.price 2 is not above the price without load, 2",
+    ),
+    "no dearer than the artifact says": (
+        {"load": {"price": PREDICTOR_PRICE}},
+        "is not above the price without load, 8",
+    ),
 }
 
 
@@ -211,7 +245,7 @@ def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monk
     """Fails if a setting is dropped on the way, or the operator cannot see what "auto" will do."""
     said: list[str] = []
     monkeypatch.setattr(hook.logger, "info", lambda message, *args: said.append(message % args))
-    settings = {"min_budget": 0.45, "price": 2.0, "load_price": 9, "load_floor": 0.8, "load_waiting": [0, 4]}
+    settings = {"min_budget": 0.45, "auto": {"price": 2.0}, "load": {"price": 9, "floor": 0.8, "waiting": [0, 4]}}
     config = configure(llama_model, {"default_budget": "auto", **settings})
     limits = config.model_config.buddy_limits
     assert limits.default_budget == "auto"
@@ -219,10 +253,10 @@ def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monk
     told = 'default budget auto, smallest 0.45, "auto" chooses among 0.45, 0.5, 0.8, 1 at price 2, 9 when fully loaded'
     assert said[-1].endswith(told)
     # The engine's process reads them again; what nobody gave must not look given there.
-    read = hook.engine_settings(config)
-    assert read.load_waiting == (0, 4)
-    assert read.load_price == 9
-    assert "load_kv_use" not in read.model_fields_set
+    read = engine_settings(config)
+    assert read.load.waiting == (0, 4)
+    assert read.load.price == 9
+    assert "kv_use" not in read.load.model_fields_set
 
 
 def test_without_an_artifact_the_ways_to_get_one_are_told(llama_model: Tiny) -> None:
@@ -307,7 +341,8 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
         "--speculative-config",
     ),
-    "FlashInfer": ({"attention_config": {"backend": "FLASHINFER"}}, "FlashInfer"),
+    "FlashInfer": ({"attention_config": {"backend": "FLASHINFER"}}, "--attention-backend with one of CPU_ATTN"),
+    "FlexAttention": ({"attention_config": {"backend": "FLEX_ATTENTION"}}, "--attention-backend with one of CPU_ATTN"),
     "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
     "scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
     "worker": ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
@@ -330,7 +365,7 @@ def test_what_cannot_be_routed_is_refused_with_the_reason(llama_model: Tiny, nam
     configure(llama_model, additional_config={}, **{**options, "model_impl": "auto"})
 
 
-@pytest.mark.parametrize("buddy", [{"cuda_graphs": True}, {"graph_sizes": [1, 2]}])
+@pytest.mark.parametrize("buddy", [{"graphs": {"enabled": True}}, {"graphs": {"sizes": [1, 2]}}])
 def test_what_the_device_does_not_have_is_refused(llama_model: Tiny, buddy: dict[str, Any]) -> None:
     """Fails if a server starts without what it was told to use."""
     assert "they need a CUDA device" in refusal(llama_model, buddy)

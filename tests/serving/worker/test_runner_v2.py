@@ -43,11 +43,11 @@ def test_vllms_warm_up_without_a_plan_runs_before_serving_and_not_after(
     runner = llama.runner
     worker = llama.core.model_executor.driver_worker.worker
     try:
-        llama.steps.serving = False
+        llama.state.serving = False
         warmup_kernels(runner, worker.execute_model, lambda grammar: worker.sample_tokens(None))
     finally:
-        llama.steps.serving = True
-    assert llama.steps.policy._slot == {}
+        llama.state.serving = True
+    assert llama.state.policy._slot == {}
     with pytest.raises(RuntimeError, match="a step without a plan, which would be served unrouted"):
         warmup_kernels(runner, worker.execute_model, lambda grammar: worker.sample_tokens(None))
     asks = batch(seed=2)
@@ -77,12 +77,12 @@ def test_state_of_preempted_and_finished_requests_is_dropped(llama: Engine) -> N
 
     llama.check(asks, llama.run(asks, before_step=preempt))
     llama.step()
-    assert llama.steps.policy._slot == {}
+    assert llama.state.policy._slot == {}
 
 
 def test_a_step_is_described_as_the_runner_batches_it(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if V2's rows, which it sorts and maps to slots of its own, are described in another order or length."""
-    step, described = type(llama.steps).step, []
+    step, described = type(llama.state).step, []
 
     def checked(steps: Any, batch: StepBatch) -> Any:
         num_reqs = len(batch.req_ids)
@@ -97,7 +97,7 @@ def test_a_step_is_described_as_the_runner_batches_it(llama: Engine, monkeypatch
         described.append(num_reqs)
         return step(steps, batch)
 
-    monkeypatch.setattr(type(llama.steps), "step", checked)
+    monkeypatch.setattr(type(llama.state), "step", checked)
     llama.configure("masked", 0, chunk=33)
     asks = [Ask((3,) * 40, 0.5, 4), Ask((4, 5), 1.0, 4), Ask((6,) * 50, 0.75, 4)]
     llama.check(asks, llama.run(asks))

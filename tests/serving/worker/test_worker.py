@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.errors import SettingsError, UnsupportedError
 from vllm_buddy.serving.worker.worker import BuddyGPUWorker
 
 AVAILABLE = 10 << 30
@@ -27,9 +27,9 @@ def worker(buddy: dict[str, Any], kv_cache_memory_bytes: int | None = None) -> A
 @pytest.mark.parametrize(
     ("buddy", "given", "left"),
     [
-        ({"cuda_graphs": True, "graph_memory_mib": 512}, None, AVAILABLE - STATES - (512 << 20)),
-        ({"cuda_graphs": False}, None, AVAILABLE - STATES),
-        ({"cuda_graphs": True}, 1 << 30, AVAILABLE),
+        ({"graphs": {"enabled": True, "memory_mib": 512}}, None, AVAILABLE - STATES - (512 << 20)),
+        ({"graphs": {"enabled": False}}, None, AVAILABLE - STATES),
+        ({"graphs": {"enabled": True}}, 1 << 30, AVAILABLE),
     ],
 )
 def test_the_kv_cache_leaves_room_for_graphs(
@@ -45,16 +45,29 @@ def test_the_kv_cache_leaves_room_for_graphs(
     assert worker(buddy, given).determine_available_memory() == left
 
 
+@pytest.mark.parametrize("graphs", [{"enabled": True, "memory_mib": 11 << 10}, {"enabled": False}])
+def test_a_size_of_graphs_that_leaves_no_kv_cache_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, graphs: dict[str, Any]
+) -> None:
+    """Fails if vLLM is handed a negative size, and ends with a message that names no setting of ours."""
+    left = AVAILABLE if graphs["enabled"] else STATES - 1
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: left)
+    with pytest.raises(SettingsError, match=r"no memory is left for the KV cache.*raise --gpu-memory-util") as caught:
+        worker({"graphs": graphs}).determine_available_memory()
+    assert ("graphs.memory_mib" in str(caught.value)) == graphs["enabled"]
+
+
 def test_graphs_are_captured_before_vllm_ends_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if our kernels are compiled after vLLM starts to hold compilations for errors, or if its method moved."""
     calls: list[str] = []
     monkeypatch.setattr(Worker, "_maybe_activate_jit_monitor", lambda self: calls.append("monitor"))
     made = worker({})
     made.model_runner = SimpleNamespace(
-        buddy_steps=SimpleNamespace(start_serving=lambda runner: calls.append("start serving"))
+        buddy_state=SimpleNamespace(start_serving=lambda backbone: calls.append(f"start serving {backbone}")),
+        model=SimpleNamespace(model="the backbone"),
     )
     made._maybe_activate_jit_monitor()
-    assert calls == ["start serving", "monitor"]
+    assert calls == ["start serving the backbone", "monitor"]
     assert "self._maybe_activate_jit_monitor()" in inspect.getsource(inspect.unwrap(Worker.compile_or_warm_up_model))
 
 

@@ -1,11 +1,12 @@
-"""vLLM's compilation, one decoder layer at a time.
+"""Compiles decoder layers with vLLM's compiler, one layer at a time.
 
 vLLM compiles the whole model as one graph, which fixes the list of layers. A graph per layer serves every path and
-batch size. The graphs of the layers are alike, so the compiler's caches make all but the first two cheap. The bypasses
-share one graph, which takes their weights as arguments.
+batch size. Layers that are alike share one graph: it is compiled for one of them and bound to the weights of each of
+the others (direct_call.py). The bypasses share one as well, which takes their weights as arguments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,34 +20,45 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 from vllm.platforms import current_platform
 
 from vllm_buddy.method.bypass import Bypass, Product, bypass_delta
-from vllm_buddy.serving.forward.direct_call import DirectCall
+from vllm_buddy.serving.forward.direct_call import DirectCall, constants_of
 
 # (positions, hidden_states, residual) -> (hidden_states, residual)
-LayerFn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+LayerFn = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 NormFn = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-_ONEDNN_PRIMITIVES = 32  # numbers of rows a packed weight is prepared for at a time, as in vLLM
+_ONEDNN_PRIMITIVES = 32  # numbers of rows for which a packed weight keeps a prepared product, as in vLLM
+
+# Between a compiled layer and the same layer uncompiled, relative to the norm of the output: they round differently.
+_MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
-def layer_functions(layers: Sequence[nn.Module], first_layer: int, vllm_config: VllmConfig) -> list[LayerFn]:
-    """Forward functions (positions, hidden_states, residual) -> (hidden_states, residual) of decoder layers.
+def layer_functions(layers: Sequence[nn.Module], vllm_config: VllmConfig) -> list[LayerFn]:
+    """Forward functions (positions, hidden_states, residual) -> (hidden_states, residual) of all decoder layers.
 
     Compiled for any number of tokens where vLLM's mode says so (the default on CPU), else the layers themselves.
 
-    layers: vLLM decoder layers. first_layer: index of layers[0] in the model; layer 0 gets no residual.
+    layers: vLLM decoder layers, from the first of the model on, which gets no residual.
     """
     if not _compiles(vllm_config):
         return list(layers)
-    return [
-        _compile_layer(layer, vllm_config, with_residual=index > 0)
-        for index, layer in enumerate(layers, start=first_layer)
-    ]
+    first, *others = layers
+    functions = [_compile_layer(first, vllm_config, with_residual=False)]
+    pattern: tuple[nn.Module, DirectCall] | None = None
+    for layer in others:
+        bound = None if pattern is None else _bind(*pattern, layer, vllm_config)
+        if bound is not None:
+            functions.append(bound)
+            continue
+        function = _compile_layer(layer, vllm_config, with_residual=True)
+        pattern = (layer, function) if isinstance(function, DirectCall) else None
+        functions.append(function)
+    return functions
 
 
 def norm_function(norm: nn.Module, vllm_config: VllmConfig) -> NormFn:
     """The model's last norm, (hidden_states, residual) -> (normed, their sum); compiled where layers are.
 
-    norm: a vLLM RMSNorm. Uncompiled it is half a dozen small operations of torch.
+    norm: a vLLM RMSNorm. Uncompiled it is half a dozen small torch operations.
     """
     if not _compiles(vllm_config):
         return norm.forward  # not the module: the model that keeps it would take it for one of its own
@@ -55,17 +67,17 @@ def norm_function(norm: nn.Module, vllm_config: VllmConfig) -> NormFn:
 
 
 def bypass_functions(bypass: Bypass, vllm_config: VllmConfig) -> list[LayerFn]:
-    """What takes the place of each layer for rows that skip it, in the form of a layer; compiled where layers are.
+    """For each layer the function of its bypass, called like a layer; compiled where layers are.
 
-    bypass: of a whole model, in its dtype. The first and the last layer, which no row skips, have none: calling their
+    bypass: of a whole model, in its dtype. The first and the last layer are never skipped and have none: calling their
         entries is an error.
     """
     weights = [(_weight(down), _weight(up)) for down, up in zip(bypass.down.unbind(), bypass.up.unbind())]
     products = (weights[0][0].product, weights[0][1].product)
 
     def step(hidden: Any, residual: Any, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # A row's state is their sum, rounded. Left as a sum with what the bypass adds, it is rounded by the next layer
-        # as the reference rounds it.
+        # A row's state is their sum, rounded. The bypass returns its own part and the state apart, so that the next
+        # layer adds and rounds them, as the reference does.
         state = hidden + residual
         return bypass_delta(state, down, up, bypass.eps, products), state
 
@@ -81,7 +93,7 @@ def bypass_functions(bypass: Bypass, vllm_config: VllmConfig) -> list[LayerFn]:
 
 @dataclass(frozen=True)
 class BypassCall:
-    """One layer's bypass in the form of a layer: the function that all share, on its weights."""
+    """One layer's bypass, called like a layer: the function that all bypasses share, on its own weights."""
 
     step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     down: "_Weight"
@@ -95,7 +107,7 @@ class BypassCall:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A matrix of a bypass. tensor: as `product` takes it behind the rows. owner: what keeps its memory."""
+    """A matrix of a bypass. tensor: second argument of `product`, after the rows. owner: keeps its memory alive."""
 
     tensor: torch.Tensor
     product: Product
@@ -103,13 +115,12 @@ class _Weight:
 
 
 def _weight(matrix: torch.Tensor) -> _Weight:
-    """On CPU in the packed form that vLLM has for its linear layers: torch's own product of a few rows is two to three
-    times as slow, nearly all of it preparation.
+    """The matrix [out, in], on CPU in the packed form that vLLM uses for its linear layers.
 
-    matrix: [out, in].
+    torch's own product of a few rows takes two to three times as long, nearly all of it preparation.
     """
     if not (current_platform.is_cpu() and ops._supports_onednn):
-        # A copy, since inputs of compiled functions are told apart by their memory.
+        # A copy: DirectCall tells the inputs of a compiled function apart by their memory.
         return _Weight(matrix.clone(), nn.functional.linear)
     packed, num_out = ops.create_onednn_mm(matrix.t(), _ONEDNN_PRIMITIVES), matrix.shape[0]
 
@@ -127,20 +138,48 @@ def _never_skipped(*_: Any) -> Any:
 
 def _compiles(vllm_config: VllmConfig) -> bool:
     config = vllm_config.compilation_config
-    # vLLM's CI setting asks for tracing without a compiler behind it, which is the layer itself.
+    # vLLM's CI setting (backend "eager") traces without a compiler: then the layers run as they are.
     return config.mode == CompilationMode.DYNAMO_TRACE_ONCE and config.backend != "eager"
 
 
 def _compile_layer(layer: Any, vllm_config: VllmConfig, *, with_residual: bool) -> LayerFn:
-    def example(num_tokens: int) -> tuple[Any, ...]:
-        hidden, residual = _states(vllm_config, num_tokens)
-        return torch.arange(num_tokens), hidden, residual if with_residual else None
-
-    # Without metadata attention neither writes to the cache nor reads it.
-    with override_forward_context(create_forward_context(None, vllm_config)):
+    example = partial(_layer_inputs, vllm_config, with_residual=with_residual)
+    with _without_cache(layer, vllm_config):
         function = _compile(layer.forward, example(_most_tokens(vllm_config)), vllm_config)
-        with patch.object(layer.self_attn.attn.impl, "forward", _attend_to_itself):
-            return DirectCall.of(partial(function, layer), example)
+        return DirectCall.of(partial(function, layer), example)
+
+
+def _bind(pattern: nn.Module, call: DirectCall, layer: nn.Module, vllm_config: VllmConfig) -> DirectCall | None:
+    """The direct call of `pattern`, bound to the weights of `layer`; None if the two layers are not alike.
+
+    Checked against the layer itself: a constant of `pattern` that was compiled into the code would give another result.
+    """
+    bound = call.bound_to(constants_of(pattern), constants_of(layer))
+    if bound is None:
+        return None
+    positions, hidden, residual = _layer_inputs(vllm_config, 11, with_residual=True)
+    with _without_cache(layer, vllm_config):
+        got = bound(positions, hidden.clone(), residual.clone())
+        wanted = layer(positions, hidden.clone(), residual.clone())
+    tolerance = _MOST_DIFFERENCE[vllm_config.model_config.dtype]
+    alike = all((a - b).norm() <= tolerance * b.norm() for a, b in zip(got, wanted, strict=True))
+    return bound if alike else None
+
+
+def _layer_inputs(vllm_config: VllmConfig, num_tokens: int, *, with_residual: bool) -> tuple[Any, ...]:
+    hidden, residual = _states(vllm_config, num_tokens)
+    return torch.arange(num_tokens), hidden, residual if with_residual else None
+
+
+@contextmanager
+def _without_cache(layer: Any, vllm_config: VllmConfig) -> Iterator[None]:
+    """Let a layer run while there is no KV cache; attention then returns the query."""
+    # Without metadata attention neither writes to the cache nor reads it, but leaves its output uninitialised.
+    with (
+        override_forward_context(create_forward_context(None, vllm_config)),
+        patch.object(layer.self_attn.attn.impl, "forward", _attend_to_itself),
+    ):
+        yield
 
 
 def _compile(
@@ -164,7 +203,7 @@ def _compile(
 
 
 def _attend_to_itself(_layer: Any, query: torch.Tensor, *_: Any, output: torch.Tensor, **__: Any) -> torch.Tensor:
-    """Stands in for attention while there is no cache: without metadata the output would be left uninitialised."""
+    """Stands in for the attention of one layer: its output is its query."""
     return output.copy_(query)
 
 
@@ -176,5 +215,5 @@ def _states(vllm_config: VllmConfig, num_tokens: int) -> tuple[torch.Tensor, tor
 
 
 def _most_tokens(vllm_config: VllmConfig) -> int:
-    """Of a step; two at least, since a trace on one row would be of one row only."""
+    """The largest number of tokens in a step, at least two: a trace on one row would hold for one row only."""
     return max(2, vllm_config.scheduler_config.max_num_batched_tokens)

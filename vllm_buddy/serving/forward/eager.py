@@ -1,4 +1,4 @@
-"""The forward pass of one step: every layer runs on the rows whose path holds it, its bypass on the others."""
+"""The forward pass of one routed step: each layer runs on the rows whose path holds it, its bypass on the others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +10,16 @@ from vllm.forward_context import get_forward_context, override_forward_context
 from vllm_buddy_kernels import Kernels
 
 from vllm_buddy.serving.forward.compiled import LayerFn
-from vllm_buddy.serving.forward.layer import after_norm, passed_by
+from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.kv import KVPolicy, LayerView
+
+# Hidden states and residual, whose sum is the state of a row; None: hidden is the whole state.
+Pair = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass
 class RoutedStep:
-    """Views of all layers for one step, and the count of what was executed.
+    """Views of all layers for one step, and the count of executed layers.
 
     views: one per layer of the model.
     executed: [num_tokens], layers executed per token row, counted as they run.
@@ -29,6 +32,18 @@ class RoutedStep:
     executed: np.ndarray
     kernels: Kernels | None = None
 
+    def forward(
+        self,
+        backbone: Any,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] after the last norm. backbone: a RoutedBackbone."""
+        hidden = backbone.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        state = self.run(backbone.layers, backbone.functions, positions, hidden, None, backbone.bypasses)
+        return backbone.last_norm(*state)[0]
+
     def run(
         self,
         layers: Sequence[Any],
@@ -37,11 +52,11 @@ class RoutedStep:
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
         bypasses: Sequence[Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run layers on hidden states.
+    ) -> Pair:
+        """Run all layers on hidden states.
 
-        layers, functions: all layers of the model and what computes them; with kernels the same.
-        bypasses: what computes the rows that skip a layer, one for each; None: they pass unchanged.
+        layers, functions: all layers of the model, and what computes them (with kernels: the same).
+        bypasses: for each layer, what computes the rows that skip it; None: they pass unchanged.
         positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], which may be overwritten.
         """
         with override_forward_context(self._forward_context(layers)):
@@ -62,33 +77,40 @@ class RoutedStep:
                     self.executed += num_run
                 else:
                     skipping = bypasses[span.start : span.stop] if bypasses else None
-                    move = self._fused if self.kernels else _indexed
-                    hidden, residual = move(view, layers[index], chain, skipping, positions, hidden, residual)
+                    if self.kernels:
+                        first = layers[index]
+                        hidden, residual = self._fused(view, first, chain[1:], skipping, positions, hidden, residual)
+                    else:
+                        hidden, residual = _indexed(view, chain, skipping, positions, hidden, residual)
                     self.executed[view.rows_np] += num_run
                 index = span.stop
         return hidden, residual
 
     def _fused(
-        self, view: LayerView, first: Any, chain: Any, skipping: Any, positions: Any, hidden: Any, residual: Any
-    ) -> tuple[torch.Tensor, None]:
-        """What _indexed does, on states that are one sum. first: the layer that the chain begins with."""
+        self,
+        view: LayerView,
+        first: Any,
+        others: Sequence[LayerFn],
+        skipping: Sequence[FusedBypass | None] | None,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> Pair:
+        """Run `first` and `others` on the rows of a view and `skipping` on the other rows, by kernels."""
         assert self.kernels is not None
         assert view.rows is not None
-        norm, num_tokens, rows = first.input_layernorm, len(hidden), view.rows
+        norm, rows, source = first.input_layernorm, view.rows, view.source(hidden)
         eps = norm.variance_epsilon
-        source = torch.full((num_tokens,), -1, dtype=torch.int32, device=hidden.device)
-        source.index_copy_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=hidden.device))
         normed, state = self.kernels.gather_rows(hidden, residual, rows, norm.weight, eps)
         positions_rows = positions.index_select(0, rows)
-        ran = after_norm(first, positions_rows, normed, state)
-        ran = _call(chain[1:], positions_rows, *ran)
+        ran = _call(others, positions_rows, *after_norm(first, positions_rows, normed, state))
         passed = passed_by(skipping, hidden, residual, source < 0)
         return self.kernels.scatter_rows(*ran, source, *passed, None, eps)[1], None
 
     def _span_end(self, start: int) -> int:
-        """Behind the last layer that the same rows run, without other rows or a write of skipped rows between.
+        """One past the last layer that the same rows run, without other rows or a write of skipped rows in between.
 
-        Over a span rows are gathered once and scattered once. Layers that nobody runs do not end it.
+        Over a span rows are gathered once and scattered once. Layers that no row runs do not end it.
         """
         rows = self.views[start].rows_np
         end = start + 1
@@ -103,7 +125,7 @@ class RoutedStep:
         return end
 
     def _forward_context(self, layers: Sequence[Any]) -> Any:
-        """vLLM's forward context with this step's metadata and slots of each layer. vLLM's own is left alone."""
+        """vLLM's forward context with the metadata and slots of each layer in this step. vLLM's own is not changed."""
         context = get_forward_context()
         if all(view.attn_metadata is None for view in self.views):
             return context
@@ -123,24 +145,32 @@ def _same_rows(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def _indexed(
-    view: LayerView, _first: Any, chain: Any, skipping: Any, positions: Any, hidden: Any, residual: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `chain` on the rows of a view and `skipping` on the others, where they lie."""
-    assert residual is not None
+    view: LayerView,
+    chain: Sequence[LayerFn],
+    skipping: Sequence[LayerFn] | None,
+    positions: torch.Tensor,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> Pair:
+    """Run `chain` on the rows of a view and `skipping` on the other rows, in place."""
+    assert residual is not None  # layer 0, the only one without, runs on all rows
     assert view.rows is not None
     parts: list[tuple[torch.Tensor, Sequence[LayerFn]]] = [(view.rows, chain)]
     if skipping:
         parts.append((view.skipped_rows(hidden), skipping))
     for rows, part in parts:
-        # Indexing would cost twice as much on the few rows of a decode step.
-        before = (state.index_select(0, rows) for state in (positions, hidden, residual))
+        # Indexing would take twice as long on the few rows of a decode step.
+        before = [state.index_select(0, rows) for state in (positions, hidden, residual)]
         hidden_rows, residual_rows = _call(part, *before)
+        assert residual_rows is not None
         hidden.index_copy_(0, rows, hidden_rows)
         residual.index_copy_(0, rows, residual_rows)
     return hidden, residual
 
 
-def _call(functions: Sequence[LayerFn], positions: torch.Tensor, hidden: Any, residual: Any) -> tuple[Any, Any]:
+def _call(
+    functions: Sequence[LayerFn], positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+) -> Pair:
     for function in functions:
         hidden, residual = function(positions, hidden, residual)
     return hidden, residual

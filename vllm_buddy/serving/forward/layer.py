@@ -1,4 +1,4 @@
-"""A decoder layer in pieces, for kernels that fuse its first norm with the movement of rows.
+"""A decoder layer in pieces, for kernels that fuse its first norm with the movement of rows, and its bypass.
 
 The layers of vLLM's Llama, Qwen2 and Qwen3 are all input_layernorm -> self_attn -> post_attention_layernorm -> mlp.
 """
@@ -13,13 +13,13 @@ from vllm_buddy_kernels import KernelError, Kernels
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
 
-_SLOT_WIDTHS = (1, 256, 512, 1024)  # layer_slots is compiled for each
+_SLOT_WIDTHS = (1, 256, 512, 1024)  # the launch table of layer_slots has a block for each
 
 
 def after_norm(
     layer: Any, positions: torch.Tensor, normed: torch.Tensor, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a vLLM decoder layer does behind its input_layernorm.
+    """What a vLLM decoder layer does after its input_layernorm.
 
     positions: [num_rows]; normed, residual: [num_rows, hidden_size]. Returns (hidden_states, residual).
     """
@@ -44,7 +44,7 @@ class FusedBypass:
         return self.on_rows(hidden, residual, torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)), None
 
     def on_rows(self, hidden: torch.Tensor, residual: torch.Tensor | None, skips: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, hidden_size], the state behind the bypass of rows that skip the layer; others are undefined.
+        """The state [num_tokens, hidden_size] after the bypass, of rows that skip the layer; other rows are undefined.
 
         skips: [num_tokens], bool.
         """
@@ -60,7 +60,7 @@ def fused_bypasses(bypass: Bypass, kernels: Kernels) -> list[FusedBypass | None]
 def passed_by(
     bypasses: Sequence[FusedBypass | None] | None, hidden: torch.Tensor, residual: torch.Tensor | None, skips: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The pair behind several layers for rows that skip them all; other rows are undefined where there is a bypass.
+    """Hidden and residual after several layers, of rows that skip them all; other rows are undefined with a bypass.
 
     bypasses: of these layers; None if the artifact has none. skips: [num_tokens], bool.
     """
@@ -73,7 +73,7 @@ def passed_by(
 def try_kernels(
     layers: Sequence[Any], bypasses: Sequence[FusedBypass | None] | None, kernels: Kernels, block_size: int
 ) -> None:
-    """Run each kernel once in the forms that serving has: they are compiled then, and not while a request waits.
+    """Run each kernel once in each form that serving uses, so that none is compiled while a request waits.
 
     block_size: of the KV cache, in tokens.
 
@@ -102,7 +102,7 @@ def try_kernels(
                     run_start,
                     row[None],
                     first_block,
-                    16,
+                    block_size,
                     0,
                     slots,
                     row[None].clone(),

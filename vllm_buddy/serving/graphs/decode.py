@@ -24,7 +24,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_buddy.serving.compat import metadata_to_capture
 from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.graphs.buffers import ONE_TOKEN, DecodeBuffers
-from vllm_buddy.serving.graphs.cache import Capture, GraphCache, OutOfGraphMemory, Replay
+from vllm_buddy.serving.graphs.cache import GraphCache
+from vllm_buddy.serving.graphs.capture import Capture, OutOfGraphMemory, Replay
 from vllm_buddy.serving.kv import KVPolicy, LayerView
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
@@ -64,8 +65,15 @@ class GraphedStep:
     mask: np.ndarray
     executed: np.ndarray
 
-    def run(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states behind the last norm, [num_rows, hidden_size]."""
+    def forward(
+        self,
+        _backbone: Any,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        _inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Hidden states [num_rows, hidden_size] after the last norm; see Step."""
+        assert input_ids is not None  # prompt embeddings are refused at start
         return self.graphs.run(self, input_ids, positions)
 
 

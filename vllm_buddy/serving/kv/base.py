@@ -1,4 +1,4 @@
-"""The interface of a KV policy, and the view of the cache that a layer gets."""
+"""The interface of a KV policy: what it says of each step, and the view of the KV cache that a layer gets from it."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from vllm_buddy.method.kv_policy import KVPolicyName
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
 
@@ -14,11 +15,11 @@ from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 class LayerView:
     """What one layer runs on in one step. Layers that run the same rows on equal lengths share a view.
 
-    rows_np, rows: [num_rows] token rows that execute the layer, ascending, on the host and on the device;
-        None means all rows. Empty: nobody executes it.
-    attn_metadata, slot_mapping: for these rows; None means vLLM's own for the whole batch.
+    rows_np, rows: [num_rows] token rows that execute the layer, ascending, on the host and on the device; None: all
+        rows. Empty: no row executes it.
+    attn_metadata, slot_mapping: for these rows; None: vLLM's own for the whole batch.
     skipped: rows that do not execute the layer, on the device; see skipped_rows.
-    skipped_slots: where they write to its cache all the same. None: nothing is written.
+    skipped_slots: the slots that these rows write in this layer's cache all the same; None: they write nothing.
     """
 
     rows_np: np.ndarray | None = None
@@ -27,18 +28,32 @@ class LayerView:
     slot_mapping: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
     skipped_slots: torch.Tensor | None = None
+    _source: torch.Tensor | None = None
 
     @property
     def is_empty(self) -> bool:
+        """Whether no row executes the layer."""
         return self.rows_np is not None and len(self.rows_np) == 0
 
     def skipped_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`skipped`, found on first use if the policy has not set it. hidden: [num_tokens, any]."""
+        """`skipped`, computed on first use if the policy has not set it. hidden: [num_tokens, any]."""
         if self.skipped is None:
             skips = np.ones(len(hidden), dtype=bool)
             skips[self.rows_np] = False
             self.skipped = torch.from_numpy(np.flatnonzero(skips)).to(hidden.device, non_blocking=True)
         return self.skipped
+
+    def source(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_tokens] int32, the place of each token in `rows`, or -1 where it skips the layer; made on first use.
+
+        hidden: [num_tokens, any].
+        """
+        assert self.rows is not None
+        if self._source is None:
+            self._source = torch.full((len(hidden),), -1, dtype=torch.int32, device=hidden.device)
+            places = torch.arange(len(self.rows), dtype=torch.int32, device=hidden.device)
+            self._source.index_copy_(0, self.rows, places)
+        return self._source
 
 
 class KVPolicy(ABC):
@@ -47,11 +62,11 @@ class KVPolicy(ABC):
     num_layers: of the whole model.
     shares_blocks: whether requests may share KV blocks, through vLLM's prefix cache.
     writes_skipped: whether a skipped layer leaves entries of its own, see write_skipped.
-    in_graphs: whether a decode step of it can be captured: then rows that skip a layer may run through it, and write
+    in_graphs: whether its decode steps can be captured. Rows that skip a layer may then run through it, and write
         where `places` says.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[KVPolicyName]
     writes_skipped: ClassVar[bool]
     in_graphs: ClassVar[bool]
 
@@ -61,15 +76,15 @@ class KVPolicy(ABC):
 
     @property
     def moves_first_blocks(self) -> bool:
-        """Whether a layer's part of a request may start behind the first block of its block table."""
+        """Whether a layer's part of a request may start after the first block of its block table."""
         return False
 
     def forget(self, req_id: str) -> None:  # noqa: B027 - most policies keep nothing
-        """Drop what is kept about a finished request."""
+        """Drop what is kept of a finished request."""
 
     @abstractmethod
     def places(self, batch: StepBatch) -> RunPlaces:
-        """Where each run of the step writes its K and V, in every layer; moves on what is kept about the requests."""
+        """Where each run of the step writes its K and V in every layer. Advances the state kept of the requests."""
 
     @abstractmethod
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
@@ -79,6 +94,6 @@ class KVPolicy(ABC):
         """Write what the skipped rows leave in this layer's cache, before the other rows attend to it.
 
         layer: the vLLM decoder layer. positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], of the
-        whole batch; the skipped rows' state is their sum, or hidden where residual is None.
+        whole batch. The state of a row is hidden + residual, or hidden where residual is None.
         """
         raise NotImplementedError(f"KV policy {self.name} writes nothing for skipped layers")

@@ -9,6 +9,7 @@ import torch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
+from vllm_buddy.method.kv_policy import KV_ONLY, KVPolicyName
 from vllm_buddy.serving.kv.aligned import Aligned
 from vllm_buddy.serving.kv.base import LayerView
 
@@ -16,7 +17,7 @@ from vllm_buddy.serving.kv.base import LayerView
 class KVOnly(Aligned):
     """Writes norm -> K, V projections -> (K norm) -> RoPE of the skipped rows."""
 
-    name: ClassVar[str] = "kv_only"
+    name: ClassVar[KVPolicyName] = KV_ONLY
     writes_skipped: ClassVar[bool] = True
     in_graphs: ClassVar[bool] = True
 

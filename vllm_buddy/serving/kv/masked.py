@@ -1,23 +1,23 @@
-"""`masked`: a skipped layer leaves no entry, so later tokens of that layer do not attend to the position.
+"""`masked`: a skipped layer leaves no entry, so later tokens do not attend to the position in that layer.
 
-Packed layout: in layer l the cache of a request holds only the tokens that executed l, contiguous in its ordinary
-block table. RoPE is already in K and order is kept, so causal attention over that layer's own length is attention
-masked by validity, on every stock backend. Validity is the per-request, per-layer length.
+The layout is packed (packed.py): which positions are valid in a layer follows from one length per request and layer,
+which is kept here.
 
-Blocks may be shared through the prefix cache as long as all their tokens ran one path P. A layer outside P is empty
-in them, for every request that shares them; so when a request leaves P, such a layer starts in the first block that
-is the request's own, not at the start of the block table, where sharers would overwrite each other.
+Blocks may be shared through the prefix cache as long as all their tokens ran one path P. A layer outside P is empty in
+them, for every request that shares them. So when a request leaves P, such a layer starts in the first block that
+belongs to the request alone, not at the start of the block table, where sharers would overwrite each other.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from vllm_buddy.method import LayerPath
+from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.serving.kv.base import KVPolicy, LayerView
+from vllm_buddy.serving.kv.packed import packed_views
 from vllm_buddy.serving.schedule.plan import RequestPlan
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
@@ -26,7 +26,7 @@ _INITIAL_SLOTS = 64
 
 @dataclass
 class _LastStep:
-    """The step before, for the common case that a step repeats it: the same requests decode on along their paths."""
+    """The previous step, for the common case that a step repeats it: the same requests decode on along their paths."""
 
     req_ids: list[str]
     plans: list[RequestPlan]
@@ -40,7 +40,7 @@ class _LastStep:
         return cls([], [], np.empty(0, dtype=np.int64))
 
     def repeated_by(self, batch: StepBatch) -> bool:
-        """Whether `batch` goes on with the same requests along the same paths."""
+        """Whether `batch` continues the same requests along the same paths."""
         return (
             len(self.req_ids) > 0
             and batch.plans == self.plans
@@ -49,10 +49,10 @@ class _LastStep:
         )
 
     def same_views(self, batch: StepBatch) -> list[LayerView] | None:
-        """The views, if they are right for `batch`, which repeats the step, as well.
+        """The views, if they also fit `batch`, which repeats the step; else None.
 
-        So they are in decoding if each layer holds either all tokens of the requests that run it or is run by nobody:
-        views with lengths and slots of their own are of one step only.
+        They do while decoding if each layer either holds all tokens of the requests that run it or is run by none.
+        Views with their own lengths and slots fit one step only.
         """
         if self.views is None or batch.num_tokens != len(self.req_ids):
             return None
@@ -60,9 +60,9 @@ class _LastStep:
 
 
 class Masked(KVPolicy):
-    """State per request: tokens held by each layer, and the block each layer starts in."""
+    """Keeps, per request and layer, the number of tokens held and the block in which the layer starts."""
 
-    name: ClassVar[str] = "masked"
+    name: ClassVar[KVPolicyName] = MASKED
     writes_skipped: ClassVar[bool] = False
     in_graphs: ClassVar[bool] = True
 
@@ -89,7 +89,7 @@ class Masked(KVPolicy):
             self._last = _LastStep.none()
 
     def layer_lengths(self, req_id: str) -> np.ndarray:
-        """[num_layers], tokens that each layer holds of a request."""
+        """[num_layers], the number of a request's tokens that each layer holds."""
         return self._lens[self._slot[req_id]].copy()
 
     def places(self, batch: StepBatch) -> RunPlaces:
@@ -100,7 +100,7 @@ class Masked(KVPolicy):
             slots = np.array([self._enter(batch, row) for row in range(len(batch.req_ids))], dtype=np.int64)
             self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots)
         last, slots = self._last, self._last.slots
-        if self._repeated and batch.num_tokens == len(slots):  # decoding goes on, each layer by one token or none
+        if self._repeated and batch.num_tokens == len(slots):  # a decode step: one token more or none in each layer
             assert last.mask is not None
             assert last.places is not None
             self._lens[slots] += last.mask
@@ -110,7 +110,7 @@ class Masked(KVPolicy):
         held, first_block = self._lens[slots], self._first_block[slots]
         count = batch.run_mask * batch.run_length[:, None].astype(np.int32)
         before = held
-        if len(count) > len(slots):  # a request with several runs: each starts behind those before it
+        if len(count) > len(slots):  # a request has several runs: each starts after the ones before it
             behind = np.cumsum(count, axis=0, dtype=np.int32) - count
             before = held[batch.run_request] + behind - behind[batch.first_run][batch.run_request]
             first_block = first_block[batch.run_request]
@@ -123,11 +123,11 @@ class Masked(KVPolicy):
 
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
         same = self._last.same_views(batch) if self._repeated else None
-        self._last.views = same or _views_at(batch, places)
+        self._last.views = same or packed_views(batch, places)
         return self._last.views
 
     def _enter(self, batch: StepBatch, row: int) -> int:
-        """Slot of the request in `row`, its state checked against the plan and made ready for the step."""
+        """Index of the state of the request in `row`, checked against the plan and prepared for the step."""
         req_id, plan = batch.req_ids[row], batch.plans[row]
         num_computed = int(batch.num_computed_tokens[row])
         slot = self._slot.get(req_id)
@@ -165,44 +165,3 @@ class Masked(KVPolicy):
             self._num_tokens = np.concatenate([self._num_tokens, np.zeros_like(self._num_tokens)])
             self._uniform += [None] * size
         return self._free.pop()
-
-
-def _views_at(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
-    """A view per layer. Layers whose runs have the same places share one."""
-    runs_it = places.first_position >= 0
-    keys = places.first_position
-    if places.first_block is not None:
-        keys = np.concatenate([keys, places.first_block * runs_it], axis=1)
-    distinct: dict[bytes, int] = {}
-    view_of_layer = [distinct.setdefault(key, len(distinct)) for key in map(bytes, np.ascontiguousarray(keys))]
-    views, own = [], []
-    for layer in (view_of_layer.index(view) for view in range(len(distinct))):
-        executes = runs_it[layer]
-        if not executes.any():
-            views.append(LayerView(rows_np=batch.token_rows(executes)))
-            continue
-        shifted = places.first_block is not None and places.first_block[layer][executes].any()
-        if not executes.all() or shifted or not np.array_equal(places.first_position[layer], batch.run_position):
-            own.append(layer)
-        views.append(LayerView())  # right if every token so far executed the layer: vLLM's own metadata
-    if own:
-        all_slots = batch.layer_slots(places.of(own))
-        for layer, slots in zip(own, all_slots):
-            views[view_of_layer[layer]] = _own_view(batch, places.of([layer]), slots)
-    return [views[view] for view in view_of_layer]
-
-
-def _own_view(batch: StepBatch, places: RunPlaces, slots: torch.Tensor) -> LayerView:
-    """A view with rows, lengths and slots of its own. places: of one layer. slots: [num_tokens]."""
-    executes = places.first_position[0] >= 0
-    count = np.add.reduceat(batch.run_length * executes, batch.first_run)
-    seq_lens = np.maximum.reduceat((places.first_position[0] + batch.run_length) * executes, batch.first_run)
-    reqs = np.flatnonzero(count)
-    first_block = None if places.first_block is None else places.first_block[0][batch.first_run][reqs]
-    tables = batch.tables(reqs, int(seq_lens.max()), first_block)
-    if executes.all():
-        return LayerView(attn_metadata=batch.metadata(count, seq_lens, tables, slots), slot_mapping=slots)
-    rows = batch.token_rows(executes)
-    rows_device = batch.to_device(rows)
-    slots = slots.index_select(0, rows_device)
-    return LayerView(rows, rows_device, batch.metadata(count[reqs], seq_lens[reqs], tables, slots), slots)

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+from vllm_buddy.method.kv_policy import ZERO, KVPolicyName
 from vllm_buddy.serving.kv.aligned import Aligned
 from vllm_buddy.serving.kv.base import LayerView
 
@@ -9,7 +10,7 @@ from vllm_buddy.serving.kv.base import LayerView
 class Zero(Aligned):
     """For reproduction of the paper's numbers."""
 
-    name: ClassVar[str] = "zero"
+    name: ClassVar[KVPolicyName] = ZERO
     writes_skipped: ClassVar[bool] = True
     in_graphs: ClassVar[bool] = False  # a row that ran through the layer would leave what it computed
 

@@ -1,7 +1,7 @@
-"""Outcome per request and `vllm_buddy:*` metrics.
+"""The `vllm_buddy:*` metrics, from the scheduler's process to the API server's /metrics.
 
-The scheduler's process measures, the API server's process is scraped. The first writes its metrics in Prometheus'
-text form to a file, at most once a second and when it runs out of work; the second reads the files on a scrape.
+The scheduler's process measures and the API server's process is scraped. The first writes its metrics to a file in
+Prometheus' text format, at most once a second and when it runs out of work. The second reads the files on a scrape.
 """
 
 import atexit
@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from vllm_buddy.method import RequestRoute
+from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import Executed
 
 if TYPE_CHECKING:
@@ -29,57 +30,14 @@ _BUDGET_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0)
 _SECONDS_BUCKETS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
-class Outcome:
-    """What one request got: its budget, and the layers that its tokens executed as counted in the engine.
-
-    price: the one at which budget "auto" was decided; None if the budget was given as a number.
-    """
-
-    def __init__(self, budget: float, depth: int, price: float | None = None) -> None:
-        self.budget = budget
-        self.depth = depth
-        self.price = price
-        self.num_tokens = 0
-        self._total = 0
-        self._fewest: int | None = None
-        self._most: int | None = None
-
-    def add(self, executed: Executed) -> None:
-        """Count one step's tokens."""
-        self.num_tokens += executed.num_tokens
-        self._total += executed.total
-        self._fewest = executed.fewest if self._fewest is None else min(self._fewest, executed.fewest)
-        self._most = executed.most if self._most is None else max(self._most, executed.most)
-
-    @property
-    def mean_layers(self) -> float | None:
-        return self._total / self.num_tokens if self.num_tokens else None
-
-    def as_dict(self, route: RequestRoute) -> dict[str, Any]:
-        """The form it has in the response, under kv_transfer_params["buddy"]."""
-        return {
-            "budget": self.budget,
-            "depth": self.depth,
-            "auto": self.price is not None,
-            "price": self.price,
-            "lowered_to": route.depth if route.lowered else None,
-            "layers_executed_mean": self.mean_layers,
-            "layers_executed_min": self._fewest,
-            "layers_executed_max": self._most,
-            "tokens": self.num_tokens,
-            "distinct_paths": route.num_distinct_paths,
-            "reroutes": route.num_reroutes,
-        }
-
-
 class EngineMetrics:
-    """The metrics of one engine, in a registry of their own. has_auto: with those of budget "auto"."""
+    """The metrics of one engine, in a registry of their own. has_auto: whether to include those of budget "auto"."""
 
     def __init__(self, num_layers: int, engine: int, export_to: Path | None, *, has_auto: bool) -> None:
         self._registry = CollectorRegistry()
         self._export_to = export_to
         self._next_export = 0.0
-        self.routing_seconds = 0.0  # in all, for benchmarks
+        self.routing_seconds = 0.0  # total, read by benchmarks
         layers = [float(n) for n in range(1, num_layers + 1)]
         self._budget = self._histogram("budget", "Budget of finished requests.", _BUDGET_BUCKETS, engine)
         self._layers = self._histogram(
@@ -114,7 +72,7 @@ class EngineMetrics:
         return cls(limits.num_layers, engine, export_to, has_auto=limits.auto is not None)
 
     def observe_request(self, outcome: Outcome, route: RequestRoute) -> None:
-        """A request ended, finished or aborted."""
+        """Count a request that has ended, whether it finished or was aborted."""
         self._budget.observe(outcome.budget)
         if outcome.price is not None:
             self._auto_budget.observe(outcome.budget)
@@ -124,12 +82,12 @@ class EngineMetrics:
         self._decisions.inc(route.num_decisions)
 
     def observe_routing(self, seconds: float) -> None:
-        """One arriving request or one step was routed."""
+        """Count the time that routing one arriving request, or one step, took."""
         self._routing.observe(seconds)
         self.routing_seconds += seconds
 
     def show_load(self, level: float, price: float) -> None:
-        """The load, and the price of budget "auto" under it, are these now."""
+        """Set the level of load and the price of budget "auto" that it leads to."""
         self._load.set(level)
         self._auto_price.set(price)
 
@@ -143,7 +101,7 @@ class EngineMetrics:
         self._skipped.inc(tokens * num_layers - total)
 
     def export(self, *, idle: bool) -> None:
-        """Write the file for the API server's process, if it is time."""
+        """Write the file for the API server's process, at most once a second unless the engine is idle."""
         if self._export_to is None or (time.monotonic() < self._next_export and not idle):
             return
         self._next_export = time.monotonic() + _EXPORT_INTERVAL_S
@@ -151,7 +109,7 @@ class EngineMetrics:
         try:
             partial.write_bytes(generate_latest(self._registry))
             partial.replace(self._export_to)
-        except OSError:  # the API server has gone and taken the folder with it
+        except OSError:  # the API server has ended and removed the folder
             self._export_to = None
 
     def _counter(self, name: str, description: str, engine: int) -> Counter:
@@ -169,7 +127,7 @@ class EngineMetrics:
 
 
 class _EngineFiles(Collector):
-    """Reads what the engines wrote, on each scrape."""
+    """Reads the files of all engines on each scrape."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -186,7 +144,7 @@ class _EngineFiles(Collector):
 
 
 def export_from_this_process(instance_id: str) -> None:
-    """Make this process, which serves /metrics, collect the metrics of the engines it is about to start."""
+    """Let this process, which serves /metrics, collect the metrics of the engines that it is about to start."""
     if _multiprocess():
         return
     folder = Path(tempfile.mkdtemp(prefix=f"vllm_buddy-{instance_id}-"))

@@ -1,4 +1,4 @@
-"""The plan: all paths of one engine step. Made by the scheduler, sent to every worker with its output."""
+"""The plan: the paths of all tokens of one engine step, sent from the scheduler to every worker."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ from vllm_buddy.method import LayerPath, Run
 
 
 class RequestPlan(NamedTuple):
-    """What one request executes in this step.
+    """What one request executes in one step.
 
-    runs: cover the tokens scheduled for it, in order.
-    cached_path: set when the request starts, or starts again after a preemption: the one path that all its
-        tokens found in the prefix cache have executed. None while it goes on.
+    runs: cover the tokens scheduled for it, in order of position.
+    cached_path: set in the step in which the request starts, or resumes after a preemption: the one path that all its
+        tokens found in the prefix cache have executed. None in all other steps.
     """
 
     runs: tuple[Run, ...]
@@ -19,13 +19,13 @@ class RequestPlan(NamedTuple):
 
 StepPlan = dict[str, RequestPlan]
 
-# The attribute of vLLM's SchedulerOutput, and of its ModelRunnerOutput on the way back.
+# Attributes of vLLM's SchedulerOutput, and of its ModelRunnerOutput on the way back.
 PLAN_ATTRIBUTE = "buddy_plan"
 EXECUTED_ATTRIBUTE = "buddy_executed"
 
 
 class Executed(NamedTuple):
-    """Layers that a request's tokens really executed in one step, counted where they ran."""
+    """Layers that a request's tokens executed in one step, counted where they ran."""
 
     num_tokens: int
     total: int

@@ -1,9 +1,9 @@
-"""Prefix caching of routed requests: what may be published, and to whom.
+"""Prefix caching of routed requests: which blocks a request may publish, and which requests may find them.
 
-The KV of a token depends on the paths of all tokens before it. So cached blocks are shared within one path only:
-block hashes are salted with (artifact, KV policy, path of the prompt), and a request publishes and looks up only
-the blocks whose tokens, and all tokens before them, ran that one path. Requests at full depth carry no salt and
-share with all others at full depth, as in stock vLLM.
+The KV of a token depends on the paths of all tokens before it. So cached blocks are shared within one path only: block
+hashes are salted with (artifact, KV policy, path of the prompt), and a request publishes and looks up only blocks whose
+tokens, and all tokens before them, ran that one path. Requests at full depth carry no salt and share blocks with all
+others at full depth, as in stock vLLM.
 """
 
 from collections.abc import Callable
@@ -11,33 +11,31 @@ from typing import Any
 
 from vllm.v1.request import Request
 
+from vllm_buddy.serving.compat import rehash_blocks, stop_hashing
+
 TokenLimit = Callable[[Request, int], int]
 
 
 def salt(request: Request, key: str) -> None:
-    """Make `key` part of the request's block hashes, beside a salt of the user's own."""
-    # A pair and not a string: a user can send any string, this one's too, and must not reach a path's blocks with it.
-    request.cache_salt = (request.cache_salt, key)
-    # vLLM hashed the prompt in the constructor, before the path was known.
-    request.block_hashes = []
-    request.update_block_hashes()
+    """Make `key` part of the request's block hashes, beside a salt that the user may have sent."""
+    # A pair, not a string: a user can send any string, so a string could be made to reach the blocks of a path.
+    rehash_blocks(request, (request.cache_salt, key))
 
 
 def end_hash_chain(request: Request, num_blocks: int) -> None:
-    """Keep the hashes of the first num_blocks blocks and add no more.
+    """Keep the hashes of the first num_blocks blocks and add no more, because what follows ran another path.
 
-    What follows ran another path. Without this a request resumed after a preemption could find blocks beyond
-    its change of path, published by a request that has the same tokens in its prompt.
+    Otherwise a request that resumes after a preemption could find blocks beyond its change of path, published by a
+    request that has the same tokens in its prompt.
     """
-    del request.block_hashes[num_blocks:]
-    request._block_hasher = None
+    stop_hashing(request, num_blocks)
 
 
 def limit_publishing(coordinator: Any, limit: TokenLimit) -> None:
     """Publish only the first limit(request, num_tokens) tokens of a request.
 
-    coordinator: vLLM's KVCacheCoordinator, through which all publishing goes (when slots are allocated and,
-        under asynchronous scheduling, when tokens arrive).
+    coordinator: vLLM's KVCacheCoordinator. All publishing goes through its cache_blocks: when slots are allocated and,
+        under asynchronous scheduling, when tokens arrive.
     """
     publish = coordinator.cache_blocks
 

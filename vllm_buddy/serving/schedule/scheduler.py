@@ -1,4 +1,8 @@
-"""Routing, in vLLM's scheduler: the router's input is token ids, so the plan is made before the step."""
+"""vLLM's scheduler with routing: decides which layers each token of the next step executes.
+
+The router reads token ids only, so all decisions are made here, on the host, before the step. The plan goes to the
+workers with vLLM's SchedulerOutput, and the layers executed come back with its ModelRunnerOutput.
+"""
 
 import time
 from dataclasses import dataclass
@@ -12,13 +16,15 @@ from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import RequestRoute
-from vllm_buddy.serving.admission.chooser import AutoBudget, budget_chooser
-from vllm_buddy.serving.admission.options import FixedBudget, RequestLimits, context_tokens
-from vllm_buddy.serving.schedule.metrics import EngineMetrics, Outcome
+from vllm_buddy.serving.admission.chooser import BudgetChooser
+from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
+from vllm_buddy.serving.admission.options import context_tokens
+from vllm_buddy.serving.compat import finished_params
+from vllm_buddy.serving.schedule.metrics import EngineMetrics
+from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.schedule.prefix_cache import end_hash_chain, limit_publishing, salt
-from vllm_buddy.serving.start.hook import engine_settings
-from vllm_buddy.serving.start.settings import BuddySettings
+from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,11 +34,17 @@ else:
 
 
 @dataclass
-class _Auto:
-    """A request of budget "auto": what it allows, and the highest price at which it was decided."""
+class RoutedRequest:
+    """What the scheduler keeps of a request, from its arrival to its end.
 
-    asked: AutoBudget
-    price: float
+    asked: what it lets "auto" choose; None for a budget that is a number.
+    price: the highest at which "auto" was decided for it so far.
+    """
+
+    route: RequestRoute
+    outcome: Outcome
+    asked: AutoBudget | None = None
+    price: float = 0.0
 
 
 class _Routing(_Base):
@@ -47,13 +59,11 @@ class _Routing(_Base):
         self._router = artifact.router(library=settings.library)
         self._schedule = artifact.schedule(settings.route_every, _decision_lag(settings, vllm_config))
         self._salt_prefix = f"{artifact.digest}:{settings.kv_policy}"
-        self._routes: dict[str, RequestRoute] = {}
-        self._outcomes: dict[str, Outcome] = {}
-        self._auto: dict[str, _Auto] = {}
+        self._routed: dict[str, RoutedRequest] = {}  # by request id
         self._routing_seconds = 0.0  # of the current step
         self._metrics = EngineMetrics.for_engine(vllm_config)
-        self._chooser = budget_chooser(settings, artifact, self._limits.auto)
-        self._lowers_running = settings.load_lowers_running
+        self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
+        self._lowers_running = settings.load is not None and settings.load.lowers_running
         self._observe_load()
         self._metrics.export(idle=True)
         limit_publishing(self.kv_cache_manager.coordinator, self._publishable_tokens)
@@ -61,58 +71,58 @@ class _Routing(_Base):
     # --- one request -------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        """Decide the paths of the prompt, and make the first part of the request's prefix-cache keys."""
+        """Decide the paths of the prompt, and salt the request's prefix-cache keys with its path."""
         if request.request_id not in self.requests:
             started = time.perf_counter()
-            outcome, num_context = self._decide_budget(request)
-            route = RequestRoute(self._router, self._schedule, outcome.depth, request.all_token_ids, num_context)
-            self._routes[request.request_id] = route
-            self._outcomes[request.request_id] = outcome
-            if route.first_path != self._router.full:
-                salt(request, f"{self._salt_prefix}:{route.first_path:x}")
-                # The path may change within the prompt, which must not find blocks beyond that.
+            routed = self._routed[request.request_id] = self._route(request)
+            if routed.route.first_path != self._router.full:
+                salt(request, f"{self._salt_prefix}:{routed.route.first_path:x}")
+                # If the path changes within the prompt, the request must not look up blocks after the change.
                 self._publishable_tokens(request, request.num_tokens)
             self._metrics.observe_routing(time.perf_counter() - started)
         super().add_request(request)
 
-    def _decide_budget(self, request: Request) -> tuple[Outcome, int | None]:
-        """Budget and depth of an arriving request, and how much of its prompt they depend on; None is all of it."""
+    def _route(self, request: Request) -> RoutedRequest:
+        """Decide budget, depth and first path of an arriving request."""
         assert request.sampling_params is not None  # generation models only, checked at start
         if request.resumable:
-            # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by.
-            return Outcome(1.0, self._limits.num_layers), None
+            # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by. One that
+            # asks for a budget was refused.
+            depth = self._limits.num_layers
+            return RoutedRequest(self._new_route(request, depth, None), Outcome(1.0, depth))
         extra_args = request.sampling_params.extra_args
         asked = self._limits.resolve(extra_args)
         num_context = context_tokens(extra_args)
         if isinstance(asked, FixedBudget):
-            return Outcome(asked.budget, asked.depth), num_context
+            return RoutedRequest(self._new_route(request, asked.depth, num_context), Outcome(asked.budget, asked.depth))
         assert self._chooser is not None  # "auto" was refused otherwise
         self._observe_load()
         choice = self._chooser.choose(asked, request.all_token_ids[:num_context])
-        self._auto[request.request_id] = _Auto(asked, choice.price)
-        return Outcome(*choice), num_context
+        route = self._new_route(request, choice.depth, num_context)
+        return RoutedRequest(route, Outcome(*choice), asked, choice.price)
+
+    def _new_route(self, request: Request, depth: int, num_context: int | None) -> RequestRoute:
+        return RequestRoute(self._router, self._schedule, depth, request.all_token_ids, num_context)
 
     def _publishable_tokens(self, request: Request, num_tokens: int) -> int:
         """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""
-        route = self._routes[request.request_id]
+        route = self._routed[request.request_id].route
         started = time.perf_counter()
         route.decide(num_tokens, request.all_token_ids)
         self._routing_seconds += time.perf_counter() - started
         uniform = route.uniform_length
         if uniform is None:
             return num_tokens
-        # Even if it lies ahead: under asynchronous scheduling a path is decided before its token arrives.
+        # Also where the change lies ahead: under asynchronous scheduling a path is decided before its token arrives.
         end_hash_chain(request, uniform // self.hash_block_size)
         return min(uniform, num_tokens)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """Add the outcome to what the final response carries in kv_transfer_params."""
-        kv_params, ec_params = super()._free_request(request, *args, **kwargs)
-        route = self._routes.pop(request.request_id)
-        self._auto.pop(request.request_id, None)
-        outcome = self._outcomes.pop(request.request_id)
-        self._metrics.observe_request(outcome, route)
-        return {**(kv_params or {}), "buddy": outcome.as_dict(route)}, ec_params
+        """Add the outcome to the kv_transfer_params of the final response."""
+        freed = super()._free_request(request, *args, **kwargs)
+        routed = self._routed.pop(request.request_id)
+        self._metrics.observe_request(routed.outcome, routed.route)
+        return finished_params(freed, routed.outcome.as_dict(routed.route))
 
     # --- one step ----------------------------------------------------------------------------------------------
 
@@ -129,22 +139,22 @@ class _Routing(_Base):
         return output
 
     def _lower_running(self) -> None:
-        """Where the price has risen since, take requests of budget "auto" that decode to what it gives their prompts.
+        """Where the price has risen since it was decided, lower decoding requests of budget "auto" to the new choice.
 
-        Before vLLM schedules: it publishes blocks of the tokens that it schedules, by the paths that are decided then.
+        This comes before vLLM schedules the step: vLLM publishes the blocks of the tokens that it schedules, according
+        to the paths that are decided by then.
         """
         chooser = self._chooser
         if chooser is None or not self._lowers_running or chooser.level == 0:
             return
         started = time.perf_counter()
         for request in self.running:
-            auto = self._auto.get(request.request_id)
-            position = request.num_computed_tokens
-            if auto is None or position < request.num_prompt_tokens or chooser.price_of(auto.asked) <= auto.price:
+            routed, position = self._routed[request.request_id], request.num_computed_tokens
+            asked, route = routed.asked, routed.route
+            if asked is None or position < request.num_prompt_tokens or chooser.price_of(asked) <= routed.price:
                 continue
-            route = self._routes[request.request_id]
-            choice = chooser.choose(auto.asked, request.all_token_ids[: route.num_context_tokens])
-            auto.price = choice.price
+            choice = chooser.choose(asked, request.all_token_ids[: route.num_context_tokens])
+            routed.price = choice.price
             if choice.depth < route.depth:
                 route.lower(choice.depth, position, request.all_token_ids)
         self._routing_seconds += time.perf_counter() - started
@@ -154,18 +164,18 @@ class _Routing(_Base):
         starting |= output.scheduled_cached_reqs.resumed_req_ids
         plan: StepPlan = {}
         for req_id, num_tokens in output.num_scheduled_tokens.items():
-            request, route = self.requests[req_id], self._routes[req_id]
-            # vLLM has advanced num_computed_tokens past this step already.
+            request, route = self.requests[req_id], self._routed[req_id].route
+            # vLLM has already advanced num_computed_tokens to the end of this step.
             runs = route.runs(request.num_computed_tokens - num_tokens, num_tokens, request.all_token_ids)
             plan[req_id] = RequestPlan(tuple(runs), route.first_path if req_id in starting else None)
         return plan
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """Collect the layers really executed, before vLLM finishes the requests of this step."""
+        """Collect the layers executed, before vLLM finishes the requests of this step."""
         executed: dict[str, Executed] = getattr(model_runner_output, EXECUTED_ATTRIBUTE, {})
         for req_id, counts in executed.items():
-            if req_id in self._outcomes:
-                self._outcomes[req_id].add(counts)
+            if req_id in self._routed:
+                self._routed[req_id].outcome.add(counts)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._observe_load()
@@ -175,12 +185,12 @@ class _Routing(_Base):
     def _observe_load(self) -> None:
         """Let the price of budget "auto" follow the load: at each arrival that it decides, and after each step.
 
-        The last step of a server that runs out of work leaves no load.
+        The last step before the server runs out of work leaves no load.
         """
         if self._chooser is None:
             return
         num_running, num_waiting = self.get_request_counts()
-        # A streaming-input session without input waits for its client.
+        # A streaming-input session without input waits for its client, not for the server.
         num_waiting -= self.num_waiting_for_streaming_input
         self._chooser.observe(num_waiting, num_running, self.kv_cache_manager.usage)
         self._metrics.show_load(self._chooser.level, self._chooser.price)
@@ -195,7 +205,7 @@ class BuddyAsyncScheduler(_Routing, AsyncScheduler):
 
 
 def make_scheduler(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Scheduler:
-    """Build the routing scheduler of the kind vLLM would have built. Called where vLLM expects a class."""
+    """Build the routing scheduler of the kind that vLLM would have built. vLLM expects a class here."""
     cls = BuddyAsyncScheduler if vllm_config.scheduler_config.async_scheduling else BuddyScheduler
     return cls(vllm_config, *args, **kwargs)
 

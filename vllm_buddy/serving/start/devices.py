@@ -1,38 +1,44 @@
-"""What serving uses of the device it runs on: kernels and CUDA graphs. Nothing is left out silently."""
+"""Fills in the settings that depend on the device: which kernels, whether CUDA graphs, for which batch sizes.
 
-from typing import TYPE_CHECKING, Any
+What was asked for and cannot be had refuses the start; nothing is left out silently.
+"""
+
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.platforms import current_platform
 from vllm_buddy_kernels import why_unavailable
 
 from vllm_buddy.errors import SettingsError
-from vllm_buddy.serving.start.settings import BuddySettings
+from vllm_buddy.serving.start.settings import BuddySettings, GraphSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_MOST_ROWS = 256  # beyond, a step is long enough to launch its kernels one by one
+_MOST_ROWS = 256  # a larger step takes long enough to launch its kernels one by one
 
 
 def with_device_settings(settings: BuddySettings, vllm_config: "VllmConfig") -> BuddySettings:
-    """The settings with those filled in that depend on the device.
+    """The settings with `kernels`, `graphs.enabled` and `graphs.sizes` filled in for this device.
 
     Raises:
-        SettingsError: what was asked for cannot be had here; names the setting to use instead.
+        SettingsError: a setting cannot be fulfilled here; names the setting to use instead.
     """
     kernels = _kernels(settings)
+    graphs = settings.graphs
     why_not = _why_no_graphs(settings, kernels, vllm_config)
-    if settings.cuda_graphs and why_not:
-        raise SettingsError(f'"cuda_graphs": true cannot be had: {why_not}; leave it out or set it to false')
-    if settings.cuda_graphs is False:
+    if graphs.enabled and why_not:
+        raise SettingsError(f'"graphs.enabled": true cannot be had: {why_not}; leave it out or set it to false')
+    if graphs.enabled is False:
         why_not = "they are switched off"
-    updates: dict[str, Any] = {"kernels": kernels, "cuda_graphs": why_not is None}
     if why_not is None:
-        updates["graph_sizes"] = _sizes(settings, vllm_config.scheduler_config.max_num_seqs)
-    elif of_graphs := [name for name in ("graph_sizes", "graph_memory_mib") if name in settings.model_fields_set]:
-        raise SettingsError(f"{', '.join(of_graphs)} without CUDA graphs: {why_not}")
-    return settings.model_copy(update=updates)
+        sizes = _sizes(graphs, vllm_config.scheduler_config.max_num_seqs)
+        graphs = graphs.model_copy(update={"enabled": True, "sizes": sizes})
+    elif useless := sorted(f"graphs.{name}" for name in graphs.model_fields_set - {"enabled"}):
+        raise SettingsError(f"{', '.join(useless)} without CUDA graphs: {why_not}")
+    else:
+        graphs = graphs.model_copy(update={"enabled": False})
+    return settings.model_copy(update={"kernels": kernels, "graphs": graphs})
 
 
 def _kernels(settings: BuddySettings) -> str | None:
@@ -59,15 +65,15 @@ def _why_no_graphs(settings: BuddySettings, kernels: str | None, vllm_config: "V
     return None
 
 
-def _sizes(settings: BuddySettings, max_num_seqs: int) -> tuple[int, ...]:
-    """Up to the largest batch, in steps of at most half: rows that pad cost little where weights are what is read."""
-    if settings.graph_sizes is not None:
-        if settings.graph_sizes[-1] > max_num_seqs:
+def _sizes(graphs: GraphSettings, max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes to capture. Each is at most twice the one before: padding is cheap where weights are what is read."""
+    if graphs.sizes is not None:
+        if graphs.sizes[-1] > max_num_seqs:
             raise SettingsError(
-                f"graph_sizes go to {settings.graph_sizes[-1]}, but no step has more sequences than --max-num-seqs "
+                f"graphs.sizes go to {graphs.sizes[-1]}, but no step has more sequences than --max-num-seqs "
                 f"{max_num_seqs}"
             )
-        return settings.graph_sizes
+        return graphs.sizes
     most = min(max_num_seqs, _MOST_ROWS)
     sizes = [size for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256) if size < most]
     return (*sizes, most)

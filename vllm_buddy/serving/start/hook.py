@@ -11,21 +11,18 @@ from vllm.platforms import current_platform
 from vllm_buddy.artifact import Artifact, load_artifact, shipped_artifacts
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.errors import ArtifactError, SettingsError, UnsupportedError
-from vllm_buddy.method import smallest_budget
-from vllm_buddy.serving.admission.chooser import auto_limits
-from vllm_buddy.serving.admission.options import RequestLimits
+from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
-from vllm_buddy.serving.schedule import metrics
+from vllm_buddy.serving.schedule import SCHEDULER, metrics
 from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.refusals import refuse_unsupported
-from vllm_buddy.serving.start.settings import CONFIG_KEY, BuddySettings, parse_settings
+from vllm_buddy.serving.start.settings import CONFIG_KEY, parse_settings
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
-SCHEDULER = "vllm_buddy.serving.schedule.scheduler.make_scheduler"
 CPU_WORKER = "vllm_buddy.serving.worker.worker.BuddyCPUWorker"
 GPU_WORKER = "vllm_buddy.serving.worker.worker.BuddyGPUWorker"
 
@@ -67,18 +64,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
                 artifact.config.name,
                 trained[0],
             )
-        router = artifact.router(library=settings.library)
-        num_layers = artifact.config.base_model.num_layers
-        floor = smallest_budget(num_layers)
-        min_budget = max(settings.min_budget or floor, floor)
-        limits = RequestLimits(
-            num_layers=num_layers,
-            default_budget=settings.default_budget,
-            min_budget=min_budget,
-            depths=None if router.depths is None else tuple(router.depths),
-            auto=auto_limits(settings, artifact, min_budget),
-        )
-        limits.resolve(None)  # the default must be allowed too
+        limits = RequestLimits.from_settings(settings, artifact)
         # Attributes of the config objects travel with them to every process; additional_config alone is hashed.
         vllm_config.model_config.buddy_limits = limits
         vllm_config.additional_config = {
@@ -96,16 +82,11 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             artifact.digest,
             settings.kv_policy,
             settings.kernels or "none",
-            "on" if settings.cuda_graphs else "off",
+            "on" if settings.graphs.enabled else "off",
             limits.default_budget,
             limits.min_budget,
             "" if limits.auto is None else f', "auto" chooses {limits.auto.summary()}',
         )
-
-
-def engine_settings(vllm_config: "VllmConfig") -> BuddySettings:
-    """The settings as the hook left them, artifact resolved to a folder. For the engine's processes."""
-    return parse_settings(vllm_config.additional_config)
 
 
 def resolve_artifact(name: str | None, vllm_config: "VllmConfig") -> Path:

@@ -1,10 +1,11 @@
-"""Features that cannot be combined with routing. Each is refused at start, with the reason."""
+"""Features of vLLM that cannot be combined with routing. Each is refused at start, with the reason."""
 
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS, why_not_attention_backend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,10 +19,10 @@ def _sliding_window(c: "VllmConfig") -> bool:
 
 def _attention_backend(c: "VllmConfig") -> bool:
     backend = c.attention_config.backend
-    return backend is not None and backend.name.startswith("FLASHINFER")
+    return backend is not None and why_not_attention_backend(backend.name) is not None
 
 
-# (name, is it asked for?, reason and way out)
+# Name of the feature, whether the configuration asks for it, why it cannot be had and what to do.
 _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
     (
         "a pooling or encoder model",
@@ -36,10 +37,10 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         "the packed KV cache of a layer holds executed tokens only, so a window over them is another window",
     ),
     (
-        "the FlashInfer attention backend",
+        "the attention backend",
         _attention_backend,
-        "it plans one batch layout at a time, and layers have different ones; "
-        "use --attention-backend FLASH_ATTN or TRITON_ATTN",
+        "layers cannot have metadata of their own with it; use --attention-backend with one of "
+        f"{', '.join(SUPPORTED_ATTENTION_BACKENDS)}",
     ),
     (
         "LoRA",

@@ -1,135 +1,115 @@
-"""Server settings: `--additional-config '{"buddy": {...}}'`."""
+"""The server's settings: the schema of `--additional-config '{"buddy": {...}}'`, and how it is read."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from vllm_buddy.errors import BudgetError, SettingsError
 from vllm_buddy.method import parse_budget
+from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 CONFIG_KEY = "buddy"
 AUTO: Literal["auto"] = "auto"
 
+# Settings that used to stand at the top level, and where they are.
+_MOVED = {
+    "auto_min": "auto.min",
+    "auto_max": "auto.max",
+    "price": "auto.price",
+    "load_price": "load.price",
+    "load_waiting": "load.waiting",
+    "load_running": "load.running",
+    "load_kv_use": "load.kv_use",
+    "load_floor": "load.floor",
+    "load_lowers_running": "load.lowers_running",
+    "load_hysteresis": "load.hysteresis",
+    "cuda_graphs": "graphs.enabled",
+    "graph_sizes": "graphs.sizes",
+    "graph_memory_mib": "graphs.memory_mib",
+}
+
+
+def _budget(value: Any) -> Any:
+    try:
+        return value if value is None else parse_budget(value)
+    except BudgetError as error:
+        raise ValueError(str(error)) from None
+
+
+def _budget_or_auto(value: Any) -> Any:
+    if value == AUTO:
+        return value
+    try:
+        return parse_budget(value)
+    except BudgetError as error:
+        raise ValueError(f'{error} or "{AUTO}"') from None
+
+
+def _tuple_of_json(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_Budget = Annotated[float, BeforeValidator(_budget)]
+_BudgetOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_budget_or_auto)]
 _Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Counts = Annotated[tuple[_Count, _Count], BeforeValidator(_tuple_of_json)]
+_Shares = Annotated[tuple[_Share, _Share], BeforeValidator(_tuple_of_json)]
+_Sizes = Annotated[tuple[_Size, ...], BeforeValidator(_tuple_of_json)]
 
 
-class BuddySettings(BaseModel):
-    """Server settings of vllm_buddy. The table in the README is generated from this schema."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    artifact: str | None = Field(
-        default=None,
-        description="Folder, hub id or name of a shipped artifact. Absent: the shipped artifact that fits the model.",
+
+class AutoSettings(_Section):
+    """What budget "auto" may choose, and at which price."""
+
+    min: _Budget | None = Field(
+        default=None, description='Smallest budget that "auto" may choose. Default: `min_budget`.'
     )
-    default_budget: float | Literal["auto"] = Field(
-        default=1.0,
-        description=(
-            'Budget of requests that send none: in (0, 1], or "auto", which the artifact\'s Budget Predictor chooses '
-            "for each prompt."
-        ),
-    )
-    min_budget: float | None = Field(
-        default=None, description="Smallest budget a request may ask for. Absent: three layers' worth."
-    )
-    kv_policy: Literal["masked", "kv_only", "zero"] = Field(
-        default="masked",
-        description=(
-            "What a skipped layer leaves in the KV cache. masked: no entry, nothing attends to it; kv_only: keys and "
-            "values projected from the hidden state that passes; zero: zeros, as in the paper."
-        ),
-    )
-    paths: Literal["free", "library"] | None = Field(
-        default=None,
-        description=(
-            "free: any layers. library: the router picks among the artifact's fixed list of paths per depth. Absent: "
-            "library if the artifact has a Decision Module and a library, else free."
-        ),
-    )
-    route_every: int | None = Field(
-        default=None,
-        ge=0,
-        description=(
-            "Decoded tokens between two decisions (R). 1: every token; 0: the prompt's path. Absent: what the artifact "
-            "says suits it, else 16."
-        ),
-    )
-    decision_lag: int | None = Field(
-        default=None,
-        ge=0,
-        description=(
-            "How many of the newest tokens a decision does not see. Absent: 0, or 1 under asynchronous scheduling, "
-            "which is the least it allows."
-        ),
-    )
-    kernels: Literal["triton", "reference"] | None = Field(
-        default=None,
-        description=(
-            "What moves and bypasses rows. triton: Triton kernels; reference: the same in plain PyTorch, slower. "
-            "Absent: triton on a GPU, and vLLM's compiled layers on CPU."
-        ),
-    )
-    cuda_graphs: bool | None = Field(
-        default=None,
-        description=(
-            "Whether decode steps are replayed as CUDA graphs, of each layer and of paths that recur. Absent: on a "
-            "GPU, unless `--enforce-eager`, another form of the kernels or a KV policy that cannot be captured (zero)."
-        ),
-    )
-    graph_sizes: tuple[_Size, ...] | None = Field(
-        default=None,
-        description=(
-            "Numbers of sequences for which decode steps are captured; steps are padded to the next, larger ones run "
-            "eagerly. Absent: 1, 2, 4, 8, then in growing steps to `--max-num-seqs`, at most 256."
-        ),
-    )
-    graph_memory_mib: _Count = Field(
-        default=1024,
-        description=(
-            "GPU memory that captured graphs may take, in MiB; the KV cache gets that much less. Paths that were not "
-            "used for longest are dropped first."
-        ),
-    )
-    auto_min: float | None = Field(
-        default=None, description='Smallest budget that "auto" may choose. Absent: `min_budget`.'
-    )
-    auto_max: float | None = Field(default=None, description='Largest budget that "auto" may choose. Absent: 1.0.')
+    max: _Budget | None = Field(default=None, description='Largest budget that "auto" may choose. Default: 1.0.')
     price: _Price | None = Field(
         default=None,
         description=(
             'Price of compute for "auto", in nats per token for all layers of the model; 0 takes the largest budget. '
-            "Absent: what the artifact says."
+            "Default: the artifact's own price."
         ),
     )
-    load_price: _Price | None = Field(
-        default=None,
-        description="Price when the server is fully loaded. Absent: the price does not follow the load.",
+
+
+class LoadSettings(_Section):
+    """How the price of budget "auto" follows the load of the server."""
+
+    price: _Price = Field(
+        description="Price when the server is fully loaded. Required: it makes the price follow the load."
     )
-    load_waiting: tuple[_Count, _Count] = Field(
+    waiting: _Counts = Field(
         default=(1, 8),
-        description="Waiting requests at which the price starts to rise, and at which it is `load_price`.",
+        description="Waiting requests at which the price starts to rise, and at which it reaches `load.price`.",
     )
-    load_running: tuple[_Count, _Count] | None = Field(
-        default=None, description="The same for running requests. Absent: they do not count."
+    running: _Counts | None = Field(
+        default=None, description="The same for running requests. Default: they do not count."
     )
-    load_kv_use: tuple[_Share, _Share] = Field(
-        default=(0.8, 0.95), description="The same for the share of the KV cache in use."
+    kv_use: _Shares = Field(default=(0.8, 0.95), description="The same for the share of the KV cache in use.")
+    floor: _Budget | None = Field(
+        default=None, description="Smallest budget that load alone leads to. Default: `auto.min`."
     )
-    load_floor: float | None = Field(
-        default=None, description="Smallest budget that load alone brings. Absent: `auto_min`."
-    )
-    load_lowers_running: bool = Field(
+    lowers_running: bool = Field(
         default=True,
         description=(
-            "Whether a load that rises lowers requests that run as well, from their next token on; they are not raised "
-            "again, and count in `load_running` themselves. false: load decides on arriving requests alone."
+            "Whether a rising load also lowers running requests, from their next token on. They are not raised again. "
+            "false: the load affects arriving requests only."
         ),
     )
-    load_hysteresis: float = Field(
+    hysteresis: float = Field(
         default=0.25,
         ge=0,
         lt=1,
@@ -139,82 +119,169 @@ class BuddySettings(BaseModel):
         ),
     )
 
-    @property
-    def library(self) -> bool | None:
-        """`paths` as Artifact.router takes it."""
-        return None if self.paths is None else self.paths == "library"
-
-    @property
-    def for_auto(self) -> list[str]:
-        """Those given that count for budget "auto" alone."""
-        return [name for name in self._given if name == "price" or name.startswith(("auto_", "load_"))]
-
-    @property
-    def _given(self) -> list[str]:
-        names = (name for name in type(self).model_fields if name in self.model_fields_set)
-        return [name for name in names if getattr(self, name) is not None]
-
-    @field_validator("default_budget", "min_budget", "auto_min", "auto_max", "load_floor", mode="before")
-    @classmethod
-    def _budget_in_range(cls, value: Any, info: ValidationInfo) -> Any:
-        is_default = info.field_name == "default_budget"
-        if (value is None and not is_default) or (value == AUTO and is_default):
-            return value
-        try:
-            return parse_budget(value)
-        except BudgetError as error:
-            raise ValueError(f'{error} or "{AUTO}"' if is_default else str(error)) from None
-
-    @field_validator("load_waiting", "load_running", "load_kv_use", "graph_sizes", mode="before")
-    @classmethod
-    def _tuple_of_json(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("load_waiting", "load_running", "load_kv_use")
+    @field_validator("waiting", "running", "kv_use")
     @classmethod
     def _ascending(cls, pair: tuple[float, float] | None) -> tuple[float, float] | None:
         if pair is not None and not pair[0] < pair[1]:
             raise ValueError("the first of the two must be the smaller")
         return pair
 
-    @field_validator("graph_sizes")
+
+class GraphSettings(_Section):
+    """Decode steps as CUDA graphs."""
+
+    enabled: bool | None = Field(
+        default=None,
+        description=(
+            "Whether decode steps are replayed as CUDA graphs, of single layers and of recurring paths. Default: true "
+            "on a GPU, unless `--enforce-eager`, the reference kernels or a KV policy that cannot be captured (zero)."
+        ),
+    )
+    sizes: _Sizes | None = Field(
+        default=None,
+        description=(
+            "Numbers of sequences for which decode steps are captured. A step is padded to the next size; larger steps "
+            "run eagerly. Default: 1, 2, 4, 8, then in growing steps to `--max-num-seqs`, at most 256."
+        ),
+    )
+    memory_mib: _Count = Field(
+        default=1024,
+        description=(
+            "GPU memory for captured graphs, in MiB, taken from the KV cache. The least recently used paths are "
+            "dropped first."
+        ),
+    )
+
+    @field_validator("sizes")
     @classmethod
     def _growing(cls, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if sizes is not None and (not sizes or list(sizes) != sorted(set(sizes))):
-            raise ValueError("sizes must grow from one to the next, and there must be one")
+            raise ValueError("sizes must be at least one, in ascending order and without repetition")
         return sizes
 
-    @model_validator(mode="after")
-    def _load_is_switched_on(self) -> "BuddySettings":
-        of_load = [name for name in self._given if name.startswith("load_")]
-        if of_load and self.load_price is None:
-            raise ValueError(f"{', '.join(of_load)} without load_price, which switches the price under load on")
-        return self
+
+class BuddySettings(_Section):
+    """All server settings. The table of settings in the documentation is generated from this schema."""
+
+    artifact: str | None = Field(
+        default=None,
+        description="Folder, hub id or name of a shipped artifact. Default: the shipped artifact that fits the model.",
+    )
+    default_budget: _BudgetOrAuto = Field(
+        default=1.0,
+        description=(
+            'Budget of requests that name none: a number in (0, 1], or "auto", which lets the artifact\'s Budget '
+            "Predictor choose one for each prompt."
+        ),
+    )
+    min_budget: _Budget | None = Field(
+        default=None, description="Smallest budget that a request may ask for. Default: three layers' worth."
+    )
+    kv_policy: KVPolicyName = Field(
+        default=MASKED,
+        description=(
+            "What a token leaves in the KV cache of a layer that it skips. masked: no entry, nothing attends to it; "
+            "kv_only: keys and values projected from the hidden state that passes; zero: zeros, as in the paper."
+        ),
+    )
+    paths: Literal["free", "library"] | None = Field(
+        default=None,
+        description=(
+            "free: any set of layers. library: the router picks from the artifact's fixed list of paths per depth. "
+            "Default: library if the artifact has a Decision Module and a library, else free."
+        ),
+    )
+    route_every: _Count | None = Field(
+        default=None,
+        description=(
+            "Decoded tokens between two routing decisions (R). 1: every token; 0: the prompt's path throughout. "
+            "Default: the artifact's own value, else 16."
+        ),
+    )
+    decision_lag: _Count | None = Field(
+        default=None,
+        description=(
+            "Number of newest tokens that a decision does not see. Default: 0, or 1 under asynchronous scheduling, "
+            "which is the least possible there."
+        ),
+    )
+    kernels: Literal["triton", "reference"] | None = Field(
+        default=None,
+        description=(
+            "What moves rows and computes bypasses. triton: Triton kernels; reference: the same in plain PyTorch, "
+            "slower. Default: triton on a GPU, vLLM's compiled layers on CPU."
+        ),
+    )
+    auto: AutoSettings = AutoSettings()
+    load: LoadSettings | None = None
+    graphs: GraphSettings = GraphSettings()
+
+    @property
+    def library(self) -> bool | None:
+        """`paths` in the form of Artifact.router's argument."""
+        return None if self.paths is None else self.paths == "library"
+
+    @property
+    def for_auto(self) -> list[str]:
+        """Names of the given settings that concern budget "auto" alone."""
+        names = [
+            f"auto.{name}" for name, value in self.auto if name in self.auto.model_fields_set and value is not None
+        ]
+        return names if self.load is None else [*names, "load"]
+
+
+def known_settings() -> dict[str, FieldInfo]:
+    """The fields of all settings by name, those of a section as `section.name`."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in BuddySettings.model_fields.items():
+        section = _section_of(field.annotation)
+        fields |= {name: field} if section is None else {f"{name}.{n}": f for n, f in section.model_fields.items()}
+    return fields
 
 
 def parse_settings(additional_config: Any) -> BuddySettings:
     """Settings from vLLM's additional_config.
 
     Raises:
-        SettingsError: an unknown key, a wrong type or a value out of range; lists the known keys.
+        SettingsError: an unknown key, a wrong type or a value out of range; lists the known keys. A key that has moved
+            into a section is answered with its new name.
     """
     if not isinstance(additional_config, Mapping):
         raise SettingsError(f"additional_config must be a JSON object, found {type(additional_config).__name__}")
     raw = additional_config.get(CONFIG_KEY, {})
-    known = ", ".join(BuddySettings.model_fields)
+    known = ", ".join(known_settings())
     if not isinstance(raw, Mapping):
         raise SettingsError(f"additional_config['{CONFIG_KEY}'] is {raw!r}; expected an object with keys {known}")
+    if moved := [f"'{key}' is now '{_MOVED[key]}'" for key in raw if key in _MOVED]:
+        section, name = _MOVED[next(key for key in raw if key in _MOVED)].split(".")
+        raise SettingsError(
+            f"additional_config['{CONFIG_KEY}']: {'; '.join(moved)}. Write it as "
+            f'{{"{CONFIG_KEY}": {{"{section}": {{"{name}": ...}}}}}}. Known keys: {known}'
+        )
     try:
         return BuddySettings(**raw)
     except (ValidationError, TypeError) as error:
-        problems = (
-            [
-                f"'{'.'.join(map(str, e['loc']))}': {e['msg']} (found {e['input']!r})" if e["loc"] else e["msg"]
-                for e in error.errors()
-            ]
-            if isinstance(error, ValidationError)
-            else [str(error)]
-        )
+        problems = list(map(_problem, error.errors())) if isinstance(error, ValidationError) else [str(error)]
         raise SettingsError(
             f"additional_config['{CONFIG_KEY}'] is not valid: {'; '.join(problems)}. Known keys: {known}"
         ) from None
+
+
+def engine_settings(vllm_config: "VllmConfig") -> BuddySettings:
+    """The settings as the config hook left them, for the processes of the engine. `artifact` is a folder there."""
+    return parse_settings(vllm_config.additional_config)
+
+
+def _problem(details: Any) -> str:
+    """One error of pydantic's as `'key': what is wrong (found value)`."""
+    if not details["loc"]:
+        return str(details["msg"])
+    name = ".".join(map(str, details["loc"]))
+    if details["type"] == "missing":
+        return f"'{name}' is required (found {details['input']!r})"
+    return f"'{name}': {details['msg']} (found {details['input']!r})"
+
+
+def _section_of(annotation: Any) -> type[_Section] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None)

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_buddy.serving.compat import runner_output
 from vllm_buddy.serving.worker.batch import StepBatch
-from vllm_buddy.serving.worker.state import RoutedSteps, check_attention
+from vllm_buddy.serving.worker.state import WorkerState
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -16,84 +17,83 @@ else:
 
 
 class BuddyModelState(DefaultModelState):
-    """vLLM's state of a decoder-only model, with the routed steps. The model names it (get_model_state_cls)."""
+    """vLLM's state of a decoder-only model, plus the worker's own. The model names it (get_model_state_cls)."""
 
     def __init__(self, vllm_config: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, model, *args, **kwargs)
-        self.steps = RoutedSteps(vllm_config)
-        self.block_size = 0  # of the KV cache, in tokens
-        self._attention: tuple[torch.Tensor, torch.Tensor, Any] | None = None
+        self.buddy_state = WorkerState(vllm_config)
+        self._block_size = 0
+        self._block_table: torch.Tensor | None = None
+        self._slot_mapping: torch.Tensor | None = None
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        self.block_size = block_tables.block_sizes[0]
+        self._block_size = block_tables.block_sizes[0]
+
+    @property
+    def block_size(self) -> int:
+        """Of the KV cache, in tokens; 0 before it is initialized."""
+        return self._block_size
 
     def remove_request(self, req_id: str) -> None:
-        """Called for preempted requests as well, which come back as new ones."""
+        """Forget a request. Called for preempted requests as well, which come back as new ones."""
         super().remove_request(req_id)
-        self.steps.policy.forget(req_id)
+        self.buddy_state.policy.forget(req_id)
 
     def prepare_attn(
-        self, input_batch: Any, cudagraph_mode: Any, block_tables: Any, slot_mappings: Any, attn_groups: Any,
-        *args: Any, **kwargs: Any,
-    ) -> dict[str, Any]:  # fmt: skip
-        """vLLM's metadata; what it is made of is kept for prepare_inputs, which vLLM calls next."""
-        self._attention = block_tables[0], slot_mappings[0], attn_groups[0][0].get_metadata_builder(0)
-        return super().prepare_attn(
-            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
-        )
+        self, input_batch: Any, cudagraph_mode: Any, block_tables: Any, slot_mappings: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """vLLM's metadata. Block table and slots are kept for prepare_inputs, which vLLM calls next."""
+        self._block_table, self._slot_mapping = block_tables[0], slot_mappings[0]
+        return super().prepare_attn(input_batch, cudagraph_mode, block_tables, slot_mappings, *args, **kwargs)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """Inputs of the model: vLLM's and the step. No step in dummy runs: all layers, all rows."""
+        """Inputs of the model: vLLM's and the step. Dummy runs have no step: all layers run for all rows."""
         inputs = super().prepare_inputs(input_batch, req_states)
-        plans = self.steps.plans_of(input_batch.req_ids, input_batch.num_scheduled_tokens.tolist())
-        attention, self._attention = self._attention, None
-        if plans is None or attention is None:
+        state = self.buddy_state
+        plans = state.plans_of(input_batch.req_ids, input_batch.num_scheduled_tokens.tolist())
+        block_table, slot_mapping = self._block_table, self._slot_mapping
+        self._block_table = self._slot_mapping = None
+        if plans is None or block_table is None or slot_mapping is None:
             return inputs
-        block_table, slot_mapping, builder = attention
         num_reqs, num_tokens = input_batch.num_reqs, input_batch.num_tokens
         batch = StepBatch(
-            num_layers=self.steps.num_layers,
+            num_layers=state.num_layers,
             req_ids=input_batch.req_ids,
             plans=plans,
             query_start_loc=input_batch.query_start_loc_np[: num_reqs + 1].astype(np.int64),
             num_computed_tokens=input_batch.num_computed_tokens_np.astype(np.int64),
             block_table=block_table[:num_reqs],
-            block_size=self.block_size,
+            block_size=state.block_size,
             slot_mapping=slot_mapping[:num_tokens],
-            # fast_build: metadata of several layers is alive at once, so none may own the builder's buffers.
-            build_metadata=lambda common: builder.build(0, common, fast_build=True),
-            kernels=self.steps.kernels,
+            build_metadata=state.layer_metadata,
+            kernels=state.kernels,
         )
-        return {**inputs, "step": self.steps.step(batch)}
+        return {**inputs, "step": state.step(batch)}
 
 
 class RoutedRunnerV2(_Base):
-    """Mixin over a V2 model runner: the plan comes and the count goes with what it gets and gives."""
+    """Mixin over a V2 model runner: takes the plan from its input and adds the count of layers to its output."""
 
     @property
-    def buddy_steps(self) -> RoutedSteps:
-        return self.model_state.steps
-
-    def buddy_attention(self) -> tuple[Any, int]:
-        """The builder of attention metadata, and the size of a KV block in tokens."""
-        return self.attn_groups[0][0].get_metadata_builder(0), self.model_state.block_size
+    def buddy_state(self) -> WorkerState:
+        return self.model_state.buddy_state
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Take the plan of the step. A dummy run has none."""
-        self.buddy_steps.begin(scheduler_output, dummy_run=kwargs.get("dummy_run", False))
+        """Take the plan of the step from the scheduler's output. A dummy run has none."""
+        self.buddy_state.begin(scheduler_output, dummy_run=kwargs.get("dummy_run", False))
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the layers really executed back with vLLM's output, which is wrapped until its tokens have arrived."""
+        """Send the count of executed layers back with vLLM's output."""
         state = self.execute_model_state
         output = super().sample_tokens(*args, **kwargs)
         if state is not None and output is not None:
             batch = state.input_batch
-            self.buddy_steps.report(output.model_runner_output, batch.req_ids, batch.query_start_loc_np)
+            self.buddy_state.report(runner_output(output), batch.req_ids, batch.query_start_loc_np)
         return output
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Check, once the backend is known, that its metadata can be built per layer."""
+        """Keep what is known from now on: the attention backend and the size of a KV block."""
         super().initialize_kv_cache(*args, **kwargs)
-        check_attention(self.attn_groups)
+        self.buddy_state.attach_kv_cache(self.attn_groups, self.model_state.block_size)

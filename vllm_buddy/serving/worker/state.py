@@ -1,5 +1,8 @@
-"""What a worker does with the plan, whichever of vLLM's model runners it has: from a StepBatch to the forward pass, and
-from there to the count of layers executed."""
+"""What a worker keeps between steps, whichever of vLLM's model runners it has.
+
+Takes the plan of each step, turns the runner's StepBatch into what the model's forward pass runs, and sends the count
+of executed layers back.
+"""
 
 import time
 from collections.abc import Sequence
@@ -8,35 +11,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.logger import init_logger
-from vllm_buddy_kernels import KERNELS
+from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.errors import UnsupportedError
-from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS
+from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
-from vllm_buddy.serving.graphs.cache import CudaCapture
+from vllm_buddy.serving.graphs.capture import CudaCapture
 from vllm_buddy.serving.graphs.decode import DecodeGraphs, GraphedStep
 from vllm_buddy.serving.kv import POLICIES, KVPolicy
-from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, StepPlan
-from vllm_buddy.serving.start.hook import engine_settings
+from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
+from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.batch import StepBatch, check_plan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
 logger = init_logger(f"vllm.{__name__}")
 
-# vLLM's all-reduce keeps a record of each one ever captured, graphs that are gone included, in a buffer of 65,536.
+# vLLM's all-reduce keeps a record of each all-reduce ever captured, also of graphs that were dropped, in a buffer of
+# 65,536.
 _MOST_PATHS_OF_RANKS = 400
 
 
-class RoutedSteps:
-    """Kept between steps: the KV policy with its state, the kernels, the captured graphs.
+class WorkerState:
+    """The KV policy with its state, the kernels and the captured graphs of one worker.
 
     policy: may be replaced while no request is in flight.
+    block_size: of the KV cache, in tokens; 0 until attach_kv_cache.
     graphs: of decode steps; None where none are used.
-    serving: whether start-up is over, so that a step without a plan is an error and not a warm-up.
-    view_seconds: time spent on views, for the benchmark.
+    serving: whether start-up is over. From then on a step without a plan is an error, not a warm-up.
+    view_seconds: time spent on views so far, for benchmarks.
     """
 
     def __init__(self, vllm_config: "VllmConfig") -> None:
@@ -46,57 +52,55 @@ class RoutedSteps:
         self.policy: KVPolicy = POLICIES[settings.kv_policy](
             self.num_layers, shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching)
         )
-        # Between compiled layers rows are moved by torch; the slots of a step are always one call of the op.
+        # Between compiled layers torch moves the rows. Slots are computed by an op of `kernels` in either case.
         self._moves_rows = None if settings.kernels is None else KERNELS[settings.kernels]
-        self.kernels = self._moves_rows or KERNELS["reference"]
+        self.kernels: Kernels = self._moves_rows or KERNELS["reference"]
+        self.block_size = 0
         self.graphs: DecodeGraphs | None = None
         self.serving = False
         self.view_seconds = 0.0
+        self._builder: AttentionMetadataBuilder[Any] | None = None
         self._plan: StepPlan | None = None
         self._step: RoutedStep | GraphedStep | None = None
         self._capture: CudaCapture | None = None
 
-    def begin(self, scheduler_output: Any, dummy_run: bool = False) -> None:
-        """Take the plan of the step that comes, and drop the state of requests that have finished."""
-        if dummy_run:  # vLLM's own, of no request
-            self._plan = None
-            return
-        for req_id in scheduler_output.finished_req_ids:
-            self.policy.forget(req_id)
-        self._plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
-        if self._plan is None and self.serving:
-            raise RuntimeError("vLLM sent a step without a plan, which would be served unrouted")
+    # --- start -------------------------------------------------------------------------------------------------
 
-    def plans_of(self, req_ids: Sequence[str], num_scheduled: Sequence[int]) -> list[Any] | None:
-        """The plans of the rows of a batch, checked; None in a warm-up, which is not planned."""
-        if self._plan is None:
-            return None
-        plans = [self._plan[req_id] for req_id in req_ids]
-        check_plan(plans, num_scheduled, req_ids)
-        return plans
+    def attach_kv_cache(self, attn_groups: Sequence[Sequence[Any]], block_size: int) -> None:
+        """Take the attention backend of a model runner and the size of its KV blocks, in tokens.
 
-    def start_serving(self, runner: Any) -> None:
-        """Start-up is over: compile the kernels and capture the graphs, where they are wanted. From now on every step
-        must have a plan.
+        Raises:
+            UnsupportedError: metadata cannot be built per layer with this backend.
+        """
+        if problem := attention_problem(attn_groups):
+            raise UnsupportedError(f"--model-impl buddy cannot be served: {problem}")
+        self._builder, self.block_size = metadata_builder(attn_groups), block_size
 
-        runner: the routed model runner, with its KV caches.
+    @property
+    def builder(self) -> "AttentionMetadataBuilder[Any]":
+        """The attention backend's builder of metadata."""
+        assert self._builder is not None, "the KV cache is not initialized"
+        return self._builder
+
+    def start_serving(self, backbone: Any) -> None:
+        """End start-up: compile the kernels and capture the graphs, where they are wanted. Every later step must have
+        a plan.
+
+        backbone: the RoutedBackbone of the model.
         """
         self.serving = True
         if self._moves_rows is not None:
-            backbone = runner.model.model
-            backbone.prepare()
             with torch.inference_mode():
-                try_kernels(backbone.layers, backbone.bypasses, self._moves_rows, runner.buddy_attention()[1])
-        if self._settings.cuda_graphs:
-            self.capture_graphs(runner)
+                try_kernels(backbone.layers, backbone.bypasses, self._moves_rows, self.block_size)
+        if self._settings.graphs.enabled:
+            self.capture_graphs(backbone)
 
-    def capture_graphs(self, runner: Any) -> None:
-        """Capture the graphs of all layers, in place of those that there may be. runner: see start_serving."""
-        settings, backbone = self._settings, runner.model.model
-        assert settings.graph_sizes is not None
+    def capture_graphs(self, backbone: Any) -> None:
+        """Capture the graphs of all layers, in place of those that there may be. backbone: see start_serving."""
+        settings = self._settings.graphs
+        assert settings.sizes is not None
         assert self._moves_rows is not None
-        builder, block_size = runner.buddy_attention()
-        limit = settings.graph_memory_mib << 20
+        limit = settings.memory_mib << 20
         self.graphs = None
         self._capture = self._capture or CudaCapture(backbone.norm.weight.device)
         with torch.inference_mode():
@@ -105,10 +109,10 @@ class RoutedSteps:
                 backbone.bypasses,
                 self.policy,
                 kernels=self._moves_rows,
-                builder=builder,
-                block_size=block_size,
+                builder=self.builder,
+                block_size=self.block_size,
                 vllm_config=self._vllm_config,
-                sizes=settings.graph_sizes,
+                sizes=settings.sizes,
                 memory_limit=limit,
                 capture=self._capture,
             )
@@ -116,20 +120,48 @@ class RoutedSteps:
         if self._vllm_config.parallel_config.tensor_parallel_size > 1:
             graphs.paths.captures_left = _MOST_PATHS_OF_RANKS
         logger.info(
-            "vllm_buddy: CUDA graphs of each layer, for batches of %s, take %d of graph_memory_mib %d",
-            settings.graph_sizes,
+            "vllm_buddy: CUDA graphs of each layer, for batches of %s, take %d of graphs.memory_mib %d",
+            settings.sizes,
             taken >> 20,
-            settings.graph_memory_mib,
+            settings.memory_mib,
         )
         if taken > limit:
             logger.warning(
-                "vllm_buddy: that is more than graph_memory_mib allows, and nothing is left for graphs of whole paths; "
-                "give more, or fewer graph_sizes"
+                "vllm_buddy: that is more than graphs.memory_mib allows, and leaves nothing for graphs of whole paths; "
+                "raise it, or give fewer graphs.sizes"
             )
         self.graphs = graphs
 
+    # --- each step ---------------------------------------------------------------------------------------------
+
+    def begin(self, scheduler_output: Any, dummy_run: bool = False) -> None:
+        """Take the plan of the coming step, and drop the state of finished requests.
+
+        dummy_run: whether vLLM made the step up itself, without requests.
+        """
+        if dummy_run:
+            self._plan = None
+            return
+        for req_id in scheduler_output.finished_req_ids:
+            self.policy.forget(req_id)
+        self._plan = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
+        if self._plan is None and self.serving:
+            raise RuntimeError("vLLM sent a step without a plan, which would be served unrouted")
+
+    def plans_of(self, req_ids: Sequence[str], num_scheduled: Sequence[int]) -> list[RequestPlan] | None:
+        """The plans of the rows of a batch, checked; None in a warm-up, which is not planned."""
+        if self._plan is None:
+            return None
+        plans = [self._plan[req_id] for req_id in req_ids]
+        check_plan(plans, num_scheduled, req_ids)
+        return plans
+
+    def layer_metadata(self, common: "CommonAttentionMetadata") -> Any:
+        """What the attention backend reads for one layer."""
+        return layer_metadata(self.builder, common)
+
     def step(self, batch: StepBatch) -> RoutedStep | GraphedStep:
-        """What the model's forward pass runs."""
+        """What the model's forward pass runs for a batch."""
         started = time.perf_counter()
         places = self.policy.places(batch)
         graphed = None if self.graphs is None else self.graphs.step(batch, places)
@@ -140,7 +172,7 @@ class RoutedSteps:
         return self._step
 
     def report(self, output: Any, req_ids: Sequence[str], query_start_loc: np.ndarray) -> None:
-        """Send the layers really executed in the last step back with vLLM's output.
+        """Attach the layers executed in the last step to vLLM's output.
 
         output: a ModelRunnerOutput. query_start_loc: [num_reqs + 1], of the step.
         """
@@ -149,27 +181,9 @@ class RoutedSteps:
             self._step = None
 
 
-def check_attention(attn_groups: Sequence[Sequence[Any]]) -> None:
-    """Refuse a backend whose metadata cannot be built per layer. attn_groups: of the model runner."""
-    if len(attn_groups) != 1 or len(attn_groups[0]) != 1:
-        raise UnsupportedError("--model-impl buddy needs one KV cache group with one attention backend")
-    group = attn_groups[0][0]
-    backend = group.backend.get_name()
-    if backend not in SUPPORTED_ATTENTION_BACKENDS:
-        raise UnsupportedError(
-            f"--model-impl buddy cannot use the attention backend {backend}; choose one of "
-            f"{', '.join(SUPPORTED_ATTENTION_BACKENDS)} with --attention-backend"
-        )
-    if group.kernel_block_size is not None:
-        raise UnsupportedError(
-            f"--model-impl buddy needs KV blocks of the size that {backend} works with, {group.kernel_block_size}; "
-            "set --block-size to it"
-        )
-
-
 def _by_request(layers: np.ndarray, req_ids: Sequence[str], query_start_loc: np.ndarray) -> dict[str, Executed]:
     """layers: [num_tokens], executed per token of the step. query_start_loc: [num_reqs + 1]."""
-    if len(layers) == len(req_ids):  # a token each
+    if len(layers) == len(req_ids):  # one token each
         return {req_id: Executed(1, n, n, n) for req_id, n in zip(req_ids, layers.tolist())}
     columns = [np.diff(query_start_loc)]
     columns += [ufunc.reduceat(layers, query_start_loc[:-1]) for ufunc in (np.add, np.minimum, np.maximum)]

@@ -1,63 +1,89 @@
-"""Workers: vLLM's own, with a model runner that takes the plan."""
+"""vLLM's workers with a routed model runner."""
 
 from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_buddy.errors import UnsupportedError
-from vllm_buddy.serving.start.hook import engine_settings
-from vllm_buddy.serving.worker.state import RoutedSteps
+from vllm_buddy.errors import SettingsError, UnsupportedError
+from vllm_buddy.serving.start.settings import engine_settings
+from vllm_buddy.serving.worker.state import WorkerState
 
-_STATES_BESIDE_A_LAYER = 4  # [num_tokens, hidden_size]: before it, around it and gathered, as hidden and residual
+# Tensors [num_tokens, hidden_size] that exist around a layer beside its own: hidden and residual, before and gathered.
+_STATES_AROUND_A_LAYER = 4
 
 
 def routed_runner(runner: Any) -> Any:
-    """Turn a model runner of vLLM's, V1 or V2, into a routed one, in place."""
+    """Turn one of vLLM's model runners, V1 or V2, into a routed one, in place."""
     if runner.vllm_config.use_v2_model_runner:
         from vllm_buddy.serving.worker.runner_v2 import RoutedRunnerV2 as mixin
     else:
         from vllm_buddy.serving.worker.runner_v1 import RoutedRunnerV1 as mixin
 
-        runner.buddy_steps = RoutedSteps(runner.vllm_config)
+        runner.buddy_state = WorkerState(runner.vllm_config)
     runner.__class__ = type(f"Routed{type(runner).__name__}", (mixin, type(runner)), {})
     return runner
 
 
 class _BuddyWorker:
-    """Mixin over vLLM's worker: swaps the class of the model runner it builds."""
+    """Mixin over vLLM's worker: swaps the class of the model runner that it builds."""
 
     def init_device(self) -> None:
         super().init_device()  # type: ignore[misc]
         self.model_runner: Any = routed_runner(self.model_runner)
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; then the functions of layers and bypasses are made, on the weights in their final form."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self._backbone.prepare()
+
+    @property
+    def _backbone(self) -> Any:
+        return self.model_runner.model.model
+
     def _start_serving(self) -> None:
-        self.model_runner.buddy_steps.start_serving(self.model_runner)
+        self.model_runner.buddy_state.start_serving(self._backbone)
 
 
 class BuddyGPUWorker(_BuddyWorker, Worker):
     """vLLM's GPU worker, routed."""
 
     def determine_available_memory(self) -> int:
-        """What vLLM leaves for the KV cache, less what our graphs may take, and rows on their way around a layer."""
+        """What vLLM leaves for the KV cache, less graphs.memory_mib and the rows gathered around a layer.
+
+        Raises:
+            SettingsError: nothing is left.
+        """
         given = self.cache_config.kv_cache_memory_bytes is not None
         available = super().determine_available_memory()
         if given:
             return available
-        settings = engine_settings(self.vllm_config)
+        graphs = engine_settings(self.vllm_config).graphs
         states = self.scheduler_config.max_num_batched_tokens * self.model_config.get_hidden_size()
-        reserved = _STATES_BESIDE_A_LAYER * states * self.model_config.dtype.itemsize
-        if settings.cuda_graphs:
-            reserved += settings.graph_memory_mib << 20
+        reserved = _STATES_AROUND_A_LAYER * states * self.model_config.dtype.itemsize
+        if graphs.enabled:
+            reserved += graphs.memory_mib << 20
+        if reserved >= available:
+            what = f"graphs.memory_mib {graphs.memory_mib} and " if graphs.enabled else ""
+            raise SettingsError(
+                f"no memory is left for the KV cache: {available >> 20} MiB are free beside the weights, and {what}"
+                f"the rows of a step take {reserved >> 20}; lower "
+                f"{'graphs.memory_mib or ' if graphs.enabled else ''}--max-num-batched-tokens, or raise "
+                "--gpu-memory-utilization"
+            )
         return available - reserved
 
     def _maybe_activate_jit_monitor(self) -> None:
-        """The last that vLLM does at start, before it holds every compilation for one that a request waits for."""
+        """The last step of vLLM's start. Afterwards vLLM takes every compilation for one that a request waits for."""
         self._start_serving()
         super()._maybe_activate_jit_monitor()
 
     def sleep(self, level: int = 1) -> None:
-        """As vLLM's, but that level 2 drops weights that it does not know how to load again."""
+        """vLLM's sleep, except for level 2, which drops weights that vLLM cannot load again.
+
+        Raises:
+            UnsupportedError: level 2.
+        """
         if level == 2:
             raise UnsupportedError(
                 "--model-impl buddy can sleep at level 1 only: level 2 would drop the bypass for good"

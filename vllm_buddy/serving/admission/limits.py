@@ -1,0 +1,259 @@
+"""What a server allows its requests, and what a request's options come to within that."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.errors import BudgetError, SettingsError
+from vllm_buddy.method import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
+from vllm_buddy.serving.admission.options import (
+    AUTO_KEYS,
+    AUTO_MAX_KEY,
+    AUTO_MIN_KEY,
+    BUDGET_KEY,
+    PRICE_KEY,
+    OptionError,
+)
+from vllm_buddy.serving.start.settings import AUTO, BuddySettings
+
+
+@dataclass(frozen=True)
+class FixedBudget:
+    """The budget of a request that names a number, or that names none where the server's default is a number."""
+
+    budget: float
+    depth: int
+
+
+@dataclass(frozen=True)
+class AutoBudget:
+    """What one request lets the Budget Predictor choose.
+
+    price: without load, nats per token for all layers. smallest, largest: budgets. depths: those of the predictor's
+        grid within that range, ascending, at least one.
+    """
+
+    price: float
+    smallest: float
+    largest: float
+    depths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AutoLimits:
+    """What the server lets the Budget Predictor choose.
+
+    depths: its whole grid. smallest, largest: budgets. load_price: when fully loaded; None: as `price`.
+    load_floor: the smallest budget that load alone leads to.
+    """
+
+    num_layers: int
+    depths: tuple[int, ...]
+    smallest: float
+    largest: float
+    price: float
+    load_price: float | None
+    load_floor: float
+
+    @classmethod
+    def from_settings(cls, settings: BuddySettings, artifact: Artifact, min_budget: float) -> "AutoLimits | None":
+        """What the settings allow the artifact's predictor; None if it has none and no setting asks for it.
+
+        min_budget: the smallest budget that a request may ask for.
+
+        Raises:
+            SettingsError: a setting asks for "auto" and the artifact has no predictor, or settings contradict each
+                other.
+            BudgetError: the range holds no budget of the predictor's grid.
+        """
+        is_default = settings.default_budget == AUTO
+        predictor, auto, load = artifact.config.predictor, settings.auto, settings.load
+        if predictor is None:
+            if not is_default and not settings.for_auto:
+                return None
+            ways = ["set default_budget to a number in (0, 1]"] * is_default
+            ways += [f"leave out {', '.join(settings.for_auto)}"] if settings.for_auto else []
+            raise SettingsError(
+                f"artifact '{artifact.config.name}' has no Budget Predictor, without which there is no budget "
+                f'"{AUTO}"; make one with `vllm-buddy train-budget`, or {" and ".join(ways)}'
+            )
+        smallest = min_budget if auto.min is None else auto.min
+        limits = cls(
+            num_layers=artifact.config.base_model.num_layers,
+            depths=predictor.depths,
+            smallest=smallest,
+            largest=1.0 if auto.max is None else auto.max,
+            price=predictor.price if auto.price is None else auto.price,
+            load_price=None if load is None else load.price,
+            load_floor=smallest if load is None or load.floor is None else load.floor,
+        )
+        limits._check(
+            min_budget, lowest="the smallest budget a request may ask for" if auto.min is None else "auto.min"
+        )
+        if is_default or settings.for_auto:
+            limits.budget()
+        return limits
+
+    def budget(
+        self, price: float | None = None, smallest: float | None = None, largest: float | None = None
+    ) -> AutoBudget:
+        """What a request may choose that gives these values; None: the server's.
+
+        Raises:
+            BudgetError: the range holds no budget of the grid.
+        """
+        price = self.price if price is None else price
+        smallest = self.smallest if smallest is None else smallest
+        largest = self.largest if largest is None else largest
+        depths = self._within(smallest, largest)
+        if not depths:
+            raise BudgetError(
+                f"the Budget Predictor has no budget in [{smallest:g}, {largest:g}]; it chooses among {self._grid()}"
+            )
+        return AutoBudget(price, smallest, largest, depths)
+
+    def summary(self) -> str:
+        """For the log."""
+        loaded = "" if self.load_price is None else f", {self.load_price:g} when fully loaded"
+        return f"among {self._grid()} at price {self.price:g}{loaded}"
+
+    def _check(self, min_budget: float, lowest: str) -> None:
+        """Raise SettingsError for limits that contradict each other. lowest: where `smallest` comes from."""
+        if self.smallest < min_budget:
+            raise SettingsError(
+                f"auto.min {self.smallest:g} is below the smallest budget a request may ask for, {min_budget:g}"
+            )
+        if self.smallest > self.largest:
+            raise SettingsError(f"auto.max {self.largest:g} is below {lowest}, {self.smallest:g}")
+        if not self.smallest <= self.load_floor <= self.largest:
+            raise SettingsError(
+                f'load.floor {self.load_floor:g} lies outside what "{AUTO}" may choose, {self.smallest:g} to '
+                f"{self.largest:g}"
+            )
+        if self.load_price is not None and self.load_price <= self.price:
+            raise SettingsError(
+                f"load.price {self.load_price:g} is not above the price without load, {self.price:g}, so that load "
+                "would change nothing"
+            )
+
+    def _within(self, smallest: float, largest: float) -> tuple[int, ...]:
+        low, high = (depth_for_budget(budget, self.num_layers) for budget in (smallest, largest))
+        return tuple(depth for depth in self.depths if low <= depth <= high)
+
+    def _grid(self) -> str:
+        """The budgets there are to choose from: this server's, or the predictor's where the server allows none."""
+        own = [budget_of_depth(d, self.num_layers, self) for d in self._within(self.smallest, self.largest)]
+        return ", ".join(f"{b:g}" for b in own or [budget_for_depth(d, self.num_layers) for d in self.depths])
+
+
+def budget_of_depth(depth: int, num_layers: int, within: AutoBudget | AutoLimits) -> float:
+    """The budget of a chosen depth, clipped to the range: the usual one may lie just outside an end with that depth."""
+    return min(max(budget_for_depth(depth, num_layers), within.smallest), within.largest)
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What a server allows its requests. An attribute of vLLM's ModelConfig, `buddy_limits`, set at start.
+
+    depths: depths that the path library holds; None if all are allowed. auto: None without a Budget Predictor.
+    """
+
+    num_layers: int
+    default_budget: float | Literal["auto"]
+    min_budget: float
+    depths: tuple[int, ...] | None = None
+    auto: AutoLimits | None = None
+
+    @classmethod
+    def from_settings(cls, settings: BuddySettings, artifact: Artifact) -> "RequestLimits":
+        """What the settings and the artifact allow.
+
+        Raises:
+            SettingsError, BudgetError, OptionError: settings that contradict each other or the artifact; a default
+                budget that no request could ask for.
+        """
+        num_layers = artifact.config.base_model.num_layers
+        floor = smallest_budget(num_layers)
+        min_budget = max(settings.min_budget or floor, floor)
+        depths = artifact.router(library=settings.library).depths
+        limits = cls(
+            num_layers=num_layers,
+            default_budget=settings.default_budget,
+            min_budget=min_budget,
+            depths=None if depths is None else tuple(depths),
+            auto=AutoLimits.from_settings(settings, artifact, min_budget),
+        )
+        limits.resolve(None)
+        return limits
+
+    def resolve(self, extra_args: Mapping[str, Any] | None) -> FixedBudget | AutoBudget:
+        """What a request with these options runs: its own budget, or the server's default.
+
+        Raises:
+            OptionError: a budget that is no number in (0, 1], below the floor or of a depth the library lacks; "auto"
+                without a Budget Predictor; options of "auto" out of range, or beside another budget.
+        """
+        options = {key: value for key, value in (extra_args or {}).items() if value is not None}
+        value = options.get(BUDGET_KEY, self.default_budget)
+        if isinstance(value, str) and value == AUTO:
+            return self._auto_budget(options)
+        budget = self._fixed_budget(value)
+        for key in AUTO_KEYS:
+            if key in options:
+                raise OptionError(
+                    key, f'goes with budget "{AUTO}", but the budget is {budget.budget:g}; leave one of them out'
+                )
+        return budget
+
+    def _fixed_budget(self, value: Any) -> FixedBudget:
+        try:
+            budget = parse_budget(value)
+        except BudgetError as error:
+            raise OptionError(BUDGET_KEY, f'{error} or "{AUTO}"' if self.auto else str(error)) from None
+        if budget < self.min_budget:
+            raise OptionError(BUDGET_KEY, f"budget {budget:g} is below the smallest allowed budget {self.min_budget:g}")
+        depth = depth_for_budget(budget, self.num_layers)
+        if self.depths is not None and depth != self.num_layers and depth not in self.depths:
+            allowed = ", ".join(str(d) for d in (*self.depths, self.num_layers))
+            raise OptionError(
+                BUDGET_KEY,
+                f"budget {budget:g} is {depth} of {self.num_layers} layers, for which the path library has no path; "
+                f"it has paths of {allowed} layers",
+            )
+        return FixedBudget(budget, depth)
+
+    def _auto_budget(self, options: Mapping[str, Any]) -> AutoBudget:
+        if self.auto is None:
+            raise OptionError(
+                BUDGET_KEY,
+                f'budget is "{AUTO}", but the server\'s artifact has no Budget Predictor; send a number in (0, 1], or '
+                "serve an artifact that has one, which `vllm-buddy train-budget` makes",
+            )
+        price = options.get(PRICE_KEY)
+        if price is not None:
+            is_number = isinstance(price, (int, float)) and not isinstance(price, bool)
+            if not is_number or not 0 <= price <= sys.float_info.max:  # the comparison fails for NaN, too
+                raise OptionError(PRICE_KEY, f"price is {price!r}; allowed is a finite number from 0 up")
+            price = float(price)
+        ends = {key: self._end(key, options[key]) for key in (AUTO_MIN_KEY, AUTO_MAX_KEY) if key in options}
+        try:
+            return self.auto.budget(price, ends.get(AUTO_MIN_KEY), ends.get(AUTO_MAX_KEY))
+        except BudgetError as error:
+            raise OptionError(next(iter(ends), BUDGET_KEY), str(error)) from None
+
+    def _end(self, key: str, value: Any) -> float:
+        """One end of the range that a request gives to "auto"."""
+        assert self.auto is not None
+        try:
+            budget = parse_budget(value)
+        except BudgetError as error:
+            raise OptionError(key, str(error)) from None
+        if not self.auto.smallest <= budget <= self.auto.largest:
+            raise OptionError(
+                key,
+                f'budget {budget:g} lies outside what the server lets "{AUTO}" choose, '
+                f"{self.auto.smallest:g} to {self.auto.largest:g}",
+            )
+        return budget

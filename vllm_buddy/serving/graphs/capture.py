@@ -1,0 +1,83 @@
+"""How functions are captured as CUDA graphs, and what replays them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+from vllm.distributed.parallel_state import GraphCaptureContext, get_tp_group
+from vllm.platforms import current_platform
+
+Replay = Callable[[], Any]
+
+
+class OutOfGraphMemory(RuntimeError):
+    """The device has no memory for what was to be captured."""
+
+
+class Capture(Protocol):
+    """From functions without arguments, which read and write persistent buffers only, to what replays them.
+
+    Returns with them the device memory that they take, in bytes, the same on all tensor-parallel ranks.
+    warm_up: run each once before.
+    Raises OutOfGraphMemory.
+    """
+
+    def __call__(self, bodies: Sequence[Callable[[], None]], warm_up: bool = False) -> tuple[list[Replay], int]: ...
+
+
+class CudaCapture:
+    """Captures CUDA graphs, all into vLLM's memory pool: they are never replayed at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = current_platform.get_global_graph_pool()
+        # One for all captures: torch keeps a workspace of cuBLAS, and vLLM one of Marlin, for every stream that ever
+        # multiplied matrices.
+        self._stream = torch.cuda.Stream(device)
+        self._keeps_pool = torch.cuda.CUDAGraph()  # torch does not capture into a pool whose graphs are all gone
+        mark = torch.zeros(1, device=device)
+        self._into(self._keeps_pool, mark.zero_)
+
+    def __call__(self, bodies: Sequence[Callable[[], None]], warm_up: bool = False) -> tuple[list[Replay], int]:
+        torch.cuda.synchronize(self._device)
+        before = torch.cuda.mem_get_info(self._device)[0]
+        group = get_tp_group()
+        replays: list[Replay] = []
+        try:
+            with group.graph_capture(GraphCaptureContext(self._stream)):
+                # On this stream, since what a first call makes for its stream must not be made within a graph.
+                for body in bodies if warm_up else ():
+                    body()
+                for body in bodies:
+                    graph = torch.cuda.CUDAGraph()
+                    self._into(graph, body)
+                    replays.append(graph.replay)
+        except torch.OutOfMemoryError as error:
+            if group.world_size > 1:  # the other ranks have captured it
+                raise
+            raise OutOfGraphMemory(str(error)) from None
+        torch.cuda.synchronize(self._device)
+        return replays, self._most(max(0, before - torch.cuda.mem_get_info(self._device)[0]))
+
+    def _into(self, graph: torch.cuda.CUDAGraph, body: Callable[[], Any]) -> None:
+        """Not torch.cuda.graph, which collects garbage and empties the allocator's cache each time."""
+        with torch.cuda.stream(self._stream):
+            # thread_local: vLLM's other threads may wait for copies meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                body()
+            except BaseException:
+                with suppress(RuntimeError):  # the first error is the one to tell
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+
+    def _most(self, num_bytes: int) -> int:
+        """Over the ranks, which must drop the same graphs: to capture one takes all of them."""
+        group = get_tp_group()
+        if group.world_size == 1:
+            return num_bytes
+        most = torch.tensor(num_bytes, dtype=torch.int64)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+        return int(most)

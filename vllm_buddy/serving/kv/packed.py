@@ -1,0 +1,52 @@
+"""Views on the packed layout: in each layer a request's cache holds only the tokens that executed the layer.
+
+They lie contiguously in the request's ordinary block table. RoPE is already in K and the order is kept, so causal
+attention over that layer's own length is attention masked by validity, on every stock backend.
+"""
+
+import numpy as np
+import torch
+
+from vllm_buddy.serving.kv.base import LayerView
+from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
+
+
+def packed_views(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+    """One view per layer. Layers whose runs have the same places share one. places: of all layers."""
+    runs_it = places.first_position >= 0
+    keys = places.first_position
+    if places.first_block is not None:
+        keys = np.concatenate([keys, places.first_block * runs_it], axis=1)
+    distinct: dict[bytes, int] = {}
+    view_of_layer = [distinct.setdefault(key, len(distinct)) for key in map(bytes, np.ascontiguousarray(keys))]
+    views, own = [], []
+    for layer in (view_of_layer.index(view) for view in range(len(distinct))):
+        executes = runs_it[layer]
+        if not executes.any():
+            views.append(LayerView(rows_np=batch.token_rows(executes)))
+            continue
+        shifted = places.first_block is not None and places.first_block[layer][executes].any()
+        if not executes.all() or shifted or not np.array_equal(places.first_position[layer], batch.run_position):
+            own.append(layer)
+        views.append(LayerView())  # vLLM's own metadata: every token so far executed the layer
+    if own:
+        all_slots = batch.layer_slots(places.of(own))
+        for layer, slots in zip(own, all_slots):
+            views[view_of_layer[layer]] = _own_view(batch, places.of([layer]), slots)
+    return [views[view] for view in view_of_layer]
+
+
+def _own_view(batch: StepBatch, places: RunPlaces, slots: torch.Tensor) -> LayerView:
+    """A view with its own rows, lengths and slots. places: of one layer. slots: [num_tokens]."""
+    executes = places.first_position[0] >= 0
+    count = np.add.reduceat(batch.run_length * executes, batch.first_run)
+    seq_lens = np.maximum.reduceat((places.first_position[0] + batch.run_length) * executes, batch.first_run)
+    reqs = np.flatnonzero(count)
+    first_block = None if places.first_block is None else places.first_block[0][batch.first_run][reqs]
+    tables = batch.tables(reqs, int(seq_lens.max()), first_block)
+    if executes.all():
+        return LayerView(attn_metadata=batch.metadata(count, seq_lens, tables, slots), slot_mapping=slots)
+    rows = batch.token_rows(executes)
+    rows_device = batch.to_device(rows)
+    slots = slots.index_select(0, rows_device)
+    return LayerView(rows, rows_device, batch.metadata(count[reqs], seq_lens[reqs], tables, slots), slots)

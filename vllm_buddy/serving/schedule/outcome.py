@@ -1,0 +1,50 @@
+"""What one request got: its budget, and the layers that its tokens executed, for the final response."""
+
+from typing import Any
+
+from vllm_buddy.method import RequestRoute
+from vllm_buddy.serving.schedule.plan import Executed
+
+
+class Outcome:
+    """A request's budget and depth, and the layers that its tokens executed as counted in the engine.
+
+    price: the one at which budget "auto" was decided on arrival; None if the budget was given as a number.
+    """
+
+    def __init__(self, budget: float, depth: int, price: float | None = None) -> None:
+        self.budget = budget
+        self.depth = depth
+        self.price = price
+        self.num_tokens = 0
+        self._total = 0
+        self._fewest: int | None = None
+        self._most: int | None = None
+
+    def add(self, executed: Executed) -> None:
+        """Count one step's tokens."""
+        self.num_tokens += executed.num_tokens
+        self._total += executed.total
+        self._fewest = executed.fewest if self._fewest is None else min(self._fewest, executed.fewest)
+        self._most = executed.most if self._most is None else max(self._most, executed.most)
+
+    @property
+    def mean_layers(self) -> float | None:
+        """Layers executed per token; None before the first token."""
+        return self._total / self.num_tokens if self.num_tokens else None
+
+    def as_dict(self, route: RequestRoute) -> dict[str, Any]:
+        """The form it has in the response, under kv_transfer_params["buddy"]."""
+        return {
+            "budget": self.budget,
+            "depth": self.depth,
+            "auto": self.price is not None,
+            "price": self.price,
+            "lowered_to": route.depth if route.lowered else None,
+            "layers_executed_mean": self.mean_layers,
+            "layers_executed_min": self._fewest,
+            "layers_executed_max": self._most,
+            "tokens": self.num_tokens,
+            "distinct_paths": route.num_distinct_paths,
+            "reroutes": route.num_reroutes,
+        }
