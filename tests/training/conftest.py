@@ -7,7 +7,7 @@ import pytest
 
 from tests.importance.conftest import model_with_tokenizer
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.training.loop import Run
+from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.stage1 import run_stage1
 from vllm_buddy.training.stage1_settings import TrainSettings
 
@@ -64,7 +64,7 @@ def settings(tmp_path: Path, data: Path, model_with_tokenizer: Path) -> dict[str
     }
 
 
-def run(settings: dict[str, Any], stop_after: int | None = None) -> tuple[Artifact, Run, list[float]]:
+def run(settings: dict[str, Any], stop_after: int | None = None) -> tuple[Artifact, TrainingRun, list[float]]:
     """(artifact, run, losses). stop_after: raise KeyboardInterrupt when so many steps are done."""
     losses: list[float] = []
 

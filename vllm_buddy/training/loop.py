@@ -30,7 +30,7 @@ FINAL_RATE = 0.1  # the learning rate ends at this share of its peak
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything that one run of stage 1 works on.
 
     teacher: None for cross-entropy. accelerator: of accelerate, with one process or several.

@@ -26,7 +26,7 @@ from vllm_buddy.method.router import OMEGA
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.checkpoint import START_FILE, load_state, save_state
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.loop import Run
+from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.path_search import removal_order, single_divergences
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
@@ -86,7 +86,7 @@ def check_settings(settings: TrainSettings) -> None:
 
 def run_stage1(
     settings: TrainSettings, model_dir: Path, report: Callable[[dict[str, Any]], None], note: Note
-) -> tuple[Artifact, Run]:
+) -> tuple[Artifact, TrainingRun]:
     """Train, or go on with a run that was stopped; returns the artifact, not yet saved.
 
     report: called with the log row of each step. note: called with a line about each other thing that is done.
@@ -124,7 +124,7 @@ def run_stage1(
         values = value_table(model)
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
         routing = LearnedRouting(decision, values, static_prior(start.order))
-    run = Run(*main, model, repair, routing, teacher, accelerator, frozen, report)
+    run = TrainingRun(*main, model, repair, routing, teacher, accelerator, frozen, report)
     run.train()
     folded = None
     if isinstance(routing, LearnedRouting):
@@ -178,7 +178,7 @@ def _start(
         note(f"exploring random paths for {explored[0].tokens} tokens")
         explored[0].out.mkdir(exist_ok=True)
         repair, routing = BypassRepair(bypass), RandomRouting(single_divergences(model, windows, bypass))
-        Run(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report).train()
+        TrainingRun(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report).train()
         explored_bypass = repair.bypass()
         bypass = Bypass(explored_bypass.down.detach(), explored_bypass.up.detach(), bypass.eps)
     if settings.paths == SEARCHED:
@@ -228,7 +228,7 @@ def _repair(settings: TrainSettings, model: nn.Module, start: Start) -> tuple[Re
 
 @torch.no_grad()
 def _fit_router(
-    run: Run, library: Mapping[int, Sequence[Sequence[int]]], prior: np.ndarray, note: Note
+    run: TrainingRun, library: Mapping[int, Sequence[Sequence[int]]], prior: np.ndarray, note: Note
 ) -> FoldedDecision:
     """A Decision Module that picks among the paths of `library`."""
     settings, num_layers = run.settings, run.model.config.num_hidden_layers

@@ -7,7 +7,7 @@ from vllm_buddy.artifact import Artifact
 from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, card_origin, card_title, run_header, to_yaml
 from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
-from vllm_buddy.training.loop import LOG_FILE, Run
+from vllm_buddy.training.loop import LOG_FILE, TrainingRun
 from vllm_buddy.training.stage1_settings import TrainSettings
 
 _REPAIRS = {
@@ -20,7 +20,7 @@ _REPAIRS = {
 }
 
 
-def finish_run(artifact: Artifact, run: Run, settings: TrainSettings, command: str, commit: str | None) -> None:
+def finish_run(artifact: Artifact, run: TrainingRun, settings: TrainSettings, command: str, commit: str | None) -> None:
     """Write artifact, card, run.yaml and curves to the run's folder."""
     artifact.save(settings.out)
     draw_curves(settings.out / LOG_FILE, settings.out / CURVES_FILE, f"{artifact.config.name}: {settings.recipe}")
