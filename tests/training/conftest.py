@@ -9,7 +9,7 @@ from tests.importance.conftest import model_with_tokenizer
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.stage1 import run_stage1
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 
 __all__ = ["model_with_tokenizer"]
 
@@ -73,6 +73,6 @@ def run(settings: dict[str, Any], stop_after: int | None = None) -> tuple[Artifa
         if stop_after == len(losses):
             raise KeyboardInterrupt
 
-    checked = TrainSettings(**settings)
+    checked = Stage1Settings(**settings)
     artifact, stage = run_stage1(checked, settings["model"], report, lambda line: None)
     return artifact, stage, losses

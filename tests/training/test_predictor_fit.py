@@ -14,7 +14,7 @@ from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation.cost_quality import choices, compare
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
 from vllm_buddy.training.stage2_record import CURVES_FILE, LOG_FILE, with_section, without_key
-from vllm_buddy.training.stage2_settings import BudgetSettings
+from vllm_buddy.training.stage2_settings import Stage2Settings
 
 DEPTHS = (4, 6, 8)
 DATA = [{"file": "not used"}]
@@ -26,7 +26,7 @@ def _fit(kinds: np.ndarray, losses: np.ndarray, **settings: Any) -> tuple[np.nda
     means, newest = torch.from_numpy(rng.normal(size=(2, len(kinds), 6)).astype(np.float32))
     means[:, 0] += torch.from_numpy(6.0 * kinds).float()
     contexts, log = Contexts(means, newest), []
-    checked = BudgetSettings(out="x", data=DATA, steps=200, **settings)
+    checked = Stage2Settings(out="x", data=DATA, steps=200, **settings)
     predictor, held_out = fit_predictor(contexts, losses, DEPTHS, NUM_LAYERS, checked, log.append)
     with torch.no_grad():
         return predictor.excess(means, newest).numpy(), log, held_out.numpy()
@@ -90,7 +90,7 @@ def test_contexts_that_say_nothing_choose_nothing() -> None:
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
     """Found after the losses were measured, a wrong setting costs half an hour."""
     with pytest.raises(ValueError, match=message):
-        BudgetSettings(out="x", data=DATA, **change)
+        Stage2Settings(out="x", data=DATA, **change)
 
 
 @pytest.fixture

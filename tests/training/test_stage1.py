@@ -19,7 +19,7 @@ from vllm_buddy.method.reference import generate, routed_logits
 from vllm_buddy.training import checkpoint
 from vllm_buddy.training.loop import LOG_FILE
 from vllm_buddy.training.stage1_record import finish_run
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 
 RECIPES = {
     "bypass": {"paths": "searched"},
@@ -37,7 +37,7 @@ RECIPES = {
 def test_every_recipe_makes_an_artifact_that_loads_and_routes(settings: dict[str, Any], name: str) -> None:
     """A recipe that trains but cannot be served is of no use."""
     artifact, stage, losses = run(settings | RECIPES[name])
-    finish_run(artifact, stage, TrainSettings(**settings | RECIPES[name]), "vllm-buddy train", None)
+    finish_run(artifact, stage, Stage1Settings(**settings | RECIPES[name]), "vllm-buddy train", None)
     loaded = load_artifact(settings["out"])
     assert loaded.digest == artifact.digest
     assert loaded.schedule().interval == RECIPES[name].get("decide_every", PathSchedule().interval)
@@ -203,12 +203,12 @@ def test_overrides_go_on_top_of_the_file(tmp_path: Path) -> None:
     """A sweep should not need a file per run; a mistyped key must not be ignored."""
     config = tmp_path / "run.yaml"
     config.write_text("out: here\ndata: [{file: a.txt}]\nrank: 8\n")
-    read = TrainSettings.read(config, {"rank": "16", "learning_rate": "0.002"})
+    read = Stage1Settings.read(config, {"rank": "16", "learning_rate": "0.002"})
     assert (read.rank, read.learning_rate, str(read.out)) == (16, 0.002, "here")
     with pytest.raises(TrainingError, match="unknown settings rnk; known are"):
-        TrainSettings.read(config, {"rnk": "16"})
+        Stage1Settings.read(config, {"rnk": "16"})
     with pytest.raises(TrainingError, match="cannot read"):
-        TrainSettings.read(tmp_path / "no.yaml", {})
+        Stage1Settings.read(tmp_path / "no.yaml", {})
 
 
 def test_no_room_for_the_logits_is_found_before_training(
@@ -255,5 +255,5 @@ def test_list_shows_the_settings_without_a_config(capsys: pytest.CaptureFixture[
     """The list is for those who do not have a configuration yet."""
     assert main(["train", "--list"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in TrainSettings.model_fields)
+    assert all(name in shown for name in Stage1Settings.model_fields)
     assert main(["train"]) == 2

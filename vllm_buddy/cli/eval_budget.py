@@ -8,15 +8,15 @@ from vllm_buddy.cli.progress import print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import EvaluationError
-from vllm_buddy.evaluation.eval_budget_settings import BudgetEvalSettings
+from vllm_buddy.evaluation.eval_budget_settings import EvalBudgetSettings
 
 if TYPE_CHECKING:
     from vllm_buddy.evaluation.auto_figures import AutoEvaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of BudgetEvalSettings, and where the figures go."""
-    add_setting_options(parser, BudgetEvalSettings, positional=("data",))
+    """One option for each field of EvalBudgetSettings, and where the figures go."""
+    add_setting_options(parser, EvalBudgetSettings, positional=("data",))
     parser.add_argument("--json", type=Path, metavar="OUT", help="file for the figures")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="picture of loss against layers")
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BuddyError: a setting, data, model or artifact cannot be used.
     """
-    settings = read_settings(BudgetEvalSettings, args, EvaluationError)
+    settings = read_settings(EvalBudgetSettings, args, EvaluationError)
     from vllm_buddy.evaluation.auto_figures import evaluate_auto
     from vllm_buddy.evaluation.auto_plot import plot_auto
     from vllm_buddy.evaluation.plot import check_plotting

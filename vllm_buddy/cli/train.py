@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BuddyError: a setting, the data or the model cannot be used; the loss is not finite; the disk is full.
     """
-    from vllm_buddy.training.stage1_settings import TrainSettings
+    from vllm_buddy.training.stage1_settings import Stage1Settings
 
     if args.list:
-        return list_settings(TrainSettings)
+        return list_settings(Stage1Settings)
     if args.config is None:
         raise TrainingError("give a CONFIG, a YAML file of settings; --list shows what it may hold")
-    settings = TrainSettings.read(args.config, overrides(args.settings))
+    settings = Stage1Settings.read(args.config, overrides(args.settings))
     from vllm_buddy.artifact.provenance import source_commit
     from vllm_buddy.models.embedded import fetch
     from vllm_buddy.training.stage1 import run_stage1

@@ -20,15 +20,15 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BuddyError: a setting, the data, the artifact or the model cannot be used.
     """
-    from vllm_buddy.training.stage2_settings import BudgetSettings
+    from vllm_buddy.training.stage2_settings import Stage2Settings
 
     if args.list:
-        return list_settings(BudgetSettings)
+        return list_settings(Stage2Settings)
     if args.config is None:
         raise TrainingError("give a CONFIG, a YAML file of settings; --list shows what it may hold")
     from vllm_buddy.training.stage1_settings import read_settings
 
-    settings = read_settings(BudgetSettings, args.config, overrides(args.settings))
+    settings = read_settings(Stage2Settings, args.config, overrides(args.settings))
     from vllm_buddy.artifact import artifact_folder
     from vllm_buddy.artifact.fingerprint import identify
     from vllm_buddy.artifact.provenance import source_commit

@@ -15,7 +15,7 @@ from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.cost_quality import Gain, Hindsight, choices, compare
 from vllm_buddy.evaluation.depth_losses import DepthLosses, measure_depth_losses
-from vllm_buddy.evaluation.eval_budget_settings import BudgetEvalSettings
+from vllm_buddy.evaluation.eval_budget_settings import EvalBudgetSettings
 from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
 from vllm_buddy.models.folder import load_model, load_tokenizer
 
@@ -55,7 +55,7 @@ class AutoEvaluation:
 
 
 def evaluate_auto(
-    settings: BudgetEvalSettings, model_dir: Path, report: Callable[[str, int, int], None]
+    settings: EvalBudgetSettings, model_dir: Path, report: Callable[[str, int, int], None]
 ) -> AutoEvaluation:
     """Measure every data set at every depth of the predictor's grid, and let the predictor choose.
 

@@ -24,7 +24,7 @@ def _part(value: Any) -> Any:
     return first, last
 
 
-class BudgetEvalSettings(BaseModel):
+class EvalBudgetSettings(BaseModel):
     """Settings of one evaluation; the options of `vllm-buddy eval-budget` are made from it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

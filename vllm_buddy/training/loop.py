@@ -22,7 +22,7 @@ from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.objective import distillation_loss, divergence, next_token_loss
 from vllm_buddy.training.repair import Repair
 from vllm_buddy.training.routing import Routing, draw_depths
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.teacher import Teacher
 
 LOG_FILE = "log.jsonl"
@@ -37,7 +37,7 @@ class TrainingRun:
     frozen: a context in which the model is the base model again, for the teacher.
     """
 
-    settings: TrainSettings
+    settings: Stage1Settings
     corpus: Corpus
     model: Any
     repair: Repair

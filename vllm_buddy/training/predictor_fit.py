@@ -19,7 +19,7 @@ from torch import nn
 
 from vllm_buddy.method.predictor import BudgetPredictor
 from vllm_buddy.training.grpo import entropy, group_advantages, grpo_loss
-from vllm_buddy.training.stage2_settings import BudgetSettings
+from vllm_buddy.training.stage2_settings import Stage2Settings
 
 LOG_EVERY = 10  # steps, and that often the held-out samples are looked at
 SMALLEST_STEP = 1e-3  # nats between neighbouring depths, at the start
@@ -42,7 +42,7 @@ def fit_predictor(
     losses: np.ndarray,
     depths: tuple[int, ...],
     num_layers: int,
-    settings: BudgetSettings,
+    settings: Stage2Settings,
     report: Callable[[dict[str, Any]], None],
 ) -> tuple[BudgetPredictor, torch.Tensor]:
     """Train a predictor on a part of the samples and keep the weights that did best on the others.
@@ -82,7 +82,7 @@ def fit_predictor(
 
 
 def _loss(
-    predictor: BudgetPredictor, inputs: Contexts, losses: torch.Tensor, price: torch.Tensor, settings: BudgetSettings
+    predictor: BudgetPredictor, inputs: Contexts, losses: torch.Tensor, price: torch.Tensor, settings: Stage2Settings
 ) -> torch.Tensor:
     """losses: [batch, num_depths]; price: [batch]."""
     log_pi = predictor.log_policy(predictor.excess(inputs.means, inputs.newest), price, settings.temperature)

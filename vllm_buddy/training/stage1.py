@@ -32,7 +32,7 @@ from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
 from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, RandomRouting, Routing
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.teacher import Teacher
 
 SEARCHED, LEARNED = "searched", "learned"
@@ -71,7 +71,7 @@ class Start:
         return library
 
 
-def check_settings(settings: TrainSettings) -> None:
+def check_settings(settings: Stage1Settings) -> None:
     """Raise a BuddyError for whatever can be found wrong before a model is loaded."""
     check_kv_policy(settings.kv_policy)
     if settings.paths not in (SEARCHED, LEARNED):
@@ -85,7 +85,7 @@ def check_settings(settings: TrainSettings) -> None:
 
 
 def run_stage1(
-    settings: TrainSettings, model_dir: Path, report: Callable[[dict[str, Any]], None], note: Note
+    settings: Stage1Settings, model_dir: Path, report: Callable[[dict[str, Any]], None], note: Note
 ) -> tuple[Artifact, TrainingRun]:
     """Train, or go on with a run that was stopped; returns the artifact, not yet saved.
 
@@ -136,7 +136,9 @@ def run_stage1(
     return artifact, run
 
 
-def split(settings: TrainSettings, corpus: Corpus) -> tuple[tuple[TrainSettings, Corpus], tuple[TrainSettings, Corpus]]:
+def split(
+    settings: Stage1Settings, corpus: Corpus
+) -> tuple[tuple[Stage1Settings, Corpus], tuple[Stage1Settings, Corpus]]:
     """Settings and data of the exploration and of the training behind it; together they use `tokens`."""
     count = settings.explore_tokens // (settings.batch * settings.length) * settings.batch
     rest = settings.tokens - count * settings.length
@@ -148,11 +150,11 @@ def split(settings: TrainSettings, corpus: Corpus) -> tuple[tuple[TrainSettings,
 
 
 def _start(
-    settings: TrainSettings,
+    settings: Stage1Settings,
     base: BaseModelIdentity,
     model: nn.Module,
     corpus: Corpus,
-    explored: tuple[TrainSettings, Corpus],
+    explored: tuple[Stage1Settings, Corpus],
     teacher: Teacher | None,
     accelerator: Any,
     report: Callable[[dict[str, Any]], None],
@@ -206,7 +208,7 @@ def _search(
 
 
 def _starting_bypass(
-    settings: TrainSettings, base: BaseModelIdentity, model: Any, corpus: Corpus, note: Note
+    settings: Stage1Settings, base: BaseModelIdentity, model: Any, corpus: Corpus, note: Note
 ) -> Bypass:
     hidden_size, middle = model.config.hidden_size, base.num_layers - 2
     if settings.init_tokens == 0:
@@ -217,7 +219,7 @@ def _starting_bypass(
     return fit_bypass(model, windows, settings.rank)
 
 
-def _repair(settings: TrainSettings, model: nn.Module, start: Start) -> tuple[Repair, Callable[[], Any]]:
+def _repair(settings: Stage1Settings, model: nn.Module, start: Start) -> tuple[Repair, Callable[[], Any]]:
     """The repair, and a context in which the model is the base model."""
     if start.bypass is not None:
         device = next(model.parameters()).device
@@ -253,7 +255,7 @@ def _fit_router(
 
 
 def _artifact(
-    settings: TrainSettings,
+    settings: Stage1Settings,
     base: BaseModelIdentity,
     start: Start,
     repair: Repair,

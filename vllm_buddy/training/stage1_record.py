@@ -8,7 +8,7 @@ from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, card_origin, car
 from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
 from vllm_buddy.training.loop import LOG_FILE, TrainingRun
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 
 _REPAIRS = {
     "bypass": "A low-rank bypass of rank {rank} stands in for each layer that is skipped; the base model's weights are "
@@ -20,7 +20,9 @@ _REPAIRS = {
 }
 
 
-def finish_run(artifact: Artifact, run: TrainingRun, settings: TrainSettings, command: str, commit: str | None) -> None:
+def finish_run(
+    artifact: Artifact, run: TrainingRun, settings: Stage1Settings, command: str, commit: str | None
+) -> None:
     """Write artifact, card, run.yaml and curves to the run's folder."""
     artifact.save(settings.out)
     draw_curves(settings.out / LOG_FILE, settings.out / CURVES_FILE, f"{artifact.config.name}: {settings.recipe}")
@@ -45,7 +47,7 @@ def finish_run(artifact: Artifact, run: TrainingRun, settings: TrainSettings, co
     (settings.out / RUN_FILE).write_text(to_yaml(record))
 
 
-def model_card(artifact: Artifact, settings: TrainSettings, command: str) -> str:
+def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> str:
     """README.md of a trained artifact."""
     config = artifact.config
     base = config.base_model

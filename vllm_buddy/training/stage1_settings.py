@@ -25,7 +25,7 @@ class DataSource(BaseModel):
     share: float = Field(default=1.0, gt=0, le=1, description="only this first part of the file is used")
 
 
-class TrainSettings(BaseModel):
+class Stage1Settings(BaseModel):
     """Settings of stage 1. The record in run.yaml is made from it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +86,7 @@ class TrainSettings(BaseModel):
     cache_dir: Path | None = Field(default=None, description="for the full model's logits; absent: `out`")
 
     @model_validator(mode="after")
-    def _check(self) -> "TrainSettings":
+    def _check(self) -> "Stage1Settings":
         if self.batch % self.micro_batch:
             raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
         if self.recipe == "bypass" and self.rank % 2:
@@ -118,7 +118,7 @@ class TrainSettings(BaseModel):
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     @classmethod
-    def read(cls, config: Path, overrides: dict[str, str]) -> "TrainSettings":
+    def read(cls, config: Path, overrides: dict[str, str]) -> "Stage1Settings":
         """See `read_settings`."""
         return read_settings(cls, config, overrides)
 

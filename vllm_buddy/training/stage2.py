@@ -22,7 +22,7 @@ from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
-from vllm_buddy.training.stage2_settings import BudgetSettings
+from vllm_buddy.training.stage2_settings import Stage2Settings
 
 PRICE_STEPS = 400  # prices from 0 to max_price, of which the artifact's own is one
 PRICES_LISTED = 9
@@ -42,7 +42,7 @@ class Stage2:
 
 
 def run_stage2(
-    settings: BudgetSettings,
+    settings: Stage2Settings,
     artifact_dir: Path,
     model_dir: Path,
     report: Callable[[dict[str, Any]], None],
@@ -93,7 +93,7 @@ def contexts_of(samples: Sequence[Sample], values: torch.Tensor) -> Contexts:
     return Contexts(torch.stack([values[ids].mean(dim=0) for ids in prompts]), values[[int(p[-1]) for p in prompts]])
 
 
-def _grid(settings: BudgetSettings, artifact: Artifact) -> tuple[int, ...]:
+def _grid(settings: Stage2Settings, artifact: Artifact) -> tuple[int, ...]:
     num_layers, trained = artifact.config.base_model.num_layers, artifact.config.budgets
     smallest = MIN_DEPTH if trained is None else depth_for_budget(trained[0], num_layers)
     if settings.depths == "every":
@@ -104,7 +104,7 @@ def _grid(settings: BudgetSettings, artifact: Artifact) -> tuple[int, ...]:
 
 
 def _finish(
-    settings: BudgetSettings,
+    settings: Stage2Settings,
     artifact: Artifact,
     folded: FoldedPredictor,
     held_out: Sequence[Sample],

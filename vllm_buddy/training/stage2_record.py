@@ -8,7 +8,7 @@ from typing import Any
 from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, card_title, run_header, to_yaml
 from vllm_buddy.training.curves import pyplot
 from vllm_buddy.training.stage2 import Stage2
-from vllm_buddy.training.stage2_settings import BudgetSettings
+from vllm_buddy.training.stage2_settings import Stage2Settings
 
 LOG_FILE = "budget_log.jsonl"
 CURVES_FILE = "budget_curves.png"
@@ -20,7 +20,7 @@ def finish_run(
     stage: Stage2,
     artifact_dir: Path,
     log: Sequence[dict[str, Any]],
-    settings: BudgetSettings,
+    settings: Stage2Settings,
     command: str,
     commit: str | None,
 ) -> None:

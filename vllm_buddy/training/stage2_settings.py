@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_buddy.training.stage1_settings import DataSource
 
 
-class BudgetSettings(BaseModel):
+class Stage2Settings(BaseModel):
     """Settings of stage 2. The record in run.yaml is made from it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,7 +53,7 @@ class BudgetSettings(BaseModel):
     cache_dir: Path | None = Field(default=None, description="where measured losses are kept; absent: `out`")
 
     @model_validator(mode="after")
-    def _check(self) -> "BudgetSettings":
+    def _check(self) -> "Stage2Settings":
         if self.depths != "every" and (len(self.depths) < 2 or list(self.depths) != sorted(set(self.depths))):
             raise ValueError(f"depths must be at least two and ascend: {self.depths}")
         if self.group == 1:
