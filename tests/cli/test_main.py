@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -70,3 +72,14 @@ def test_status_of_the_command_is_returned(monkeypatch: pytest.MonkeyPatch) -> N
     """`make demo` must fail where the demo's checks fail."""
     fake_command(monkeypatch, status=1)
     assert main(["doctor"]) == 1
+
+
+def test_help_loads_no_http_client() -> None:
+    """Fails if the help waits for libraries that one command needs."""
+    code = (
+        "import sys\nfrom vllm_buddy.cli import main\n"
+        "try: main(['demo', '--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(' '.join({'openai', 'httpx'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == ""

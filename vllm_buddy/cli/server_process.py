@@ -1,6 +1,5 @@
 """A vLLM server as a child process: start, wait until it is healthy, stop, leaving nothing behind."""
 
-import http.client
 import os
 import re
 import signal
@@ -17,10 +16,12 @@ from vllm_buddy.cli.table import shorten
 from vllm_buddy.errors import ServerError
 
 if TYPE_CHECKING:
+    import httpx
     import psutil
 
 HOST = "127.0.0.1"
 _POLL_S = 0.5
+_HEALTH_TIMEOUT_S = 2.0
 _SERVER_STOP_S = 10.0
 _GROUP_STOP_S = 6.0
 _TRACKER_STOP_S = 3.0
@@ -68,17 +69,21 @@ class ServerProcess:
 
     def wait_until_healthy(self, report: Callable[[float, str], None]) -> None:
         """Return when /health answers. report: called twice a second with (seconds so far, gist of the log)."""
+        import httpx
+
         start = time.monotonic()
-        while True:
-            elapsed = time.monotonic() - start
-            self.check_alive()
-            if self._healthy():
-                self.start_s = elapsed
-                return
-            if elapsed > self._start_timeout_s:
-                raise ServerError(f"the server was not ready after {elapsed:.0f} s\n{self.log_tail()}")
-            report(elapsed, self.log_gist())
-            time.sleep(_POLL_S)
+        # The server is local: a proxy from the environment would not reach it.
+        with httpx.Client(timeout=_HEALTH_TIMEOUT_S, trust_env=False) as client:
+            while True:
+                elapsed = time.monotonic() - start
+                self.check_alive()
+                if self._healthy(client):
+                    self.start_s = elapsed
+                    return
+                if elapsed > self._start_timeout_s:
+                    raise ServerError(f"the server was not ready after {elapsed:.0f} s\n{self.log_tail()}")
+                report(elapsed, self.log_gist())
+                time.sleep(_POLL_S)
 
     def check_alive(self) -> None:
         """Raise ServerError with the end of the log if the server has ended."""
@@ -125,15 +130,13 @@ class ServerProcess:
     def _log_lines(self) -> list[str]:
         return self._log.read_text(errors="replace").splitlines() if self._log.is_file() else []
 
-    def _healthy(self) -> bool:
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=2)
+    def _healthy(self, client: "httpx.Client") -> bool:
+        import httpx
+
         try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except OSError:
+            return client.get(f"http://{HOST}:{self.port}/health").status_code == httpx.codes.OK
+        except httpx.TransportError:
             return False
-        finally:
-            connection.close()
 
 
 def _wait_for_end(server: "subprocess.Popen[bytes]", timeout_s: float) -> bool:
