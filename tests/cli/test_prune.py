@@ -128,7 +128,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     message: str,
 ) -> None:
     """Failure: a mistake shows after minutes of measuring, or leaves a folder behind that refuses the next try."""
-    for module in ("model_folder", "baselines.orders"):
+    for module in ("models.folder", "baselines.orders"):
         monkeypatch.setattr(f"vllm_buddy.{module}.load_model", lambda *args: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
     assert _prune(method, Path("out"), model_with_tokenizer, *options) == 2
