@@ -1,4 +1,4 @@
-"""What lies beside a trained artifact: the model card, the record of the run and its curves."""
+"""Writes the files beside an artifact of stage 1: the model card, the record of the run and the loss curves."""
 
 import json
 from typing import Any
@@ -23,7 +23,7 @@ _REPAIRS = {
 def finish_run(
     artifact: Artifact, run: TrainingRun, settings: Stage1Settings, command: str, commit: str | None
 ) -> None:
-    """Write artifact, card, run.yaml and curves to the run's folder."""
+    """Write the artifact, its model card, run.yaml and the loss curves to the folder of the run."""
     artifact.save(settings.out)
     draw_curves(settings.out / LOG_FILE, settings.out / CURVES_FILE, f"{artifact.config.name}: {settings.recipe}")
     (settings.out / CARD_FILE).write_text(model_card(artifact, settings, command))
@@ -48,7 +48,7 @@ def finish_run(
 
 
 def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> str:
-    """README.md of a trained artifact."""
+    """Return the README.md of a trained artifact."""
     config = artifact.config
     base = config.base_model
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
