@@ -26,7 +26,7 @@ def test_engine_that_keeps_the_budgets_is_ok() -> None:
     ("output", "status", "part"),
     [
         (outcomes((6, 6), (3, 4)), 0, "3 to 4 layers"),
-        ("doctor-engine:[null, null]", 0, "says nothing of layers"),
+        ("doctor-engine:[null, null]", 0, "has no layer counts"),
         ("Traceback\nRuntimeError: no", 1, "RuntimeError: no"),
         ("", 0, "could not be served"),
     ],

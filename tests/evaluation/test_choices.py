@@ -43,8 +43,11 @@ def test_rows_are_read_and_cut(tmp_path: Path) -> None:
         ([ROW, {**ROW, "label": 2}], "line 2: label is 2; allowed is 0 .sol1. or 1 .sol2."),
         ([ROW, {**ROW, "label": True}], "line 2: label is True"),
         ([ROW, {**ROW, "label": "1"}], "line 2: label is '1'"),
-        ([{"goal": "a", "sol1": "b", "label": 0}, ROW], "line 1: no 'sol2'; wanted is an object with goal, sol1, sol2"),
-        ([ROW, {**ROW, "sol1": " "}], "line 2: sol1 is ' '; wanted is a text that is not empty"),
+        (
+            [{"goal": "a", "sol1": "b", "label": 0}, ROW],
+            "line 1: no 'sol2'; the line must be an object with goal, sol1, sol2",
+        ),
+        ([ROW, {**ROW, "sol1": " "}], "line 2: sol1 is ' ', but must be a text that is not empty"),
         ([ROW, {**ROW, "goal": 3}], "line 2: goal is 3"),
         ([ROW, [1]], "line 2: no 'goal'"),
         ([ROW, "{"], "line 2: not JSON"),

@@ -72,7 +72,7 @@ def test_rows(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert by["buddy", 0.5, "distinct_paths"]["value"] > 1 == by["buddy", 1.0, "distinct_paths"]["value"]
     shown = capsys.readouterr().out
     assert "scoring 192 tokens of" in shown
-    assert "8 windows of 32 at stride 24, each behind a context of 8" in shown
+    assert "8 windows of 32 at stride 24, each after a context of 8" in shown
     assert "6 questions of" in shown
     assert "perplexity" in shown
     assert "wrote" in shown
@@ -131,7 +131,7 @@ def test_orders_of_another_model(data: list[str], model_with_tokenizer: Path, te
         (["--policy", "budy"], "unknown policy 'budy'; known are dense, buddy, shortgpt"),
         (["--policy", "buddy,buddy"], "policy 'buddy' is named twice"),
         (["--budgets", "1.0,1.5"], "budget is 1.5; allowed is a number in (0, 1]"),
-        (["--budgets", "half"], "budgets are 'half'; wanted are numbers in (0, 1] with commas between"),
+        (["--budgets", "half"], "budgets are 'half', but must be numbers in (0, 1] with commas between them"),
         (["--budgets", "0.1"], "leaves 0 of 8 layers, but at least 3 must run; the smallest allowed budget is 0.375"),
         (["--context", "32"], "a window of 32 tokens with a context of 32 scores none"),
         (["--stride", "8"], "stride 8 scores tokens twice"),
