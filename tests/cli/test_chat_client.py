@@ -14,7 +14,7 @@ from vllm_buddy.errors import ServerError
 OUTCOME = {"budget": 0.5, "layers_executed_mean": 15.0}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 TEXT_EVENTS = [{"delta": {"role": "assistant"}}, {"delta": {"content": "Hel"}}, {"delta": {"content": "lo"}}]
-# The stand-in goes by the budget: what it does after the text of a streamed answer.
+# Budgets that make the stand-in break a streamed answer after its text, each in another way.
 BREAKS_OFF, FAILS, CLOSES = 0.1, 0.2, 0.3
 
 

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer, text, and the settings of a run that takes a second."""
+"""A tiny model with a tokenizer, text, and the settings of a training run that takes a second."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ WORDS = [
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Some thousand tokens (bytes) of text that is not all alike."""
+    """A text of some thousand tokens (bytes) that varies."""
     path = tmp_path / "data.txt"
     path.write_text(" ".join(f"{WORDS[i * i % 17]} {WORDS[i * 7 % 19]}" for i in range(400)))
     return path
@@ -46,7 +46,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path, data: Path, model_with_tokenizer: Path) -> dict[str, Any]:
-    """A run of 6 steps."""
+    """Settings of a run of 6 steps."""
     return {
         "out": tmp_path / "run",
         "data": [{"file": data}],
@@ -65,7 +65,7 @@ def settings(tmp_path: Path, data: Path, model_with_tokenizer: Path) -> dict[str
 
 
 def run(settings: dict[str, Any], stop_after: int | None = None) -> tuple[Artifact, TrainingRun, list[float]]:
-    """(artifact, run, losses). stop_after: raise KeyboardInterrupt when so many steps are done."""
+    """Train; returns (artifact, run, losses). stop_after: raise KeyboardInterrupt after this many steps."""
     losses: list[float] = []
 
     def report(row: dict[str, Any]) -> None:
