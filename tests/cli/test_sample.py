@@ -15,7 +15,7 @@ __all__ = ["model_with_tokenizer"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["a.jsonl", "--tokens", "0"], "must be positive"),
         (["a.jsonl", "--temperature", "nan"], "must be positive"),
@@ -25,12 +25,12 @@ __all__ = ["model_with_tokenizer"]
     ],
 )
 def test_bad_input_is_refused_before_vllm_starts(
-    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fails if a wrong option is noticed only after an engine has started, or after sampling."""
     out, *options = arguments
     assert main(["sample", str(tmp_path / out), *options]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

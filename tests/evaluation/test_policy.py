@@ -45,7 +45,7 @@ def test_names(text: str, parts: tuple[object, ...]) -> None:
         ("buddy:frosen", "unknown variant 'frosen'; known are frozen, prompt_only"),
         ("sleb:frozen", "'sleb' has no router, so no variant 'frozen'"),
         ("dense:frozen", "'dense' has no router"),
-        ("sleb=a", "needs a folder and a name of its own, not one of dense, buddy"),
+        ("sleb=a", "needs a folder and a name that is not one of dense, buddy"),
         ("mine=", "needs a folder"),
         ("=a", "needs a folder"),
     ],

@@ -102,9 +102,8 @@ def measure(client: ChatClient, budgets: list[float], num_layers: int) -> DemoRe
     try:
         mixed = list(pool.map(lambda request: client.ask(*request, stream=True), requests))
     finally:
-        pool.shutdown(
-            wait=False, cancel_futures=True
-        )  # on Ctrl-C the requests end when the server is stopped, so do not wait
+        # Without waiting: after Ctrl-C the requests end only when the server is stopped.
+        pool.shutdown(wait=False, cancel_futures=True)
     return DemoResult(num_layers, alone, mixed, time.perf_counter() - start)
 
 
@@ -149,7 +148,7 @@ def _stop_on_signals() -> None:
     """Handle all signals that end this process like Ctrl-C, which stops the server first."""
     signal.signal(signal.SIGINT, _raise_interrupt)
     signal.signal(signal.SIGTERM, _raise_interrupt)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under nohup
         signal.signal(signal.SIGHUP, _raise_interrupt)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_buddy.errors import TrainingError
 
-LONGEST_OPENER = 64  # tokens
+LONGEST_OPENER = 64  # tokens that an opener may have
 OPENERS = (
     "Question: How do I",
     "Question: How to",

@@ -11,7 +11,7 @@ from vllm_buddy.errors import TrainingError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-SHOWN_EVERY = 10  # steps
+SHOWN_EVERY = 10  # steps between two lines of progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from vllm_buddy.cli.train import add_config_arguments, list_settings, note, overrides
 from vllm_buddy.errors import TrainingError
 
-SHOWN_EVERY = 100  # steps
+SHOWN_EVERY = 100  # steps between two lines of progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from vllm_buddy.method import RequestRoute
 from vllm_buddy.method.forked import forked_hidden
 
 _HEAD_ROWS = 256  # hidden states whose logits are in memory at once
-_SAVE_EVERY = 50  # samples
+_SAVE_EVERY = 50  # samples between two writes to the cache
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def measure_depth_losses(
     """
     if artifact.lora is not None:
         raise EvaluationError(
-            f"artifact '{artifact.config.name}' changes the base weights; budgets are predicted for a bypass or for "
-            "bare paths"
+            f"artifact '{artifact.config.name}' changes the base weights; a Budget Predictor needs an artifact with a "
+            "bypass or without repair"
         )
     depths = tuple(sorted(depths))
     losses = np.full((len(samples), len(depths)), np.nan)

@@ -20,10 +20,9 @@ from vllm_buddy.method.batched import routed_hidden
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.path import path_mask
 
-_BATCH_TOKENS = (
-    2048  # of one forward pass; limits the memory of the log-probabilities for KL, 4 bytes * vocabulary each
-)
-_CHUNK_TOKENS = 256  # whose logits are computed at a time
+# Tokens of one forward pass. It limits the memory of the log-probabilities for KL, 4 bytes * vocabulary for each.
+_BATCH_TOKENS = 2048
+_CHUNK_TOKENS = 256  # tokens whose logits are computed at a time
 
 
 class HfEngine:

@@ -62,8 +62,7 @@ class PolicySpec:
         if has_folder:
             if not base_name or base_name in reserved or not folder:
                 raise EvaluationError(
-                    f"policy '{text}': an artifact needs a folder and a name of its own, not one of "
-                    f"{', '.join(reserved)}"
+                    f"policy '{text}': an artifact needs a folder and a name that is not one of {', '.join(reserved)}"
                 )
             return cls(name, base_name, variant or None, Path(folder))
         if base_name not in reserved:

@@ -20,7 +20,7 @@ from vllm_buddy.models.kv_size import kv_bytes
 from vllm_buddy.serving.admission.options import BUDGET_KEY, CONTEXT_TOKENS_KEY
 from vllm_buddy.serving.start.settings import CONFIG_KEY
 
-_MAX_SEQUENCES = 32  # that run at the same time
+_MAX_SEQUENCES = 32  # sequences that run at the same time
 _SHUTDOWN_S = 30  # an engine that takes longer to shut down is killed
 
 

@@ -14,7 +14,7 @@ from vllm_buddy.method.router import OMEGA
 
 FIRST_SHARE = 0.6  # share of the sequences that run the first path of their depth; the others draw one of the rest
 SWITCHED = 0.25  # share of the sequences whose path changes midway, as it may when a request is routed again
-SHORTEST_CONTEXT = 16  # tokens
+SHORTEST_CONTEXT = 16  # tokens that a path is decided from, at least
 FREE_NATS = 0.05  # a layer that costs this many nats is skipped half as often as one that costs nothing
 
 

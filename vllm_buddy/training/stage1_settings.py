@@ -117,7 +117,7 @@ class Stage1Settings(BaseModel):
             raise ValueError("recipe `paper` trains the Decision Module: set paths to learned")
         if self.tokens - self.explore_tokens < self.batch * self.length:
             raise ValueError(
-                f"{self.tokens} tokens, {self.explore_tokens} of them for exploring, leave less than one batch of "
+                f"{self.tokens} tokens, {self.explore_tokens} of them for random paths, leave less than one batch of "
                 f"{self.batch} x {self.length}"
             )
         if self.explore_tokens and self.paths != "searched":
