@@ -1,4 +1,4 @@
-"""`vllm-buddy artifacts`."""
+"""The command `vllm-buddy artifacts`."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from vllm_buddy.cli import artifacts, main
 def test_the_table_tells_what_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: an artifact that changes the base weights looks like one that only routes."""
+    """Fails if an artifact that changes the base weights looks like one that only routes."""
     model = save_tiny_model(tmp_path / "model", "llama")
     parts = {
         "plain": {"decision": False},

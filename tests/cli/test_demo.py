@@ -1,4 +1,4 @@
-"""The demo's report from made-up answers, and, marked slow, the demo itself."""
+"""The demo's report on made-up answers, and the demo itself (marked slow)."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def result(alone: list[Answer] | None = None) -> DemoResult:
 
 
 def test_rows_hold_the_engines_count() -> None:
-    """Layers and skipped share come from the answers, rates are per request."""
+    """Fails if layers and skipped share do not come from the answers, or rates are not per request."""
     full, half = result().rows()
     assert (full["budget"], full["layers_executed_mean"], full["skipped_share"]) == (1.0, 30.0, 0.0)
     assert (half["budget"], half["layers_executed_mean"], half["skipped_share"]) == (0.5, 15.0, 0.5)
@@ -42,7 +42,7 @@ def test_rows_hold_the_engines_count() -> None:
 
 
 def test_table_fits_the_terminal() -> None:
-    """One row per budget, a line per prompt, no wrapping."""
+    """Fails if a line of the table is wider than the terminal, or a budget or prompt is missing."""
     lines = result().table(width=90).split("\n")
     assert max(map(len, lines)) <= 90
     assert len(lines) == 3 + 2 * 2  # header of two lines and a rule, two budgets with two prompts
@@ -51,13 +51,13 @@ def test_table_fits_the_terminal() -> None:
 
 
 def test_summary_says_how_many_texts_differ() -> None:
-    """Texts that change in a batch are said openly."""
+    """Fails if the summary hides that texts change in a batch."""
     assert "2 of 4 texts" in result().summary()
     assert "16.0 tokens/s" in result().summary()
 
 
 def test_wrong_depth_is_a_failure() -> None:
-    """A budget the engine does not keep must not pass as a demo."""
+    """Fails if the demo passes although the engine does not keep a budget."""
     assert result().failures() == []
     wrong = result([answer("One?", 0.5, layers=16)]).failures()
     assert len(wrong) == 1
@@ -66,13 +66,13 @@ def test_wrong_depth_is_a_failure() -> None:
 
 
 def test_answer_without_outcome_is_a_failure() -> None:
-    """It is what a server on the stock model looks like."""
+    """Fails if the demo passes although the stock model is served."""
     stock = Answer("One?", 1.0, "text", 40, 2.0, None)
     assert "stock" in result([stock, answer("One?", 0.5)]).failures()[0]
 
 
 def test_all_answers_without_outcome_still_give_a_table() -> None:
-    """The report of the failure must not itself fail."""
+    """Fails if the report raises an error when no answer has layer counts."""
     stock = [Answer("One?", b, "text", 40, 2.0, None) for b in (1.0, 0.5)]
     report = result(stock)
     assert len(report.failures()) == 2
@@ -80,7 +80,7 @@ def test_all_answers_without_outcome_still_give_a_table() -> None:
 
 
 def test_json_is_plain() -> None:
-    """results/demo.json is read by other programs."""
+    """Fails if the results cannot be written as plain JSON."""
     content = json.loads(json.dumps(result().as_json()))
     assert len(content["rows"]) == 2
     assert len(content["requests_alone"]) == 4
@@ -88,7 +88,7 @@ def test_json_is_plain() -> None:
 
 
 def test_budgets_are_checked_before_the_server_starts() -> None:
-    """A minute of starting a server is a long wait for a typing mistake."""
+    """Fails if a wrong budget is noticed only after the server has started."""
     assert parse_budgets("1.0,0.5", NUM_LAYERS) == [1.0, 0.5]
     for bad in ("1.0,x", "0", "1.5", "0.05", "nan", ""):
         with pytest.raises(BudgetError):
@@ -97,7 +97,7 @@ def test_budgets_are_checked_before_the_server_starts() -> None:
 
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
-    """What `make demo` runs, on the embedded model and the shipped artifact."""
+    """Fails if `make demo` does not work with the embedded model and the shipped artifact."""
     output = tmp_path / "results" / "demo.json"
     command = [sys.executable, "-m", "vllm_buddy", "demo", "--output", str(output), "--tokens", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)

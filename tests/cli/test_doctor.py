@@ -1,4 +1,4 @@
-"""What the doctor concludes from what it finds."""
+"""The conclusions of `vllm-buddy doctor` from what it finds."""
 
 import json
 
@@ -16,7 +16,7 @@ def outcomes(*layers: tuple[int, int]) -> str:
 
 
 def test_engine_that_keeps_the_budgets_is_ok() -> None:
-    """Budget 1.0 is all 6 layers of the tiny model, 0.5 is 3."""
+    """Fails if an engine that runs all 6 layers at budget 1.0, and 3 at 0.5, is reported as broken."""
     check = judge(outcomes((6, 6), (3, 3)), 0)
     assert check.ok
     assert "6 and 3 of 6" in check.found
@@ -26,13 +26,13 @@ def test_engine_that_keeps_the_budgets_is_ok() -> None:
     ("output", "status", "part"),
     [
         (outcomes((6, 6), (3, 4)), 0, "3 to 4 layers"),
-        ("doctor-engine:[null, null]", 0, "says nothing of layers"),
+        ("doctor-engine:[null, null]", 0, "has no layer counts"),
         ("Traceback\nRuntimeError: no", 1, "RuntimeError: no"),
         ("", 0, "could not be served"),
     ],
 )
 def test_engine_that_does_not_is_a_failure(output: str, status: int, part: str) -> None:
-    """One token at another depth, the stock model, a crash and silence are all failures."""
+    """Fails if one token at another depth, the stock model, a crash or no output passes the check."""
     check = judge(output, status)
     assert not check.ok
     assert part in check.found
@@ -40,7 +40,7 @@ def test_engine_that_does_not_is_a_failure(output: str, status: int, part: str) 
 
 
 def test_report_says_what_to_do() -> None:
-    """A failure without advice leaves the user where he was."""
+    """Fails if the report of a failure has no advice."""
     checks = [Check("first", True, "fine"), Check("second", False, "broken\ndetails", "repair it")]
     text = doctor.report(checks, 80)
     assert "ok" in text
@@ -49,7 +49,7 @@ def test_report_says_what_to_do() -> None:
 
 
 def test_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripts read the status."""
+    """Fails if the exit status does not tell whether all checks pass."""
     monkeypatch.setattr(doctor, "CHECKS", (lambda: Check("one", True, "fine"),))
     assert main(["doctor"]) == 0
     monkeypatch.setattr(doctor, "CHECKS", (lambda: Check("one", False, "broken", "repair"),))
@@ -57,7 +57,7 @@ def test_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_broken_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA torchvision beside a CPU torch breaks transformers with an error that does not say so."""
+    """Fails if the report does not name a torchvision that does not fit torch, which breaks transformers."""
     errors = {"transformers.models.llama.modeling_llama": "RuntimeError: nms", "torchvision": "RuntimeError: nms"}
     monkeypatch.setattr(doctor_checks, "import_error", errors.get)
     monkeypatch.setattr(doctor_checks, "installed_version", lambda name: "1" if name == "torchvision" else None)
@@ -67,7 +67,7 @@ def test_broken_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_untested_vllm_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The versions tested with are one constant, and another version is said to be untested."""
+    """Fails if a version of vLLM that is not tested passes the check."""
     monkeypatch.setattr(doctor_checks, "installed_version", lambda name: "0.1.0" if name == "vllm" else None)
     check = check_vllm()
     assert not check.ok
@@ -75,7 +75,7 @@ def test_untested_vllm_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_vllm_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The most common failure of all."""
+    """Fails if a missing vLLM passes the check, or the advice does not say how to install it."""
     monkeypatch.setattr(doctor_checks, "installed_version", lambda name: None)
     check = check_vllm()
     assert not check.ok
@@ -83,7 +83,7 @@ def test_missing_vllm_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plugin_is_seen_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's engine processes are fresh ones."""
+    """Fails if the check does not see the plugin as a fresh process does, like vLLM's engine processes."""
     assert check_plugin().ok
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert "VLLM_PLUGINS" in check_plugin().found
@@ -91,5 +91,5 @@ def test_plugin_is_seen_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_doctor() -> None:
-    """A healthy installation passes every check, the engine's included."""
+    """Fails if a healthy installation does not pass every check, including the engine's."""
     assert main(["doctor"]) == 0

@@ -1,4 +1,4 @@
-"""`vllm-buddy prune`, from a method and a number of layers to what can be served."""
+"""The command `vllm-buddy prune`, from a method and a number of layers to what can be served."""
 
 import json
 import shlex
@@ -32,7 +32,7 @@ def test_both_forms_hold_the_layers_of_the_method(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Failure: artifact, checkpoint and what is printed are of different layers, or a command cannot be pasted."""
+    """Fails if artifact, checkpoint and output name different layers, or a printed command cannot be pasted."""
     base = identify(model_with_tokenizer)
     orders, out = tmp_path / "orders.json", tmp_path / "with space"
     sizes = ["--text", str(text_file), *SIZES]
@@ -68,8 +68,7 @@ def test_both_forms_hold_the_layers_of_the_method(
 def test_an_order_is_measured_as_by_the_command_orders(
     model_with_tokenizer: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Failure: what is pruned differs from what is evaluated under the same name, or nobody can tell what it was
-    measured on."""
+    """Fails if pruning differs from the evaluation of the same method, or the record lacks the measured text."""
     orders, sizes = tmp_path / "orders.json", ["--text", str(text_file), *SIZES]
     assert main(["orders", str(orders), "--methods", "sleb", "--model", str(model_with_tokenizer), *sizes]) == 0
     assert _prune("sleb", tmp_path / "out", model_with_tokenizer, *sizes) == 0
@@ -83,7 +82,7 @@ def test_an_order_is_measured_as_by_the_command_orders(
 def test_the_card_says_how_to_make_it_again(
     model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: the record promises a command that makes something else, or unrepaired layers pass for trained ones."""
+    """Fails if the recorded command makes something else, or the card does not say that nothing is trained."""
     assert _prune("random", tmp_path / "a", model_with_tokenizer, "--seed", "7", "--base-model-id", "me/my model") == 0
     folder = tmp_path / "a" / "artifact"
     card, record = (folder / "README.md").read_text(), (folder / "run.yaml").read_text()
@@ -127,8 +126,8 @@ def test_mistakes_are_one_line_and_write_nothing(
     options: list[str],
     message: str,
 ) -> None:
-    """Failure: a mistake shows after minutes of measuring, or leaves a folder behind that refuses the next try."""
-    for module in ("model_folder", "baselines.orders"):
+    """Fails if a mistake shows only after a model is loaded, or leaves a folder behind that blocks the next try."""
+    for module in ("models.folder", "baselines.orders"):
         monkeypatch.setattr(f"vllm_buddy.{module}.load_model", lambda *args: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
     assert _prune(method, Path("out"), model_with_tokenizer, *options) == 2
@@ -139,7 +138,7 @@ def test_mistakes_are_one_line_and_write_nothing(
 def test_a_model_that_routing_does_not_know_is_refused(
     model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: an artifact is written that no server accepts."""
+    """Fails if an artifact is written for a model that no server accepts."""
     folder = tmp_path / "mistral"
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(model_with_tokenizer / "model.safetensors")
@@ -153,7 +152,7 @@ def test_a_model_that_routing_does_not_know_is_refused(
 def test_nothing_is_written_over(
     model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: a second run mixes its shards with those of the first."""
+    """Fails if a second run mixes its files with those of the first."""
     out = tmp_path / "out"
     out.mkdir()
     assert _prune("reverse", out, model_with_tokenizer) == 0

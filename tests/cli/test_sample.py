@@ -1,4 +1,4 @@
-"""`vllm-buddy sample`."""
+"""The command `vllm-buddy sample`."""
 
 import json
 import os
@@ -15,7 +15,7 @@ __all__ = ["model_with_tokenizer"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["a.jsonl", "--tokens", "0"], "must be positive"),
         (["a.jsonl", "--temperature", "nan"], "must be positive"),
@@ -25,12 +25,12 @@ __all__ = ["model_with_tokenizer"]
     ],
 )
 def test_bad_input_is_refused_before_vllm_starts(
-    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An engine start costs half a minute, and a file that training cannot read costs the sampling too."""
+    """Fails if a wrong option is noticed only after an engine has started, or after sampling."""
     out, *options = arguments
     assert main(["sample", str(tmp_path / out), *options]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -45,5 +45,5 @@ def test_samples_can_be_trained_on(model_with_tokenizer: Path, tmp_path: Path) -
     assert len(texts) == 8
     assert {text[:2] for text in texts[::2]} == {"ab"}
     assert {text[:2] for text in texts[1::2]} == {"cd"}
-    # The random model follows "ab" with tokens that are no text.
+    # The random model continues "ab" with tokens that are not text, so only "cd" is compared.
     assert len(set(texts[1::2])) == 4

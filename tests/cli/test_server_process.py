@@ -1,4 +1,4 @@
-"""Starting and stopping a server, with a stand-in for vLLM's."""
+"""Starting and stopping a server, tried with a stand-in for vLLM's server."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from vllm_buddy.cli.server_process import ServerProcess
 from vllm_buddy.errors import ServerError
 
-# Answers /health, and has a child that ignores the signal to end, as an engine that hangs would.
+# Answers /health, and has a child that ignores SIGTERM, like an engine that hangs.
 HEALTHY = """
 import http.server, signal, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c",
@@ -47,7 +47,7 @@ def running(group: int) -> list[int]:
 
 
 def test_no_process_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that outlives the demo holds its memory until someone finds it."""
+    """Fails if an engine outlives the demo and keeps its memory."""
     monkeypatch.setattr("vllm_buddy.cli.server_process._SERVER_STOP_S", 1.0)
     monkeypatch.setattr("vllm_buddy.cli.server_process._GROUP_STOP_S", 1.0)
     with server(HEALTHY, tmp_path) as started:
@@ -60,8 +60,8 @@ def test_no_process_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_ctrl_c_stops_the_server(tmp_path: Path) -> None:
-    """The server has its own session, so the terminal's Ctrl-C does not reach it by itself."""
-    # A shell starts what it runs in the background with SIGINT ignored.
+    """Fails if Ctrl-C does not stop the server, which the terminal cannot signal because it has its own session."""
+    # A shell ignores SIGINT in processes that it runs in the background.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), server(HANGING, tmp_path) as started:
         group = started._process.pid
@@ -72,13 +72,13 @@ def test_ctrl_c_stops_the_server(tmp_path: Path) -> None:
 
 
 def test_end_of_the_log_is_in_the_error(tmp_path: Path) -> None:
-    """A server that does not start says why, in its log alone."""
+    """Fails if the error does not show the log's end, the only place that says why a server does not start."""
     with server(DYING, tmp_path) as started, pytest.raises(ServerError, match=r"(?s)status 3.*the reason"):
         started.wait_until_healthy(lambda elapsed, gist: None)
 
 
 def test_start_has_a_time_limit(tmp_path: Path) -> None:
-    """A start that hangs must not hang whoever waits for it."""
+    """Fails if a server that hangs at its start is waited for without limit."""
     seen: list[str] = []
     with server(HANGING, tmp_path, start_timeout_s=1.5) as started, pytest.raises(ServerError, match="not ready"):
         started.wait_until_healthy(lambda elapsed, gist: seen.append(gist))

@@ -1,4 +1,4 @@
-"""Tiny models with artifacts, and what the reference makes of a sample."""
+"""A tiny model with an artifact, and the reference's scores of a sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Tiny:
     def by_hand(
         self, sample: Sample, depth: int, interval: int, kv_policy: str, model: nn.Module | None = None
     ) -> torch.Tensor:
-        """Log-probabilities of the whole vocabulary for each target, from the reference: [num_targets, vocab_size]."""
+        """Return the reference's log-probabilities of the vocabulary for each target: [num_targets, vocab_size]."""
         route = RequestRoute(
             self.artifact.router(), PathSchedule(interval), depth, sample.token_ids[: sample.num_context]
         )
@@ -49,11 +49,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture
 def samples() -> list[Sample]:
-    """Of different lengths, so that batches are padded and put in another order."""
+    """Samples of different lengths, so that batches are padded and reordered."""
     return random_samples([(40, 8), (23, 1), (64, 30), (5, 2), (40, 39)])
 
 
 def random_samples(sizes: Sequence[tuple[int, int]]) -> list[Sample]:
-    """sizes: (tokens, context) of each."""
+    """Return random samples. sizes: (number of tokens, number of context tokens) of each."""
     rng = np.random.default_rng(0)
     return [Sample(rng.integers(0, VOCAB_SIZE, n).tolist(), context) for n, context in sizes]

@@ -1,4 +1,4 @@
-"""Multiple choice: reading, splitting into tokens, and who is right."""
+"""Multiple-choice questions: reading a file, splitting into tokens, and accuracy."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def _write(path: Path, *rows: Any) -> Path:
 
 
 def test_rows_are_read_and_cut(tmp_path: Path) -> None:
-    """Failure: a line separator inside a text splits a row, extra keys are refused, or the limit takes others."""
+    """Fails if a line separator inside a text splits a row, extra keys are refused, or the limit takes other rows."""
     odd = {**ROW, "goal": "a\u2028b", "id": 7, "label": 1}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(odd, ensure_ascii=False) + "\n" + json.dumps(ROW))
@@ -43,8 +43,11 @@ def test_rows_are_read_and_cut(tmp_path: Path) -> None:
         ([ROW, {**ROW, "label": 2}], "line 2: label is 2; allowed is 0 .sol1. or 1 .sol2."),
         ([ROW, {**ROW, "label": True}], "line 2: label is True"),
         ([ROW, {**ROW, "label": "1"}], "line 2: label is '1'"),
-        ([{"goal": "a", "sol1": "b", "label": 0}, ROW], "line 1: no 'sol2'; wanted is an object with goal, sol1, sol2"),
-        ([ROW, {**ROW, "sol1": " "}], "line 2: sol1 is ' '; wanted is a text that is not empty"),
+        (
+            [{"goal": "a", "sol1": "b", "label": 0}, ROW],
+            "line 1: no 'sol2'; the line must be an object with goal, sol1, sol2",
+        ),
+        ([ROW, {**ROW, "sol1": " "}], "line 2: sol1 is ' ', but must be a text that is not empty"),
         ([ROW, {**ROW, "goal": 3}], "line 2: goal is 3"),
         ([ROW, [1]], "line 2: no 'goal'"),
         ([ROW, "{"], "line 2: not JSON"),
@@ -53,13 +56,13 @@ def test_rows_are_read_and_cut(tmp_path: Path) -> None:
     ],
 )
 def test_rows_of_another_form(tmp_path: Path, rows: list[Any], message: str) -> None:
-    """Failure: a traceback, or rows dropped in silence."""
+    """Fails if a row in another format ends in a traceback, or is dropped without a message."""
     with pytest.raises(EvaluationError, match=message):
         read_choices(_write(tmp_path / "rows.jsonl", *rows))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    """Failure: a traceback for a missing or a binary file."""
+    """Fails if a missing or binary file ends in a traceback."""
     with pytest.raises(EvaluationError, match="cannot read the multiple-choice file"):
         read_choices(tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
@@ -68,7 +71,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_question_and_answer_as_tokens(model_with_tokenizer: Path) -> None:
-    """Failure: the question is scored, the space before the answer is lost, or the wording is not the harness's."""
+    """Fails if the question is scored, the space before the answer is lost, or the wording is not the harness's."""
     tokenizer = load_tokenizer(model_with_tokenizer)
     first, second = ChoiceRow("Open a jar.", ("Turn it.", "Shout."), 0).samples(tokenizer)
     assert tokenizer.decode(first.token_ids[: first.num_context]) == "Question: Open a jar.\nAnswer:"
@@ -78,11 +81,11 @@ def test_question_and_answer_as_tokens(model_with_tokenizer: Path) -> None:
 
 
 def test_accuracy_on_a_constructed_set(tiny: Tiny) -> None:
-    """Failure: the lower score wins, tokens are averaged, or length is counted in tokens."""
+    """Fails if the lower score wins, tokens are averaged, or length is counted in tokens."""
     rows = [
-        ChoiceRow("q", ("ab", "abcdefgh"), 0),  # -4 against -5: 0 right; per character -2 against -0.625: 1
+        ChoiceRow("q", ("ab", "abcdefgh"), 0),  # -4 against -5: 0 wins, right; per character -2 against -0.625: 1 wins
         ChoiceRow("q", ("ab", "abcdefgh"), 1),  # the same scores: wrong; per character right
-        ChoiceRow("q", ("ab", "ab"), 0),  # -3 against -3: the first
+        ChoiceRow("q", ("ab", "ab"), 0),  # -3 against -3: the first wins, right
         ChoiceRow("q", ("ab", "ab"), 1),  # -1 against -2: wrong
     ]
     logprobs = [[-1.0, -3.0], [-5.0], [-4.0], [-2.0, -3.0], [-3.0], [-1.0, -2.0], [-1.0], [-2.0]]

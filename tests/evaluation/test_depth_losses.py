@@ -1,4 +1,4 @@
-"""Losses of every depth, and the samples that they are measured on."""
+"""Losses at every depth, and the samples that they are measured on."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from vllm_buddy.evaluation.depth_losses import measure_depth_losses
 from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
 from vllm_buddy.method.lora import LoraDeltas
 
-FP32 = 2e-4  # sums of another order, through eight layers
+FP32 = 2e-4  # sums in another order, through eight layers
 DEPTHS = (3, 5, NUM_LAYERS)
 SHAPE = SampleShape(context=8, prompt=40, answer=12, shortest_answer=4)
 
@@ -28,7 +28,7 @@ def _ignore(done: int, total: int) -> None:
 
 
 def test_losses_are_those_of_the_reference(tiny: Tiny, samples: list[Sample]) -> None:
-    """A reward that is off by a token, or of another path, trains a predictor of something else."""
+    """Fails if a loss is off by a token or belongs to another path."""
     found = measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore)
     for sample, losses in zip(samples, found.losses, strict=True):
         for depth, loss in zip(DEPTHS, losses, strict=True):
@@ -38,7 +38,7 @@ def test_losses_are_those_of_the_reference(tiny: Tiny, samples: list[Sample]) ->
 
 
 def test_what_was_measured_is_not_measured_again(tiny: Tiny, samples: list[Sample], tmp_path: Path) -> None:
-    """An hour of measuring must survive a stop; and other depths must not find these losses."""
+    """Fails if measured losses are lost after a stop, or are found for other depths."""
     first = measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore, tmp_path)
     (file,) = tmp_path.glob("losses-*.npy")
     halved = np.load(file)
@@ -56,7 +56,7 @@ def test_what_was_measured_is_not_measured_again(tiny: Tiny, samples: list[Sampl
 
 
 def test_an_artifact_that_changes_weights_is_refused(tiny: Tiny, samples: list[Sample]) -> None:
-    """Its losses would be measured without the change."""
+    """Fails if an artifact that changes weights is measured without the change."""
     artifact = replace(tiny.artifact, lora=LoraDeltas({}, {}, 1.0))
     with pytest.raises(EvaluationError, match="changes the base weights"):
         measure_depth_losses(tiny.model, artifact, samples, DEPTHS, _ignore)
@@ -68,7 +68,7 @@ def tokenizer(model_with_tokenizer: Path) -> Any:
 
 
 def test_a_row_is_a_prompt_and_its_answer(tokenizer: Any, tmp_path: Path) -> None:
-    """What decides must be what a server would see, and the answer alone is scored."""
+    """Fails if the context is not the prompt that a server sees, or more than the answer is scored."""
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     rows = [{"instruction": "Add.", "input": "1+1", "output": "It is two, and no more."}]
@@ -84,7 +84,7 @@ def test_a_row_is_a_prompt_and_its_answer(tokenizer: Any, tmp_path: Path) -> Non
 
 
 def test_parts_of_a_text_share_nothing(tokenizer: Any, tmp_path: Path) -> None:
-    """What is held out must not be trained on."""
+    """Fails if two parts of a text share tokens."""
     path = tmp_path / "text.txt"
     text = "".join(f"{number:05d} " for number in range(200))
     path.write_text(text)

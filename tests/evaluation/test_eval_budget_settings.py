@@ -1,4 +1,4 @@
-"""Options of `vllm-buddy eval-budget` that cannot work."""
+"""Settings of `vllm-buddy eval-budget` that cannot work."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vllm_buddy.cli.main import main
 def test_options_are_refused_in_one_line(
     tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before a model is loaded, and without a traceback."""
+    """Fails if a wrong option ends in a traceback, or is noticed only after a model is loaded."""
     assert main(["eval-budget", str(tmp_path / "text.txt"), *options]) == 2
     error = capsys.readouterr().err
     assert message in error

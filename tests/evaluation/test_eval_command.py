@@ -1,4 +1,4 @@
-"""`vllm-buddy eval`, from files to figures."""
+"""The command `vllm-buddy eval`, from files to figures."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def questions(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(text_file: Path, questions: Path, model_with_tokenizer: Path, artifact: Path) -> list[str]:
-    """Options that every evaluation here has."""
+    """Options of every evaluation in this module."""
     files = ["--text", str(text_file), "--piqa", str(questions)]
     return [*files, "--model", str(model_with_tokenizer), "--artifact", str(artifact), *WINDOWS, "--dtype", "float32"]
 
@@ -48,7 +48,7 @@ def _eval(data: list[str], out: Path, *options: str) -> list[dict[str, Any]]:
 
 
 def test_rows(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Failure: a figure is missing, in another form, or at another number of layers than the budget's."""
+    """Fails if a figure is missing, has another format, or has another number of layers than its budget."""
     rows = _eval(data, tmp_path / "out.json", "--policy", "buddy,reverse", "--budgets", "1.0,0.75,0.5")
     assert all(list(row) == ["policy", "repair", "budget", "layers", "metric", "value", "stderr", "n"] for row in rows)
     repairs = {("dense", "none"), ("buddy", "bypass"), ("reverse", "none")}
@@ -72,21 +72,21 @@ def test_rows(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert by["buddy", 0.5, "distinct_paths"]["value"] > 1 == by["buddy", 1.0, "distinct_paths"]["value"]
     shown = capsys.readouterr().out
     assert "scoring 192 tokens of" in shown
-    assert "8 windows of 32 at stride 24, each behind a context of 8" in shown
+    assert "8 windows of 32 at stride 24, each after a context of 8" in shown
     assert "6 questions of" in shown
     assert "perplexity" in shown
     assert "wrote" in shown
 
 
 def test_policies_score_the_same_as_alone(data: list[str], artifact: Path, tmp_path: Path) -> None:
-    """Failure: what a policy scores depends on the others beside it, or NAME=DIR is not the artifact in DIR."""
+    """Fails if the score of a policy depends on other policies, or NAME=DIR is not the artifact in DIR."""
     together = _eval(data, tmp_path / "a.json", "--policy", f"random,same={artifact},buddy", "--budgets", "0.5,0.75")
     alone = _eval(data, tmp_path / "b.json", "--policy", "buddy", "--budgets", "0.75,0.5")
     assert _by_metric(together, "buddy") == _by_metric(alone, "buddy") == _by_metric(together, "same")
 
 
 def test_variants_take_routing_away(data: list[str], artifact: Path, tmp_path: Path) -> None:
-    """Failure: what adaptivity buys is compared with itself."""
+    """Fails if the variants `frozen` and `prompt_only` do not switch routing off."""
     names = f"buddy,buddy:frozen,buddy:prompt_only,x:prompt_only={artifact}"
     rows = _eval(data, tmp_path / "a.json", "--policy", names, "--budgets", "0.5", "--route-every", "2")
     perplexity = {row["policy"]: row["value"] for row in rows if row["metric"] == "perplexity"}
@@ -95,7 +95,7 @@ def test_variants_take_routing_away(data: list[str], artifact: Path, tmp_path: P
 
 
 def test_path_library_and_kv_policy_are_used(data: list[str], tmp_path: Path) -> None:
-    """Failure: an option is read and forgotten."""
+    """Fails if an option has no effect."""
     plain = _by_metric(_eval(data, tmp_path / "a.json", "--policy", "buddy", "--budgets", "0.5"), "buddy")
     for options in (["--paths", "free"], ["--kv-policy", "zero"], ["--route-every", "1"], ["--text-skip", "110"]):
         rows = _eval(data, tmp_path / "b.json", "--policy", "buddy", "--budgets", "0.5", *options)
@@ -105,7 +105,7 @@ def test_path_library_and_kv_policy_are_used(data: list[str], tmp_path: Path) ->
 
 
 def test_one_kind_of_data_is_enough(data: list[str], tmp_path: Path) -> None:
-    """Failure: a text alone, or questions alone, cannot be evaluated."""
+    """Fails if a text alone, or questions alone, cannot be evaluated."""
     metrics = {row["metric"] for row in _eval(data[2:], tmp_path / "a.json", "--policy", "reverse")}
     assert metrics == set(PIQA_METRICS)
     metrics = {row["metric"] for row in _eval([*data[:2], *data[4:]], tmp_path / "a.json", "--policy", "reverse")}
@@ -113,7 +113,7 @@ def test_one_kind_of_data_is_enough(data: list[str], tmp_path: Path) -> None:
 
 
 def test_orders_of_another_model(data: list[str], model_with_tokenizer: Path, text_file: Path, tmp_path: Path) -> None:
-    """Failure: an order measured on the fly differs from the one that `vllm-buddy orders` keeps."""
+    """Fails if an order measured on the fly differs from the one that `vllm-buddy orders` writes."""
     orders = tmp_path / "orders.json"
     sizes = ["--model", str(model_with_tokenizer), "--text", str(text_file), "--methods", "shortgpt"]
     long = tmp_path / "long.txt"
@@ -131,7 +131,7 @@ def test_orders_of_another_model(data: list[str], model_with_tokenizer: Path, te
         (["--policy", "budy"], "unknown policy 'budy'; known are dense, buddy, shortgpt"),
         (["--policy", "buddy,buddy"], "policy 'buddy' is named twice"),
         (["--budgets", "1.0,1.5"], "budget is 1.5; allowed is a number in (0, 1]"),
-        (["--budgets", "half"], "budgets are 'half'; wanted are numbers in (0, 1] with commas between"),
+        (["--budgets", "half"], "budgets are 'half', but must be numbers in (0, 1] with commas between them"),
         (["--budgets", "0.1"], "leaves 0 of 8 layers, but at least 3 must run; the smallest allowed budget is 0.375"),
         (["--context", "32"], "a window of 32 tokens with a context of 32 scores none"),
         (["--stride", "8"], "stride 8 scores tokens twice"),
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line(
     options: list[str],
     message: str,
 ) -> None:
-    """Failure: a traceback, or a mistake that shows only after minutes of measuring."""
+    """Fails if a mistake ends in a traceback, or shows only after a model is loaded."""
     monkeypatch.setattr("vllm_buddy.models.folder.load_model", lambda *args: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
     policy = [] if "--policy" in options else ["--policy", "buddy"]
@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(
 
 
 def test_data_of_the_wrong_kind(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Failure: an empty or binary text is scored, or nothing at all is."""
+    """Fails if an empty or binary text is scored, or an evaluation without data runs."""
     for content, message in ((b"", "is empty"), (b"\xff\x00", "is not UTF-8 text"), (b"a\0b", "holds NUL bytes")):
         (tmp_path / "bad").write_bytes(content)
         assert main(["eval", *data, "--text", str(tmp_path / "bad")]) == 2
@@ -177,7 +177,7 @@ def test_data_of_the_wrong_kind(data: list[str], tmp_path: Path, capsys: pytest.
 
 
 def test_an_artifact_of_another_model(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Failure: paths and repairs of one model are applied to another."""
+    """Fails if paths and repairs of one model are applied to another."""
     other = save_tiny_model(tmp_path / "other", "llama", seed=1)
     random_artifact(tmp_path / "artifact", other)
     assert main(["eval", *data, "--policy", f"mine={tmp_path / 'artifact'}"]) == 2
@@ -189,14 +189,14 @@ def test_an_artifact_of_another_model(data: list[str], tmp_path: Path, capsys: p
 def test_a_budget_that_the_library_lacks(
     data: list[str], model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: another depth than the budget's is measured, or the run ends in the middle."""
+    """Fails if another depth than the budget's is measured, or the run ends in the middle."""
     random_artifact(tmp_path / "none", model_with_tokenizer, paths_per_depth=0)
     assert main(["eval", *data, "--policy", f"x={tmp_path / 'none'}", "--paths", "library"]) == 2
     assert "has no path library" in capsys.readouterr().err
 
 
 def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
-    """Failure: a setting is added to the schema and cannot be reached from the command line."""
+    """Fails if a setting of the schema is not a command line option."""
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -208,7 +208,7 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_results_are_read_as_they_were_written(data: list[str], tmp_path: Path) -> None:
-    """Failure: a plot is drawn of rounded figures."""
+    """Fails if figures are rounded when they are written and read."""
     out = tmp_path / "a.json"
     _eval(data, out, "--policy", "buddy", "--budgets", "0.5")
     figures = load_results(out)
@@ -231,7 +231,7 @@ def test_results_are_read_as_they_were_written(data: list[str], tmp_path: Path) 
 def test_a_results_file_of_another_form(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: str, message: str
 ) -> None:
-    """Failure: an empty picture, or a traceback."""
+    """Fails if a results file in another format gives an empty picture or a traceback."""
     monkeypatch.setattr("vllm_buddy.evaluation.plot.check_plotting", lambda: None)
     (tmp_path / "a.json").write_text(content)
     assert main(["plot", str(tmp_path / "a.json"), str(tmp_path / "a.png")]) == 2
@@ -243,7 +243,7 @@ def test_a_results_file_of_another_form(
 def test_a_plot_without_matplotlib(
     data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: minutes of measuring, and then an ImportError."""
+    """Fails if a missing matplotlib is noticed only after the measurement."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
     assert main(["eval", *data, "--plot", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]) == 2
@@ -252,7 +252,7 @@ def test_a_plot_without_matplotlib(
 
 
 def test_plot(data: list[str], tmp_path: Path) -> None:
-    """Failure: a metric or a policy is not drawn, or zero on a log scale ends it."""
+    """Fails if a metric or a policy is not drawn, or a zero on a logarithmic scale raises an error."""
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     out = tmp_path / "a.svg"
     _eval(data, tmp_path / "a.json", "--policy", "buddy,reverse", "--plot", str(out))

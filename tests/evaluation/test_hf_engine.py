@@ -1,4 +1,4 @@
-"""The engine over Hugging Face models against the reference, sample by sample."""
+"""The engine over Hugging Face models, compared with the reference sample by sample."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from vllm_buddy.method import PathSchedule
 from vllm_buddy.method.kv_policy import KV_POLICIES
 
 DEPTH = 5
-# float32, the same sums in another order: batched attention against a loop, logits of a chunk against all.
+# float32, with sums in another order: batched attention and a loop, logits in chunks and at once.
 TOLERANCE = 2e-4
 
 
@@ -27,7 +27,7 @@ def _silent(what: str, done: int, total: int) -> None:
 def _score(
     tiny: Tiny, samples: Sequence[Sample], *, interval: int = 4, kv_policy: str = "masked", depth: int = DEPTH
 ) -> tuple[Scores, Scores]:
-    """Scores of the unrouted model and of the artifact."""
+    """Return the scores of the unrouted model and of the artifact."""
     variants = [
         Variant(dense_policy(tiny.artifact.config.base_model), 1.0, NUM_LAYERS),
         Variant(Policy("buddy", tiny.artifact, PathSchedule(interval)), depth / NUM_LAYERS, depth),
@@ -39,7 +39,7 @@ def _score(
 @pytest.mark.parametrize("interval", [0, 1, 4])
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 def test_scores_are_the_references(tiny: Tiny, samples: list[Sample], kv_policy: str, interval: int) -> None:
-    """Failure: padding, batching or re-routing changes a figure, or KL is that of other positions or the other way."""
+    """Fails if padding, batching or re-routing changes a score, or KL has other positions or the other direction."""
     dense, buddy = _score(tiny, samples, interval=interval, kv_policy=kv_policy)
     assert buddy.kl is not None
     for index, sample in enumerate(samples):
@@ -53,7 +53,7 @@ def test_scores_are_the_references(tiny: Tiny, samples: list[Sample], kv_policy:
 
 
 def test_perplexity_by_hand(tiny: Tiny) -> None:
-    """Failure: the context is scored, the mean is over windows of exponentials, or the base of the logarithm is off."""
+    """Fails if the context is scored, exponentials are averaged over windows, or the logarithm has another base."""
     rng = np.random.default_rng(1)
     windows = [Sample(rng.integers(0, 512, 32).tolist(), 8) for _ in range(3)]
     dense, buddy = _score(tiny, windows)
@@ -71,7 +71,7 @@ def test_perplexity_by_hand(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("interval", [0, 1, 4])
 def test_no_score_depends_on_a_later_token(tiny: Tiny, interval: int) -> None:
-    """Failure: a path sees the tokens that are scored on it, and perplexity is too good."""
+    """Fails if a path depends on the tokens that are scored on it, which would make perplexity too good."""
     rng = np.random.default_rng(2)
     token_ids = rng.integers(0, 512, 48).tolist()
     _, before = _score(tiny, [Sample(token_ids, 16)], interval=interval)
@@ -86,7 +86,7 @@ def test_no_score_depends_on_a_later_token(tiny: Tiny, interval: int) -> None:
 
 
 def test_the_context_decides_the_path(tiny: Tiny) -> None:
-    """Failure: the test above holds because nothing ever changes a path."""
+    """Fails if the test above passes only because no path ever changes."""
     rng = np.random.default_rng(3)
     policy = Policy("buddy", tiny.artifact, PathSchedule(4))
     token_ids = rng.integers(0, 512, (8, 48)).tolist()
@@ -98,7 +98,7 @@ def test_the_context_decides_the_path(tiny: Tiny) -> None:
 def test_merged_weights_are_used_and_the_base_is_left_alone(
     tiny: Tiny, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Failure: an artifact that changes weights is measured without them, or changes the model of the others."""
+    """Fails if an artifact's change of weights is not applied, or is applied to the other policies too."""
     artifact = random_artifact(tmp_path_factory.mktemp("lora") / "a", tiny.folder, lora_rank=2)
     assert artifact.lora is not None
     merged = load_model(tiny.folder)
@@ -122,7 +122,7 @@ def test_merged_weights_are_used_and_the_base_is_left_alone(
 
 
 def test_the_unrouted_model_agrees_with_itself(tiny: Tiny, samples: list[Sample]) -> None:
-    """Failure: KL and agreement compare different positions."""
+    """Fails if KL and agreement compare different positions."""
     dense, buddy = _score(tiny, samples, depth=NUM_LAYERS)
     assert dense.kl is not None
     assert all((kl == 0).all() for kl in dense.kl)

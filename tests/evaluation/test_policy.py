@@ -1,4 +1,4 @@
-"""Policies by name, and the paths they give."""
+"""Names of policies, and the paths that policies choose."""
 
 from collections import Counter
 from pathlib import Path
@@ -31,7 +31,7 @@ MANY = [(40, 12)] * 20
     ],
 )
 def test_names(text: str, parts: tuple[object, ...]) -> None:
-    """Failure: a policy is measured as another."""
+    """Fails if a name is read as another policy."""
     spec = PolicySpec.parse(text)
     assert (spec.name, spec.base_name, spec.variant, spec.folder, spec.is_static) == parts
     assert str(spec) == text
@@ -45,19 +45,19 @@ def test_names(text: str, parts: tuple[object, ...]) -> None:
         ("buddy:frosen", "unknown variant 'frosen'; known are frozen, prompt_only"),
         ("sleb:frozen", "'sleb' has no router, so no variant 'frozen'"),
         ("dense:frozen", "'dense' has no router"),
-        ("sleb=a", "needs a folder and a name of its own, not one of dense, buddy"),
+        ("sleb=a", "needs a folder and a name that is not one of dense, buddy"),
         ("mine=", "needs a folder"),
         ("=a", "needs a folder"),
     ],
 )
 def test_names_that_do_not_exist(text: str, message: str) -> None:
-    """Failure: a misspelt policy is left out in silence."""
+    """Fails if a misspelt policy is accepted or left out without a message."""
     with pytest.raises(EvaluationError, match=message):
         PolicySpec.parse(text)
 
 
 def test_static_policy_follows_the_order(tiny: Tiny, tmp_path: Path) -> None:
-    """Failure: a static set is repaired by an artifact, re-routed, or lost when an engine loads it from disk."""
+    """Fails if a static policy is repaired, re-routed, or changed when an engine loads it from disk."""
     order = [3, 6, 1, 2, 5, 4]
     policy = static_policy("sleb", tiny.artifact.config.base_model, order)
     policy.artifact.save(tmp_path / "a")
@@ -71,7 +71,7 @@ def test_static_policy_follows_the_order(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_frozen_takes_the_most_common_path(tiny: Tiny, tmp_path: Path) -> None:
-    """Failure: what adaptivity buys is measured against a path that no token, or hardly one, runs."""
+    """Fails if `frozen` does not take the path that most tokens run."""
     samples = random_samples(MANY)
     policy = Policy("buddy", tiny.artifact, PathSchedule(4))
     counts: Counter[int] = Counter()
@@ -92,7 +92,7 @@ def test_frozen_takes_the_most_common_path(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_prompt_only_never_changes_its_path(tiny: Tiny) -> None:
-    """Failure: re-routing goes on where it is said to be off."""
+    """Fails if `prompt_only` re-routes, or decides another first path."""
     policy = Policy("buddy:prompt_only", tiny.artifact, PathSchedule(0))
     routed = Policy("buddy", tiny.artifact, PathSchedule(4))
     samples = random_samples(MANY)
@@ -102,7 +102,7 @@ def test_prompt_only_never_changes_its_path(tiny: Tiny) -> None:
 
 
 def test_a_sample_leaves_something_to_score() -> None:
-    """Failure: a question without an answer scores as certain."""
+    """Fails if a sample without tokens to score is accepted."""
     from vllm_buddy.evaluation import Sample
 
     for context in (0, 3, 4):

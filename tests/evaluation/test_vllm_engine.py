@@ -1,4 +1,4 @@
-"""`vllm-buddy eval --engine vllm` against `--engine hf`."""
+"""Compares `vllm-buddy eval --engine vllm` with `--engine hf`."""
 
 import json
 import os
@@ -19,12 +19,12 @@ __all__ = ["model_with_tokenizer", "text_file"]
 QUESTIONS = [
     {"goal": f"Question {i}", "sol1": "Do this, then that.", "sol2": "Do nothing.", "label": i % 2} for i in range(6)
 ]
-# Relative: float32 sums in another order, in log-probabilities that reach -40, of which perplexity is the exponential.
+# Relative: float32 sums in another order, in log-probabilities down to -40; perplexity is their exponential.
 TOLERANCE = 2e-3
 
 
 def _eval(out: Path, *options: str) -> dict[tuple[str, float, str], dict[str, Any]]:
-    """In a process of its own: engines of one process end together."""
+    """Run an evaluation in its own process, because all engines of a process end together."""
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     command = [sys.executable, "-m", "vllm_buddy", "eval", "--json", str(out), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -33,7 +33,7 @@ def _eval(out: Path, *options: str) -> dict[tuple[str, float, str], dict[str, An
 
 
 def test_both_engines_agree(model_with_tokenizer: Path, text_file: Path, tmp_path: Path) -> None:
-    """Failure: what is served is not what was evaluated: paths, bypass, merged weights, or which token is scored."""
+    """Fails if serving differs from evaluation in paths, bypass, merged weights, or which token is scored."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     random_artifact(tmp_path / "bypass", model_with_tokenizer, bypass_rank=4)

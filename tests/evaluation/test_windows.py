@@ -1,4 +1,4 @@
-"""Windows of a text."""
+"""Cutting a text into windows."""
 
 import pytest
 
@@ -7,14 +7,14 @@ from vllm_buddy.evaluation.windows import text_samples
 
 
 def test_every_token_behind_the_first_context_is_scored_once() -> None:
-    """Failure: tokens at the seams of windows are left out or counted twice."""
+    """Fails if tokens at the borders of windows are left out or counted twice."""
     samples = text_samples(range(100), window=20, stride=15, context=5)
     assert [target for sample in samples for target in sample.targets] == list(range(5, 95))
     assert all(len(sample.token_ids) == 20 for sample in samples)
 
 
 def test_a_larger_stride_leaves_gaps() -> None:
-    """Failure: the stride is not the stated one."""
+    """Fails if windows do not start `stride` tokens apart."""
     samples = text_samples(range(100), window=20, stride=40, context=5)
     assert [sample.token_ids[0] for sample in samples] == [0, 40, 80]
 
@@ -29,7 +29,7 @@ def test_a_larger_stride_leaves_gaps() -> None:
     ],
 )
 def test_sizes_that_do_not_fit(sizes: tuple[int, int, int], message: str) -> None:
-    """Failure: a perplexity over nothing, or one that counts some tokens double."""
+    """Fails if windows are allowed that score no token, or score a token twice."""
     window, stride, context = sizes
     with pytest.raises(EvaluationError, match=message):
         text_samples(range(100), window, stride, context)

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer, text, and the settings of a run that takes a second."""
+"""A tiny model with a tokenizer, text, and the settings of a training run that takes a second."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ import pytest
 
 from tests.importance.conftest import model_with_tokenizer
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.training.loop import Run
+from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.stage1 import run_stage1
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 
 __all__ = ["model_with_tokenizer"]
 
@@ -38,7 +38,7 @@ WORDS = [
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Some thousand tokens (bytes) of text that is not all alike."""
+    """A text of some thousand tokens (bytes) that varies."""
     path = tmp_path / "data.txt"
     path.write_text(" ".join(f"{WORDS[i * i % 17]} {WORDS[i * 7 % 19]}" for i in range(400)))
     return path
@@ -46,7 +46,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path, data: Path, model_with_tokenizer: Path) -> dict[str, Any]:
-    """A run of 6 steps."""
+    """Settings of a run of 6 steps."""
     return {
         "out": tmp_path / "run",
         "data": [{"file": data}],
@@ -64,8 +64,8 @@ def settings(tmp_path: Path, data: Path, model_with_tokenizer: Path) -> dict[str
     }
 
 
-def run(settings: dict[str, Any], stop_after: int | None = None) -> tuple[Artifact, Run, list[float]]:
-    """(artifact, run, losses). stop_after: raise KeyboardInterrupt when so many steps are done."""
+def run(settings: dict[str, Any], stop_after: int | None = None) -> tuple[Artifact, TrainingRun, list[float]]:
+    """Train; returns (artifact, run, losses). stop_after: raise KeyboardInterrupt after this many steps."""
     losses: list[float] = []
 
     def report(row: dict[str, Any]) -> None:
@@ -73,6 +73,6 @@ def run(settings: dict[str, Any], stop_after: int | None = None) -> tuple[Artifa
         if stop_after == len(losses):
             raise KeyboardInterrupt
 
-    checked = TrainSettings(**settings)
+    checked = Stage1Settings(**settings)
     artifact, stage = run_stage1(checked, settings["model"], report, lambda line: None)
     return artifact, stage, losses

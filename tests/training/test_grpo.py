@@ -1,4 +1,4 @@
-"""The policy loss of stage 2."""
+"""The GRPO policy loss of stage 2."""
 
 import math
 from types import SimpleNamespace
@@ -9,26 +9,26 @@ import torch
 from vllm_buddy.training.grpo import entropy, group_advantages, grpo_loss
 
 ENTROPY_BONUS = 0.3
-EXACT = {"rtol": 1e-5, "atol": 1e-6}  # fp32, the same sums
+EXACT = {"rtol": 1e-5, "atol": 1e-6}  # float32 and the same sums
 
 
 def test_what_examples_differ_by_is_gone_and_what_depths_differ_by_stays() -> None:
-    """A reward of 1 to 4 nats between examples drowns 0.01 between depths."""
+    """Fails if differences of 1 to 4 nats between examples hide differences of 0.01 between depths."""
     between_depths = torch.tensor([[0.0, 0.01], [0.0, -0.03]])
     advantages, spread = group_advantages(between_depths + torch.tensor([[-1.0], [4.0]]))
     torch.testing.assert_close(advantages * spread, torch.tensor([[-0.005, 0.005], [0.015, -0.015]]), atol=1e-6, rtol=0)
-    # Stakes are kept: the second example matters three times as much.
+    # Sizes are kept: the second example matters three times as much.
     assert advantages[1, 0] / advantages[0, 1] == pytest.approx(3.0, rel=1e-3)
 
 
 def test_a_batch_that_says_nothing_moves_nothing() -> None:
-    """All depths alike: noise must not be blown up to advantages of one."""
+    """Fails if rewards that are equal up to noise give large advantages."""
     advantages, _ = group_advantages(torch.full((4, 3), 2.5))
     assert advantages.abs().max() < 1e-2
 
 
 def test_groups_of_every_action_are_the_expected_loss() -> None:
-    """The mean over groups drawn from the policy tends to it; the gradients must be the same thing."""
+    """Fails if groups of all actions have another gradient than the mean over groups that are drawn from the policy."""
     torch.manual_seed(0)
     logits = torch.randn(1, 4, requires_grad=True)
     rewards = torch.randn(1, 4)
@@ -39,11 +39,11 @@ def test_groups_of_every_action_are_the_expected_loss() -> None:
     drawn = log_pi.expand(20_000, -1).gather(1, actions)
     centred = rewards - (log_pi.detach().exp() * rewards).sum()
     (sampled,) = torch.autograd.grad(grpo_loss(drawn, drawn, centred.expand(20_000, -1).gather(1, actions)), logits)
-    torch.testing.assert_close(sampled, whole, atol=0.01, rtol=0)  # 160,000 draws: a standard error near 0.003
+    torch.testing.assert_close(sampled, whole, atol=0.01, rtol=0)  # 160,000 draws have a standard error near 0.003
 
 
 def test_trl_computes_the_same_loss_and_gradient() -> None:
-    """An independent implementation: GRPOTrainer of TRL, on completions of one token."""
+    """Fails if loss or gradient differs from an independent implementation, TRL's GRPOTrainer on single tokens."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="pip install trl, for this comparison alone")
     torch.manual_seed(1)
     logits = torch.randn(6, 5)
@@ -62,7 +62,7 @@ def test_trl_computes_the_same_loss_and_gradient() -> None:
 
 
 def _trl_loss(trainer, logits, actions, advantages, old_log_pi):
-    """TRL's loss of groups of one-token completions; clipping out of reach, no reference model."""
+    """Return TRL's loss of groups of one-token completions, with neither clipping nor a reference model."""
 
     from accelerate import Accelerator
 
@@ -72,7 +72,7 @@ def _trl_loss(trainer, logits, actions, advantages, old_log_pi):
         return log_pi.gather(1, actions).flatten()[:, None], spread.expand(-1, actions.shape[1]).flatten()[:, None], 0
 
     class Stub:
-        """What _compute_loss looks at."""
+        """Has the attributes that _compute_loss reads."""
 
         def __getattr__(self, name):
             return None
@@ -105,7 +105,7 @@ def _trl_loss(trainer, logits, actions, advantages, old_log_pi):
 
 
 class _Lists(dict):
-    """A list for every key."""
+    """A dictionary with an empty list for every missing key."""
 
     def __missing__(self, key):
         self[key] = []

@@ -1,4 +1,4 @@
-"""The losses against plain PyTorch, and the regression against what it should find."""
+"""The training losses against plain PyTorch, the initial regression, and the search for paths."""
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ ROWS, SIZE, VOCAB, TOP = 5, 16, 40, 8
 
 
 def sample(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(student hidden [2, ROWS, SIZE], teacher hidden, head)."""
+    """Return (student hidden [2, ROWS, SIZE], teacher hidden, head)."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = torch.randn(2, 2, ROWS, SIZE, generator=generator)
     return student, teacher, torch.randn(VOCAB, SIZE, generator=generator)
 
 
 def test_distillation_is_the_divergence_over_top_tokens_and_the_rest() -> None:
-    """A gradient written by hand is wrong until it has been compared."""
+    """Fails if the loss or its hand-written gradient differs from autograd's."""
     student, teacher, head = sample()
     student.requires_grad_()
     ids, log_p = top_log_probs(teacher, head, TOP)
@@ -37,7 +37,7 @@ def test_distillation_is_the_divergence_over_top_tokens_and_the_rest() -> None:
 
 
 def test_distillation_with_all_tokens_is_the_whole_divergence() -> None:
-    """With nothing left for the rest, the loss must not become infinite or lose a part."""
+    """Fails if the loss is infinite or incomplete when the top tokens are the whole vocabulary."""
     student, teacher, head = sample()
     ids, log_p = top_log_probs(teacher, head, VOCAB)
     p, q = (teacher @ head.T).log_softmax(-1), (student @ head.T).log_softmax(-1)
@@ -46,7 +46,7 @@ def test_distillation_with_all_tokens_is_the_whole_divergence() -> None:
 
 
 def test_next_token_loss_is_cross_entropy() -> None:
-    """As above."""
+    """Fails if the loss or its hand-written gradient differs from PyTorch's cross-entropy."""
     student, _, head = sample()
     student.requires_grad_()
     tokens = torch.from_numpy(np.random.default_rng(0).integers(VOCAB, size=(2, ROWS)))
@@ -57,7 +57,7 @@ def test_next_token_loss_is_cross_entropy() -> None:
 
 
 def test_regression_finds_a_low_rank_layer() -> None:
-    """A starting point that does not fit what could be fitted exactly fits nothing."""
+    """Fails if the regression does not find a layer that has exactly its form."""
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(4000, SIZE, generator=generator)
     normed = torch.nn.functional.rms_norm(before, (SIZE,), eps=1e-6)
@@ -67,11 +67,11 @@ def test_regression_finds_a_low_rank_layer() -> None:
     down, up = moments.low_rank(3)
     added = normed @ a.T @ b.T
     error = (normed @ down.T @ up.T - added).norm() / added.norm()
-    assert error < 0.01  # the ridge costs a thousandth
+    assert error < 0.01  # the ridge term causes an error of a thousandth
 
 
 def test_regression_repairs_a_model_without_training(tmp_path) -> None:
-    """The pairs of units, the layers' numbering or the norm could be wrong, and training would hide it for a while."""
+    """Fails if pairs of units, numbers of layers or the norm are wrong, which training would hide for a while."""
     model = load_model(save_tiny_model(tmp_path, "llama")).requires_grad_(False)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(VOCAB_SIZE, size=(24, 64)))
     from vllm_buddy.training.path_search import single_divergences
@@ -82,7 +82,7 @@ def test_regression_repairs_a_model_without_training(tmp_path) -> None:
 
 
 def test_search_leaves_out_a_layer_that_does_nothing_first(tmp_path) -> None:
-    """An order that keeps the useless layer is upside down."""
+    """Fails if the search does not remove a layer without effect first."""
     model = load_model(save_tiny_model(tmp_path, "llama"))
     with torch.no_grad():
         model.model.layers[3].self_attn.o_proj.weight.zero_()

@@ -1,4 +1,4 @@
-"""Stage 2: what the predictor learns, and from files to an artifact with one."""
+"""Stage 2 of training: what the predictor learns, and the way from files to an artifact with a predictor."""
 
 import json
 from pathlib import Path
@@ -14,19 +14,19 @@ from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation.cost_quality import choices, compare
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
 from vllm_buddy.training.stage2_record import CURVES_FILE, LOG_FILE, with_section, without_key
-from vllm_buddy.training.stage2_settings import BudgetSettings
+from vllm_buddy.training.stage2_settings import Stage2Settings
 
 DEPTHS = (4, 6, 8)
 DATA = [{"file": "not used"}]
 
 
 def _fit(kinds: np.ndarray, losses: np.ndarray, **settings: Any) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray]:
-    """(expected excess of all samples, log, indices held out); kinds: [num_samples], what contexts tell."""
+    """Return (expected excess of all samples, log, held-out indices). kinds: [num_samples], visible in the contexts."""
     rng = np.random.default_rng(0)
     means, newest = torch.from_numpy(rng.normal(size=(2, len(kinds), 6)).astype(np.float32))
     means[:, 0] += torch.from_numpy(6.0 * kinds).float()
     contexts, log = Contexts(means, newest), []
-    checked = BudgetSettings(out="x", data=DATA, steps=200, **settings)
+    checked = Stage2Settings(out="x", data=DATA, steps=200, **settings)
     predictor, held_out = fit_predictor(contexts, losses, DEPTHS, NUM_LAYERS, checked, log.append)
     with torch.no_grad():
         return predictor.excess(means, newest).numpy(), log, held_out.numpy()
@@ -34,7 +34,7 @@ def _fit(kinds: np.ndarray, losses: np.ndarray, **settings: Any) -> tuple[np.nda
 
 @pytest.fixture(scope="module")
 def two_kinds() -> tuple[np.ndarray, np.ndarray]:
-    """Half of the samples gain nothing from layers, the others one nat; and noise between samples of several."""
+    """Return kinds and losses. Half of the samples gain nothing from layers, the others one nat; all vary by nats."""
     rng = np.random.default_rng(0)
     kinds = rng.integers(2, size=400)
     curve = np.where(kinds[:, None], [1.0, 0.5, 0.0], 0.0)
@@ -43,7 +43,7 @@ def two_kinds() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("group", [0, 4])
 def test_layers_go_where_they_help(two_kinds: tuple[np.ndarray, np.ndarray], group: int) -> None:
-    """The noise between samples is four times what depths differ by: without the groups' baseline it drowns them."""
+    """Fails if the noise between samples, four times the difference between depths, is not removed by the baseline."""
     kinds, losses = two_kinds
     excess, log, held_out = _fit(kinds, losses, group=group, max_price=3.0)
     chosen = choices(excess, DEPTHS, NUM_LAYERS, 1.0)[held_out]
@@ -56,7 +56,7 @@ def test_layers_go_where_they_help(two_kinds: tuple[np.ndarray, np.ndarray], gro
 
 
 def test_price_is_in_nats(two_kinds: tuple[np.ndarray, np.ndarray]) -> None:
-    """A nat for half the layers: at prices a little below 2 layers are worth it, above they are not."""
+    """Fails if prices are not in nats: half the layers save one nat, so they are worth it up to a price of 2."""
     kinds, losses = two_kinds
     excess, _, held_out = _fit(kinds, losses, max_price=3.0)
     of_kind = np.flatnonzero(kinds[held_out] == 1)
@@ -70,7 +70,7 @@ def test_price_is_in_nats(two_kinds: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 def test_contexts_that_say_nothing_choose_nothing() -> None:
-    """A fit to noise must not do worse than the constant budget that it starts from."""
+    """Fails if a fit to noise is worse than the constant budget that it starts from."""
     rng = np.random.default_rng(1)
     losses = np.array([1.0, 0.6, 0.3]) + rng.normal(0, 1.0, (200, 1)) + rng.normal(0, 0.3, (200, 3))
     _, log, _ = _fit(rng.integers(2, size=200), losses)
@@ -88,14 +88,14 @@ def test_contexts_that_say_nothing_choose_nothing() -> None:
     ],
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
-    """Found after the losses were measured, a wrong setting costs half an hour."""
+    """Fails if settings that cannot work are found only after the losses are measured."""
     with pytest.raises(ValueError, match=message):
-        BudgetSettings(out="x", data=DATA, **change)
+        Stage2Settings(out="x", data=DATA, **change)
 
 
 @pytest.fixture
 def run(tmp_path: Path, model_with_tokenizer: Path) -> tuple[Path, list[str]]:
-    """(folder that gets the artifact, command line)."""
+    """Return (folder for the artifact, command line)."""
     random_artifact(tmp_path / "artifact", model_with_tokenizer, bypass_rank=4)
     (tmp_path / "text.txt").write_text(" ".join(f"{i * i % 97} and {i % 13}" for i in range(200)))
     rows = [{"instruction": f"Say {i}.", "output": f"Here is {i}, as you asked."} for i in range(30)]
@@ -112,7 +112,7 @@ def run(tmp_path: Path, model_with_tokenizer: Path) -> tuple[Path, list[str]]:
 def test_from_files_to_an_artifact_that_is_evaluated(
     run: tuple[Path, list[str]], model_with_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands of the README, on a tiny model."""
+    """Fails if the commands of the README do not work on a tiny model, or if results are measured or written twice."""
     out, command = run
     assert main(command) == 0
     artifact, before = load_artifact(out), load_artifact(out.parent / "artifact")
@@ -124,7 +124,7 @@ def test_from_files_to_an_artifact_that_is_evaluated(
     assert budgets == sorted(budgets, reverse=True)
     assert {LOG_FILE, CURVES_FILE, "README.md", "run.yaml"} <= {path.name for path in out.iterdir()}
     assert "## Budget Predictor" in (out / "README.md").read_text()
-    # Once more, from its own result: what was measured is found, and the section is replaced.
+    # Again, from the result itself: measured losses are found, and the section is replaced.
     assert main([*command, f"artifact={out}"]) == 0
     assert (out / "README.md").read_text().count("## Budget Predictor") == 1
     assert (out / "run.yaml").read_text().count("budget_predictor:") == 1
@@ -159,7 +159,7 @@ def test_from_files_to_an_artifact_that_is_evaluated(
 def test_what_cannot_be_trained_is_one_line(
     run: tuple[Path, list[str]], change: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A traceback says nothing to a user."""
+    """Fails if a mistake ends in a traceback."""
     assert main([*run[1], change]) == 2
     assert message in capsys.readouterr().err
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_trained_is_one_line(
 def test_an_artifact_without_a_predictor_cannot_be_evaluated(
     run: tuple[Path, list[str]], model_with_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The way out is in the message."""
+    """Fails if the message does not name the command that makes a predictor."""
     folder = run[0].parent
     options = ["--model", str(model_with_tokenizer), "--artifact", str(folder / "artifact")]
     assert main(["eval-budget", str(folder / "text.txt"), *options]) == 2
@@ -175,7 +175,7 @@ def test_an_artifact_without_a_predictor_cannot_be_evaluated(
 
 
 def test_a_part_of_a_card_is_replaced_and_the_rest_kept() -> None:
-    """The evaluation and the origin of the repair must not get lost."""
+    """Fails if a model card or a record loses its other sections."""
     card = "# a\n\ntext\n\n## Evaluation\n\nx\n\n## How it was made\n\ny\n"
     once = with_section(card, "## New\n\nfirst\n\n")
     assert once == "# a\n\ntext\n\n## Evaluation\n\nx\n\n## New\n\nfirst\n\n## How it was made\n\ny\n"

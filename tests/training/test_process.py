@@ -1,4 +1,4 @@
-"""`vllm-buddy train` as a process that is killed, and as several processes."""
+"""`vllm-buddy train` as a process: killed, distributed over two processes, and given a mistake."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import yaml
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.training.loop import LOG_FILE
 
-# Gradients of the same micro-batches, summed over processes in another order.
+# Gradients of the same micro-batches are summed over processes in another order.
 TOLERANCE = 1e-4
 
 
@@ -36,7 +36,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Machines die without asking; what was trained until then must not be lost or counted twice."""
+    """Fails if a killed run loses steps or counts them twice when it is resumed."""
     steps = 60
     config = write_config(settings | {"tokens": steps * 4 * 32, "name": "killed"}, tmp_path / "run.yaml")
     assert train(config, f"out={tmp_path / 'whole'}").wait(300) == 0
@@ -57,7 +57,7 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(settings: dict[str, Any], tmp_path: Path) -> None:
-    """A process that sees all data, or gradients that are not summed, would train something else."""
+    """Fails if each process sees all data, or gradients are not summed over processes."""
     pytest.importorskip("accelerate")
     config = write_config(settings, tmp_path / "run.yaml")
     assert train(config, f"out={tmp_path / 'one'}").wait(300) == 0
@@ -69,7 +69,7 @@ def test_two_processes_train_what_one_trains(settings: dict[str, Any], tmp_path:
 
 
 def test_a_mistake_is_one_line_and_an_exit_code(settings: dict[str, Any], tmp_path: Path) -> None:
-    """A user who mistypes a file name should not have to read a traceback."""
+    """Fails if a mistyped file name ends in a traceback."""
     config = write_config(settings | {"data": [{"file": str(tmp_path / "none.txt")}]}, tmp_path / "run.yaml")
     _, stderr = (process := train(config)).communicate(timeout=120)
     assert process.returncode == 2

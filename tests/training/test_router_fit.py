@@ -1,4 +1,4 @@
-"""The Decision Module that is fitted to measured losses, and the library it picks from."""
+"""The Decision Module that is fitted to measured losses, and the path library that it picks from."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ ORDER = [3, 5, 2, 6, 1, 4]
 
 
 def test_two_kinds_of_text_get_the_path_that_serves_each() -> None:
-    """A fit that cannot tell two clearly different kinds of text apart learns nothing from any."""
+    """Fails if the fit cannot tell two clearly different kinds of text apart."""
     rng = np.random.default_rng(0)
     kind = rng.integers(2, size=200)
     means = torch.from_numpy(rng.normal(size=(200, 12)).astype(np.float32))
@@ -30,7 +30,7 @@ def test_two_kinds_of_text_get_the_path_that_serves_each() -> None:
 
 
 def test_text_that_says_nothing_keeps_the_static_path() -> None:
-    """A fit to noise must not route away from the best path."""
+    """Fails if a fit to noise routes away from the best path."""
     rng = np.random.default_rng(0)
     means, newest = torch.from_numpy(rng.normal(size=(2, 200, 12)).astype(np.float32))
     paths = [[0, 1, 2, 4, 6, 7], [0, 1, 3, 4, 6, 7]]
@@ -40,7 +40,7 @@ def test_text_that_says_nothing_keeps_the_static_path() -> None:
 
 
 def test_the_library_begins_with_the_static_path_and_has_no_choice_where_nothing_was_trained() -> None:
-    """A request below the trained range must be served, and not by a choice that nobody compared."""
+    """Fails if a depth below the trained range has no path, or has paths that were not compared."""
     other = [6, 1, 2, 3, 4, 5]
     library = Start(ORDER, [other, ORDER], None).library(3, smallest=4)
     assert sorted(library) == [3, 4, 5, 6, 7]

@@ -1,4 +1,4 @@
-"""Stage 1 from settings to an artifact that can be served."""
+"""Stage 1 of training, from settings to an artifact that can be served."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from vllm_buddy.method.reference import generate, routed_logits
 from vllm_buddy.training import checkpoint
 from vllm_buddy.training.loop import LOG_FILE
 from vllm_buddy.training.stage1_record import finish_run
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 
 RECIPES = {
     "bypass": {"paths": "searched"},
@@ -35,9 +35,9 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_makes_an_artifact_that_loads_and_routes(settings: dict[str, Any], name: str) -> None:
-    """A recipe that trains but cannot be served is of no use."""
+    """Fails if a recipe trains an artifact that cannot be loaded or routed."""
     artifact, stage, losses = run(settings | RECIPES[name])
-    finish_run(artifact, stage, TrainSettings(**settings | RECIPES[name]), "vllm-buddy train", None)
+    finish_run(artifact, stage, Stage1Settings(**settings | RECIPES[name]), "vllm-buddy train", None)
     loaded = load_artifact(settings["out"])
     assert loaded.digest == artifact.digest
     assert loaded.schedule().interval == RECIPES[name].get("decide_every", PathSchedule().interval)
@@ -54,7 +54,7 @@ def test_every_recipe_makes_an_artifact_that_loads_and_routes(settings: dict[str
 
 
 def test_full_depth_is_the_base_model_to_the_last_bit(settings: dict[str, Any]) -> None:
-    """The promise of the bypass: a request at budget 1.0 pays nothing for what others gain."""
+    """Fails if a bypass changes a request at budget 1.0."""
     artifact, _, _ = run(settings)
     model = load_model(settings["model"])
     tokens = list(range(40, 60))
@@ -65,7 +65,7 @@ def test_full_depth_is_the_base_model_to_the_last_bit(settings: dict[str, Any]) 
 
 @pytest.mark.parametrize("name", ["bypass", "paper"])
 def test_two_runs_of_one_seed_are_one_run(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
-    """Figures that a second run does not give again cannot be compared."""
+    """Fails if a second run with the same seed gives other losses, or a run with another seed the same."""
     first, _, losses = run(settings | RECIPES[name])
     second, _, again = run(settings | RECIPES[name] | {"out": tmp_path / "again", "name": "run"})
     assert losses == again
@@ -79,7 +79,7 @@ def test_two_runs_of_one_seed_are_one_run(settings: dict[str, Any], name: str, t
 def test_a_stopped_run_goes_on_with_the_same_losses(
     settings: dict[str, Any], name: str, stop_after: int, saved: int, tmp_path: Path
 ) -> None:
-    """A resumed run that draws other data or forgets the optimizer's state ends elsewhere."""
+    """Fails if a resumed run draws other data, loses the optimizer's state or logs a step twice."""
     whole, _, losses = run(settings | RECIPES[name] | {"out": tmp_path / "whole", "name": "run"})
     with pytest.raises(KeyboardInterrupt):
         run(settings | RECIPES[name], stop_after)
@@ -92,14 +92,14 @@ def test_a_stopped_run_goes_on_with_the_same_losses(
 
 
 def test_a_folder_with_another_run_is_refused(settings: dict[str, Any]) -> None:
-    """Going on with other settings would mix two runs silently."""
+    """Fails if a run is resumed with other settings."""
     run(settings)
     with pytest.raises(TrainingError, match="other settings"):
         run(settings | {"learning_rate": 0.5})
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint that is written in place is lost with the disk's last byte."""
+    """Fails if a full disk destroys the last checkpoint."""
     saved = torch.save
 
     def full(state: dict[str, Any], file: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(settings: dict[str, Any], monkey
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One NaN in the weights, saved over the last good checkpoint, ends a run for good."""
+    """Fails if weights that are NaN replace the last good checkpoint."""
     from vllm_buddy.training import loop
 
     calls, loss = [], loop.distillation_loss
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], change: dict[str, Any], message: str) -> None:
-    """Found after an hour, a wrong setting costs an hour."""
+    """Fails if settings that cannot work are found only after training has started."""
     with pytest.raises((BuddyError, ValueError), match=message):
         run(settings | change)
 
@@ -180,7 +180,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], change:
 def test_data_that_cannot_be_used_is_refused(
     settings: dict[str, Any], tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
-    """The message names the file and what is allowed."""
+    """Fails if unusable data is accepted, or the message does not name the file and what is allowed."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises((DataError, TrainingError), match=message) as caught:
@@ -189,7 +189,7 @@ def test_data_that_cannot_be_used_is_refused(
 
 
 def test_rows_of_instructions_become_conversations(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Instruction data without its answers, or without its inputs, trains something else."""
+    """Fails if instruction data loses its inputs or its answers."""
     rows = [{"instruction": f"Say {i}", "input": "twice", "output": f"{i} {i}"} for i in range(200)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     _, stage, _ = run(settings | {"data": [{"file": tmp_path / "rows.json"}]})
@@ -200,21 +200,21 @@ def test_rows_of_instructions_become_conversations(settings: dict[str, Any], tmp
 
 
 def test_overrides_go_on_top_of_the_file(tmp_path: Path) -> None:
-    """A sweep should not need a file per run; a mistyped key must not be ignored."""
+    """Fails if an override does not replace the value of the file, or a mistyped key is ignored."""
     config = tmp_path / "run.yaml"
     config.write_text("out: here\ndata: [{file: a.txt}]\nrank: 8\n")
-    read = TrainSettings.read(config, {"rank": "16", "learning_rate": "0.002"})
+    read = Stage1Settings.read(config, {"rank": "16", "learning_rate": "0.002"})
     assert (read.rank, read.learning_rate, str(read.out)) == (16, 0.002, "here")
     with pytest.raises(TrainingError, match="unknown settings rnk; known are"):
-        TrainSettings.read(config, {"rnk": "16"})
+        Stage1Settings.read(config, {"rnk": "16"})
     with pytest.raises(TrainingError, match="cannot read"):
-        TrainSettings.read(tmp_path / "no.yaml", {})
+        Stage1Settings.read(tmp_path / "no.yaml", {})
 
 
 def test_no_room_for_the_logits_is_found_before_training(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write to a mapped file on a full disk kills the process without a message."""
+    """Fails if a full disk is noticed only by a write to the mapped file, which kills the process without a message."""
     import shutil
 
     usage = shutil.disk_usage("/")
@@ -226,7 +226,7 @@ def test_no_room_for_the_logits_is_found_before_training(
 def test_a_second_run_finds_the_logits_of_the_first(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache that is never hit costs every run a pass of the full model, and nobody notices."""
+    """Fails if a second run computes the full model's logits again."""
     from vllm_buddy.training.teacher import Teacher
 
     computed: list[int] = []
@@ -246,14 +246,14 @@ def test_a_second_run_finds_the_logits_of_the_first(
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data: Path) -> None:
-    """A user who names a file as folder should read why, not a traceback."""
+    """Fails if naming a file as the folder ends in a traceback."""
     with pytest.raises(TrainingError, match="cannot make the folder"):
         run(settings | {"out": data})
 
 
 def test_list_shows_the_settings_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
-    """The list is for those who do not have a configuration yet."""
+    """Fails if the list of settings needs a configuration file."""
     assert main(["train", "--list"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in TrainSettings.model_fields)
+    assert all(name in shown for name in Stage1Settings.model_fields)
     assert main(["train"]) == 2

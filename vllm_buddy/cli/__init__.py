@@ -1,4 +1,4 @@
-"""The command `vllm-buddy`."""
+"""The command line `vllm-buddy`: one module per command."""
 
 from vllm_buddy.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`vllm-buddy artifacts`: what comes with the package."""
+"""`vllm-buddy artifacts`: lists the artifacts that come with the package."""
 
 import argparse
 
@@ -9,10 +9,16 @@ from vllm_buddy.errors import ArtifactError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # nothing to choose
+    """Add nothing."""
+    del parser  # the command has no options
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print one line per shipped artifact; returns 0.
+
+    Raises:
+        ArtifactError: the installation has no artifacts, or one of them cannot be read.
+    """
     del args
     rows = []
     for name, folder in shipped_artifacts().items():
@@ -20,13 +26,13 @@ def run(args: argparse.Namespace) -> int:
         made_by = "trained Decision Module" if config.has_decision_module else f"{config.prior.indicator} prior alone"
         rows.append([name, config.base_model.id, config.base_model.fingerprint, made_by, _trained(config)])
     if not rows:
-        raise ArtifactError("no artifact came with this installation; install the package again, from a wheel or git")
+        raise ArtifactError("this installation has no artifacts; install the package again, from a wheel or git")
     print(format_table(["artifact", "base model", "fingerprint", "paths follow", "trained beside"], rows))
     return 0
 
 
 def _trained(config: BuddyConfig) -> str:
-    """What the artifact has beside the routing, and the budgets it is for."""
+    """Describe what the artifact has besides the routing, and the budgets that it is trained for."""
     parts = [f"recipe {config.recipe}"] if config.recipe else []
     if config.bypass_rank:
         parts.append(f"bypass of rank {config.bypass_rank}")

@@ -1,19 +1,27 @@
-"""One chat completion with a budget over HTTP, timed, with the standard library alone."""
+"""A client of the chat completions API that sends a budget with each request and times the answer."""
 
-import http.client
-import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.errors import ServerError
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 _TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. outcome: the plugin's account of the request; the streaming API has no place for it."""
+    """The answer to one request.
+
+    outcome: what the plugin reports about the request (`kv_transfer_params.buddy` of the response); None for a streamed
+        answer, because the streaming API has no field for it.
+    """
 
     prompt: str
     budget: float
@@ -24,67 +32,84 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens over the time from request to last token, reading the prompt included."""
+        """Generated tokens per second from the request to the last token, prefill included."""
         return self.num_tokens / self.elapsed_s
 
 
 @dataclass(frozen=True)
 class ChatClient:
+    """Sends chat requests to the server at `host`:`port`. May be used from several threads at once.
+
+    num_tokens: length of every answer. It is fixed because prefill would dominate the rate of a short answer.
+    """
+
     host: str
     port: int
     model: str
-    num_tokens: int  # of every answer: a model that ends early would have its rate set by the prompt
+    num_tokens: int
 
     def ask(self, prompt: str, budget: float, *, stream: bool = False) -> Answer:
-        """Send one request, greedy, and read its answer to the end.
+        """Send one request with greedy sampling and read the whole answer.
 
         Raises:
-            ServerError: the server refuses the request or goes away.
+            ServerError: the server refuses the request, breaks off the answer or goes away.
         """
-        body: dict[str, Any] = {
+        import httpx
+        import openai
+
+        completions = self._openai.chat.completions
+        request: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
             "max_tokens": self.num_tokens,
-            "min_tokens": self.num_tokens,
-            "vllm_xargs": {"buddy_budget": budget},
+            "extra_body": {"min_tokens": self.num_tokens, "vllm_xargs": {"buddy_budget": budget}},
         }
-        if stream:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=_TIMEOUT_S)
         start = time.perf_counter()
         try:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                raise ServerError(f"the server answered {response.status}: {response.read().decode(errors='replace')}")
-            text, num_tokens, outcome = _read_stream(response) if stream else _read_whole(response)
-        except (OSError, http.client.HTTPException) as error:
-            raise ServerError(f"the server went away during a request ({type(error).__name__}: {error})") from None
-        finally:
-            connection.close()
+            if stream:
+                chunks = completions.create(**request, stream=True, stream_options={"include_usage": True})
+                text, num_tokens, outcome = _read_stream(chunks)
+            else:
+                text, num_tokens, outcome = _read_whole(completions.create(**request))
+        except openai.APIStatusError as error:
+            raise ServerError(f"the server answered {error.status_code}: {error.response.text}") from None
+        except (openai.APIConnectionError, httpx.TransportError) as error:  # openai 2 does not wrap those of a stream
+            cause = error.__cause__ or error
+            raise ServerError(f"the server went away during a request ({type(cause).__name__}: {cause})") from None
+        except openai.APIError as error:
+            raise ServerError(f"the server broke off an answer: {error.body or error.message}") from None
         return Answer(prompt, budget, text, num_tokens, time.perf_counter() - start, outcome)
 
+    @cached_property
+    def _openai(self) -> "OpenAI":
+        from openai import DefaultHttpxClient, OpenAI
 
-def _read_whole(response: http.client.HTTPResponse) -> tuple[str, int, dict[str, Any] | None]:
-    answer = json.load(response)
-    outcome = (answer.get("kv_transfer_params") or {}).get("buddy")
-    return answer["choices"][0]["message"]["content"] or "", answer["usage"]["completion_tokens"], outcome
+        return OpenAI(
+            base_url=f"http://{self.host}:{self.port}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=_TIMEOUT_S,
+            # The server closes idle connections, and a request that is sent at that moment fails.
+            default_headers={"Connection": "close"},
+            # The server is local: a proxy from the environment would not reach it.
+            http_client=DefaultHttpxClient(trust_env=False),
+        )
 
 
-def _read_stream(response: http.client.HTTPResponse) -> tuple[str, int, None]:
+def _read_whole(answer: "ChatCompletion") -> tuple[str, int, dict[str, Any] | None]:
+    outcome = (getattr(answer, "kv_transfer_params", None) or {}).get("buddy")
+    num_tokens = 0 if answer.usage is None else answer.usage.completion_tokens
+    return answer.choices[0].message.content or "", num_tokens, outcome
+
+
+def _read_stream(chunks: "Iterable[ChatCompletionChunk]") -> tuple[str, int, None]:
     parts: list[str] = []
-    num_tokens = 0
-    for line in response:
-        data = line.decode().removeprefix("data:").strip()
-        if not line.startswith(b"data:") or data == "[DONE]":
-            continue
-        event = json.loads(data)
-        if "error" in event:
-            raise ServerError(f"the server broke off an answer: {event['error']}")
-        for choice in event["choices"]:
-            parts.append(choice["delta"].get("content") or "")
-        if event.get("usage"):
-            num_tokens = event["usage"]["completion_tokens"]
+    num_tokens = None
+    for chunk in chunks:
+        parts += [choice.delta.content or "" for choice in chunk.choices]
+        if chunk.usage is not None:
+            num_tokens = chunk.usage.completion_tokens
+    if num_tokens is None:
+        raise ServerError("the server broke off an answer: the stream ended before its usage arrived")
     return "".join(parts), num_tokens, None

@@ -1,4 +1,4 @@
-"""`vllm-buddy demo`: one server, the same prompts at several budgets, alone and all at once."""
+"""`vllm-buddy demo`: sends the same prompts at several budgets to one server, one at a time and all at once."""
 
 import argparse
 import json
@@ -27,40 +27,52 @@ PROMPTS = (
     "Write one sentence about the sea.",
 )
 _SERVER_ARGUMENTS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "16")
-_LINE_EVERY_S = 15.0  # where there is no terminal to rewrite a line on
+_LINE_EVERY_S = 15.0  # between two progress lines, if standard output is not a terminal
 _MAX_WIDTH = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, metavar="DIR", help="where the embedded model is, or is to be written")
     parser.add_argument(
-        "--artifact", default=DEFAULT_MODEL, help="folder, hub id or name of a shipped one (default: %(default)s)"
+        "--model", type=Path, metavar="DIR", help="folder of the embedded model; it is written there if it is missing"
     )
-    parser.add_argument("--budgets", default="1.0,0.75,0.5", help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--artifact",
+        default=DEFAULT_MODEL,
+        help="folder or hub id of an artifact, or name of a shipped one (default: %(default)s)",
+    )
+    parser.add_argument("--budgets", default="1.0,0.75,0.5", help="budgets, separated by commas (default: %(default)s)")
     parser.add_argument(
         "--tokens",
         type=int,
         default=48,
-        help="tokens of every answer, also where the model would end earlier (default: %(default)s)",
+        help="length of every answer in tokens, even if the model would end it earlier (default: %(default)s)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("results/demo.json"), help="default: %(default)s, log beside it"
+        "--output",
+        type=Path,
+        default=Path("results/demo.json"),
+        help="file for the results; the server's log goes to the same folder (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    """Serve the model, send the requests, print a table and write the results; returns 1 if a check fails, else 0.
+
+    Raises:
+        BuddyError: a budget is not allowed, or the server does not start, refuses a request or ends.
+    """
     start = time.monotonic()
     _stop_on_signals()
     folder = fetch(folder=args.model, report=_say)
     num_layers = int(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
     budgets = parse_budgets(args.budgets, num_layers)
     log = args.output.with_name("demo-server.log")
-    _say(f"starting the server, log in {log}")
+    _say(f"starting the server; its log is {log}")
     settings = json.dumps({"buddy": {"artifact": args.artifact}})
     arguments = [str(folder), "--served-model-name", DEFAULT_MODEL, "--additional-config", settings, *_SERVER_ARGUMENTS]
     with ServerProcess(arguments, log) as server:
         server.wait_until_healthy(progress_line())
-        _say(f"server ready after {server.start_s:.0f} s")
+        _say(f"the server is ready after {server.start_s:.0f} s")
         client = ChatClient(HOST, server.port, DEFAULT_MODEL, args.tokens)
         result = measure(client, budgets, num_layers)
         server.check_alive()
@@ -77,25 +89,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(client: ChatClient, budgets: list[float], num_layers: int) -> DemoResult:
-    """Every prompt at every budget, one at a time and then all at once."""
+    """Send every prompt at every budget, one at a time and then all at once."""
     requests = [(prompt, budget) for prompt in PROMPTS for budget in budgets]
-    _say("one request per budget to warm up")
+    _say("warming up with one request per budget")
     for budget in budgets:
         client.ask("Hello.", budget)
-    _say(f"{len(requests)} requests, one at a time")
+    _say(f"sending {len(requests)} requests, one at a time")
     alone = [client.ask(prompt, budget) for prompt, budget in requests]
-    _say(f"the same {len(requests)} requests at once, streamed")
+    _say(f"sending the same {len(requests)} requests all at once, with streamed answers")
     start = time.perf_counter()
     pool = ThreadPoolExecutor(len(requests))
     try:
         mixed = list(pool.map(lambda request: client.ask(*request, stream=True), requests))
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # on Ctrl-C the answers end with the server, not before it
+        # Without waiting: after Ctrl-C the requests end only when the server is stopped.
+        pool.shutdown(wait=False, cancel_futures=True)
     return DemoResult(num_layers, alone, mixed, time.perf_counter() - start)
 
 
 def progress_line() -> Callable[[float, str], None]:
-    """A reporter that rewrites one line on a terminal, and prints one now and then elsewhere."""
+    """Return a progress reporter: it rewrites one line on a terminal, and prints a line now and then elsewhere."""
     terminal = sys.stdout.isatty()
     last_printed = 0.0
 
@@ -123,7 +136,7 @@ def _write(path: Path, result: DemoResult, start_s: float, total_s: float) -> No
         **result.as_json(),
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
-    _say(f"wrote {path}; {total_s:.0f} s in all")
+    _say(f"wrote {path}; the demo took {total_s:.0f} s")
 
 
 def _say(line: str) -> None:
@@ -132,10 +145,10 @@ def _say(line: str) -> None:
 
 
 def _stop_on_signals() -> None:
-    """Let every signal that asks this process to end take the way of Ctrl-C, which stops the server first."""
+    """Handle all signals that end this process like Ctrl-C, which stops the server first."""
     signal.signal(signal.SIGINT, _raise_interrupt)
     signal.signal(signal.SIGTERM, _raise_interrupt)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under nohup
         signal.signal(signal.SIGHUP, _raise_interrupt)
 
 

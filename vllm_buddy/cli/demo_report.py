@@ -1,4 +1,4 @@
-"""What `vllm-buddy demo` measured: the checks on it, its table, its JSON file."""
+"""The results of `vllm-buddy demo`: checks, the printed table and the JSON file."""
 
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -15,7 +15,11 @@ _PROMPT_WIDTH = 28
 
 @dataclass(frozen=True)
 class DemoResult:
-    """alone: one request at a time, whole answers. mixed: the same requests all at once, streamed."""
+    """The answers of a demo.
+
+    alone: to requests that are sent one at a time. mixed: to the same requests sent all at once, streamed.
+    mixed_wall_s: seconds from the first of the mixed requests to the last answer.
+    """
 
     num_layers: int
     alone: list[Answer]
@@ -27,7 +31,7 @@ class DemoResult:
         return sorted({a.budget for a in self.alone}, reverse=True)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per budget, rates as means over its requests."""
+        """Return one row per budget; rates are means over its requests."""
         rows = []
         for budget in self.budgets:
             alone = [a for a in self.alone if a.budget == budget]
@@ -51,26 +55,28 @@ class DemoResult:
 
     @property
     def num_equal_texts(self) -> int:
-        """Requests whose streamed text in the mixed batch is the one they got alone."""
+        """Number of requests whose text in the mixed batch equals the text that they got alone."""
         alone = {(a.prompt, a.budget): a.text for a in self.alone}
         return sum(alone[a.prompt, a.budget] == a.text for a in self.mixed)
 
     def failures(self) -> list[str]:
-        """What the server's own count says against the budgets; empty where every token ran exactly its depth."""
+        """Return one line per answer whose layer counts contradict its budget; empty if there is none."""
         found = []
         for a in self.alone:
             where = f"budget {a.budget:g}, prompt {shorten(a.prompt, 30)!r}"
             if a.outcome is None:
-                found.append(f"{where}: the answer does not say which layers ran; the stock model may have been served")
+                found.append(f"{where}: the answer has no layer counts; perhaps the stock model was served")
                 continue
             depth = depth_for_budget(a.budget, self.num_layers)
             counted = (a.outcome["layers_executed_min"], a.outcome["layers_executed_max"])
             if counted != (depth, depth):
-                found.append(f"{where}: {counted[0]} to {counted[1]} layers ran per token, the budget says {depth}")
+                found.append(
+                    f"{where}: {counted[0]} to {counted[1]} layers ran per token, but the budget allows exactly {depth}"
+                )
         return found
 
     def table(self, width: int) -> str:
-        """One row per budget with a line of text per prompt, no line longer than `width`."""
+        """Return a table with one row per budget and one line per prompt; no line is longer than `width`."""
         header = ["budget", f"layers\nof {self.num_layers}", "skipped", "tokens/s\nalone", "tokens/s\nmixed"]
         cells = []
         for row in self.rows():
@@ -89,12 +95,12 @@ class DemoResult:
         return format_table([*header, "prompt", "text (its beginning)"], cells, width)
 
     def summary(self) -> str:
-        """Two lines about the mixed batch."""
+        """Return two lines about the mixed batch."""
         return (
-            f"mixed: {len(self.mixed)} requests at once, {self.tokens_per_s_mixed_total:.1f} tokens/s in all; a batch "
-            "steps as fast as its deepest request.\n"
-            f"{self.num_equal_texts} of {len(self.mixed)} texts are those got alone; bf16 sums may round differently "
-            "in another batch."
+            f"mixed: {len(self.mixed)} requests at once ran at {self.tokens_per_s_mixed_total:.1f} tokens/s in total. "
+            "A batch is as slow as its deepest request.\n"
+            f"{self.num_equal_texts} of {len(self.mixed)} texts equal the texts that the requests got alone; bf16 sums "
+            "may round differently in another batch."
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -112,10 +118,10 @@ class DemoResult:
 
 
 def parse_budgets(text: str, num_layers: int) -> list[float]:
-    """Budgets from "1.0,0.75,0.5", each checked against the model.
+    """Parse budgets such as "1.0,0.75,0.5" and check each against the number of layers.
 
     Raises:
-        BudgetError: a word, or a number the model does not allow.
+        BudgetError: a word is not a number, or the model does not allow it.
     """
     budgets = []
     for word in text.split(","):
@@ -129,10 +135,10 @@ def parse_budgets(text: str, num_layers: int) -> list[float]:
 
 
 def caveat(artifact: Artifact) -> str | None:
-    """The line about quality that an untrained artifact needs."""
+    """Return a warning about the quality of an untrained artifact; None for a trained one."""
     if artifact.config.recipe is not None:
         return None
     return (
-        f"The artifact '{artifact.config.name}' is untrained, its paths follow a layer-importance prior alone: expect "
-        "poor text well below budget 1. What this shows is depth per request and speed, not quality."
+        f"The artifact '{artifact.config.name}' is untrained: its paths follow a layer-importance prior alone. Expect "
+        "poor text well below budget 1. This demo shows depth per request and speed, not quality."
     )

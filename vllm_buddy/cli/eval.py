@@ -1,4 +1,4 @@
-"""`vllm-buddy eval`: quality by policy and budget."""
+"""`vllm-buddy eval`: measures quality by policy and budget."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of EvalSettings, and where the figures go."""
+    """Add one option for each field of EvalSettings, and options for the output files."""
     add_setting_options(parser, EvalSettings)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="file for the figures, a JSON list")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="picture of quality against layers executed")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="file for the figures, written as a JSON list")
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT.png", help="file for a picture of quality against layers executed"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write what was asked for; returns 0.
+    """Measure, print a table and write the requested files; returns 0.
 
     Raises:
         BuddyError: a setting, data, model or artifact cannot be used.
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def figure_table(figures: Sequence["Figure"]) -> str:
-    """One line per policy and budget, one column per metric."""
+    """Return a table with one line per policy and budget and one column per metric."""
     metrics = list(dict.fromkeys(figure.metric for figure in figures))
     rows: dict[tuple[str, float, int], dict[str, str]] = {}
     for figure in figures:
@@ -73,11 +75,11 @@ def _what_is_measured(plan: "EvalPlan", settings: EvalSettings) -> str:
         scored = sum(len(window.targets) for window in plan.windows)
         parts.append(
             f"{scored} tokens of {settings.text} in {len(plan.windows)} windows of {settings.window} at stride "
-            f"{settings.window_stride}, each behind a context of {settings.context}"
+            f"{settings.window_stride}, each after a context of {settings.context}"
         )
     if plan.rows:
         parts.append(f"{len(plan.rows)} questions of {settings.piqa}")
-    kl = "; KL is measured by --engine hf alone" if settings.engine == "vllm" and plan.windows else ""
+    kl = "; KL needs --engine hf" if settings.engine == "vllm" and plan.windows else ""
     return f"scoring {' and '.join(parts)}; engine {settings.engine}, {settings.dtype}, KV {settings.kv_policy}{kl}"
 
 

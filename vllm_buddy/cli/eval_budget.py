@@ -1,4 +1,4 @@
-"""`vllm-buddy eval-budget`: what budget `auto` is worth."""
+"""`vllm-buddy eval-budget`: compares budget `auto` with constant budgets and with the best choice."""
 
 import argparse
 from pathlib import Path
@@ -8,26 +8,26 @@ from vllm_buddy.cli.progress import print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import EvaluationError
-from vllm_buddy.evaluation.eval_budget_settings import BudgetEvalSettings
+from vllm_buddy.evaluation.eval_budget_settings import EvalBudgetSettings
 
 if TYPE_CHECKING:
     from vllm_buddy.evaluation.auto_figures import AutoEvaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of BudgetEvalSettings, and where the figures go."""
-    add_setting_options(parser, BudgetEvalSettings, positional=("data",))
-    parser.add_argument("--json", type=Path, metavar="OUT", help="file for the figures")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="picture of loss against layers")
+    """Add one option for each field of EvalBudgetSettings, and options for the output files."""
+    add_setting_options(parser, EvalBudgetSettings, positional=("data",))
+    parser.add_argument("--json", type=Path, metavar="OUT", help="file for the figures, written as a JSON list")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="file for a picture of loss against layers")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write what was asked for; returns 0.
+    """Measure, print a table and write the requested files; returns 0.
 
     Raises:
         BuddyError: a setting, data, model or artifact cannot be used.
     """
-    settings = read_settings(BudgetEvalSettings, args, EvaluationError)
+    settings = read_settings(EvalBudgetSettings, args, EvaluationError)
     from vllm_buddy.evaluation.auto_figures import evaluate_auto
     from vllm_buddy.evaluation.auto_plot import plot_auto
     from vllm_buddy.evaluation.plot import check_plotting
@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def gain_table(found: "AutoEvaluation") -> str:
-    """For each data set a line at the artifact's price, and for the whole one near each constant budget."""
+    """Return a table with a line for each data set at the artifact's price.
+
+    All data sets together also have a line near each constant budget.
+    """
     *_, whole = names = found.data_sets
     depths = sorted(row["layers"] for row in found.of("constant", whole))[1:-1]
     rows = [*map(found.at_own_price, names), *(found.nearest(whole, depth) for depth in depths)]

@@ -1,4 +1,4 @@
-"""`vllm-buddy fetch-model`: the embedded model as a Hugging Face folder."""
+"""`vllm-buddy fetch-model`: writes the embedded model as a Hugging Face folder."""
 
 import argparse
 import sys
@@ -9,14 +9,18 @@ from vllm_buddy.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, default_f
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", nargs="?", default=DEFAULT_MODEL, help=f"which model: {', '.join(EMBEDDED_MODELS)} (the default)"
+        "name",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        help=f"name of the model: {', '.join(EMBEDDED_MODELS)} (default: %(default)s)",
     )
     parser.add_argument(
-        "folder", nargs="?", type=Path, metavar="DIR", help=f"where to write it (default: {default_folder()})"
+        "folder", nargs="?", type=Path, metavar="DIR", help=f"folder to write it to (default: {default_folder()})"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    # The folder alone goes to standard output: MODEL=$(vllm-buddy fetch-model)
+    """Write the model and print its folder; returns 0."""
+    # Only the folder goes to standard output, for MODEL=$(vllm-buddy fetch-model).
     print(fetch(args.name, args.folder, report=lambda line: print(f"vllm-buddy: {line}", file=sys.stderr)))
     return 0

@@ -1,10 +1,10 @@
-"""Versions of installed distributions, without importing them."""
+"""Looks up versions of installed distributions without importing them."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_version(distribution: str) -> str | None:
-    """Version of `distribution`, None where it is not installed."""
+    """Return the version of `distribution`, None if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""Picks the command, runs it and turns a user's mistake into one line instead of a traceback.
+"""The entry point of `vllm-buddy`: runs a command and reports a user's mistake in one line instead of a traceback.
 
-Each command is a module of this package with `add_arguments(parser)` and `run(args) -> int`, imported when it is
-asked for: `vllm-buddy --help` loads neither torch nor vLLM. `serve` alone gets its arguments as they are.
+Each command is a module of this package with `add_arguments(parser)` and `run(args) -> int`. It is imported only when
+it is used, so that `vllm-buddy --help` loads neither torch nor vLLM. The arguments of `serve` are passed on unparsed.
 """
 
 import argparse
@@ -14,27 +14,27 @@ from vllm_buddy import __version__
 from vllm_buddy.errors import BuddyError
 
 COMMANDS = {
-    "serve": "vLLM's server with --model-impl buddy; every option of `vllm serve` is passed on",
+    "serve": "start vLLM's server with --model-impl buddy; takes every option of `vllm serve`",
     "fetch-model": "write the embedded model as a Hugging Face folder",
     "prior": "measure layer importance and write an artifact",
     "sample": "write training text sampled from the model itself",
-    "train": "train a bypass or LoRA and a router, one artifact for every budget",
-    "train-budget": "train a Budget Predictor, which chooses the budget where a request says auto",
+    "train": "train a bypass or LoRA and a router, in one artifact for all budgets",
+    "train-budget": "train a Budget Predictor, which chooses the budget of requests that say auto",
     "eval": "measure quality by policy and budget: perplexity, multiple choice, closeness to the unrouted model",
-    "eval-budget": "measure what budget auto is worth beside constant budgets and the best choice",
+    "eval-budget": "compare budget auto with constant budgets and with the best choice",
     "plot": "draw the figures of `vllm-buddy eval`",
-    "orders": "measure in which order static pruning takes layers out",
-    "prune": "write static pruning as an artifact and as a checkpoint for stock vLLM",
+    "orders": "measure the order in which static pruning removes layers",
+    "prune": "prune layers statically, as an artifact and as a checkpoint for stock vLLM",
     "artifacts": "list the artifacts that come with this package",
     "demo": "serve the embedded model and compare budgets",
-    "doctor": "check the installation and say what to do about each failure",
+    "doctor": "check the installation and say how to repair each failure",
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 for a user's mistake."""
+    """Run one command; returns its exit status: 2 for a user's mistake, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["serve"]:

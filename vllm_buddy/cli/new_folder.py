@@ -1,4 +1,4 @@
-"""A folder that a command may write to without anything being lost."""
+"""Checks that a command does not overwrite anything in its output folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`vllm-buddy orders`: measure in which order static pruning takes layers out, and keep it."""
+"""`vllm-buddy orders`: measures the order in which static pruning removes layers and writes it to a file."""
 
 import argparse
 
@@ -9,15 +9,15 @@ from vllm_buddy.errors import BaselineError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of OrdersSettings."""
+    """Add one option for each field of OrdersSettings."""
     add_setting_options(parser, OrdersSettings, positional=("out",))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the orders, one by one as they are ready; returns 0.
+    """Measure the orders and write each as soon as it is ready; returns 0.
 
     Raises:
-        BuddyError: unknown method, OUT of another model, or the model or the text cannot be used.
+        BuddyError: a method is unknown, OUT holds orders of another model, or the model or the text cannot be used.
     """
     settings = read_settings(OrdersSettings, args, BaselineError)
     from vllm_buddy.artifact.fingerprint import identify

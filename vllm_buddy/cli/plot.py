@@ -1,12 +1,14 @@
-"""`vllm-buddy plot`: a picture of a results file."""
+"""`vllm-buddy plot`: draws a results file of `vllm-buddy eval`."""
 
 import argparse
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="written by `vllm-buddy eval --json`")
-    parser.add_argument("out", type=Path, metavar="OUT.png", help="picture to write")
+    parser.add_argument(
+        "results", type=Path, metavar="RESULTS.json", help="results file, written by `vllm-buddy eval --json`"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT.png", help="file for the picture")
 
 
 def run(args: argparse.Namespace) -> int:

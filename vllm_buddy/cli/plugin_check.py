@@ -1,4 +1,7 @@
-"""Whether vLLM would load the plugin. Asked before a server starts: vLLM skips a plugin it cannot find in silence."""
+"""Checks whether vLLM would load the plugin.
+
+Commands check this before they start a server, because vLLM skips a plugin that it cannot find without a message.
+"""
 
 import os
 from importlib.metadata import entry_points
@@ -11,11 +14,11 @@ DISABLE_VARIABLE = "VLLM_BUDDY_DISABLE"
 
 
 def plugin_problem() -> tuple[str, str] | None:
-    """What keeps vLLM from loading the plugin, and what to do about it; None where nothing does."""
+    """Return (reason why vLLM would not load the plugin, what to do about it), or None if it would."""
     found = [e for e in entry_points(group=GROUP) if e.name == NAME]
     if not found:
         return (
-            f"no entry point '{NAME}' in group {GROUP}: the package is importable but not installed here",
+            f"there is no entry point '{NAME}' in group {GROUP}: the package is importable but not installed here",
             "pip install vllm-buddy (or `pip install --no-deps -e .` in a checkout) into the environment of vLLM",
         )
     allowed = os.environ.get("VLLM_PLUGINS")
@@ -25,13 +28,13 @@ def plugin_problem() -> tuple[str, str] | None:
         return f"{DISABLE_VARIABLE} is set", f"unset {DISABLE_VARIABLE}"
     try:
         found[0].load()
-    except Exception as error:  # whatever the import of the plugin raises is the problem to report
+    except Exception as error:  # any error that the import raises is the problem to report
         return f"{found[0].value} cannot be imported ({type(error).__name__}: {error})", "install the package again"
     return None
 
 
 def require_plugin() -> None:
-    """Raise ServerError where vLLM would not load the plugin."""
+    """Raise ServerError if vLLM would not load the plugin."""
     problem = plugin_problem()
     if problem is not None:
         raise ServerError(f"vLLM would not load the plugin: {problem[0]}; {problem[1]}")

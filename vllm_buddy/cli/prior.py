@@ -1,4 +1,4 @@
-"""`vllm-buddy prior`: measure layer importance and write an artifact."""
+"""`vllm-buddy prior`: measures layer importance and writes an artifact that follows it."""
 
 import argparse
 
@@ -11,15 +11,15 @@ from vllm_buddy.importance.prior_settings import PriorSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of PriorSettings."""
+    """Add one option for each field of PriorSettings."""
     add_setting_options(parser, PriorSettings, positional=("model_dir", "out"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the artifact; returns 0.
+    """Measure and write the artifact; returns 0.
 
     Raises:
-        BuddyError: a setting, the model or the text cannot be used, or OUT holds something already.
+        BuddyError: a setting, the model or the text cannot be used, or OUT is not empty.
     """
     settings = read_settings(PriorSettings, args, CalibrationError)
     out = settings.out
@@ -36,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
     for name, row in result.perplexity.items():
         figures = ", ".join(f"{value:,.1f} at {budget:g}" for budget, value in row.items())
         print(f"perplexity by budget, {name}: {figures}")
-    print(f"wrote {out / CONFIG_FILE} and the rest of artifact '{result.artifact.config.name}'")
+    print(f"wrote artifact '{result.artifact.config.name}': {out / CONFIG_FILE} and the files beside it")
     return 0

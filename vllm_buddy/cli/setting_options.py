@@ -1,4 +1,4 @@
-"""Command line options from a schema of settings, and the settings from the options."""
+"""Generates command line options from a schema of settings, and reads the settings from parsed options."""
 
 import argparse
 import types
@@ -16,7 +16,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 def add_setting_options(
     parser: argparse.ArgumentParser, settings: type[BaseModel], positional: Sequence[str] = ()
 ) -> None:
-    """One option for each field of `settings`, with its description and default; `positional` ones without dashes."""
+    """Add one option for each field of `settings`, with description and default; `positional` ones have no dashes."""
     for name, field in settings.model_fields.items():
         help_text = field.description or ""
         if field.default not in (None, False) and not field.is_required():
@@ -38,10 +38,10 @@ def add_setting_options(
 
 
 def read_settings(settings: type[Settings], args: argparse.Namespace, error_type: type[BuddyError]) -> Settings:
-    """The settings that `args` holds.
+    """Return the settings in `args`.
 
     Raises:
-        BuddyError: of `error_type`, or as raised by the schema itself; names what is wrong.
+        BuddyError: a value is not allowed; of `error_type`, or the schema's own error.
     """
     try:
         return settings(**{name: getattr(args, name) for name in settings.model_fields})
@@ -59,5 +59,5 @@ def _shown(default: Any) -> str:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """The types in a union, or the one type."""
+    """Return the types in a union, or the one type."""
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)

@@ -1,10 +1,10 @@
-"""Plain text tables for a terminal."""
+"""Formats plain-text tables for a terminal."""
 
 from collections.abc import Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
-    """Columns aligned, a rule below the header. A cell may have several lines.
+    """Return a table with aligned columns and a rule below the header. A cell may have several lines.
 
     width: if given, the last column is cut so that no line is longer.
     """
@@ -24,6 +24,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: in
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` on one line, cut to `width` characters with an ellipsis."""
+    """Return `text` as one line, cut to `width` characters with an ellipsis."""
     line = " ".join(text.split(" ")).replace("\n", " ")
     return line if len(line) <= width else line[: max(0, width - 1)] + "…"

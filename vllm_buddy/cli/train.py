@@ -1,4 +1,4 @@
-"""`vllm-buddy train`: stage 1, from text to an artifact."""
+"""`vllm-buddy train`: runs stage 1 of training, from text to an artifact."""
 
 import argparse
 import json
@@ -11,36 +11,36 @@ from vllm_buddy.errors import TrainingError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-SHOWN_EVERY = 10  # steps
+SHOWN_EVERY = 10  # steps between two lines of progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A configuration file, and settings on top of it."""
+    """Add a configuration file, and settings that override it."""
     add_config_arguments(parser)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG, KEY=VALUE and --list."""
+    """Add CONFIG, KEY=VALUE and --list."""
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file of settings")
     parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="settings on top of the file; `--list` shows all"
+        "settings", nargs="*", metavar="KEY=VALUE", help="settings that override the file; `--list` shows all of them"
     )
     parser.add_argument("--list", action="store_true", help="list all settings with their defaults and stop")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, or go on with a run that was stopped, and write the artifact; returns 0.
+    """Train, or continue a run that was stopped, and write the artifact; returns 0.
 
     Raises:
-        BuddyError: a setting, the data or the model cannot be used; the loss is not finite; the disk is full.
+        BuddyError: a setting, the data or the model cannot be used, the loss is not finite, or the disk is full.
     """
-    from vllm_buddy.training.stage1_settings import TrainSettings
+    from vllm_buddy.training.stage1_settings import Stage1Settings
 
     if args.list:
-        return list_settings(TrainSettings)
+        return list_settings(Stage1Settings)
     if args.config is None:
-        raise TrainingError("give a CONFIG, a YAML file of settings; --list shows what it may hold")
-    settings = TrainSettings.read(args.config, overrides(args.settings))
+        raise TrainingError("no CONFIG is given; name a YAML file of settings, whose keys --list shows")
+    settings = Stage1Settings.read(args.config, overrides(args.settings))
     from vllm_buddy.artifact.provenance import source_commit
     from vllm_buddy.models.embedded import fetch
     from vllm_buddy.training.stage1 import run_stage1
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             finish_run(artifact, stage, settings, command, commit)
         except OSError as error:
             raise TrainingError(
-                f"cannot write to {settings.out}: {error}; the checkpoint is intact, run the same command again"
+                f"cannot write to {settings.out}: {error}; the checkpoint is intact, so run the same command again"
             ) from None
         print(f"wrote artifact '{artifact.config.name}' to {settings.out}")
     return 0
@@ -69,7 +69,7 @@ def list_settings(settings: type["BaseModel"]) -> int:
 
 
 def overrides(words: list[str]) -> dict[str, str]:
-    """KEY=VALUE words as a dictionary.
+    """Return KEY=VALUE words as a dictionary.
 
     Raises:
         TrainingError: a word has no "=".
@@ -84,7 +84,7 @@ def overrides(words: list[str]) -> dict[str, str]:
 
 
 def note(line: str) -> None:
-    """A line about what is going on."""
+    """Print a line about the progress to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""`vllm-buddy train-budget`: stage 2, a Budget Predictor for an artifact."""
+"""`vllm-buddy train-budget`: runs stage 2 of training, which adds a Budget Predictor to an artifact."""
 
 import argparse
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from vllm_buddy.cli.train import add_config_arguments, list_settings, note, overrides
 from vllm_buddy.errors import TrainingError
 
-SHOWN_EVERY = 100  # steps
+SHOWN_EVERY = 100  # steps between two lines of progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A configuration file, and settings on top of it."""
+    """Add a configuration file, and settings that override it."""
     add_config_arguments(parser)
 
 
@@ -20,15 +20,15 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BuddyError: a setting, the data, the artifact or the model cannot be used.
     """
-    from vllm_buddy.training.stage2_settings import BudgetSettings
+    from vllm_buddy.training.stage2_settings import Stage2Settings
 
     if args.list:
-        return list_settings(BudgetSettings)
+        return list_settings(Stage2Settings)
     if args.config is None:
-        raise TrainingError("give a CONFIG, a YAML file of settings; --list shows what it may hold")
+        raise TrainingError("no CONFIG is given; name a YAML file of settings, whose keys --list shows")
     from vllm_buddy.training.stage1_settings import read_settings
 
-    settings = read_settings(BudgetSettings, args.config, overrides(args.settings))
+    settings = read_settings(Stage2Settings, args.config, overrides(args.settings))
     from vllm_buddy.artifact import artifact_folder
     from vllm_buddy.artifact.fingerprint import identify
     from vllm_buddy.artifact.provenance import source_commit
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
         raise TrainingError(f"cannot write to {settings.out}: {error}; run the same command again") from None
     gain = stage.gain
     print(
-        f"held out: {gain.layers:.1f} layers on average lose {gain.loss:.4f} nats per token; the best constant budget "
-        f"{gain.constant:.4f}, the best choice in hindsight {gain.best:.4f}"
+        f"On held-out samples, {gain.layers:.1f} layers on average have a loss of {gain.loss:.4f} nats per token; the "
+        f"best constant budget has {gain.constant:.4f}, and the best choice in hindsight has {gain.best:.4f}."
     )
     print(f"wrote artifact '{stage.artifact.config.name}' to {settings.out}")
     return 0

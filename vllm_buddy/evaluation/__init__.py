@@ -1,4 +1,4 @@
-"""Quality by policy and budget: perplexity, multiple choice, KL and agreement with the unrouted model."""
+"""Measures quality by policy and budget: perplexity, multiple choice, KL and agreement with the unrouted model."""
 
 from vllm_buddy.evaluation.engine import Engine, Scores, Task, Variant
 from vllm_buddy.evaluation.eval_settings import EvalSettings

@@ -1,4 +1,4 @@
-"""Budget `auto` on data sets: what each price comes to, beside constant budgets and the best choice in hindsight."""
+"""Measures budget `auto` on data sets, and compares it with constant budgets and the best choice in hindsight."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,11 @@ from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.cost_quality import Gain, Hindsight, choices, compare
 from vllm_buddy.evaluation.depth_losses import DepthLosses, measure_depth_losses
-from vllm_buddy.evaluation.eval_budget_settings import BudgetEvalSettings
+from vllm_buddy.evaluation.eval_budget_settings import EvalBudgetSettings
 from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
 from vllm_buddy.models.folder import load_model, load_tokenizer
 
-MIXED = "mixed"  # all data sets as one
+MIXED = "mixed"  # the name of all data sets together
 PRICE_STEPS = 100
 LARGEST_PRICE = 4.0  # nats per token, or more if the artifact lists more
 BEST_POINTS = 24
@@ -27,39 +27,41 @@ BEST_POINTS = 24
 
 @dataclass(frozen=True)
 class AutoEvaluation:
-    """Rows of the results file, by their `series`; losses in nats per scored token, means over samples.
+    """The rows of the results file. Losses are means over samples, in nats per scored token.
 
-    constant: of each data set and depth. best: of each data set, the best choice in hindsight of some mean numbers of
-    layers. auto: of each data set and price; `depths` counts the samples that got each depth, and `own_price` marks the
-    price that is the artifact's.
+    A row's `series` is one of:
+    constant: a data set at one depth.
+    best: a data set with the best choice in hindsight, at some mean number of layers.
+    auto: a data set at one price. `depths` counts the samples of each chosen depth; `own_price` marks the artifact's
+    own price.
     """
 
     rows: list[dict[str, Any]]
 
     @property
     def data_sets(self) -> list[str]:
-        """In order; the last is all of them as one, if there are several."""
+        """Names of the data sets, in order. If there are several, the last is all of them together."""
         return list(dict.fromkeys(row["data_set"] for row in self.rows))
 
     def of(self, series: str, data_set: str) -> list[dict[str, Any]]:
-        """The rows of one series of one data set."""
+        """Return the rows of one series of one data set."""
         return [row for row in self.rows if row["series"] == series and row["data_set"] == data_set]
 
     def nearest(self, data_set: str, layers: float) -> dict[str, Any]:
-        """The row of `auto` whose mean number of layers is nearest."""
+        """Return the row of `auto` whose mean number of layers is nearest to `layers`."""
         return min(self.of("auto", data_set), key=lambda row: abs(row["layers"] - layers))
 
     def at_own_price(self, data_set: str) -> dict[str, Any]:
-        """The row of `auto` at the artifact's price."""
+        """Return the row of `auto` at the artifact's own price."""
         return next(row for row in self.of("auto", data_set) if row["own_price"])
 
 
 def evaluate_auto(
-    settings: BudgetEvalSettings, model_dir: Path, report: Callable[[str, int, int], None]
+    settings: EvalBudgetSettings, model_dir: Path, report: Callable[[str, int, int], None]
 ) -> AutoEvaluation:
-    """Measure every data set at every depth of the predictor's grid, and let the predictor choose.
+    """Measure every data set at every depth that the predictor chooses from, then let the predictor choose.
 
-    report: called with (data set, samples done, samples in all).
+    report: called with (data set, number of samples done, number of all samples).
 
     Raises:
         BuddyError: data, artifact or model cannot be used, or the artifact has no Budget Predictor.
@@ -102,7 +104,7 @@ def evaluate_auto(
 
 
 def compare_auto(artifact: Artifact, measured: Mapping[str, DepthLosses]) -> AutoEvaluation:
-    """The rows, of measured losses at the depths of the artifact's predictor."""
+    """Compute the rows from losses that were measured at the depths of the artifact's predictor."""
     predictor, config = artifact.predictor, artifact.config.predictor
     assert predictor is not None
     assert config is not None

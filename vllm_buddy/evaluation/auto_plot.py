@@ -1,4 +1,4 @@
-"""The picture of `vllm-buddy eval-budget`, from its results alone."""
+"""Draws the picture of `vllm-buddy eval-budget` from its results."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ COLUMNS = 3
 
 
 def plot_auto(found: AutoEvaluation, out: Path) -> None:
-    """Loss against layers for each data set, and which depths each gets at the artifact's price.
+    """Draw loss against layers for each data set, and the depths that each gets at the artifact's price.
 
     Raises:
         EvaluationError: matplotlib is not installed, or the file cannot be written.
@@ -18,7 +18,7 @@ def plot_auto(found: AutoEvaluation, out: Path) -> None:
     check_plotting()
     from matplotlib.figure import Figure as Canvas
 
-    names = sorted(found.data_sets, key=lambda name: name != MIXED)  # the whole first
+    names = sorted(found.data_sets, key=lambda name: name != MIXED)  # all data sets together first
     rows = -(-(len(names) + 1) // COLUMNS)
     canvas = Canvas(figsize=(4 * COLUMNS, 3.3 * rows), layout="constrained")
     axes = list(canvas.subplots(rows, COLUMNS, squeeze=False).flat)
@@ -53,5 +53,5 @@ def _distribution(found: AutoEvaluation, names: list[str], axis: Any) -> None:
         axis.bar([str(depth) for depth in depths], heights, bottom=bottom, label=name)
         bottom = [low + high for low, high in zip(bottom, heights)]
     axis.set(title=f"depths at price {found.at_own_price(names[0])['price']:g}", xlabel="layers", ylabel="samples")
-    axis.set_ylim(top=1.6 * max(bottom))  # room for the names
+    axis.set_ylim(top=1.6 * max(bottom))  # room for the legend
     axis.legend(frameon=False, fontsize="small", loc="upper left")

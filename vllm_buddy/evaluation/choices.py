@@ -1,4 +1,4 @@
-"""Multiple choice in PIQA's form, scored as the LM evaluation harness scores it."""
+"""Multiple-choice questions in PIQA's format, scored like the LM evaluation harness scores them."""
 
 import json
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ MIN_ROWS = 2  # a standard error needs two
 
 @dataclass(frozen=True)
 class ChoiceRow:
-    """One question. label: index of the right solution."""
+    """One question with two solutions. label: index of the right one."""
 
     goal: str
     solutions: tuple[str, str]
     label: int
 
     def samples(self, tokenizer: Any) -> list[Sample]:
-        """One sample per solution; the question is the context.
+        """Return one sample per solution, with the question as its context.
 
-        The split is the harness's: the question's own tokens, then what follows as many tokens of the whole.
+        The text is split as in the harness: the context is as many tokens of the whole text as the question alone has.
         """
         question = f"Question: {self.goal}\nAnswer:"
         context = _encode(tokenizer, question)
@@ -37,10 +37,11 @@ class ChoiceRow:
 def read_choices(path: Path, limit: int | None = None) -> list[ChoiceRow]:
     """Read a JSONL file of objects with `goal`, `sol1`, `sol2` and `label` (0 or 1); other keys are ignored.
 
-    limit: the first so many rows are returned; all are checked.
+    limit: number of rows to return, from the first; all rows are checked.
 
     Raises:
-        EvaluationError: missing, unreadable, not text, too few rows, or a row of another form; names the line.
+        EvaluationError: the file is missing, unreadable, not text or too short, or a line has another format; names the
+            line.
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -56,10 +57,10 @@ def read_choices(path: Path, limit: int | None = None) -> list[ChoiceRow]:
 
 
 def is_right(row: ChoiceRow, totals: Sequence[float], *, per_character: bool) -> bool:
-    """Whether the right solution has the highest log-probability; of equals the first counts as chosen.
+    """Return whether the right solution has the highest log-probability; of equal ones the first is chosen.
 
-    totals: the summed log-probability of each solution. per_character: divided by the solution's length in characters
-        (the harness's acc_norm).
+    totals: the summed log-probability of each solution. per_character: divide by the solution's length in characters
+        first (the harness's acc_norm).
     """
     scores = list(totals)
     if per_character:
@@ -75,13 +76,13 @@ def _row(line: str, where: str) -> ChoiceRow:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise EvaluationError(f"{where}: not JSON ({error}); wanted is one object a line with {_listed()}") from None
+        raise EvaluationError(f"{where}: not JSON ({error}); each line must be an object with {_listed()}") from None
     missing = [key for key in _KEYS if key not in row] if isinstance(row, dict) else list(_KEYS)
     if missing:
-        raise EvaluationError(f"{where}: no '{missing[0]}'; wanted is an object with {_listed()}")
+        raise EvaluationError(f"{where}: no '{missing[0]}'; the line must be an object with {_listed()}")
     for key in _KEYS[:3]:
         if not isinstance(row[key], str) or not row[key].strip():
-            raise EvaluationError(f"{where}: {key} is {row[key]!r}; wanted is a text that is not empty")
+            raise EvaluationError(f"{where}: {key} is {row[key]!r}, but must be a text that is not empty")
     if type(row["label"]) is not int or row["label"] not in (0, 1):
         raise EvaluationError(f"{where}: label is {row['label']!r}; allowed is 0 (sol1) or 1 (sol2)")
     return ChoiceRow(row["goal"], (row["sol1"], row["sol2"]), row["label"])

@@ -1,7 +1,7 @@
-"""What choosing a budget per request is worth: loss against layers, beside constant budgets and beside the best choice.
+"""Compares budgets that are chosen per request with constant budgets and with the best choice, by loss and layers.
 
-A constant budget between two depths is a mixture of both; the best mixture of any two depths is what is compared with,
-so a bent curve of constant budgets cannot make choosing look better than it is.
+A constant budget between two depths is a mixture of both. Choices are compared with the best mixture of any two depths.
+Otherwise a curve of constant budgets that is not convex would make choosing look better than it is.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ HINDSIGHT_PRICES = np.linspace(0.0, 20.0, 2001)  # nats per token for all layers
 
 @dataclass(frozen=True)
 class Gain:
-    """Choices compared at their own mean number of layers. Losses are means over samples, in nats per token.
+    """A comparison of choices at their mean number of layers. Losses are means over samples, in nats per token.
 
-    constant: of the best constant budget of that many layers. best: of the best choice of that many layers for these
-    very samples, known from their losses. stderr: of constant - loss; of a layer more or less as well, by the slope.
+    layers, loss: of the choices. constant: loss of the best constant budget with as many layers on average.
+    best: loss of the best choice with as many layers on average, made with the losses of these samples known.
+    stderr: standard error of constant - loss; it includes the variation of `layers` over samples.
     """
 
     layers: float
@@ -33,24 +34,26 @@ class Gain:
 
     @property
     def share_of_best(self) -> float:
-        """How far from the constant budget to the best choice; NaN where there is nothing between them."""
+        """The gain as a share of the gain of the best choice; NaN if the best choice gains nothing."""
         between = self.constant - self.best
         return self.gain / between if between > 1e-9 else float("nan")
 
 
 def choices(excess: np.ndarray, depths: Sequence[int], num_layers: int, price: float) -> np.ndarray:
-    """Index of the depth that costs least at `price` for each row of excess [num_samples, len(depths)].
+    """Return the index of the depth with the least cost at `price`, for each row of excess: [num_samples].
 
-    Of depths that cost the same the greatest, as in FoldedPredictor.depth.
+    excess: [num_samples, len(depths)], nats per token. Of depths with equal costs the greatest is chosen, as in
+    FoldedPredictor.depth.
     """
     costs = excess + price * np.asarray(depths) / num_layers
     return len(depths) - 1 - costs[:, ::-1].argmin(axis=1)
 
 
 def compare(losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray, best: "Hindsight | None" = None) -> Gain:
-    """losses: [num_samples, len(depths)]; depths: ascending; chosen: [num_samples], indices of depths.
+    """Compare chosen depths with constant budgets and with the best choice.
 
-    best: `Hindsight.of(losses, depths)`, where that is there already.
+    losses: [num_samples, len(depths)]; depths: ascending; chosen: [num_samples], indices of depths.
+    best: `Hindsight.of(losses, depths)`, if it is computed already.
     """
     rows = np.arange(len(losses))
     layers, own = np.asarray(depths, dtype=np.float64)[chosen], losses[rows, chosen]
@@ -60,7 +63,7 @@ def compare(losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray, best:
     slope = 0.0
     if low != high:
         slope = float((losses[:, high] - losses[:, low]).mean() / (depths[high] - depths[low]))
-    # Delta method: the constant budget is taken at the mean of layers, which varies with the samples too.
+    # Delta method: the constant budget is taken at the mean number of layers, which varies with the samples too.
     influence = constant - own + slope * (layers - mean_layers)
     stderr = float(influence.std(ddof=1) / np.sqrt(len(losses)))
     least = (best or Hindsight.of(losses, depths)).loss(mean_layers)
@@ -69,9 +72,9 @@ def compare(losses: np.ndarray, depths: Sequence[int], chosen: np.ndarray, best:
 
 @dataclass(frozen=True)
 class Hindsight:
-    """The least mean loss that any choice has, by its mean layers; samples being divisible.
+    """The least mean loss of any choice, as a function of its mean number of layers, if samples could be divided.
 
-    The choices that prices lead to are corners of a convex curve; between two of them a mixture is best.
+    The best choices at all prices are the corners of a convex curve; between two corners a mixture of both is best.
     """
 
     layers: list[float]
@@ -79,7 +82,7 @@ class Hindsight:
 
     @classmethod
     def of(cls, losses: np.ndarray, depths: Sequence[int]) -> "Hindsight":
-        """losses, depths: as for compare."""
+        """Compute the curve. losses, depths: as in `compare`."""
         rows, points = np.arange(len(losses)), {}
         for price in HINDSIGHT_PRICES:
             chosen = choices(losses, depths, max(depths), price)
@@ -88,12 +91,12 @@ class Hindsight:
         return cls(layers, [points[at] for at in layers])
 
     def loss(self, layers: float) -> float:
-        """At this mean number of layers."""
+        """Return the least mean loss at this mean number of layers."""
         return float(np.interp(layers, self.layers, self.losses))
 
 
 def _best_mixture(means: np.ndarray, layers: np.ndarray, at: float) -> tuple[int, int, float]:
-    """(low, high, share of high): two of `layers` whose mixture has `at` layers and the least mean."""
+    """Return (low, high, share of high): indices of the two depths whose mixture to `at` layers has the least loss."""
     best = None
     for low in np.flatnonzero(layers <= at + 1e-9):
         for high in np.flatnonzero(layers >= at - 1e-9):

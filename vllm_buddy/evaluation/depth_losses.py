@@ -1,7 +1,8 @@
-"""What each depth costs each request: the loss of its answer, teacher-forced, on the path that the router gives it.
+"""Measures the loss of each request's answer at every depth, teacher-forced, on the path that the router chooses.
 
-The Budget Predictor is trained on these and judged by them. A depth's loss does not depend on the predictor, so each is
-measured once; all depths of a sample go through the model together and share what their paths have in common.
+The Budget Predictor is trained on these losses and evaluated with them. A depth's loss does not depend on the
+predictor, so each loss is measured once. All depths of a sample go through the model together and share the layers that
+their paths have in common at the start.
 """
 
 import hashlib
@@ -21,13 +22,13 @@ from vllm_buddy.evaluation.sample import Sample
 from vllm_buddy.method import RequestRoute
 from vllm_buddy.method.forked import forked_hidden
 
-_HEAD_ROWS = 256  # hidden states whose logits exist at once
-_SAVE_EVERY = 50  # samples
+_HEAD_ROWS = 256  # hidden states whose logits are in memory at once
+_SAVE_EVERY = 50  # samples between two writes to the cache
 
 
 @dataclass(frozen=True)
 class DepthLosses:
-    """losses: [num_samples, len(depths)], float64, mean nats per scored token. depths: ascending."""
+    """losses: [num_samples, len(depths)], float64, mean nats per scored token of each sample. depths: ascending."""
 
     samples: Sequence[Sample]
     depths: tuple[int, ...]
@@ -42,18 +43,19 @@ def measure_depth_losses(
     report: Callable[[int, int], None],
     cache: Path | None = None,
 ) -> DepthLosses:
-    """Losses of every sample at every depth. A request keeps the path that its context decided.
+    """Measure the loss of every sample at every depth. A sample keeps the path that its context decides.
 
     model: a Hugging Face causal language model without the artifact's LoRA.
-    report: called with (samples done, samples in all). cache: folder in which what was measured is kept, and found.
+    report: called with (number of samples done, number of all samples).
+    cache: folder where losses are saved, and where earlier ones are found.
 
     Raises:
-        EvaluationError: the artifact changes weights; a loss is not finite; the cache cannot be read or written.
+        EvaluationError: the artifact changes base weights, a loss is not finite, or the cache cannot be used.
     """
     if artifact.lora is not None:
         raise EvaluationError(
-            f"artifact '{artifact.config.name}' changes the base weights; budgets are predicted for a bypass or for "
-            "bare paths"
+            f"artifact '{artifact.config.name}' changes the base weights; a Budget Predictor needs an artifact with a "
+            "bypass or without repair"
         )
     depths = tuple(sorted(depths))
     losses = np.full((len(samples), len(depths)), np.nan)
@@ -87,7 +89,7 @@ def _losses(model: Any, artifact: Artifact, sample: Sample, paths: Sequence[int]
 
 
 def _digest(model: Any, artifact: Artifact, samples: Sequence[Sample], depths: Sequence[int]) -> str:
-    # Without what the predictor adds: it has no part in these losses.
+    # Without the predictor, which has no influence on these losses.
     digest = hashlib.sha256(f"{artifact.without_predictor().digest} {next(model.parameters()).dtype} {depths}".encode())
     for sample in samples:
         digest.update(f"{sample.num_context} {list(sample.token_ids)}".encode())

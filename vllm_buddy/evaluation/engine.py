@@ -1,4 +1,4 @@
-"""What an engine has to do: score samples under policies."""
+"""The interface of an evaluation engine, which scores samples under policies."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy at one budget. depth: layers per token."""
+    """A policy at one budget. depth: number of layers that each token runs."""
 
     policy: Policy
     budget: float
@@ -23,10 +23,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Scores:
-    """One array per sample, with an element for each of its targets.
+    """Scores of samples: one array per sample, with one element for each of its targets.
 
-    logprobs: natural log of the target's probability. greedy: the most likely token.
-    kl: KL(unrouted base model || variant), nats; None where it was not measured.
+    logprobs: natural logarithm of the target's probability. greedy: the most likely token.
+    kl: KL(unrouted base model || variant) in nats; None if it is not measured.
     """
 
     logprobs: list[np.ndarray]
@@ -38,7 +38,7 @@ class Scores:
 class Task:
     """Samples that are scored under every variant.
 
-    name: for progress. compare: with the unrouted model; an engine that can then measures KL.
+    name: shown as progress. compare: whether to compare with the unrouted model; an engine that can do so measures KL.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Task:
 
 
 class Engine(Protocol):
-    """Runs a model under policies."""
+    """Scores samples with a model under several policies."""
 
     def score(self, tasks: Sequence[Task], variants: Sequence[Variant], report: Report) -> list[list[Scores]]:
-        """For each task and each variant the scores of the task's samples, in their order."""
+        """Return the scores of the samples of each task under each variant, in the order of the samples."""

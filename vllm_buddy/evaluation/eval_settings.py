@@ -1,4 +1,4 @@
-"""Everything that decides what `vllm-buddy eval` measures."""
+"""The settings of `vllm-buddy eval`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,7 +19,9 @@ def _budgets(value: Any) -> Any:
     except BudgetError as error:
         raise EvaluationError(str(error)) from None
     except ValueError:
-        raise EvaluationError(f"budgets are {value!r}; wanted are numbers in (0, 1] with commas between") from None
+        raise EvaluationError(
+            f"budgets are {value!r}, but must be numbers in (0, 1] with commas between them"
+        ) from None
 
 
 def _policies(value: Any) -> Any:
@@ -27,59 +29,70 @@ def _policies(value: Any) -> Any:
 
 
 class EvalSettings(BaseModel):
-    """Settings of one evaluation; the options of `vllm-buddy eval` are made from it."""
+    """Settings of one evaluation. The options of `vllm-buddy eval` are generated from these fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: Path | None = Field(default=None, description="text for perplexity, KL and agreement, UTF-8")
+    text: Path | None = Field(default=None, description="UTF-8 text file for perplexity, KL and agreement")
     piqa: Path | None = Field(
-        default=None, description="multiple-choice questions, JSONL with goal, sol1, sol2 and label (0 or 1)"
+        default=None, description="multiple-choice questions: JSONL file with goal, sol1, sol2 and label (0 or 1)"
     )
     budgets: Annotated[tuple[float, ...], BeforeValidator(_budgets)] = Field(
-        default=(1.0, 0.875, 0.75, 0.5), description="budgets, with commas between"
+        default=(1.0, 0.875, 0.75, 0.5), description="budgets, separated by commas"
     )
     policy: Annotated[tuple[PolicySpec, ...], BeforeValidator(_policies)] = Field(
         default=tuple(map(PolicySpec.parse, ("buddy", "shortgpt", "sleb"))),
-        description="policies, with commas between: buddy, a static method, NAME=DIR for another artifact; "
-        "buddy:frozen and buddy:prompt_only take routing away. The unrouted model is always measured",
+        description="policies, separated by commas: buddy, a static method, or NAME=DIR for another artifact. "
+        "buddy:frozen runs one path per depth, buddy:prompt_only never re-routes. The unrouted model always runs",
     )
     model: Path | None = Field(default=None, description="model folder (absent: the embedded model)")
     artifact: str | None = Field(
-        default=None, description="folder or name of the artifact of policy buddy (absent: the shipped one that fits)"
+        default=None,
+        description="folder or name of the artifact of policy buddy (absent: the shipped one that fits the model)",
     )
     engine: Literal["hf", "vllm"] = Field(
-        default="hf", description="hf: Hugging Face with this package's routed forward; vllm: the plugin in vLLM, no KL"
+        default="hf",
+        description="hf: this package's routed forward on Hugging Face models. vllm: the plugin in vLLM, without KL",
     )
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="bfloat16 or float32")
-    kv_policy: Literal["masked", "kv_only", "zero"] = Field(default="masked", description="masked, kv_only or zero")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="dtype of the model: bfloat16 or float32"
+    )
+    kv_policy: Literal["masked", "kv_only", "zero"] = Field(
+        default="masked", description="what a skipped layer leaves in the KV cache: masked, kv_only or zero"
+    )
     paths: Literal["free", "library"] | None = Field(
         default=None,
-        description="free, or library: artifacts pick among their fixed lists of paths (absent: as in serving)",
+        description="free: any layers. library: paths from the fixed list of the artifact (absent: as in serving)",
     )
     route_every: int | None = Field(
         default=None,
         ge=0,
-        description="scored tokens between two decisions; 1: each; 0: the context's path (absent: as in serving)",
+        description="scored tokens between two decisions. 1: a decision for each token. 0: none after the context "
+        "(absent: as in serving)",
     )
-    window: int = Field(default=512, description="tokens of text per window")
-    context: int = Field(default=64, description="tokens of a window that decide the first path and are not scored")
+    window: int = Field(default=512, description="tokens in each window of text")
+    context: int = Field(
+        default=64, description="tokens at the start of a window that decide its first path and are not scored"
+    )
     stride: int | None = Field(
-        default=None, description="tokens between the starts of windows (absent: window - context, each scored once)"
+        default=None,
+        description="tokens between the starts of two windows (absent: window - context, which scores each token once)",
     )
-    text_skip: int = Field(default=0, ge=0, description="tokens left out at the start of the text")
-    text_tokens: int = Field(default=65536, ge=0, description="tokens of text used; 0 for all")
-    piqa_rows: int = Field(default=0, ge=0, description="questions used, from the first; 0 for all")
+    text_skip: int = Field(default=0, ge=0, description="tokens that are skipped at the start of the text")
+    text_tokens: int = Field(default=65536, ge=0, description="tokens of text to use; 0 for all")
+    piqa_rows: int = Field(default=0, ge=0, description="number of questions to use, from the first; 0 for all")
     orders: Path | None = Field(
-        default=None, description="layer orders of static methods from `vllm-buddy orders` (absent: the shipped ones)"
+        default=None,
+        description="layer orders of static methods, a file of `vllm-buddy orders` (absent: the shipped orders)",
     )
     calibration: Path | None = Field(
-        default=None, description="text to measure layer orders on that are not on file; not the text evaluated"
+        default=None, description="text file to measure missing layer orders on; must not be the text that is evaluated"
     )
     seed: int = Field(default=0, description="seed of the static method random")
 
     @property
     def library(self) -> bool | None:
-        """`paths` as Artifact.router takes it."""
+        """`paths` in the form that Artifact.router takes."""
         return None if self.paths is None else self.paths == "library"
 
     @property

@@ -1,4 +1,4 @@
-"""From scores to figures with standard errors: the rows of the results file."""
+"""Computes figures with standard errors from scores. Each figure is a row of the results file."""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from vllm_buddy.evaluation.sample import Sample
 class Figure:
     """One measured value.
 
-    repair: of the policy's artifact, which with `layers`, executed per token, decides the speed. n: what was counted,
-    tokens, questions or sequences.
+    repair: kind of repair of the policy's artifact. layers: number of layers executed per token. The two together
+    determine the speed. n: number of tokens, questions or sequences that the value is computed from.
     """
 
     policy: str
@@ -32,16 +32,16 @@ class Figure:
     n: int
 
     def row(self) -> dict[str, Any]:
-        """As written to the results file."""
+        """Return the figure as it is written to the results file."""
         return asdict(self)
 
 
 def text_figures(variant: Variant, scores: Scores, dense: Scores) -> list[Figure]:
-    """Perplexity, agreement with the unrouted model, and KL where it was measured. Standard errors are over windows.
+    """Return perplexity, agreement with the unrouted model, and KL if it is measured. Standard errors are over windows.
 
-    The perplexity's is the delta method's on the mean log loss: perplexity * stderr(mean loss).
+    The standard error of perplexity follows from the delta method: perplexity * stderr(mean loss).
 
-    scores: of windows with equally many targets. dense: the unrouted model's.
+    scores: of windows with equally many targets. dense: scores of the unrouted model.
 
     Raises:
         EvaluationError: the loss is not a finite number.
@@ -62,22 +62,22 @@ def text_figures(variant: Variant, scores: Scores, dense: Scores) -> list[Figure
 
 
 def choice_figures(variant: Variant, scores: Scores, rows: Sequence[ChoiceRow]) -> list[Figure]:
-    """Accuracy by log-probability, and by log-probability per character, with binomial standard errors.
+    """Return accuracy by log-probability and by log-probability per character, with binomial standard errors.
 
-    scores: of ChoiceRow.samples, row by row.
+    scores: of the samples of ChoiceRow.samples, row by row.
     """
     totals = np.array([float(array.sum()) for array in scores.logprobs]).reshape(len(rows), -1).tolist()
     figures = []
     for metric, per_character in (("piqa_acc", False), ("piqa_acc_norm", True)):
         right = [is_right(row, total, per_character=per_character) for row, total in zip(rows, totals, strict=True)]
         share = sum(right) / len(rows)
-        # Of a sample, as the harness has it: n - 1.
+        # The standard error of a sample, with n - 1, as in the harness.
         figures.append(_figure(variant, metric, share, math.sqrt(share * (1 - share) / (len(rows) - 1)), len(rows)))
     return figures
 
 
 def path_figures(variant: Variant, samples: Sequence[Sample]) -> list[Figure]:
-    """How many paths occur, and the share of tokens on the most common one: what there is for a router to win."""
+    """Return the number of distinct paths and the share of tokens on the most common one: the extent of routing."""
     counts = variant.policy.path_counts(samples, variant.depth)
     top_share = counts.most_common(1)[0][1] / counts.total()
     return [
@@ -92,6 +92,6 @@ def _figure(variant: Variant, metric: str, value: float, stderr: float, n: int) 
 
 
 def _mean_over_windows(per_token: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Mean and its standard error, with windows as the units that are drawn. per_token: arrays of equal length."""
+    """Return the mean and its standard error, with windows as the sampling units. per_token: arrays of equal length."""
     means = np.array([array.mean(dtype=np.float64) for array in per_token])
     return float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))

@@ -1,6 +1,6 @@
-"""Scores by the packed routed forward over a Hugging Face model, in batches of samples of like length.
+"""Scores samples with the routed forward of a Hugging Face model, in batches of samples of similar length.
 
-The unrouted model runs once per batch for all policies and budgets that are compared with it.
+The unrouted model runs once per batch and serves all policies and budgets that are compared with it.
 """
 
 import copy
@@ -20,12 +20,16 @@ from vllm_buddy.method.batched import routed_hidden
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.path import path_mask
 
-_BATCH_TOKENS = 2048  # of one forward pass; bounds the log-probabilities kept for KL, 4 bytes * vocabulary each
-_CHUNK_TOKENS = 256  # whose logits are made at a time
+# Tokens of one forward pass. It limits the memory of the log-probabilities for KL, 4 bytes * vocabulary for each.
+_BATCH_TOKENS = 2048
+_CHUNK_TOKENS = 256  # tokens whose logits are computed at a time
 
 
 class HfEngine:
-    """model: a Hugging Face causal language model, in the dtype to compute in. It is not changed."""
+    """An engine over a Hugging Face model.
+
+    model: a causal language model in the dtype to compute in. It is not changed.
+    """
 
     def __init__(self, model: nn.Module, kv_policy: str) -> None:
         self._model: Any = model
@@ -44,7 +48,7 @@ class HfEngine:
         for indices in _batches(task.samples):
             batch = [task.samples[i] for i in indices]
             dense = self._dense_log_probabilities(batch) if task.compare else None
-            # At full depth no layer is skipped: policies with the same weights are one and the same there.
+            # At full depth no layer is skipped, so policies with the same weights have the same scores.
             shared: dict[tuple[str, int], Scores] = {}
             for variant, parts in zip(variants, found):
                 full = variant.depth == variant.policy.router.num_layers
@@ -57,14 +61,14 @@ class HfEngine:
         return [_in_order(parts, order) for parts in found]
 
     def _dense_log_probabilities(self, batch: Sequence[Sample]) -> torch.Tensor:
-        """Of the unrouted base model: [num_targets, vocab_size], float32."""
+        """Return log-probabilities of the unrouted base model: [num_targets, vocab_size], float32."""
         num_layers = len(self._model.model.layers)
         full = [[Run(len(sample.inputs), full_path(num_layers))] for sample in batch]
         hidden = self._hidden(self._model, batch, full, None)
         return torch.cat([_log_probabilities(self._model, part) for part in hidden.split(_CHUNK_TOKENS)])
 
     def _score_batch(self, batch: Sequence[Sample], variant: Variant, dense: torch.Tensor | None) -> Scores:
-        """dense: see _dense_log_probabilities; None where nothing is compared."""
+        """Score one batch. dense: from _dense_log_probabilities; None if nothing is compared."""
         policy = variant.policy
         model = self._model_of(policy)
         routes = [policy.route(sample, variant.depth) for sample in batch]
@@ -85,7 +89,7 @@ class HfEngine:
     def _hidden(
         self, model: Any, batch: Sequence[Sample], routes: Sequence[Sequence[Run]], bypass: Bypass | None
     ) -> torch.Tensor:
-        """Hidden states that predict the targets, sample by sample: [num_targets, hidden_size], before the norm."""
+        """Return the hidden states that predict the targets: [num_targets, hidden_size], before the norm, by sample."""
         length = max(len(sample.inputs) for sample in batch)
         token_ids = torch.zeros(len(batch), length, dtype=torch.int64)
         for row, sample in zip(token_ids, batch):
@@ -95,7 +99,7 @@ class HfEngine:
         return torch.cat([h[s.num_context - 1 : len(s.inputs)] for h, s in zip(hidden, batch)])
 
     def _model_of(self, policy: Policy) -> Any:
-        """The model with the policy's change of weights, if it has one."""
+        """Return the model, with the LoRA of the policy's artifact merged if it has one."""
         lora = policy.artifact.lora
         if lora is None:
             return self._model
@@ -107,7 +111,7 @@ class HfEngine:
 
 
 def path_masks(routes: Sequence[Sequence[Run]], length: int, num_layers: int) -> torch.Tensor:
-    """Which token runs which layer: [len(routes), length, num_layers], bool. A route's last path goes on to the end."""
+    """Return which token runs which layer: [len(routes), length, num_layers], bool. Padding runs the last path."""
     masks = np.empty((len(routes), length, num_layers), dtype=bool)
     for mask, route in zip(masks, routes):
         start = 0
@@ -118,7 +122,7 @@ def path_masks(routes: Sequence[Sequence[Run]], length: int, num_layers: int) ->
 
 
 def _batches(samples: Sequence[Sample]) -> Iterator[list[int]]:
-    """Indices of samples, the longest first, of up to _BATCH_TOKENS with padding."""
+    """Yield indices of samples, longest first, in batches of at most _BATCH_TOKENS with padding."""
     longest_first = sorted(range(len(samples)), key=lambda i: (-len(samples[i].inputs), i))
     while longest_first:
         size = max(1, _BATCH_TOKENS // len(samples[longest_first[0]].inputs))
@@ -127,12 +131,12 @@ def _batches(samples: Sequence[Sample]) -> Iterator[list[int]]:
 
 
 def _log_probabilities(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """hidden: [n, hidden_size] before the final norm -> [n, vocab_size], float32."""
+    """Return log-probabilities, [n, vocab_size], float32. hidden: [n, hidden_size], before the final norm."""
     return model.lm_head(model.model.norm(hidden)).float().log_softmax(dim=-1)
 
 
 def _weights_of(policy: Policy) -> str:
-    """Policies of equal value run the same weights, where no layer is skipped."""
+    """Return a key of the weights that a policy runs when no layer is skipped; equal for equal weights."""
     return "base" if policy.artifact.lora is None else f"weights {policy.artifact.digest}"
 
 
@@ -141,7 +145,7 @@ def _split(chunks: list[torch.Tensor], sizes: Sequence[int]) -> list[np.ndarray]
 
 
 def _in_order(parts: Sequence[Scores], order: Sequence[int]) -> Scores:
-    """parts: the scores of samples in `order`, batch by batch."""
+    """Put scores into the order of the samples. parts: scores of the samples in `order`, batch by batch."""
 
     def ordered(arrays: Iterator[np.ndarray]) -> list[np.ndarray]:
         by_index = dict(zip(order, arrays, strict=True))

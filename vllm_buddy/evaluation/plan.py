@@ -1,4 +1,4 @@
-"""What an evaluation will run, checked before any model is loaded."""
+"""Plans an evaluation: reads and checks data, artifacts and budgets before any model is loaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ from vllm_buddy.models.folder import load_tokenizer
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """Samples and the variants that score them.
+    """The samples of an evaluation and the variants that score them.
 
-    variants: the unrouted model first. windows: empty without a text. choices: two for each of `rows`, in their order.
+    variants: the unrouted model first. windows: of the text; empty without one. choices: two samples for each of
+    `rows`, in their order.
     """
 
     model_dir: Path
@@ -39,9 +40,9 @@ class EvalPlan:
 
 
 def make_plan(settings: EvalSettings, model_dir: Path, report: Report) -> EvalPlan:
-    """Read data and artifacts and decide what runs.
+    """Read data and artifacts and make the plan.
 
-    report: progress of measuring layer orders, which alone needs the model and is done last.
+    report: shows progress of measuring layer orders. That is done last, because only that needs the model.
 
     Raises:
         BuddyError: data, artifact, policy or budget cannot be used.
@@ -89,7 +90,7 @@ def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIden
 
 
 def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> list[Sample]:
-    # The length warning of tokenizers is about inputs of one forward pass; these are cut first.
+    # Not verbose: tokenizers warn of texts beyond the model's length, but this one is cut into windows.
     ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"][settings.text_skip :]
     ids = ids[: settings.text_tokens or None]
     return text_samples(ids, settings.window, settings.window_stride, settings.context)
@@ -98,7 +99,7 @@ def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> l
 def _orders(
     settings: EvalSettings, base: BaseModelIdentity, model_dir: Path, report: Report
 ) -> Callable[[str], list[int]]:
-    """A function from static method to layer order, which has checked that all asked for can be had."""
+    """Return a function from static method to layer order, after checking that all orders are on file or measurable."""
     files = shipped_orders() if settings.orders is None else [OrderFile.load(settings.orders)]
     calibration = None if settings.calibration is None else CalibrationText.read(settings.calibration)
     orders = {}

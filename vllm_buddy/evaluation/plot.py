@@ -1,4 +1,4 @@
-"""Quality against compute, drawn from the figures alone: one panel per metric, one line per policy."""
+"""Draws quality against layers executed: one panel per metric, one line per policy."""
 
 import importlib.util
 import math
@@ -10,7 +10,7 @@ from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.figures import Figure
 from vllm_buddy.evaluation.policy import DENSE
 
-# Metric -> what the axis says, and whether it is drawn on a log scale.
+# Metric -> (title of the panel, whether the scale is logarithmic).
 _PANELS = {
     "perplexity": ("perplexity (lower is better)", True),
     "kl": ("KL to the unrouted model, nats per token", True),
@@ -23,23 +23,23 @@ _COLUMNS = 3
 
 
 def check_plotting() -> None:
-    """Raise EvaluationError where matplotlib is missing."""
+    """Raise EvaluationError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise EvaluationError("a plot needs matplotlib; pip install 'vllm-buddy[plot]', or leave out --plot")
 
 
 def plot_figures(figures: Sequence[Figure], out: Path) -> None:
-    """Draw `figures` to `out`, in the format that its name ends on.
+    """Draw `figures` to the file `out`, in the format of its suffix.
 
     Raises:
-        EvaluationError: nothing in `figures` can be drawn, or the file cannot be written.
+        EvaluationError: no figure can be drawn, matplotlib is missing, or the file cannot be written.
     """
     check_plotting()
     from matplotlib.figure import Figure as Canvas
 
     metrics = [metric for metric in _PANELS if any(figure.metric == metric for figure in figures)]
     if not metrics:
-        raise EvaluationError(f"nothing to draw; figures that are drawn are {', '.join(_PANELS)}")
+        raise EvaluationError(f"nothing to draw; the metrics that can be drawn are {', '.join(_PANELS)}")
     num_columns = min(_COLUMNS, len(metrics))
     num_rows = math.ceil(len(metrics) / num_columns)
     canvas = Canvas(figsize=(4.6 * num_columns, 3.6 * num_rows + 0.5), layout="constrained")
@@ -55,7 +55,7 @@ def plot_figures(figures: Sequence[Figure], out: Path) -> None:
 
 
 def save_canvas(canvas: Any, out: Path) -> None:
-    """Write a matplotlib figure, in the format that the name of `out` ends on.
+    """Write a matplotlib figure to the file `out`, in the format of its suffix.
 
     Raises:
         EvaluationError: the file cannot be written.
@@ -73,7 +73,7 @@ def _draw(axis: Any, metric: str, figures: Sequence[Figure], policies: Sequence[
     if dense is not None and not (logarithmic and dense.value <= 0):
         axis.axhline(dense.value, color="black", linewidth=1, linestyle="--", label="unrouted")
     for index, policy in enumerate(policies):
-        # At full depth a KL of zero has no place on a log scale.
+        # The KL of zero at full depth cannot be drawn on a logarithmic scale.
         points = sorted(
             (f for f in figures if f.policy == policy and not (logarithmic and f.value <= 0)), key=lambda f: f.layers
         )
@@ -87,7 +87,7 @@ def _draw(axis: Any, metric: str, figures: Sequence[Figure], policies: Sequence[
             markersize=5,
             linewidth=1.5,
             capsize=2,
-            zorder=3 + len(policies) - index,  # the first named lies on top
+            zorder=3 + len(policies) - index,  # the first policy is drawn on top
         )
     if logarithmic:
         axis.set_yscale("log")

@@ -1,14 +1,14 @@
-"""Policies that are compared. Each is an artifact and a way to use it, so every engine runs them all alike.
+"""The policies that an evaluation compares. Each is an artifact and a way to use it, so all engines can run it.
 
 | name | what it is |
 |---|---|
 | `dense` | the unrouted model |
 | `buddy` | the artifact that is evaluated |
-| `shortgpt`, `sleb`, ... | a static method's bare layer sets on the base model, nothing repaired |
-| `NAME=DIR` | another artifact under a name of its own |
+| `shortgpt`, `sleb`, ... | a static method's layer sets on the base model, without repair |
+| `NAME=DIR` | the artifact in folder DIR under the name NAME |
 
-`:frozen` behind the name of an artifact (`buddy:frozen`, `NAME:frozen=DIR`) takes the router's most common path at each
-depth for every token; `:prompt_only` switches re-routing off.
+`:frozen` after the name of an artifact (`buddy:frozen`, `NAME:frozen=DIR`) gives every token the router's most common
+path at its depth; `:prompt_only` switches re-routing off.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ VARIANTS = (FROZEN, PROMPT_ONLY)
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """A policy as the user names it. folder: of the artifact in NAME=DIR. variant: what follows the colon."""
+    """A policy as the user names it. folder: DIR of NAME=DIR. variant: the part after the colon."""
 
     name: str
     base_name: str
@@ -52,7 +52,7 @@ class PolicySpec:
         """Read `dense`, `buddy[:VARIANT]`, the name of a static method or `NAME[:VARIANT]=DIR`.
 
         Raises:
-            EvaluationError: anything else; lists what is known.
+            EvaluationError: the text is none of these; the message lists the known names.
         """
         name, has_folder, folder = text.partition("=")
         base_name, has_variant, variant = name.partition(":")
@@ -62,8 +62,7 @@ class PolicySpec:
         if has_folder:
             if not base_name or base_name in reserved or not folder:
                 raise EvaluationError(
-                    f"policy '{text}': an artifact needs a folder and a name of its own, not one of "
-                    f"{', '.join(reserved)}"
+                    f"policy '{text}': an artifact needs a folder and a name that is not one of {', '.join(reserved)}"
                 )
             return cls(name, base_name, variant or None, Path(folder))
         if base_name not in reserved:
@@ -77,7 +76,7 @@ class PolicySpec:
 
 @dataclass(frozen=True)
 class Policy:
-    """An artifact and how its router is used."""
+    """An artifact and the way its router is used."""
 
     name: str
     artifact: Artifact
@@ -89,12 +88,12 @@ class Policy:
         return self.artifact.router(library=self.library)
 
     def route(self, sample: Sample, depth: int) -> list[Run]:
-        """The paths of the sample's inputs. A path sees the context, and the tokens behind it as they are run."""
+        """Return the runs of the sample's inputs. Decisions see the context, and later tokens as they are run."""
         route = RequestRoute(self.router, self.schedule, depth, sample.inputs, sample.num_context)
         return route.runs(0, len(sample.inputs), sample.inputs)
 
     def path_counts(self, samples: Sequence[Sample], depth: int) -> Counter[LayerPath]:
-        """How many tokens run each path."""
+        """Return the number of tokens that run each path."""
         counts: Counter[LayerPath] = Counter()
         for sample in samples:
             for run in self.route(sample, depth):
@@ -102,17 +101,17 @@ class Policy:
         return counts
 
     def frozen(self, samples: Sequence[Sample], depths: Sequence[int]) -> "Policy":
-        """This artifact with one path per depth, the one that most tokens of `samples` run."""
+        """Return this policy with one path per depth, the one that most tokens of `samples` run."""
         paths = {depth: self.path_counts(samples, depth).most_common(1)[0][0] for depth in depths}
         return replace(self, artifact=with_fixed_paths(self.artifact, paths), library=True)
 
 
 def static_policy(name: str, base: BaseModelIdentity, order: Sequence[int]) -> Policy:
-    """The bare base model with layers left out in `order` (see vllm_buddy.baselines)."""
+    """Return a policy that removes layers of the base model in `order`, without repair (see vllm_buddy.baselines)."""
     artifact = static_artifact(name, base, order)
     return Policy(name, artifact, artifact.schedule(), library=True)
 
 
 def dense_policy(base: BaseModelIdentity) -> Policy:
-    """The base model; to be run at full depth."""
+    """Return the policy of the unrouted base model, which is run at full depth."""
     return Policy(DENSE, bare_artifact(DENSE, base), PathSchedule(0))

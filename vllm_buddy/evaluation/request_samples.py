@@ -1,4 +1,4 @@
-"""Samples that look like requests: a prompt that decides, and the answer that is scored."""
+"""Draws samples that look like requests: a prompt to decide from, and an answer to score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ from vllm_buddy.evaluation.sample import Sample
 
 @dataclass(frozen=True)
 class SampleShape:
-    """How long samples are, in tokens.
+    """The lengths of samples, in tokens.
 
-    context: of running text, which has no prompt. prompt: the longest; rows with a longer one are left out.
-    answer: scored at most; what follows is cut off. shortest_answer: rows with less are left out.
+    context: length of the context of running text, which has no prompt.
+    prompt: largest length of a prompt; rows with a longer one are left out.
+    answer: largest number of scored tokens; longer answers are cut.
+    shortest_answer: rows with a shorter answer are left out.
     """
 
     context: int = 64
@@ -28,14 +30,15 @@ class SampleShape:
 def request_samples(
     file: DataFile, tokenizer: Any, part: tuple[float, float], count: int, shape: SampleShape, seed: int
 ) -> list[Sample]:
-    """`count` samples drawn from a part of a file.
+    """Draw `count` samples from a part of a file.
 
-    part: where in the file it begins and ends, as shares of its tokens or rows.
-    Of *.txt, and of rows with `text`, the first tokens are the context; of other rows the answer is scored, and the
-    end of its turn with it.
+    In *.txt files and in rows with `text`, the first tokens are the context. In other rows the prompt is the context,
+    and the answer with its end-of-turn token is scored.
+
+    part: start and end of the part, as shares of the file's tokens or rows.
 
     Raises:
-        DataError: that part has fewer than `count`.
+        DataError: the part has fewer than `count` samples.
     """
     rng = np.random.default_rng(seed)
     if file.rows is None:

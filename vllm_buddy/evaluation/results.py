@@ -1,4 +1,4 @@
-"""The results file: a JSON list, one row per figure."""
+"""Writes and reads the results file of an evaluation, a JSON list with one row per figure."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _ROWS = TypeAdapter(list[Figure])
 
 
 def save_results(figures: Sequence[Figure], path: Path) -> None:
-    """Write `figures`, a row a line.
+    """Write `figures`, one row per line.
 
     Raises:
         EvaluationError: the file cannot be written.
@@ -23,7 +23,7 @@ def save_results(figures: Sequence[Figure], path: Path) -> None:
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write rows of any form as a JSON list, a row a line.
+    """Write any rows as a JSON list, one row per line.
 
     Raises:
         EvaluationError: the file cannot be written.
@@ -36,10 +36,10 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def load_results(path: Path) -> list[Figure]:
-    """Read what `save_results` wrote.
+    """Read a file that `save_results` wrote.
 
     Raises:
-        EvaluationError: missing or of another form.
+        EvaluationError: the file is missing or has another format.
     """
     try:
         figures = _ROWS.validate_json(path.read_bytes())

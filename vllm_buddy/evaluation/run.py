@@ -1,4 +1,4 @@
-"""Runs a plan on an engine and makes figures of the scores."""
+"""Runs an evaluation plan on an engine and computes figures from the scores."""
 
 from vllm_buddy.evaluation.engine import Engine, Report, Task
 from vllm_buddy.evaluation.figures import Figure, choice_figures, path_figures, text_figures
@@ -6,7 +6,7 @@ from vllm_buddy.evaluation.plan import EvalPlan
 
 
 def evaluate(plan: EvalPlan, engine: Engine, report: Report) -> list[Figure]:
-    """All figures of the plan, variant by variant, the unrouted model first.
+    """Return all figures of the plan, variant by variant, the unrouted model first.
 
     The same tokens and questions are scored for every variant.
     """

@@ -1,4 +1,4 @@
-"""What gets scored: tokens of which the first decide the path and the rest are predicted."""
+"""The unit of evaluation: a token sequence whose first tokens decide the path and whose other tokens are scored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sample:
-    """A sequence to score. A score never lets a path see the tokens being scored.
+    """A sequence to score. No path depends on the tokens that are scored on it.
 
-    num_context: leading tokens, at least one. They decide the first path, as a prompt would, and are not scored. The
-        tokens behind them run under re-routing, as decoded tokens would.
+    num_context: number of leading tokens, at least one, that decide the first path, like a prompt, and are not scored.
+        The tokens after them run under re-routing, like decoded tokens.
     """
 
     token_ids: Sequence[int]
@@ -21,7 +21,7 @@ class Sample:
 
     @property
     def inputs(self) -> Sequence[int]:
-        """The tokens that run: all but the last, behind which nothing is predicted."""
+        """The tokens that are run: all but the last, after which nothing is predicted."""
         return self.token_ids[:-1]
 
     @property

@@ -1,6 +1,6 @@
-"""Scores by the plugin in vLLM: prompt log-probabilities, the path of each prompt decided from its context.
+"""Scores samples with the plugin in vLLM, as prompt log-probabilities; a prompt's path is decided from its context.
 
-What is measured is what is served. An engine is started for each policy, one after the other.
+This measures the code that serves requests. One engine is started for each policy, one after another.
 """
 
 import itertools
@@ -20,12 +20,12 @@ from vllm_buddy.models.kv_size import kv_bytes
 from vllm_buddy.serving.admission.options import BUDGET_KEY, CONTEXT_TOKENS_KEY
 from vllm_buddy.serving.start.settings import CONFIG_KEY
 
-_MAX_SEQUENCES = 32  # that run at once
-_SHUTDOWN_S = 30  # after which the engine is killed
+_MAX_SEQUENCES = 32  # sequences that run at the same time
+_SHUTDOWN_S = 30  # an engine that takes longer to shut down is killed
 
 
 class VllmEngine:
-    """Measures no KL: vLLM hands out the log-probabilities of few tokens, not of the whole vocabulary."""
+    """An engine over vLLM. It measures no KL, because vLLM returns log-probabilities of a few tokens only."""
 
     def __init__(self, model_dir: Path, kv_policy: str, dtype: str) -> None:
         self._model_dir = model_dir
@@ -36,7 +36,7 @@ class VllmEngine:
         """See Engine.score."""
         found: list[list[Scores]] = [[] for _ in tasks]
         length = max(len(sample.token_ids) for task in tasks for sample in task.samples)
-        # Variants of a policy follow each other, so each policy is started once.
+        # The variants of a policy are neighbours in the list, so each policy is started once.
         for _, group in itertools.groupby(variants, key=lambda variant: id(variant.policy)):
             own = list(group)
             with self._serve(own[0].policy, length) as llm:
@@ -63,7 +63,7 @@ class VllmEngine:
                 dtype=self._dtype,
                 skip_tokenizer_init=True,
                 enforce_eager=True,
-                async_scheduling=False,  # a decision sees the token itself, as in the Hugging Face engine
+                async_scheduling=False,  # so that a decision sees the newest token, as in the Hugging Face engine
                 max_model_len=max_tokens + 1,
                 max_num_seqs=_MAX_SEQUENCES,
                 kv_cache_memory_bytes=kv_bytes(self._model_dir, _MAX_SEQUENCES, max_tokens + 1, self._dtype),

@@ -1,4 +1,4 @@
-"""A long text as windows, each scored by itself."""
+"""Cuts a long text into windows that are scored independently."""
 
 from collections.abc import Sequence
 
@@ -22,10 +22,10 @@ def check_window(window: int, stride: int, context: int) -> None:
 
 
 def text_samples(token_ids: Sequence[int], window: int, stride: int, context: int) -> list[Sample]:
-    """Windows of `window` tokens, each `stride` behind the one before; what is left at the end is not scored.
+    """Return windows of `window` tokens whose starts are `stride` tokens apart; the rest at the end is not scored.
 
     Raises:
-        EvaluationError: fewer than two windows.
+        EvaluationError: the text has fewer than two windows.
     """
     check_window(window, stride, context)
     starts = range(0, len(token_ids) - window + 1, stride)

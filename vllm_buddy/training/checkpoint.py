@@ -1,4 +1,4 @@
-"""State on disk, replaced whole or not at all."""
+"""Writes and reads checkpoints; a checkpoint on disk is replaced as a whole or not at all."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ START_FILE = "start.pt"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`; a kill or a full disk at any moment leaves what was there before.
+    """Write `state` to `path`. If the process is killed or the disk fills up, the previous file stays intact.
 
     Raises:
         TrainingError: the disk is full or the folder cannot be written.
@@ -26,14 +26,14 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a write falls short
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for an incomplete write
         partial.unlink(missing_ok=True)
         kept = "the one before it is intact" if path.is_file() else "there is none before it"
         raise TrainingError(f"cannot write {path}: {error}; {kept}. Make room and run the same command again") from None
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote.
+    """Return the state that `save_state` wrote.
 
     Raises:
         TrainingError: the file is not a checkpoint.

@@ -1,4 +1,4 @@
-"""Training text as sequences of token ids, in an order that depends on the seed alone."""
+"""Reads training text as sequences of token ids; their order depends on the seed alone."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,10 +16,12 @@ from vllm_buddy.training.stage1_settings import DataSource
 
 @dataclass(frozen=True)
 class Corpus:
-    """All sequences of all sources, and which of them each training position uses.
+    """The sequences of all sources, and the order in which training uses them.
 
-    sequences: [num_sequences, length], int32. order: [num_used], indices into them; a source that is used up starts
-    again. starts: [num_sources + 1], where the sequences of each source begin. digest: of the sequences.
+    sequences: [num_sequences, length], int32.
+    order: [num_used], indices into `sequences`. A source that is used up starts again from its beginning.
+    starts: [num_sources + 1], index of the first sequence of each source.
+    digest: hash of `sequences`. sha256: hash of each file, by its name.
     """
 
     sequences: np.ndarray
@@ -32,10 +34,12 @@ class Corpus:
     def read(
         cls, sources: Sequence[DataSource], folder: Path | None, tokenizer: Any, length: int, used: int, seed: int
     ) -> "Corpus":
-        """Read and tokenize. used: sequences that training will take.
+        """Read and tokenize the files, cut them into sequences and fix the order of training.
+
+        used: number of sequences that training takes.
 
         Raises:
-            DataError: a file is missing, empty, binary or of another form.
+            DataError: a file is missing, empty, binary or in another format.
             TrainingError: a file is too short for one sequence.
         """
         parts, hashes = [], {}
@@ -52,7 +56,7 @@ class Corpus:
         sequences = np.concatenate(parts)
         starts = np.cumsum([0, *map(len, parts)])
         weights = np.array([source.weight for source in sources])
-        # The source that is furthest behind its share is next.
+        # The next sequence comes from the source that is furthest below its share.
         taken = np.zeros(len(parts), dtype=np.int64)
         order = np.empty(used, dtype=np.int64)
         for position in range(used):
@@ -63,7 +67,7 @@ class Corpus:
         return cls(sequences, order, starts, digest, hashes)
 
     def take(self, num_tokens: int, source: int | None = None) -> torch.Tensor:
-        """About `num_tokens` tokens in whole sequences, in the mixture of training or of one source alone.
+        """Return about `num_tokens` tokens as whole sequences, mixed as in training or from one source alone.
 
         Returns:
             [num_sequences, length], int64.

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture, from its log alone."""
+"""Draws the loss curve of a training run from its log file."""
 
 import itertools
 import json
@@ -10,17 +10,17 @@ import numpy as np
 from vllm_buddy.errors import TrainingError
 
 CURVES_FILE = "curves.png"
-BANDS = 3  # the served depths are cut into this many
+BANDS = 3  # the served depths are divided into this many lines
 SMOOTHING = 0.1  # each point is the mean over this share of the run
 
 
 def read_log(path: Path) -> list[dict]:
-    """Rows of log.jsonl, one per step."""
+    """Return the rows of log.jsonl, one per optimizer step."""
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files.
+    """Return matplotlib.pyplot with a backend that draws to files.
 
     Raises:
         TrainingError: matplotlib is not installed.
@@ -36,7 +36,7 @@ def pyplot() -> Any:
 
 
 def draw_curves(log: Path, out: Path, title: str) -> None:
-    """Loss against training tokens, one line for each band of depths.
+    """Draw the loss against training tokens, one line for each band of depths.
 
     Raises:
         TrainingError: matplotlib is not installed.

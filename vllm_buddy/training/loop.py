@@ -1,4 +1,4 @@
-"""Stage 1: the loop over optimizer steps."""
+"""The training loop of stage 1: optimizer steps, log and checkpoints."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.objective import distillation_loss, divergence, next_token_loss
 from vllm_buddy.training.repair import Repair
 from vllm_buddy.training.routing import Routing, draw_depths
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.teacher import Teacher
 
 LOG_FILE = "log.jsonl"
@@ -30,14 +30,15 @@ FINAL_RATE = 0.1  # the learning rate ends at this share of its peak
 
 
 @dataclass
-class Run:
-    """Everything that one run of stage 1 works on.
+class TrainingRun:
+    """One run of stage 1: its model, data and settings, and the loop that trains.
 
-    teacher: None for cross-entropy. accelerator: of accelerate, with one process or several.
-    frozen: a context in which the model is the base model again, for the teacher.
+    teacher: None if the loss is cross-entropy. accelerator: accelerate's Accelerator, for one or several processes.
+    frozen: a context manager inside which the model is the unchanged base model, which the teacher needs.
+    report: called with the log row of each step. router_figures: results of the router fit, for the record of the run.
     """
 
-    settings: TrainSettings
+    settings: Stage1Settings
     corpus: Corpus
     model: Any
     repair: Repair
@@ -53,10 +54,10 @@ class Run:
         return self.settings.out
 
     def train(self) -> None:
-        """Run all steps that are not done yet.
+        """Run all steps that are not done yet, starting from the last checkpoint if there is one.
 
         Raises:
-            TrainingError: the loss is not finite, a checkpoint is of other settings or cannot be written.
+            TrainingError: the loss is not finite, or a checkpoint has other settings or cannot be written.
         """
         settings = self.settings
         groups = [
@@ -92,16 +93,16 @@ class Run:
                     save_state(self.folder / CHECKPOINT_FILE, self._state(done, seconds, optimizer, parameters))
 
     def _step(self, step: int, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        """Gradients of one optimizer step, summed over processes; returns the log row."""
+        """Compute the gradients of one optimizer step, summed over processes; returns the log row."""
         settings = self.settings
-        # From (seed, step) alone: a resumed run draws what the stopped one would have drawn.
+        # Seeded with (seed, step) alone, so that a resumed run draws what the stopped one would have drawn.
         rng = np.random.default_rng((settings.seed, step))
         num_layers = self.model.config.num_hidden_layers
         smallest = depth_for_budget(settings.min_budget, num_layers)
         depths = draw_depths(num_layers, smallest, settings.batch, rng, full=not self.repair.exact_at_full_depth)
-        # Equal depths side by side: they share a forward pass where a micro-batch has several sequences.
+        # Sorted, because sequences of equal depth share a forward pass if a micro-batch has several sequences.
         depths.sort()
-        # Shuffled, so that no source of text always meets the lowest depth.
+        # Shuffled, so that no source of text always gets the lowest depth.
         indices = rng.permutation(self.corpus.order[step * settings.batch : (step + 1) * settings.batch])
         seeds = rng.integers(1 << 32, size=settings.batch // settings.micro_batch)
         losses = torch.zeros(len(seeds), device=self.accelerator.device)
@@ -126,7 +127,7 @@ class Run:
         }
 
     def _loss(self, indices: np.ndarray, depths: list[int], rng: np.random.Generator) -> torch.Tensor:
-        """Of one micro-batch, nats per token."""
+        """Return the loss of one micro-batch in nats per token."""
         device = self.accelerator.device
         token_ids = torch.from_numpy(self.corpus.sequences[indices].astype(np.int64)).to(device)
         routed = self.routing.route(token_ids, depths, rng)
@@ -142,7 +143,10 @@ class Run:
         return distillation_loss(hidden, head, ids.to(device), log_p.to(device))
 
     def path_losses(self, indices: np.ndarray, mask: torch.Tensor) -> np.ndarray:
-        """KL behind the deciding tokens of each sequence, all on one path: [len(indices)]. mask: [num_layers]."""
+        """Return the KL divergence from the full model of each sequence on one path: [len(indices)], nats per token.
+
+        The tokens that a router decides from (`router_context`) are not scored. mask: [num_layers], the path.
+        """
         assert self.teacher is not None
         device, losses = self.accelerator.device, []
         bypass, context = self.repair.bypass(), self.settings.router_context
@@ -165,7 +169,7 @@ class Run:
             ) from None
 
     def _rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to FINAL_RATE."""
+        """Return the share of the peak learning rate: linear warm-up, then a cosine down to FINAL_RATE."""
         warmup, total = self.settings.warmup_steps, self.settings.num_steps
         if step < warmup:
             return (step + 1) / warmup
@@ -189,7 +193,7 @@ class Run:
         return f"{self.settings.digest}-{self.corpus.digest}-{order}"
 
     def _resume(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> tuple[int, float]:
-        """(first step to run, seconds spent so far)."""
+        """Load the checkpoint, if there is one; returns (first step to run, seconds spent so far)."""
         log = self.folder / LOG_FILE
         if not (self.folder / CHECKPOINT_FILE).is_file():
             log.unlink(missing_ok=True)
@@ -204,7 +208,7 @@ class Run:
             for parameter, saved in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.is_main_process and log.is_file():  # steps behind the checkpoint are run again
+        if self.accelerator.is_main_process and log.is_file():  # steps after the checkpoint are run again
             kept = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] < state["step"]]
             log.write_text("".join(f"{line}\n" for line in kept))
         return state["step"], state["seconds"]

@@ -1,20 +1,21 @@
-"""What training minimises, with the language-model head inside: logits are never kept for the backward pass."""
+"""The training losses. They include the language-model head, so that logits are not kept for the backward pass."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-_SMALLEST_REST = 1e-6  # probability
+_SMALLEST_REST = 1e-6  # probability of all tokens outside the top, at least
 RowLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 
-_ROWS = 512  # hidden states whose logits exist at once
+_ROWS = 512  # hidden states whose logits are in memory at once
 
 
 class _HeadLoss(torch.autograd.Function):
-    """A loss of the logits, summed over rows and divided by their number; the head itself gets no gradient.
+    """The mean over rows of a loss of the logits. The head gets no gradient.
 
-    row_loss: (log q [rows, vocab], which rows) -> their summed loss; leaves its gradient for the logits in log q.
+    row_loss: (log q [rows, vocab], slice of the rows) -> summed loss of these rows. It overwrites log q with the
+    gradient of that loss with respect to the logits.
     """
 
     @staticmethod
@@ -38,22 +39,24 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _masses(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """p of the top tokens [rows, top], and what teacher and student give to all others [rows, 1]."""
+    """Return p of the top tokens, [rows, top], and what teacher and student give to all others, [rows, 1] each."""
     p = log_p.exp()
     p_rest, q_rest = ((1 - part.sum(dim=-1, keepdim=True)).clamp_min(_SMALLEST_REST) for part in (p, log_q.exp()))
     return p, p_rest, q_rest
 
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL of each row, [rows]."""
+    """Return the KL divergence of each row, [rows]."""
     p, p_rest, q_rest = _masses(log_p, log_q)
     return (p * (log_p - log_q)).sum(dim=-1) + (p_rest * (p_rest / q_rest).log())[:, 0]
 
 
 def distillation_loss(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """KL from the full model, nats per token, over the teacher's top tokens and the rest as one.
+    """Return the KL divergence from the full model in nats per token.
 
-    hidden: [batch, length, hidden_size], behind the final norm. head: [vocab, hidden_size], frozen.
+    It is computed over the teacher's top tokens, with all other tokens as one more outcome.
+
+    hidden: [batch, length, hidden_size], after the final norm. head: [vocab, hidden_size], frozen.
     ids, log_p: [batch, length, top], see Teacher.
     """
     ids, log_p = ids.flatten(0, 1), log_p.flatten(0, 1)
@@ -70,7 +73,7 @@ def distillation_loss(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tenso
 
 @torch.no_grad()
 def divergence(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """`distillation_loss` without a gradient, of each sequence: [batch], nats per token. Arguments as there."""
+    """Return `distillation_loss` of each sequence without a gradient: [batch], nats per token. Same arguments."""
     rows = []
     for row, row_ids, row_log_p in zip(hidden, ids, log_p, strict=True):
         logits = torch.nn.functional.linear(row, head)
@@ -81,7 +84,10 @@ def divergence(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, log_
 
 @torch.no_grad()
 def top_log_probs(hidden: torch.Tensor, head: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `top` likeliest next tokens and their log p: int64 and float32, [batch, length, top]. hidden: normed."""
+    """Return the `top` likeliest next tokens and their log p: int64 and float32, [batch, length, top].
+
+    hidden: [batch, length, hidden_size], after the final norm.
+    """
     ids, log_probs = [], []
     for row in hidden:
         logits = torch.nn.functional.linear(row, head).float()
@@ -92,7 +98,10 @@ def top_log_probs(hidden: torch.Tensor, head: torch.Tensor, top: int) -> tuple[t
 
 
 def next_token_loss(hidden: torch.Tensor, head: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each next token, nats per token. hidden, head: as above; token_ids: [batch, length]."""
+    """Return the cross-entropy of the next token in nats per token.
+
+    hidden, head: as in `distillation_loss`. token_ids: [batch, length].
+    """
     targets = token_ids[:, 1:].flatten()[:, None]
 
     def row_loss(log_q: torch.Tensor, part: slice) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""The best static path of every depth, given that skipped layers are repaired.
+"""Searches the best static path of every depth, given that a bypass repairs each skipped layer.
 
-SLEB's greedy search (arXiv 2402.09025) with two differences: what is measured is the divergence from the full model,
-and each candidate is measured with its bypass in place. A layer that a bypass replaces well is not the one whose bare
-removal hurts least.
+This is SLEB's greedy search (arXiv 2402.09025) with two differences: it measures the divergence from the full model,
+and it measures each candidate with the bypass in place. The layer that a bypass replaces best is not always the layer
+whose removal without a bypass costs least.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.training.objective import divergence, top_log_probs
 
 TOP = 64  # logits of the full model that are compared
-CANDIDATES = 6  # of each round, those that looked best in the round before are measured again
+CANDIDATES = 6  # measured in each round: those that looked best in the round before
 
 
 class RepairedPaths:
-    """Measures KL(full || path) on some text, for paths that are the same for all of it.
+    """Measures KL(full model || path) on a text whose tokens all run the same path.
 
-    token_ids: [num_sequences, length]. bypass None: skipped layers are left bare.
+    token_ids: [num_sequences, length]. bypass: None skips layers without a repair.
     """
 
     def __init__(self, model: nn.Module, token_ids: torch.Tensor, bypass: Bypass | None) -> None:
@@ -36,14 +36,14 @@ class RepairedPaths:
         self._teacher = top_log_probs(full, self._head, min(TOP, len(self._head)))
 
     def prefixes(self, skipped: set[int]) -> list[torch.Tensor]:
-        """Hidden states before every layer when `skipped` are left out."""
+        """Return the hidden states before each layer when `skipped` layers are left out."""
         states = [self._start]
         for index in range(len(self._layers) - 1):
             states.append(self._step(index, states[-1], index in skipped))
         return states
 
     def divergence(self, skipped: set[int], start: int = 0, hidden: torch.Tensor | None = None) -> float:
-        """Nats per token. hidden: the state before layer `start`, if it is known."""
+        """Return the divergence in nats per token. hidden: the state before layer `start`, if it is known."""
         hidden = self._run(self._start if hidden is None else hidden, start, skipped)
         return float(divergence(self._norm(hidden), self._head, *self._teacher).mean())
 
@@ -60,7 +60,7 @@ class RepairedPaths:
 
 @torch.no_grad()
 def single_divergences(model: nn.Module, token_ids: torch.Tensor, bypass: Bypass | None) -> np.ndarray:
-    """What skipping each middle layer alone costs: [num_layers - 2], nats per token from the full model."""
+    """Return the divergence that skipping each middle layer alone causes: [num_layers - 2], nats per token."""
     paths = RepairedPaths(model, token_ids, bypass)
     states = paths.prefixes(set())
     return np.array([paths.divergence({layer}, layer, states[layer]) for layer in range(1, len(states) - 1)])
@@ -74,9 +74,10 @@ def removal_order(
     min_depth: int,
     report: Callable[[int, int, float], None] = lambda *_: None,
 ) -> list[int]:
-    """All middle layers in the order they leave, searched down to `min_depth` layers. Paths of all depths are nested.
+    """Return all middle layers in the order in which they are removed; the paths of all depths are nested.
 
-    report: called as report(layer left out, layers left, nats per token) after each removal.
+    The order is searched down to `min_depth` layers. report: called as report(layer removed, layers left, nats per
+    token) after each removal.
     """
     paths = RepairedPaths(model, token_ids, bypass)
     num_layers = len(paths._layers)
@@ -96,5 +97,5 @@ def removal_order(
         remaining.remove(best)
         current = measured[best]
         report(best, num_layers - len(order), current)
-    # Below the smallest depth nobody looked: what hurt least when it was last measured leaves first.
+    # Below `min_depth` nothing is measured: the layer that cost least when it was last measured is removed first.
     return order + sorted(remaining, key=lambda layer: (increase[layer], layer))

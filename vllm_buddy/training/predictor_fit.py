@@ -1,11 +1,12 @@
-"""Stage 2: the Budget Predictor's weights by GRPO, on losses that were measured once for every depth.
+"""Trains the Budget Predictor of stage 2 by GRPO, on losses that are measured once for every depth.
 
-All else is frozen, so the reward of a depth on an example never changes. Groups are drawn from the table of measured
-losses, and a step costs a product of small matrices. With the entropy bonus at `temperature` nats the best policy is
+All other weights are frozen, so the reward of a depth on an example never changes. Groups are drawn from the table of
+measured losses, and one step costs a product of small matrices. With the entropy bonus at `temperature` nats the best
+policy over depths d, given a context G, is
 
-    pi(d | G, price)  ~  exp(-(E[loss of d | G] + price d / L) / temperature),
+    pi(d | G, price)  ~  exp(-(E[loss of d | G] + price d / L) / temperature).
 
-which is the form that the policy has: what it learns is the expected loss, and every price reads the same weights.
+The policy has this form: it learns the expected loss, and all prices share the same weights.
 """
 
 import math
@@ -19,16 +20,16 @@ from torch import nn
 
 from vllm_buddy.method.predictor import BudgetPredictor
 from vllm_buddy.training.grpo import entropy, group_advantages, grpo_loss
-from vllm_buddy.training.stage2_settings import BudgetSettings
+from vllm_buddy.training.stage2_settings import Stage2Settings
 
-LOG_EVERY = 10  # steps, and that often the held-out samples are looked at
-SMALLEST_STEP = 1e-3  # nats between neighbouring depths, at the start
-PRICES = 33  # from 0 to max_price, at which held-out samples are looked at
+LOG_EVERY = 10  # steps between two log rows, each with an evaluation of the held-out samples
+SMALLEST_STEP = 1e-3  # nats between the losses of neighbouring depths at the start, at least
+PRICES = 33  # from 0 to max_price, at which held-out samples are evaluated
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """What the predictor sees of each sample. means, newest: [num_samples, value_dim], float32 (see DecisionModule)."""
+    """The predictor's input for each sample. means, newest: [num_samples, value_dim], float32 (see DecisionModule)."""
 
     means: torch.Tensor
     newest: torch.Tensor
@@ -42,15 +43,15 @@ def fit_predictor(
     losses: np.ndarray,
     depths: tuple[int, ...],
     num_layers: int,
-    settings: BudgetSettings,
+    settings: Stage2Settings,
     report: Callable[[dict[str, Any]], None],
 ) -> tuple[BudgetPredictor, torch.Tensor]:
-    """Train a predictor on a part of the samples and keep the weights that did best on the others.
+    """Train a predictor on a part of the samples and keep the weights that do best on the rest.
 
     losses: [num_samples, len(depths)], nats per token. report: called with a log row every LOG_EVERY steps.
 
     Returns:
-        the predictor; the indices of the samples that it was not trained on.
+        the predictor; the indices of the held-out samples.
     """
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
@@ -82,9 +83,9 @@ def fit_predictor(
 
 
 def _loss(
-    predictor: BudgetPredictor, inputs: Contexts, losses: torch.Tensor, price: torch.Tensor, settings: BudgetSettings
+    predictor: BudgetPredictor, inputs: Contexts, losses: torch.Tensor, price: torch.Tensor, settings: Stage2Settings
 ) -> torch.Tensor:
-    """losses: [batch, num_depths]; price: [batch]."""
+    """Return the loss of one step. losses: [batch, num_depths]; price: [batch]."""
     log_pi = predictor.log_policy(predictor.excess(inputs.means, inputs.newest), price, settings.temperature)
     rewards = -(losses + price[:, None] * predictor.shares)
     if settings.group:
@@ -102,7 +103,10 @@ def _loss(
 def _look(
     predictor: BudgetPredictor, inputs: Contexts, losses: torch.Tensor, prices: torch.Tensor, temperature: float
 ) -> dict[str, float]:
-    """Of samples that are not trained on: what is paid for loss and layers, and how the policy stands, over prices."""
+    """Return figures of the held-out samples, averaged over prices: cost, entropy, and the mean and spread of budgets.
+
+    The cost is the loss plus price times budget. losses: [num_samples, num_depths]; prices: [num_prices].
+    """
     excess = predictor.excess(inputs.means, inputs.newest)
     log_pi = predictor.log_policy(excess[:, None], prices.expand(len(excess), -1), temperature)
     costs = losses[:, None] + prices[:, None] * predictor.shares
@@ -116,7 +120,7 @@ def _look(
 
 
 def _start_constant(predictor: BudgetPredictor, losses: torch.Tensor) -> None:
-    """Every context gets the mean losses, so that the policy is at first the best that does not look at the context."""
+    """Start from the mean losses for every context: the best policy that ignores the context."""
     mean = losses.mean(dim=0)
     nn.init.zeros_(predictor.module.w2.weight)
     with torch.no_grad():
@@ -125,9 +129,9 @@ def _start_constant(predictor: BudgetPredictor, losses: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Standardised:
-    """Scales contexts to mean 0 and standard deviation 1; first linear layers take it over when training ends.
+    """Scales contexts to mean 0 and standard deviation 1; folded into the first linear layer after training.
 
-    mean, deviation: [2 * value_dim], of [mean value ; newest value].
+    mean, deviation: [2 * value_dim], of the concatenation [mean value ; newest value].
     """
 
     mean: torch.Tensor
@@ -136,7 +140,7 @@ class Standardised:
     @classmethod
     def of(cls, contexts: Contexts) -> "Standardised":
         joined = torch.cat([contexts.means, contexts.newest], dim=1)
-        # All chats end their prompt with the same token: what never varies is left as it is.
+        # The prompts of all chats end with the same token, so some inputs never vary; they are not scaled.
         deviation = joined.std(dim=0)
         return cls(joined.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0))
 
@@ -145,7 +149,7 @@ class Standardised:
         return Contexts(*joined.chunk(2, dim=1))
 
     def absorb(self, predictor: BudgetPredictor) -> None:
-        """Change the first layer so that it takes contexts as they are."""
+        """Change the first layer so that it takes contexts that are not scaled."""
         w1 = predictor.module.w1
         with torch.no_grad():
             w1.weight.div_(self.deviation)

@@ -1,9 +1,9 @@
-"""Where the bypass starts: the best low-rank linear prediction of what each layer adds, in closed form.
+"""Computes the initial bypass: the best low-rank linear prediction of what each layer adds, in closed form.
 
-One pass of the full model gives, for every middle layer at once, the regression of F(h) on RMSNorm(h). The rank is
-spent where the loss feels it: errors are weighted with G, the covariance of the loss's gradient behind the layer
-(reduced-rank regression with the output metric G). As SiLU(x) - SiLU(-x) = x, a bypass of rank r starts as exactly a
-linear map of rank r / 2, and training bends it from there.
+One pass of the full model gives the regression of F(h), what a layer adds, on RMSNorm(h) for all middle layers at once.
+Errors are weighted with G, the covariance of the loss's gradient after the layer (reduced-rank regression with the
+output metric G), so that the rank is spent where it matters to the loss. Because SiLU(x) - SiLU(-x) = x, a bypass of
+rank r can start as exactly a linear map of rank r / 2; training makes it nonlinear.
 """
 
 from typing import Any
@@ -14,15 +14,16 @@ from torch import nn
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
 
-RIDGE = 1e-3  # share of the mean variance added to every direction of the input
-GRADIENT_FLOOR = 0.03  # share of G's mean eigenvalue added to every direction of the output
-OUTLIER = 10.0  # tokens whose state is this many times longer than the median (attention sinks) are left out
+RIDGE = 1e-3  # this share of the mean variance is added to every direction of the input
+GRADIENT_FLOOR = 0.03  # this share of G's mean eigenvalue is added to every direction of the output
+OUTLIER = 10.0  # tokens whose state has more than this many times the median norm (attention sinks) are left out
 
 
 class LayerMoments:
-    """Sums over tokens from which one layer's regression follows.
+    """Sums of outer products over tokens, from which one layer's regression is computed.
 
-    xx, xy: RMSNorm(h) with itself and with F(h). gg: loss gradient behind the layer with itself. [hidden, hidden] each.
+    xx, xy: RMSNorm(h) with itself and with F(h). gg: the loss's gradient after the layer with itself. All [hidden,
+    hidden].
     """
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
@@ -30,7 +31,11 @@ class LayerMoments:
         self.num_tokens = 0
 
     def add(self, before: torch.Tensor, after: torch.Tensor, gradient: torch.Tensor, eps: float) -> None:
-        """before, after, gradient: [tokens, hidden_size], float32."""
+        """Add the sums of some tokens.
+
+        before, after: hidden states before and after the layer. gradient: of the loss, for `after`. All [tokens,
+        hidden_size], float32.
+        """
         norm = before.norm(dim=-1)
         keep = norm < OUTLIER * norm.median()
         x, y = before[keep], (after - before)[keep]
@@ -42,7 +47,7 @@ class LayerMoments:
         self.gg += gradient.T @ gradient
 
     def low_rank(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(down [rank, hidden], up [hidden, rank]) of the best linear map, in balanced scale."""
+        """Return (down [rank, hidden], up [hidden, rank]) of the best linear map; hidden units have variance 1."""
         size = len(self.xx)
         eye = torch.eye(size, dtype=torch.float64, device=self.xx.device)
         xx = self.xx.double() / self.num_tokens
@@ -52,12 +57,12 @@ class LayerMoments:
         metric = gg / (gg.trace() / size) + GRADIENT_FLOOR * eye
         values, vectors = torch.linalg.eigh(metric)
         root, inverse_root = (vectors * values.pow(p) @ vectors.T for p in (0.5, -0.5))
-        # The rank-r part of `full` that loses least of what x predicts, measured in the output metric.
+        # The part of `full` of this rank that keeps most of the prediction, measured in the output metric.
         predicted = root @ full.T @ xx @ full @ root
         basis = torch.linalg.eigh(predicted)[1][:, -rank:]
         down = (full @ root @ basis).T
         up = inverse_root @ basis
-        # Hidden units of unit variance: SiLU then works where it bends, and one learning rate fits all.
+        # With unit variance the hidden units lie where SiLU is nonlinear, and one learning rate fits all of them.
         scale = (down @ xx @ down.T).diagonal().clamp_min(1e-12).sqrt()
         return (down / scale[:, None]).float(), (up * scale).float()
 
@@ -68,7 +73,7 @@ def fit_bypass(
     rank: int,
     batch_size: int = 8,
 ) -> Bypass:
-    """The starting bypass of every middle layer.
+    """Return the initial bypass of all middle layers.
 
     model: a Hugging Face Llama, Qwen2 or Qwen3. token_ids: [num_sequences, length], int64. rank: even.
     """
@@ -94,7 +99,7 @@ def fit_bypass(
 
 
 def _states_with_gradient(net: Any, token_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Hidden states before every layer and behind the last, [batch, length, hidden], with the gradient of the loss."""
+    """Return the hidden states before each layer and after the last, [batch, length, hidden], with their gradients."""
     backbone = net.model
     hidden, rotary = embed(net, token_ids)
     states = [hidden]

@@ -1,4 +1,4 @@
-"""What is trained beside the routing: a bypass of the skipped layers, or LoRA on all layers."""
+"""The trainable repair of a routed model: a bypass for each skipped layer, or LoRA on all layers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,25 +12,25 @@ from vllm_buddy.method.lora import LoraDeltas
 
 
 class Repair(Protocol):
-    """What a recipe changes about the model."""
+    """The change of the model that a recipe trains."""
 
-    exact_at_full_depth: bool  # then sequences at full depth have nothing to teach
+    exact_at_full_depth: bool  # if so, sequences at full depth are of no use in training
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, float32."""
+        """Return the trained parameters, float32."""
         ...
 
     def bypass(self) -> Bypass | None:
-        """The bypass as it is now, with gradients."""
+        """Return the current bypass, with gradients."""
         ...
 
     def deltas(self) -> LoraDeltas | None:
-        """The change of the base weights as it is now, without gradients."""
+        """Return the current change of the base weights, without gradients."""
         ...
 
 
 class BypassRepair:
-    """Low-rank bypasses; the base model stays as it is."""
+    """A low-rank bypass for each middle layer. The base model is not changed."""
 
     exact_at_full_depth = True
 
@@ -49,9 +49,12 @@ class BypassRepair:
 
 
 class LoraRepair:
-    """LoRA on every linear layer of the decoder, by peft; merged when the artifact is served.
+    """LoRA on every linear layer of the decoder, by peft. It is merged into the weights when the artifact is served.
 
-    model: changed in place: its linear layers become peft's.
+    model: changed in place; peft replaces its linear layers.
+
+    Raises:
+        TrainingError: peft is not installed.
     """
 
     exact_at_full_depth = False
@@ -82,7 +85,7 @@ class LoraRepair:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """In this context the model is the base model."""
+        """Switch LoRA off inside this context, so that the model is the base model."""
         for module in self._modules.values():
             module.enable_adapters(False)
         try:

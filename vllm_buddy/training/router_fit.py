@@ -1,8 +1,8 @@
-"""A Decision Module from measured losses: which path of a library serves which text best.
+"""Fits a Decision Module to measured losses, so that it picks the best path of a library for each text.
 
-A gradient through a hard top-k says how the loss would change with a little more of a layer; here the loss of every
-path in a short list is measured on the same text, and the module learns to expect it. It sees what it will see in
-serving: the first tokens of a text. The losses are those of the tokens behind them.
+A gradient through a hard top-k only says how the loss would change with a little more of a layer. Here the loss of
+every path in a short list is measured on the same text, and the module learns to predict it. As in serving, the module
+sees the first tokens of a text; the losses are those of the tokens after them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,17 @@ from vllm_buddy.method import DecisionModule, path_of
 from vllm_buddy.method.path import path_mask
 
 STEPS = 600
-HELD_OUT = 0.25  # of the windows, for the figures that are reported
-TEMPERATURE = 0.02  # nats: how much better a path must be to be clearly preferred
+HELD_OUT = 0.25  # share of the windows that is kept for the reported figures
+TEMPERATURE = 0.02  # nats by which a path must be better to be clearly preferred
 WEIGHT_DECAY = 0.1
 
 
 @dataclass(frozen=True)
 class PathLosses:
-    """losses: [num_windows, num_paths], nats per token behind the context; paths of one depth, the static one first."""
+    """Measured losses of the paths of one depth.
+
+    paths: the static path first. losses: [num_windows, num_paths], nats per token after the context.
+    """
 
     depth: int
     paths: Sequence[Sequence[int]]
@@ -32,7 +35,10 @@ class PathLosses:
 
 @dataclass(frozen=True)
 class FitFigures:
-    """Held-out nats per token of one depth: all on the first path, as the module chooses, the best path per window."""
+    """Losses of one depth on the held-out windows, in nats per token.
+
+    static: every window on the first path. routed: on the path that the module picks. oracle: on its best path.
+    """
 
     depth: int
     static: float
@@ -43,7 +49,7 @@ class FitFigures:
 
 @dataclass(frozen=True)
 class RouterFit:
-    """The module, and what it is worth on windows that it was not fitted on."""
+    """A fitted Decision Module, with figures of the windows that it was not fitted to."""
 
     decision: DecisionModule
     figures: list[FitFigures]
@@ -56,9 +62,9 @@ def measure_paths(
     depths: Sequence[int],
     num_layers: int,
 ) -> list[PathLosses]:
-    """The loss of every path on every window.
+    """Measure the loss of every path on every window.
 
-    loss: (sequence indices [batch], layer mask [num_layers]) -> nats per token behind the context, [batch].
+    loss: (sequence indices [batch], layer mask [num_layers]) -> nats per token after the context, [batch].
     """
     measured = []
     for depth in depths:
@@ -79,7 +85,7 @@ def fit_decision(
     """Fit a Decision Module to measured losses.
 
     means, newest: [num_windows, value_dim], Value states of the context (see DecisionModule), float32.
-    bias: [num_layers - 2], omega * standardise(prior), as Router adds it.
+    bias: [num_layers - 2], omega * standardise(prior), which Router adds to the scores.
     """
     num_windows, num_middle = len(means), len(bias)
     rng = np.random.default_rng(seed)
@@ -88,7 +94,7 @@ def fit_decision(
     fitted = torch.from_numpy(shuffled[int(num_windows * HELD_OUT) :])
     members = [_membership(m.paths, num_middle) for m in measured]
     losses = [torch.from_numpy(m.losses).float() for m in measured]
-    # Until there is evidence to the contrary the static path of each depth is chosen.
+    # Zero weights choose the static path of each depth until the data say otherwise.
     torch.manual_seed(seed)
     decision = DecisionModule(means.shape[1], num_middle, width)
     nn.init.zeros_(decision.w2.weight)
@@ -117,5 +123,5 @@ def fit_decision(
 
 
 def _membership(paths: Sequence[Sequence[int]], num_middle: int) -> torch.Tensor:
-    """[num_paths, num_middle]: 1.0 where a path holds a middle layer."""
+    """Return [num_paths, num_middle], 1.0 where a path contains a middle layer."""
     return torch.tensor([[float(layer in path) for layer in range(1, num_middle + 1)] for path in map(set, paths)])

@@ -1,4 +1,4 @@
-"""Which layers each training sequence runs."""
+"""Chooses the layers that each training sequence runs: from a library, at random, or by a trained Decision Module."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,36 +12,40 @@ from vllm_buddy.method import DecisionModule, LayerPath, path_of
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.method.router import OMEGA
 
-FIRST_SHARE = 0.6  # of the sequences, those that run the first path of their depth; the others share the rest
-SWITCHED = 0.25  # of the sequences, those whose path changes on the way, as it may when a request is routed again
-SHORTEST_CONTEXT = 16  # tokens
-FREE_NATS = 0.05  # a layer that costs so much is skipped half as often as one that costs nothing
+FIRST_SHARE = 0.6  # share of the sequences that run the first path of their depth; the others draw one of the rest
+SWITCHED = 0.25  # share of the sequences whose path changes midway, as it may when a request is routed again
+SHORTEST_CONTEXT = 16  # tokens that a path is decided from, at least
+FREE_NATS = 0.05  # a layer that costs this many nats is skipped half as often as one that costs nothing
 
 
 @dataclass(frozen=True)
 class Routed:
-    """masks: [batch, length, num_layers], bool. gates: [batch, num_layers] where scores are trained, else None."""
+    """The paths of a batch.
+
+    masks: [batch, length, num_layers], bool: which token runs which layer.
+    gates: [batch, num_layers], 0 or 1 with a gradient for the scores; None if scores are not trained.
+    """
 
     masks: torch.Tensor
     gates: torch.Tensor | None = None
 
 
 class Routing(Protocol):
-    """How paths are chosen in training."""
+    """A way to choose paths in training."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """Return the trained parameters."""
         ...
 
     def route(self, token_ids: torch.Tensor, depths: Sequence[int], rng: np.random.Generator) -> Routed:
-        """token_ids: [batch, length]; depths: [batch], layers that each sequence executes."""
+        """Choose the paths of a batch. token_ids: [batch, length]; depths: [batch], layers that each sequence runs."""
         ...
 
 
 class LibraryRouting:
-    """Paths from a list per depth. Mostly the first; sometimes another, and sometimes a change from one to another.
+    """Draws paths from a list for each depth: mostly the first, sometimes another, and sometimes two in a row.
 
-    interval: changes happen at its multiples, as in serving; 0: none.
+    interval: a path changes at a multiple of this many tokens, as in serving; 0: paths do not change.
     """
 
     def __init__(self, num_layers: int, library: Mapping[int, Sequence[Sequence[int]]], interval: int) -> None:
@@ -72,9 +76,9 @@ class LibraryRouting:
 
 
 class RandomRouting:
-    """Paths drawn at random, so that every bypass is trained in many surroundings before paths are compared.
+    """Draws paths at random, so that each bypass is trained with many combinations of layers before paths are compared.
 
-    divergence: [num_layers - 2], nats that skipping one middle layer costs; cheap ones are skipped more often.
+    divergence: [num_layers - 2], nats that skipping each middle layer costs; cheap layers are skipped more often.
     """
 
     def __init__(self, divergence: np.ndarray) -> None:
@@ -97,11 +101,12 @@ class RandomRouting:
 class LearnedRouting:
     """A Decision Module trained through a hard top-k (BUDDY, section 3.3).
 
-    Forward: the k highest of s' = s + omega * standardise(prior). Backward: straight through a sigmoid around the
-    threshold between chosen and unchosen scores. A sequence is routed once, from a random number of its first tokens.
+    Forward: the k highest of s' = s + omega * standardise(prior). Backward: straight-through, as if the choice were a
+    sigmoid around the threshold between chosen and other scores. Each sequence is routed once, from a random number of
+    its first tokens.
 
     values: [vocab_size, value_dim], see decision.value_table; on the device of the token ids.
-    prior: [num_layers - 2], larger is more important.
+    prior: [num_layers - 2], larger for more important layers.
     """
 
     def __init__(self, decision: DecisionModule, values: torch.Tensor, prior: np.ndarray, omega: float = OMEGA) -> None:
@@ -120,7 +125,7 @@ class LearnedRouting:
         means = torch.stack([self._values[row[:n]].mean(dim=0) for row, n in zip(token_ids, contexts)])
         newest = self._values[torch.stack([row[n - 1] for row, n in zip(token_ids, contexts)])]
         scores = self.decision(means, newest) + self._bias
-        # A stable sort: of equal scores the lower layer is chosen, as in path.top_k_path.
+        # The sort is stable: of equal scores the lower layer is chosen, as in path.top_k_path.
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
         gates = torch.ones(batch, num_layers, device=scores.device)
         for row, depth in enumerate(depths):
@@ -137,5 +142,5 @@ class LearnedRouting:
 
 
 def draw_depths(num_layers: int, smallest: int, count: int, rng: np.random.Generator, *, full: bool) -> list[int]:
-    """A depth for each sequence, uniform over the served range. full: the full depth is one of them."""
+    """Draw a depth for each sequence, uniformly from `smallest` up. full: whether the full depth is included."""
     return [int(depth) for depth in rng.integers(smallest, num_layers + full, size=count)]

@@ -1,4 +1,4 @@
-"""Stage 1 from settings to artifact: what is prepared, trained and written, in that order."""
+"""Runs stage 1 from settings to artifact: prepares the paths and the repair, trains them and fits the router."""
 
 import contextlib
 import dataclasses
@@ -26,28 +26,29 @@ from vllm_buddy.method.router import OMEGA
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.checkpoint import START_FILE, load_state, save_state
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.loop import Run
+from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.path_search import removal_order, single_divergences
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
 from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, RandomRouting, Routing
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.teacher import Teacher
 
 SEARCHED, LEARNED = "searched", "learned"
 EXPLORE_DIR = "explore"
 DECISION_WIDTH = 32
-ROUTER_DEPTHS = 5  # depths on which paths are compared
+ROUTER_DEPTHS = 5  # about as many depths are used to compare paths
 
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where training starts: the order in which layers leave, for all text and for each source of it, and the bypass.
+    """The start of training: the orders in which layers are removed, and the initial bypass.
 
-    by_source: empty unless a Decision Module is to choose among paths. bypass: of the recipe `bypass`, else None.
+    order: for all text. by_source: for each source of text; empty unless a Decision Module is fitted to choose paths.
+    bypass: None for the recipes that train LoRA.
     """
 
     order: list[int]
@@ -55,9 +56,9 @@ class Start:
     bypass: Bypass | None
 
     def library(self, paths_per_depth: int, smallest: int) -> dict[int, list[list[int]]]:
-        """For each depth the path of `order`, those of each source, and variants, up to `paths_per_depth` in all.
+        """Return up to `paths_per_depth` paths for each depth: of `order`, of each source's order, then variants.
 
-        Below `smallest`, for which nothing was trained, the path of `order` alone.
+        Depths below `smallest` are not trained and get the path of `order` alone.
         """
         variants = nested_library(static_prior(self.order), paths_per_depth)
         library = {}
@@ -71,8 +72,8 @@ class Start:
         return library
 
 
-def check_settings(settings: TrainSettings) -> None:
-    """Raise a BuddyError for whatever can be found wrong before a model is loaded."""
+def check_settings(settings: Stage1Settings) -> None:
+    """Raise a BuddyError for any mistake that can be found before a model is loaded."""
     check_kv_policy(settings.kv_policy)
     if settings.paths not in (SEARCHED, LEARNED):
         check_static_method(settings.paths)
@@ -85,14 +86,14 @@ def check_settings(settings: TrainSettings) -> None:
 
 
 def run_stage1(
-    settings: TrainSettings, model_dir: Path, report: Callable[[dict[str, Any]], None], note: Note
-) -> tuple[Artifact, Run]:
-    """Train, or go on with a run that was stopped; returns the artifact, not yet saved.
+    settings: Stage1Settings, model_dir: Path, report: Callable[[dict[str, Any]], None], note: Note
+) -> tuple[Artifact, TrainingRun]:
+    """Train, or continue a run that was stopped; returns the artifact, which is not saved yet, and the run.
 
-    report: called with the log row of each step. note: called with a line about each other thing that is done.
+    report: called with the log row of each step. note: called with a line of text about each other stage of the work.
 
     Raises:
-        BuddyError: settings, data or model cannot be used; the loss is not finite; the disk is full.
+        BuddyError: settings, data or model cannot be used, the loss is not finite, or the disk is full.
     """
     from accelerate import Accelerator
 
@@ -124,7 +125,7 @@ def run_stage1(
         values = value_table(model)
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
         routing = LearnedRouting(decision, values, static_prior(start.order))
-    run = Run(*main, model, repair, routing, teacher, accelerator, frozen, report)
+    run = TrainingRun(*main, model, repair, routing, teacher, accelerator, frozen, report)
     run.train()
     folded = None
     if isinstance(routing, LearnedRouting):
@@ -136,8 +137,10 @@ def run_stage1(
     return artifact, run
 
 
-def split(settings: TrainSettings, corpus: Corpus) -> tuple[tuple[TrainSettings, Corpus], tuple[TrainSettings, Corpus]]:
-    """Settings and data of the exploration and of the training behind it; together they use `tokens`."""
+def split(
+    settings: Stage1Settings, corpus: Corpus
+) -> tuple[tuple[Stage1Settings, Corpus], tuple[Stage1Settings, Corpus]]:
+    """Return settings and data of the exploration, then of the training after it; together they use `tokens`."""
     count = settings.explore_tokens // (settings.batch * settings.length) * settings.batch
     rest = settings.tokens - count * settings.length
     explore = settings.model_copy(update={"out": settings.out / EXPLORE_DIR, "tokens": count * settings.length})
@@ -148,17 +151,17 @@ def split(settings: TrainSettings, corpus: Corpus) -> tuple[tuple[TrainSettings,
 
 
 def _start(
-    settings: TrainSettings,
+    settings: Stage1Settings,
     base: BaseModelIdentity,
     model: nn.Module,
     corpus: Corpus,
-    explored: tuple[TrainSettings, Corpus],
+    explored: tuple[Stage1Settings, Corpus],
     teacher: Teacher | None,
     accelerator: Any,
     report: Callable[[dict[str, Any]], None],
     note: Note,
 ) -> Start:
-    """Prepared once per run, and kept beside its checkpoint."""
+    """Return the start of training: from the run's folder if it is there, else computed and saved there."""
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
     path = settings.out / START_FILE
     digest = f"{settings.digest}-{corpus.digest}"
@@ -175,10 +178,10 @@ def _start(
     if settings.explore_tokens:
         assert bypass is not None
         windows = corpus.take(settings.search_tokens // 2)
-        note(f"exploring random paths for {explored[0].tokens} tokens")
+        note(f"training on random paths for {explored[0].tokens} tokens")
         explored[0].out.mkdir(exist_ok=True)
         repair, routing = BypassRepair(bypass), RandomRouting(single_divergences(model, windows, bypass))
-        Run(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report).train()
+        TrainingRun(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report).train()
         explored_bypass = repair.bypass()
         bypass = Bypass(explored_bypass.down.detach(), explored_bypass.up.detach(), bypass.eps)
     if settings.paths == SEARCHED:
@@ -197,28 +200,28 @@ def _start(
 def _search(
     model: nn.Module, windows: torch.Tensor, bypass: Bypass | None, smallest: int, text: str, note: Note
 ) -> list[int]:
-    note(f"searching paths down to {smallest} layers on {windows.numel()} tokens of {text}")
+    note(f"searching for paths down to {smallest} layers on {windows.numel()} tokens of {text}")
 
     def report(layer: int, depth: int, divergence: float) -> None:
-        note(f"  {depth} layers: without layer {layer}, {divergence:.3f} nats from the full model")
+        note(f"  {depth} layers: removed layer {layer}, {divergence:.3f} nats per token from the full model")
 
     return removal_order(model, windows, bypass, smallest, report)
 
 
 def _starting_bypass(
-    settings: TrainSettings, base: BaseModelIdentity, model: Any, corpus: Corpus, note: Note
+    settings: Stage1Settings, base: BaseModelIdentity, model: Any, corpus: Corpus, note: Note
 ) -> Bypass:
     hidden_size, middle = model.config.hidden_size, base.num_layers - 2
     if settings.init_tokens == 0:
         down = torch.randn(middle, settings.rank, hidden_size) / hidden_size**0.5
         return Bypass(down, torch.zeros(middle, hidden_size, settings.rank), model.config.rms_norm_eps)
     windows = corpus.take(settings.init_tokens)
-    note(f"regression of {middle} layers on {windows.numel()} tokens")
+    note(f"fitting the bypass of {middle} layers by regression on {windows.numel()} tokens")
     return fit_bypass(model, windows, settings.rank)
 
 
-def _repair(settings: TrainSettings, model: nn.Module, start: Start) -> tuple[Repair, Callable[[], Any]]:
-    """The repair, and a context in which the model is the base model."""
+def _repair(settings: Stage1Settings, model: nn.Module, start: Start) -> tuple[Repair, Callable[[], Any]]:
+    """Return the repair, and a context manager inside which the model is the base model."""
     if start.bypass is not None:
         device = next(model.parameters()).device
         return BypassRepair(start.bypass.to(torch.empty(0, device=device))), contextlib.nullcontext
@@ -228,9 +231,9 @@ def _repair(settings: TrainSettings, model: nn.Module, start: Start) -> tuple[Re
 
 @torch.no_grad()
 def _fit_router(
-    run: Run, library: Mapping[int, Sequence[Sequence[int]]], prior: np.ndarray, note: Note
+    run: TrainingRun, library: Mapping[int, Sequence[Sequence[int]]], prior: np.ndarray, note: Note
 ) -> FoldedDecision:
-    """A Decision Module that picks among the paths of `library`."""
+    """Fit a Decision Module that picks among the paths of `library`."""
     settings, num_layers = run.settings, run.model.config.num_hidden_layers
     windows = np.unique(run.corpus.order)
     windows = np.random.default_rng(settings.seed).permutation(windows)[: settings.router_windows]
@@ -253,7 +256,7 @@ def _fit_router(
 
 
 def _artifact(
-    settings: TrainSettings,
+    settings: Stage1Settings,
     base: BaseModelIdentity,
     start: Start,
     repair: Repair,

@@ -1,4 +1,4 @@
-"""What lies beside a trained artifact: the model card, the record of the run and its curves."""
+"""Writes the files beside an artifact of stage 1: the model card, the record of the run and the loss curves."""
 
 import json
 from typing import Any
@@ -7,8 +7,8 @@ from vllm_buddy.artifact import Artifact
 from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, card_origin, card_title, run_header, to_yaml
 from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
-from vllm_buddy.training.loop import LOG_FILE, Run
-from vllm_buddy.training.stage1_settings import TrainSettings
+from vllm_buddy.training.loop import LOG_FILE, TrainingRun
+from vllm_buddy.training.stage1_settings import Stage1Settings
 
 _REPAIRS = {
     "bypass": "A low-rank bypass of rank {rank} stands in for each layer that is skipped; the base model's weights are "
@@ -20,8 +20,10 @@ _REPAIRS = {
 }
 
 
-def finish_run(artifact: Artifact, run: Run, settings: TrainSettings, command: str, commit: str | None) -> None:
-    """Write artifact, card, run.yaml and curves to the run's folder."""
+def finish_run(
+    artifact: Artifact, run: TrainingRun, settings: Stage1Settings, command: str, commit: str | None
+) -> None:
+    """Write the artifact, its model card, run.yaml and the loss curves to the folder of the run."""
     artifact.save(settings.out)
     draw_curves(settings.out / LOG_FILE, settings.out / CURVES_FILE, f"{artifact.config.name}: {settings.recipe}")
     (settings.out / CARD_FILE).write_text(model_card(artifact, settings, command))
@@ -45,8 +47,8 @@ def finish_run(artifact: Artifact, run: Run, settings: TrainSettings, command: s
     (settings.out / RUN_FILE).write_text(to_yaml(record))
 
 
-def model_card(artifact: Artifact, settings: TrainSettings, command: str) -> str:
-    """README.md of a trained artifact."""
+def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> str:
+    """Return the README.md of a trained artifact."""
     config = artifact.config
     base = config.base_model
     smallest = depth_for_budget(settings.min_budget, base.num_layers)

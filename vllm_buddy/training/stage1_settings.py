@@ -1,4 +1,4 @@
-"""Everything that decides what `vllm-buddy train` writes: a YAML file, and KEY=VALUE overrides on top of it."""
+"""The settings of `vllm-buddy train`, read from a YAML file and KEY=VALUE overrides."""
 
 import hashlib
 from pathlib import Path
@@ -18,75 +18,97 @@ class DataSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: Path = Field(
-        description="*.txt: plain text; *.json (a list) or *.jsonl: rows with `text`, or with `instruction`, `input`, "
-        "`output`, which go through the model's chat template"
+        description="*.txt: plain text. *.json (a list) or *.jsonl: rows with `text`, or with `instruction`, `input` "
+        "and `output`, which are formatted with the model's chat template"
     )
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="share of the training sequences")
-    share: float = Field(default=1.0, gt=0, le=1, description="only this first part of the file is used")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="share of the training sequences, relative to the other files",
+    )
+    share: float = Field(default=1.0, gt=0, le=1, description="share of the file that is used, from its beginning")
 
 
-class TrainSettings(BaseModel):
-    """Settings of stage 1. The record in run.yaml is made from it."""
+class Stage1Settings(BaseModel):
+    """Settings of stage 1. They are recorded in run.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    out: Path = Field(description="folder of the run: artifact, checkpoint, log; a stopped run in it is resumed")
+    out: Path = Field(description="folder for artifact, checkpoint and log; a stopped run in it is resumed")
     data: tuple[DataSource, ...] = Field(min_length=1, description="training text")
-    data_dir: Path | None = Field(default=None, description="where relative files of `data` lie")
-    model: Path | None = Field(default=None, description="folder of a Hugging Face model; absent: the embedded one")
+    data_dir: Path | None = Field(
+        default=None, description="folder of the files in `data`, if their paths are relative"
+    )
+    model: Path | None = Field(default=None, description="folder of a Hugging Face model; absent: the embedded model")
     base_model_id: str | None = Field(default=None, description="hub id of the model (absent: the folder's name)")
     name: str | None = Field(default=None, description="name of the artifact (absent: the name of `out`)")
     recipe: Literal["bypass", "distill", "paper"] = Field(
         default="bypass",
-        description="bypass: low-rank repair of skipped layers, KL to the full model, base untouched; distill: LoRA, "
-        "KL; paper: Decision Module and LoRA, cross-entropy",
+        description="bypass: low-rank repair of skipped layers, trained by KL to the full model; base weights do not "
+        "change. distill: LoRA, trained by KL to the full model. paper: Decision Module and LoRA, cross-entropy",
     )
     paths: str = Field(
         default="searched",
-        description="which layers run while the repair is trained. searched: the best static path of each depth given "
-        "the bypass; learned: a Decision Module, straight-through; or a static method of `vllm-buddy orders`",
+        description="which layers run while the repair is trained. searched: the best static path of each depth, given "
+        "the bypass. learned: a Decision Module chooses, trained straight-through. Or the name of a static method of "
+        "`vllm-buddy orders`",
     )
-    prior: str = Field(default="taylor", description="static order that `learned` starts from")
+    prior: str = Field(default="taylor", description="static method whose layer order `paths: learned` starts from")
     router_windows: int = Field(
         default=0,
         ge=0,
-        description="sequences on which paths are compared, to fit a Decision Module; 0: none",
+        description="sequences on which paths are compared to fit a Decision Module; 0: no Decision Module is fitted",
     )
     library: int = Field(
-        default=6, ge=2, description="paths per depth, at most, that the fitted Decision Module picks from"
+        default=6, ge=2, description="largest number of paths per depth that the fitted Decision Module picks from"
     )
-    min_budget: float = Field(default=0.5, gt=0, lt=1, description="smallest budget trained for")
+    min_budget: float = Field(default=0.5, gt=0, lt=1, description="smallest budget that is trained")
     rank: int = Field(default=64, ge=1, description="rank of the bypass or of LoRA")
-    lora_alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
-    tokens: int = Field(default=1_000_000, ge=1, description="training tokens, each counted as often as it is used")
+    lora_alpha: float = Field(
+        default=16.0, gt=0, allow_inf_nan=False, description="alpha of LoRA; its change is scaled by alpha / rank"
+    )
+    tokens: int = Field(default=1_000_000, ge=1, description="training tokens; a token that is used twice counts twice")
     length: int = Field(default=256, ge=16, description="tokens per sequence")
     batch: int = Field(default=8, ge=1, description="sequences per optimizer step")
     micro_batch: int = Field(default=1, ge=1, description="sequences per forward pass; gradients are accumulated")
-    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    router_learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False, description="of the Decision Module")
-    warmup_steps: int = Field(default=20, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    top_logits: int = Field(default=64, ge=1, description="logits of the full model that are kept per token")
-    kv_policy: str = Field(default="masked", description="what a skipped layer leaves in the KV cache")
-    route_every: int = Field(default=16, ge=0, description="tokens between decisions, as in serving")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, allow_inf_nan=False, description="peak learning rate of the bypass or of LoRA"
+    )
+    router_learning_rate: float = Field(
+        default=1e-3, gt=0, allow_inf_nan=False, description="peak learning rate of the Decision Module"
+    )
+    warmup_steps: int = Field(default=20, ge=0, description="optimizer steps of linear warm-up")
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="weight decay of AdamW")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; larger ones are scaled down")
+    top_logits: int = Field(default=64, ge=1, description="logits of the full model that are kept for each token")
+    kv_policy: str = Field(
+        default="masked", description="what a skipped layer leaves in the KV cache: masked, kv_only or zero"
+    )
+    route_every: int = Field(
+        default=16, ge=0, description="tokens between two changes of a path, as in serving; 0: paths do not change"
+    )
     decide_every: int | None = Field(
         default=None,
         ge=0,
-        description="tokens between decisions that the artifact asks serving for; absent: its default",
+        description="tokens between two decisions in serving, written to the artifact; absent: the server's default",
     )
-    init_tokens: int = Field(default=16384, ge=0, description="tokens of the bypass's first regression; 0: zeros")
+    init_tokens: int = Field(
+        default=16384, ge=0, description="tokens of the regression that the bypass starts from; 0: it starts from zeros"
+    )
     explore_tokens: int = Field(
-        default=0, ge=0, description="of `tokens`, those spent on random paths before paths are searched"
+        default=0, ge=0, description="part of `tokens` that is trained on random paths before paths are searched"
     )
-    search_tokens: int = Field(default=2560, ge=1, description="tokens on which paths are searched")
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the forward pass")
-    seed: int = Field(default=0, ge=0)
-    save_every: int = Field(default=50, ge=1, description="steps between checkpoints")
-    cache_dir: Path | None = Field(default=None, description="for the full model's logits; absent: `out`")
+    search_tokens: int = Field(
+        default=2560, ge=1, description="tokens of text that paths are compared on in the search"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="dtype of the forward pass")
+    seed: int = Field(default=0, ge=0, description="seed of all random draws")
+    save_every: int = Field(default=50, ge=1, description="optimizer steps between checkpoints")
+    cache_dir: Path | None = Field(default=None, description="folder for the full model's logits; absent: `out`")
 
     @model_validator(mode="after")
-    def _check(self) -> "TrainSettings":
+    def _check(self) -> "Stage1Settings":
         if self.batch % self.micro_batch:
             raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
         if self.recipe == "bypass" and self.rank % 2:
@@ -95,7 +117,7 @@ class TrainSettings(BaseModel):
             raise ValueError("recipe `paper` trains the Decision Module: set paths to learned")
         if self.tokens - self.explore_tokens < self.batch * self.length:
             raise ValueError(
-                f"{self.tokens} tokens, {self.explore_tokens} of them for exploring, leave less than one batch of "
+                f"{self.tokens} tokens, {self.explore_tokens} of them for random paths, leave less than one batch of "
                 f"{self.batch} x {self.length}"
             )
         if self.explore_tokens and self.paths != "searched":
@@ -108,23 +130,23 @@ class TrainSettings(BaseModel):
 
     @property
     def router_context(self) -> int:
-        """Tokens of a sequence that decide when paths are compared on those behind them."""
+        """Tokens at the start of a sequence that a router decides from; paths are compared on the tokens after them."""
         return self.length // 4
 
     @property
     def digest(self) -> str:
-        """Changes with anything that changes the loss curve."""
+        """Hash of every setting that changes the loss curve."""
         fields = self.model_dump_json(exclude={"out", "cache_dir", "save_every", "name", "data_dir"})
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     @classmethod
-    def read(cls, config: Path, overrides: dict[str, str]) -> "TrainSettings":
+    def read(cls, config: Path, overrides: dict[str, str]) -> "Stage1Settings":
         """See `read_settings`."""
         return read_settings(cls, config, overrides)
 
 
 def read_settings(settings: type[Settings], config: Path, overrides: dict[str, str]) -> Settings:
-    """Settings from a YAML file, then from overrides, whose values are YAML too.
+    """Read settings from a YAML file, then from overrides, whose values are YAML too.
 
     Raises:
         TrainingError: the file cannot be read, a key is unknown or a value is not allowed.

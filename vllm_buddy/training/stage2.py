@@ -1,4 +1,4 @@
-"""Stage 2 from settings to artifact: losses of every depth, then a Budget Predictor that expects them."""
+"""Runs stage 2 from settings to artifact: measures the losses of every depth and trains a Budget Predictor on them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +22,18 @@ from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
-from vllm_buddy.training.stage2_settings import BudgetSettings
+from vllm_buddy.training.stage2_settings import Stage2Settings
 
-PRICE_STEPS = 400  # prices from 0 to max_price, of which the artifact's own is one
-PRICES_LISTED = 9
+PRICE_STEPS = 400  # steps of the price from 0 to max_price; the artifact's own price is one of them
+PRICES_LISTED = 9  # at most, in the artifact and its model card
 
 
 @dataclass(frozen=True)
 class Stage2:
-    """The artifact with its predictor, and what the record says of the run.
+    """The result of stage 2: the artifact with its predictor, and figures for the record of the run.
 
-    sha256: of the data files. gain: at the artifact's price, on the samples held out. num_samples: in all.
+    sha256: hash of each data file, by its name. gain: at the artifact's price, on the held-out samples.
+    num_samples: of all files together.
     """
 
     artifact: Artifact
@@ -42,15 +43,15 @@ class Stage2:
 
 
 def run_stage2(
-    settings: BudgetSettings,
+    settings: Stage2Settings,
     artifact_dir: Path,
     model_dir: Path,
     report: Callable[[dict[str, Any]], None],
     note: Callable[[str], None],
 ) -> Stage2:
-    """Measure what is not measured yet, and train; the artifact is not yet saved.
+    """Measure the losses that are not in the cache and train the predictor; the artifact is not saved yet.
 
-    report: called with log rows of training. note: called with a line about each other thing that is done.
+    report: called with the log rows of training. note: called with a line of text about each other stage of the work.
 
     Raises:
         BuddyError: settings, data, artifact or model cannot be used.
@@ -76,7 +77,7 @@ def run_stage2(
     cache = settings.cache_dir or settings.out
     losses = []
     for source, part in zip(settings.data, samples):
-        note(f"losses of {len(part)} samples of {source.file.name} at {len(depths)} depths")
+        note(f"measuring the losses of {len(part)} samples of {source.file.name} at {len(depths)} depths")
         measured = measure_depth_losses(model, artifact, part, depths, _every_tenth(note), cache)
         losses.append(measured.losses)
     table = np.concatenate(losses)
@@ -88,12 +89,12 @@ def run_stage2(
 
 
 def contexts_of(samples: Sequence[Sample], values: torch.Tensor) -> Contexts:
-    """values: [vocab_size, value_dim], see decision.value_table."""
+    """Return the predictor's input for each sample. values: [vocab_size, value_dim], see decision.value_table."""
     prompts = [torch.tensor(list(sample.token_ids[: sample.num_context])) for sample in samples]
     return Contexts(torch.stack([values[ids].mean(dim=0) for ids in prompts]), values[[int(p[-1]) for p in prompts]])
 
 
-def _grid(settings: BudgetSettings, artifact: Artifact) -> tuple[int, ...]:
+def _grid(settings: Stage2Settings, artifact: Artifact) -> tuple[int, ...]:
     num_layers, trained = artifact.config.base_model.num_layers, artifact.config.budgets
     smallest = MIN_DEPTH if trained is None else depth_for_budget(trained[0], num_layers)
     if settings.depths == "every":
@@ -104,7 +105,7 @@ def _grid(settings: BudgetSettings, artifact: Artifact) -> tuple[int, ...]:
 
 
 def _finish(
-    settings: BudgetSettings,
+    settings: Stage2Settings,
     artifact: Artifact,
     folded: FoldedPredictor,
     held_out: Sequence[Sample],
@@ -112,7 +113,7 @@ def _finish(
     sha256: dict[str, str],
     num_samples: int,
 ) -> Stage2:
-    """Put the dial on the predictor: what each price comes to, on samples that it was not trained on."""
+    """Add the predictor and its prices to the artifact, with the mean budget of each price on the held-out samples."""
     num_layers = artifact.config.base_model.num_layers
     excess = np.stack([folded.excess(sample.token_ids[: sample.num_context]) for sample in held_out])
     prices = np.linspace(0, settings.max_price, PRICE_STEPS + 1)

@@ -1,4 +1,4 @@
-"""What lies beside an artifact once it has a Budget Predictor: log, curves, and a part of the card and of run.yaml."""
+"""Writes the files of stage 2 beside an artifact: log, curves, and its sections of the model card and run.yaml."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, card_title, run_header, to_yaml
 from vllm_buddy.training.curves import pyplot
 from vllm_buddy.training.stage2 import Stage2
-from vllm_buddy.training.stage2_settings import BudgetSettings
+from vllm_buddy.training.stage2_settings import Stage2Settings
 
 LOG_FILE = "budget_log.jsonl"
 CURVES_FILE = "budget_curves.png"
@@ -20,11 +20,11 @@ def finish_run(
     stage: Stage2,
     artifact_dir: Path,
     log: Sequence[dict[str, Any]],
-    settings: BudgetSettings,
+    settings: Stage2Settings,
     command: str,
     commit: str | None,
 ) -> None:
-    """Write the artifact to `settings.out`, with the card and the record of `artifact_dir` and what is new to them."""
+    """Write the artifact to `settings.out`, with the card and record of `artifact_dir` plus a predictor section."""
     artifact, out = stage.artifact, settings.out
     assert artifact.config.predictor is not None
     artifact.save(out)
@@ -56,7 +56,7 @@ def finish_run(
 
 
 def predictor_card(stage: Stage2, command: str) -> str:
-    """The part of the model card."""
+    """Return the section of the model card about the predictor."""
     config = stage.artifact.config.predictor
     assert config is not None
     num_layers = stage.artifact.config.base_model.num_layers
@@ -83,7 +83,7 @@ def predictor_card(stage: Stage2, command: str) -> str:
 
 
 def with_section(card: str, section: str) -> str:
-    """`card` with `section` in place of one of the same heading, else before the last heading of its level."""
+    """Return `card` with `section` in place of the one with its heading, or before the last heading of that level."""
     heading = section.splitlines()[0]
     start = card.find(f"{heading}\n")
     if start >= 0:
@@ -94,7 +94,7 @@ def with_section(card: str, section: str) -> str:
 
 
 def without_key(yaml: str, key: str) -> str:
-    """A record without one of its top-level keys, as `to_yaml` writes them."""
+    """Return a record, in the form that `to_yaml` writes, without one of its top-level keys."""
     kept, inside = [], False
     for line in yaml.splitlines(keepends=True):
         if not line.startswith(" "):
@@ -105,7 +105,7 @@ def without_key(yaml: str, key: str) -> str:
 
 
 def draw_curves(log: Sequence[dict[str, Any]], out: Path, title: str) -> None:
-    """Entropy of the policy, mean budget and held-out cost against steps.
+    """Draw held-out cost, entropy of the policy and chosen budget against optimizer steps.
 
     Raises:
         TrainingError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Everything that decides what `vllm-buddy train-budget` writes: a YAML file, and KEY=VALUE overrides on top of it."""
+"""The settings of `vllm-buddy train-budget`, read from a YAML file and KEY=VALUE overrides."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,52 +8,62 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_buddy.training.stage1_settings import DataSource
 
 
-class BudgetSettings(BaseModel):
-    """Settings of stage 2. The record in run.yaml is made from it."""
+class Stage2Settings(BaseModel):
+    """Settings of stage 2. They are recorded in run.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    out: Path = Field(description="folder of the run: the artifact with its Budget Predictor, and the log")
+    out: Path = Field(description="folder for the artifact with its Budget Predictor, and for the log")
     artifact: str | None = Field(
-        default=None, description="folder or name of the artifact that gets a predictor (absent: the shipped one)"
+        default=None, description="folder or name of the artifact that gets a predictor; absent: the shipped artifact"
     )
-    model: Path | None = Field(default=None, description="folder of a Hugging Face model; absent: the embedded one")
-    data: tuple[DataSource, ...] = Field(min_length=1, description="requests of the kinds that will be served")
-    data_dir: Path | None = Field(default=None, description="where relative files of `data` lie")
-    examples: int = Field(default=600, ge=8, description="samples of each file, times its weight")
+    model: Path | None = Field(default=None, description="folder of a Hugging Face model; absent: the embedded model")
+    data: tuple[DataSource, ...] = Field(min_length=1, description="files of requests like those that will be served")
+    data_dir: Path | None = Field(
+        default=None, description="folder of the files in `data`, if their paths are relative"
+    )
+    examples: int = Field(default=600, ge=8, description="samples of each file, multiplied by its weight")
     depths: tuple[int, ...] | Literal["every"] = Field(
         default="every",
-        description="numbers of layers that the predictor chooses among; every: all that the artifact was trained for",
+        description="numbers of layers that the predictor chooses from; every: all that the artifact is trained for",
     )
-    context: int = Field(default=64, ge=1, description="tokens that decide, of running text")
+    context: int = Field(default=64, ge=1, description="tokens of running text that the predictor decides from")
     prompt: int = Field(
-        default=192, ge=1, description="tokens of the longest prompt; rows with longer ones are left out"
+        default=192, ge=1, description="largest number of prompt tokens; rows with longer prompts are left out"
     )
-    answer: int = Field(default=128, ge=1, description="tokens that are scored, at most")
-    hidden: int = Field(default=16, ge=1, description="width of the predictor")
+    answer: int = Field(default=128, ge=1, description="largest number of tokens that are scored")
+    hidden: int = Field(default=16, ge=1, description="width of the predictor's hidden layer")
     steps: int = Field(default=1000, ge=1, description="optimizer steps")
     batch: int = Field(default=256, ge=1, description="samples per step")
     group: int = Field(
-        default=0, ge=0, description="depths drawn for each sample, from the policy; 0: every depth once, no sampling"
+        default=0,
+        ge=0,
+        description="depths that are drawn from the policy for each sample; 0: every depth once, without sampling",
     )
     temperature: float = Field(
-        default=0.05, gt=0, allow_inf_nan=False, description="nats per token; weight of the entropy bonus"
+        default=0.05, gt=0, allow_inf_nan=False, description="weight of the entropy bonus, in nats per token"
     )
     max_price: float = Field(
-        default=4.0, gt=0, allow_inf_nan=False, description="prices from 0 to this one are trained, in nats per token"
+        default=4.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="largest price that is trained, in nats per token for all layers; the smallest is 0",
     )
     mean_budget: float = Field(
-        default=0.75, gt=0, lt=1, description="the artifact's price is the one that comes to this mean budget"
+        default=0.75,
+        gt=0,
+        lt=1,
+        description="the artifact's own price is the one at which the mean budget comes nearest to this",
     )
-    learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    held_out: float = Field(default=0.2, gt=0, lt=1, description="share of the samples that decide when to stop")
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="in which losses are measured")
-    seed: int = Field(default=0, ge=0)
-    cache_dir: Path | None = Field(default=None, description="where measured losses are kept; absent: `out`")
+    learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False, description="learning rate of AdamW")
+    weight_decay: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="weight decay of AdamW")
+    held_out: float = Field(default=0.2, gt=0, lt=1, description="share of the samples that choose the weights to keep")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="dtype in which losses are measured")
+    seed: int = Field(default=0, ge=0, description="seed of all random draws")
+    cache_dir: Path | None = Field(default=None, description="folder for the measured losses; absent: `out`")
 
     @model_validator(mode="after")
-    def _check(self) -> "BudgetSettings":
+    def _check(self) -> "Stage2Settings":
         if self.depths != "every" and (len(self.depths) < 2 or list(self.depths) != sorted(set(self.depths))):
             raise ValueError(f"depths must be at least two and ascend: {self.depths}")
         if self.group == 1:

@@ -1,4 +1,4 @@
-"""The full model's top logits, computed once per sequence and kept on disk: every epoch and every run shares them."""
+"""Computes the full model's top logits once per sequence and caches them on disk, for all epochs and runs."""
 
 import contextlib
 import os
@@ -19,10 +19,10 @@ BYTES_PER_LOGIT = np.dtype(np.int32).itemsize + np.dtype(np.float16).itemsize
 
 
 class Teacher:
-    """log p of the `top` likeliest next tokens behind every position.
+    """Gives the log p of the `top` likeliest next tokens after every position.
 
-    folder: holds `ids` [num_sequences, length, top] int32, `log_probs` float16 of the same shape, and which of the
-    sequences are there. Two runs may fill it at once: what they write is the same.
+    folder: holds `ids` [num_sequences, length, top] int32, `log_probs` float16 of the same shape, and `known`
+    [num_sequences] bool, which sequences are computed. Two runs may fill it at once, because they write the same.
 
     Raises:
         TrainingError: the disk has no room for the sequences that this run uses.
@@ -39,7 +39,7 @@ class Teacher:
         self._known = _open(folder / "known.npy", np.bool_, shape[:1])
 
     def top_log_probs(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the sequences at `indices`: (token ids int64, log p float32), [batch, length, top]."""
+        """Return (token ids int64, log p float32) of the sequences at `indices`, each [batch, length, top]."""
         missing = indices[~self._known[indices]]
         if len(missing):
             ids, log_probs = self._compute(torch.from_numpy(self._sequences[missing].astype(np.int64)))
@@ -60,18 +60,18 @@ class Teacher:
 
 
 def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in `path`, made of zeros if it is not there. Sparse: it takes the room of what is written."""
+    """Map the array in `path`, created as zeros if it is missing. The file is sparse: only written parts take space."""
     if not path.is_file():
         own = path.with_name(f"{path.name}.{os.getpid()}")
         np.lib.format.open_memmap(own, mode="w+", dtype=dtype, shape=shape)
-        with contextlib.suppress(FileExistsError):  # another process was first
+        with contextlib.suppress(FileExistsError):  # another process created it first
             os.link(own, path)
         own.unlink()
     return np.lib.format.open_memmap(path, mode="r+")
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:
-    # Writing to a mapped file on a full disk ends the process without a message.
+    # Writing to a mapped file on a full disk kills the process without a message.
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise TrainingError(
