@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_buddy.errors import ArtifactError
 
+# The fingerprint of a model without weights: vLLM's load format "dummy" draws them at random.
+NO_WEIGHTS = "no weights"
+
 _EMBEDDING = "model.embed_tokens.weight"
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _EMBEDDING_ROWS = 64
@@ -39,12 +42,15 @@ class BaseModelIdentity(BaseModel):
 
     @property
     def shape(self) -> tuple[str, int, int, int]:
-        """What must agree even where there are no weights to compare (dummy load format)."""
+        """Architecture, layers, hidden size and vocabulary, which must agree even where there are no weights."""
         return (self.architecture, self.num_layers, self.hidden_size, self.vocab_size)
 
     def same_model(self, other: "BaseModelIdentity") -> bool:
-        """Whether both are the same weights, whatever they are called and however they are quantised."""
-        return self.shape == other.shape and self.fingerprint == other.fingerprint
+        """Whether `other`, the model at hand, has the shape and the weights of this one.
+
+        Names and quantisation do not count. If `other` has no weights (fingerprint NO_WEIGHTS), the shape decides.
+        """
+        return self.shape == other.shape and other.fingerprint in (self.fingerprint, NO_WEIGHTS)
 
 
 def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:

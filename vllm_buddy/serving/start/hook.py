@@ -8,8 +8,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_buddy.artifact import Artifact, load_artifact, shipped_artifacts
-from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
+from vllm_buddy.artifact import NO_WEIGHTS, Artifact, BaseModelIdentity, identify, load_artifact, resolve_artifact
 from vllm_buddy.errors import ArtifactError, SettingsError, UnsupportedError
 from vllm_buddy.method import smallest_budget
 from vllm_buddy.serving.admission.chooser import auto_limits
@@ -56,7 +55,9 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             logger.warning("vllm_buddy was tested with vLLM %s, this is %s", ", ".join(TESTED_VLLM), vllm_version())
         settings = with_device_settings(parse_settings(vllm_config.additional_config), vllm_config)
         refuse_unsupported(vllm_config)
-        folder = resolve_artifact(settings.artifact, vllm_config)
+        folder = resolve_artifact(
+            settings.artifact, lambda: _identify_served_model(vllm_config.model_config, vllm_config)
+        )
         artifact = load_artifact(folder)
         check_base_model(artifact, vllm_config)
         check_lora(artifact, vllm_config)
@@ -108,43 +109,6 @@ def engine_settings(vllm_config: "VllmConfig") -> BuddySettings:
     return parse_settings(vllm_config.additional_config)
 
 
-def resolve_artifact(name: str | None, vllm_config: "VllmConfig") -> Path:
-    """Folder of the artifact: a folder, the name of a shipped artifact, or a hub id.
-
-    Raises:
-        ArtifactError: none was named and no shipped one fits, or the named one is not to be found.
-    """
-    shipped = shipped_artifacts()
-    if name is None:
-        model = _identify_served_model(vllm_config.model_config, vllm_config)
-        for folder in shipped.values():
-            if _fits(load_artifact(folder).config.base_model, model):
-                return folder
-        raise ArtifactError(
-            f"no shipped artifact fits the model {model.summary()}; shipped are: {', '.join(shipped) or 'none'}. "
-            'Name one with --additional-config \'{"buddy": {"artifact": FOLDER_OR_HUB_ID}}\', or make one from the '
-            "model alone with `vllm-buddy prior MODEL_DIR OUT`"
-        )
-    if name in shipped:
-        return shipped[name]
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ArtifactError(
-            f"artifact '{name}' is neither a folder nor a shipped artifact ({', '.join(shipped) or 'none'})"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:  # the hub client raises many kinds: offline, missing, forbidden
-        raise ArtifactError(
-            f"artifact '{name}' is no folder, no shipped artifact ({', '.join(shipped) or 'none'}), and the hub does "
-            f"not give it: {error}"
-        ) from None
-
-
 def check_base_model(artifact: Artifact, vllm_config: "VllmConfig") -> None:
     """Refuse an artifact that was made for another model.
 
@@ -153,7 +117,7 @@ def check_base_model(artifact: Artifact, vllm_config: "VllmConfig") -> None:
     """
     wanted = artifact.config.base_model
     found = _identify_served_model(vllm_config.model_config, vllm_config)
-    if not _fits(wanted, found):
+    if not wanted.same_model(found):
         raise ArtifactError(
             f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
             f"but the model served is {found.summary()}"
@@ -188,13 +152,6 @@ def check_lora(artifact: Artifact, vllm_config: "VllmConfig") -> None:
         )
 
 
-def _fits(wanted: BaseModelIdentity, found: BaseModelIdentity) -> bool:
-    return wanted.shape == found.shape and found.fingerprint in (wanted.fingerprint, _NO_WEIGHTS)
-
-
-_NO_WEIGHTS = "no weights"
-
-
 def _identify_served_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> BaseModelIdentity:
     name = str(model_config.model)
     if vllm_config.load_config.load_format == "dummy":
@@ -205,7 +162,7 @@ def _identify_served_model(model_config: "ModelConfig", vllm_config: "VllmConfig
             num_layers=hf_config.num_hidden_layers,
             hidden_size=hf_config.hidden_size,
             vocab_size=hf_config.vocab_size,
-            fingerprint=_NO_WEIGHTS,
+            fingerprint=NO_WEIGHTS,
         )
     folder = Path(name)
     if not folder.is_dir():
