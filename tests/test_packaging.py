@@ -34,9 +34,10 @@ def test_wheel_holds_every_file(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     for root, package in ((ROOT, "vllm_buddy"), (ROOT / "kernels", "vllm_buddy_kernels")):
         wanted = {str(p.relative_to(root)) for p in (root / package).rglob("*.py")}
-        wanted |= {str(p.relative_to(root)) for p in (root / package / "artifacts").rglob("*") if p.is_file()}
+        wanted |= {str(p.relative_to(root)) for p in (root / package / "shipped").rglob("*") if p.is_file()}
         wanted |= {str(p.relative_to(root)) for p in (root / package / "baselines").rglob("*.json")}
         assert wanted <= names, sorted(wanted - names)
+    assert "vllm_buddy/shipped/smollm2-135m/model.safetensors" in names
 
 
 def test_wheel_shadows_nothing(wheel: zipfile.ZipFile) -> None:
