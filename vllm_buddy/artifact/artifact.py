@@ -33,9 +33,9 @@ RepairKind = Literal["none", "bypass", "lora"]
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact. prior: [num_layers - 2] float32, normalised, larger is more important.
+    """An artifact in memory.
 
-    bypass, lora: in float32 here.
+    prior: [num_layers - 2], float32, normalised, larger is more important. bypass, lora: float32 after loading.
     """
 
     config: BuddyConfig
@@ -47,32 +47,36 @@ class Artifact:
 
     @property
     def repair(self) -> RepairKind:
-        """What makes up for skipped layers. bypass: runs where a layer is skipped; lora: in the weights, at no cost."""
+        """What repairs the output of a model that skips layers.
+
+        bypass: a small network that runs where a layer is skipped. lora: merged into the weights, at no cost. An
+        artifact with both counts as bypass.
+        """
         if self.bypass is not None:
             return "bypass"
         return "none" if self.lora is None else "lora"
 
     @cached_property
     def digest(self) -> str:
-        """Sixteen hex digits that change with anything that can change a path or what a path computes."""
-        # Not with the format: an artifact that is saved again by a later version is the same.
+        """Sixteen hex digits that change with everything that can change a path or its results."""
+        # Without the format version: an artifact that a later version saves again keeps its digest.
         h = hashlib.sha256(self.config.model_dump_json(exclude={"format_version"}).encode())
         for _, array in sorted(pack_tensors(self._parts).items()):
             h.update(np.ascontiguousarray(array).tobytes())
         return h.hexdigest()[:16]
 
     def without_predictor(self) -> "Artifact":
-        """The same routing and repair, with no budget `auto`."""
+        """Return this artifact without its Budget Predictor, so that there is no budget `auto`."""
         return replace(self, config=self.config.model_copy(update={"predictor": None}), predictor=None)
 
     def router(self, *, library: bool | None = None) -> Router:
-        """The router of this artifact.
+        """Return the router of this artifact.
 
-        library: pick among the artifact's fixed list of paths only. None: if it has both that and a Decision Module,
-            which was then trained to.
+        library: whether to choose only among the paths of the artifact's library. None: yes if the artifact has both a
+            library and a Decision Module, which was then trained on the library.
 
         Raises:
-            ArtifactError: a library was asked for and the artifact has none.
+            ArtifactError: `library` is True and the artifact has no library.
         """
         paths = None
         if library is None:
@@ -87,7 +91,11 @@ class Artifact:
         return Router(self.config.base_model.num_layers, self.prior, self.decision, self.config.omega, paths)
 
     def schedule(self, route_every: int | None = None, lag: int = 0) -> PathSchedule:
-        """When requests are routed again. route_every: what the user asks for; None: what suits the artifact."""
+        """Return the schedule of routing decisions.
+
+        route_every: tokens between two decisions as the user set it; None: the artifact's own number, else the default.
+        lag: see PathSchedule.
+        """
         interval = route_every if route_every is not None else self.config.route_every
         return PathSchedule(lag=lag) if interval is None else PathSchedule(interval, lag)
 
@@ -95,7 +103,7 @@ class Artifact:
         """Write `buddy_config.json` and `model.safetensors`.
 
         Raises:
-            ArtifactError: what would be written could not be loaded.
+            ArtifactError: the files could not be loaded again. Nothing is written.
         """
         config = self.config.model_copy(update={"format_version": FORMAT_VERSION})
         tensors = pack_tensors(self._parts)
@@ -106,7 +114,7 @@ class Artifact:
                 f"{stored.constants}, those of the weights are {self._parts.constants}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        # Not safetensors' own save_file: it makes a file that only its owner can read.
+        # safetensors' own save_file makes a file that only its owner can read.
         (folder / WEIGHTS_FILE).write_bytes(save(tensors))
         (folder / CONFIG_FILE).write_text(_one_line_per_path(config.model_dump_json(indent=2)) + "\n")
 
@@ -119,7 +127,8 @@ def load_artifact(folder: Path) -> Artifact:
     """Read an artifact folder.
 
     Raises:
-        ArtifactError: missing, truncated, inconsistent or of a newer format; says what was found and wanted.
+        ArtifactError: the artifact is missing, truncated, inconsistent or of a newer format. The message says what was
+            found and what is expected.
     """
     config = _read_config(folder)
     weights = folder / WEIGHTS_FILE
@@ -154,7 +163,7 @@ def _read_config(folder: Path) -> BuddyConfig:
 
 
 def _one_line_per_path(indented_json: str) -> str:
-    """A library is thousands of numbers; a number a line would make the file unreadable."""
+    """Put each list of numbers on one line: a library holds thousands of numbers, and one per line is unreadable."""
     return re.sub(
         r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), indented_json
     )

@@ -35,7 +35,7 @@ class Bypass:
         return Bypass(self.down.to(like), self.up.to(like), self.eps)
 
     def rounded(self) -> "Bypass":
-        """Return these weights rounded to 8 bits with one scale per row, as float32: an artifact stores them exactly."""
+        """Return these weights rounded to 8 bits with one scale per row, float32: an artifact stores them exactly."""
         down, up = (
             torch.from_numpy(on_byte_grid(t.detach().cpu().float().flatten(0, 1).T.numpy()).T.copy()).view(t.shape)
             for t in (self.down, self.up)
