@@ -1,4 +1,4 @@
-"""What an installed package holds, and what `make setup` decides."""
+"""Tests of the contents of the wheel and of the decisions of `make setup`."""
 
 import importlib.util
 import os
@@ -30,23 +30,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_wheel_holds_every_file(wheel: zipfile.ZipFile) -> None:
-    """Artifacts and orders are data, which a build leaves out unless told, and kernels lie outside the package."""
+    """Fails if the wheel lacks a module, a shipped artifact or a layer order: undeclared data files are left out."""
     names = set(wheel.namelist())
     for root, package in ((ROOT, "vllm_buddy"), (ROOT / "kernels", "vllm_buddy_kernels")):
         wanted = {str(p.relative_to(root)) for p in (root / package).rglob("*.py")}
-        wanted |= {str(p.relative_to(root)) for p in (root / package / "artifacts").rglob("*") if p.is_file()}
+        wanted |= {str(p.relative_to(root)) for p in (root / package / "shipped").rglob("*") if p.is_file()}
         wanted |= {str(p.relative_to(root)) for p in (root / package / "baselines").rglob("*.json")}
         assert wanted <= names, sorted(wanted - names)
+    assert "vllm_buddy/shipped/smollm2-135m/model.safetensors" in names
 
 
 def test_wheel_shadows_nothing(wheel: zipfile.ZipFile) -> None:
-    """A top-level package `kernels`, `tests` or `tools` would shadow somebody else's."""
+    """Fails if the wheel installs a top-level package such as `kernels` or `tests`, which shadows other packages."""
     top = {name.split("/")[0] for name in wheel.namelist()}
     assert {name for name in top if not name.endswith(".dist-info")} == {"vllm_buddy", "vllm_buddy_kernels"}
 
 
 def test_base_install_adds_nothing_to_vllm(wheel: zipfile.ZipFile) -> None:
-    """Installing the plugin into a running vLLM environment must not move a version in it."""
+    """Fails if installing the plugin can change a version in an existing vLLM environment."""
     metadata = next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith("METADATA"))
     base = [
         line.removeprefix("Requires-Dist: ")
@@ -73,7 +74,7 @@ def setup_env() -> ModuleType:
 def test_gpu_is_one_that_nvidia_smi_lists(
     script: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """nvidia-smi is installed on many machines whose GPU or driver is not there."""
+    """Fails if a machine that has nvidia-smi but no working GPU is set up as a GPU machine."""
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
@@ -82,20 +83,20 @@ def test_gpu_is_one_that_nvidia_smi_lists(
 
 
 def test_setup_is_done_again_for_another_device() -> None:
-    """A CPU environment must not pass for a GPU one."""
+    """Fails if an environment for the CPU is taken for one for a GPU."""
     module = setup_env()
     assert module.stamp_key("cpu") == module.stamp_key("cpu") != module.stamp_key("cuda")
 
 
 def test_requirement_names() -> None:
-    """torchvision must be left out and torch must not."""
+    """Fails if torchvision is installed, or torch is left out because its name is a prefix."""
     module = setup_env()
     names = [module.distribution(r) for r in ('torch==2.13.0+cpu; platform_machine == "x86_64"', "torchvision>=1")]
     assert [name in module.LEFT_OUT for name in names] == [False, True]
 
 
 def test_cpu_setup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where pip finds no CPU torch it is asked again with PyTorch's index; torchvision is never installed."""
+    """Fails if CPU torch is not looked up in PyTorch's index when pip has none, or torchvision is installed."""
     module = setup_env()
     requirements = '["torch==2.13.0+cpu", "torchvision", "numpy", "zen; extra == \\"zen\\""]'
     calls: list[tuple[tuple[str, ...], list[str]]] = []

@@ -1,3 +1,3 @@
-"""Budget-driven dynamic depth routing (BUDDY) for vLLM: per-request depth in a real serving engine."""
+"""Dynamic depth for vLLM: each request chooses which share of the model's layers it runs (BUDDY routing)."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m vllm_buddy` is `vllm-buddy`."""
+"""Runs the command line `vllm-buddy` as `python -m vllm_buddy`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files of text for training and measuring: plain text, or rows such as instruction data has."""
+"""Reads data files for training and evaluation: plain text, or rows of text or of instructions with answers."""
 
 import hashlib
 import json
@@ -11,7 +11,10 @@ from vllm_buddy.errors import DataError
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer. prompt: in the model's chat template, if it has one, up to where the answer starts."""
+    """An instruction and its answer, in the model's chat template if it has one.
+
+    prompt: the text up to the start of the answer. whole: prompt and answer in the template. answer: the answer alone.
+    """
 
     prompt: str
     whole: str
@@ -20,7 +23,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that was read. Exactly one of text and rows is not None. sha256: of its bytes."""
+    """The content of a data file. Exactly one of text and rows is not None. sha256: hash of the file's bytes."""
 
     path: Path
     sha256: str
@@ -29,10 +32,10 @@ class DataFile:
 
     @classmethod
     def read(cls, path: Path) -> "DataFile":
-        """Read *.txt as text; *.json (a list) and *.jsonl as rows.
+        """Read *.txt as text, and *.json (a list) and *.jsonl as rows.
 
         Raises:
-            DataError: missing, unreadable, empty, binary, or not what its ending says.
+            DataError: the file is missing, unreadable, empty or binary, or does not match its suffix.
         """
         data = _read_bytes(path)
         digest = hashlib.sha256(data).hexdigest()
@@ -56,7 +59,7 @@ class DataFile:
         return cls(path, digest, rows=rows)
 
     def plain(self, index: int) -> str | None:
-        """The text of a row that is no exchange; None if it is one.
+        """Return the field `text` of row `index`; None if the row is an instruction with an answer.
 
         Raises:
             DataError: the row is neither.
@@ -70,7 +73,7 @@ class DataFile:
         return None
 
     def exchange(self, index: int, tokenizer: Any) -> Exchange:
-        """Row `index`, for which `plain` is None, as the model is to see it."""
+        """Return row `index`, for which `plain` returns None, in the form that the model sees."""
         assert self.rows is not None
         row = self.rows[index]
         question = "\n\n".join(part for part in (row["instruction"], row.get("input") or "") if part)

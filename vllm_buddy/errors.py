@@ -1,4 +1,4 @@
-"""Every error a user can cause. Each message says what was found, what is allowed and what to do."""
+"""The errors that a user can cause. Each message says what was found, what is allowed and what to do."""
 
 
 class BuddyError(ValueError):
@@ -18,19 +18,19 @@ class SettingsError(BuddyError):
 
 
 class UnsupportedError(BuddyError):
-    """A model or an engine feature that routing cannot be combined with."""
+    """A model or an engine feature that cannot be combined with routing."""
 
 
 class CalibrationError(BuddyError):
-    """A text, a model or a setting that layer importance cannot be measured with."""
+    """A text, a model or a setting that cannot be used to measure layer importance."""
 
 
 class EmbeddedModelError(BuddyError):
-    """The embedded model cannot be taken out of its package or written where it was asked for."""
+    """The embedded model cannot be read from its package or written to the chosen folder."""
 
 
 class ServerError(BuddyError):
-    """A server that this package started did not come up, or stopped."""
+    """A server that this package started did not become ready, or stopped."""
 
 
 class ModelError(BuddyError):
@@ -42,12 +42,12 @@ class BaselineError(BuddyError):
 
 
 class DataError(BuddyError):
-    """A file of text or of rows that cannot be read or is of another form."""
+    """A data file that cannot be read or has another format."""
 
 
 class EvaluationError(BuddyError):
-    """Data, a policy or a setting that quality cannot be measured with."""
+    """Data, a policy or a setting that cannot be used to measure quality."""
 
 
 class TrainingError(BuddyError):
-    """A setting, data or a state that training cannot go on with."""
+    """A setting, data or a state with which training cannot start or continue."""

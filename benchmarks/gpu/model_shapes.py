@@ -14,11 +14,10 @@ import torch
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PriorConfig
-from vllm_buddy.artifact.fingerprint import BaseModelIdentity
+from vllm_buddy.artifact.fingerprint import NO_WEIGHTS, BaseModelIdentity
 from vllm_buddy.method.bypass import Bypass
 
 BYPASS_RANK = 64
-_NO_WEIGHTS = "no weights"  # the fingerprint of a model that vLLM loads with load_format "dummy"
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _BYPASS_GAIN = 0.3  # what a bypass adds beside a normed state: enough to see it missing, less than a layer adds
 
@@ -54,7 +53,7 @@ class ModelShape:
             num_layers=self.num_layers,
             hidden_size=hidden_size,
             vocab_size=self.vocab_size,
-            fingerprint=_NO_WEIGHTS,
+            fingerprint=NO_WEIGHTS,
         )
         generator = torch.Generator().manual_seed(0)
         down = torch.randn(num_middle, bypass_rank, hidden_size, generator=generator) / hidden_size**0.5

@@ -1,4 +1,4 @@
-"""The artifact on disk: round trip, and each kind of damage."""
+"""Tests of saving and loading an artifact, and of each kind of damage to its files."""
 
 import dataclasses
 import json
@@ -95,7 +95,7 @@ def _edit_tensors(folder: Path, **changes: np.ndarray | None) -> None:
 @pytest.mark.parametrize("decision", [False, True])
 @pytest.mark.parametrize("library", [None, LIBRARY])
 def test_round_trip(tmp_path: Path, decision: bool, library: dict[int, list[list[int]]] | None) -> None:
-    """Failure: what is served differs in any number from what was trained, or its digest from run to run."""
+    """Fails if a loaded artifact differs from the saved one in any number, or its digest changes between runs."""
     artifact = _artifact(decision=decision, library=library)
     artifact.save(tmp_path)
     loaded = load_artifact(tmp_path)
@@ -113,7 +113,7 @@ def test_round_trip(tmp_path: Path, decision: bool, library: dict[int, list[list
     [({}, "none"), ({"lora": _lora()}, "lora"), ({"bypass": _bypass(), "lora": _lora()}, "bypass")],
 )
 def test_repair_says_what_runs_on_skipped_rows(parts: dict[str, Any], repair: str) -> None:
-    """Failure: a policy is drawn at the speed of one that has nothing to compute where a layer is skipped."""
+    """Fails if an artifact that computes a bypass on skipped layers is reported as one that computes nothing there."""
     assert _artifact(**parts).repair == repair
 
 
@@ -121,14 +121,14 @@ def test_repair_says_what_runs_on_skipped_rows(parts: dict[str, Any], repair: st
     ("decision", "library", "own"), [(True, LIBRARY, True), (True, None, False), (False, LIBRARY, False)]
 )
 def test_the_library_is_used_where_a_decision_module_was_trained_on_it(decision, library, own) -> None:
-    """Failure: a router whose scores mean something for some paths is asked for any, or the other way round."""
+    """Fails if a router that was trained on the library's paths chooses freely, or another one uses the library."""
     artifact = _artifact(decision=_folded() if decision else None, library=library)
     assert (artifact.router().depths is not None) == own
     assert artifact.router(library=False).depths is None
 
 
 def test_a_rounded_bypass_takes_a_byte_a_weight(tmp_path: Path) -> None:
-    """Failure: the artifact in the repository is twice as big, or what is loaded is not what was measured."""
+    """Fails if a rounded bypass is stored in 16 bits, or the loaded weights differ from the rounded ones."""
     given = _bypass()
     rounded = given.rounded()
     _artifact(bypass=rounded).save(tmp_path)
@@ -143,7 +143,7 @@ def test_a_rounded_bypass_takes_a_byte_a_weight(tmp_path: Path) -> None:
 
 
 def test_round_trip_of_what_was_trained(tmp_path: Path) -> None:
-    """Failure: tables, bypass or LoRA that are served differ in a bit from those measured after training."""
+    """Fails if the loaded tables, bypass or LoRA differ in a bit from those that training measured."""
     artifact = _artifact(decision=_folded(), bypass=_bypass(), lora=_lora())
     artifact.save(tmp_path)
     loaded = load_artifact(tmp_path)
@@ -167,7 +167,7 @@ def test_round_trip_of_what_was_trained(tmp_path: Path) -> None:
 
 
 def test_format_version_1(folder: Path) -> None:
-    """Failure: an artifact of the version before, with tables in float32, is refused or read with other numbers."""
+    """Fails if an artifact of format version 1, with tables in float32, is refused or read with other numbers."""
     artifact = load_artifact(folder)
     _edit_config(folder, format_version=1)
     raw = json.loads((folder / CONFIG_FILE).read_text())
@@ -182,7 +182,7 @@ def test_format_version_1(folder: Path) -> None:
 
 
 def test_loaded_artifact_routes_as_the_saved_one(folder: Path) -> None:
-    """Failure: the library comes back with its depths as strings, or the router is built with another prior."""
+    """Fails if the library is loaded with its depths as strings, or the router is built with another prior."""
     for library in (False, True):
         routers = _artifact(library=LIBRARY).router(library=library), load_artifact(folder).router(library=library)
         for token in range(20):
@@ -197,12 +197,12 @@ def test_loaded_artifact_routes_as_the_saved_one(folder: Path) -> None:
 
 
 def test_config_keeps_a_path_on_one_line(folder: Path) -> None:
-    """Failure: a library of a 30-layer model is written with one number a line, thousands of lines."""
+    """Fails if a path library is written with one number per line, which takes thousands of lines for 30 layers."""
     assert "      [0, 1, 3, 9]\n" in (folder / CONFIG_FILE).read_text()
 
 
 def test_digest_changes_with_whatever_can_change_what_is_computed() -> None:
-    """Failure: two artifacts share prefix-cache salts, and one is served the other's KV."""
+    """Fails if two artifacts have the same digest, so that one reads the other's entries of the prefix cache."""
     artifact = _artifact()
     assert artifact.decision is not None
     b2 = artifact.decision.b2.copy()
@@ -226,13 +226,13 @@ def test_digest_changes_with_whatever_can_change_what_is_computed() -> None:
 
 
 def test_asking_for_a_missing_library(tmp_path: Path) -> None:
-    """Failure: `paths: library` on an artifact without one routes freely in silence."""
+    """Fails if `paths: library` with an artifact that has no library silently chooses among all paths."""
     with pytest.raises(ArtifactError, match="artifact 'round-trip' has no path library; serve it with"):
         _artifact().router(library=True)
 
 
 def test_missing_folder_and_files(folder: Path) -> None:
-    """Failure: a mistyped artifact name ends in a traceback about a file deep inside."""
+    """Fails if a wrong artifact folder raises anything but an error that names the missing file."""
     with pytest.raises(ArtifactError, match=f"no artifact at {folder / 'no'}: {CONFIG_FILE} is missing"):
         load_artifact(folder / "no")
     (folder / WEIGHTS_FILE).unlink()
@@ -242,7 +242,7 @@ def test_missing_folder_and_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("kept_fraction", [0.0, 0.1, 0.9])
 def test_truncated_weights(folder: Path, kept_fraction: float) -> None:
-    """Failure: an interrupted download is served with whatever was there."""
+    """Fails if a truncated file of weights is loaded."""
     data = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).write_bytes(data[: int(kept_fraction * len(data))])
     with pytest.raises(ArtifactError, match=r"is not a complete safetensors file .* get the artifact again"):
@@ -251,21 +251,21 @@ def test_truncated_weights(folder: Path, kept_fraction: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"text"', "\ufffe"])
 def test_config_that_is_not_a_json_object(folder: Path, text: str) -> None:
-    """Failure: a config of another shape raises a TypeError instead of naming the file."""
+    """Fails if a configuration that is no JSON object raises a TypeError instead of an error that names the file."""
     (folder / CONFIG_FILE).write_bytes(text.encode("utf-16") if text == "\ufffe" else text.encode())
     with pytest.raises(ArtifactError, match=f"{CONFIG_FILE} (is not JSON|does not fit the schema)"):
         load_artifact(folder)
 
 
 def test_newer_format(folder: Path) -> None:
-    """Failure: an artifact of a later vllm_buddy is read as if its fields still meant the same."""
+    """Fails if an artifact of a newer format version is loaded as if its fields had the same meaning."""
     _edit_config(folder, format_version=FORMAT_VERSION + 1, something_new=[1, 2])
     with pytest.raises(ArtifactError, match=r"has format version 4, this vllm_buddy reads up to 3; update vllm_buddy"):
         load_artifact(folder)
 
 
 def test_unknown_and_missing_fields(folder: Path) -> None:
-    """Failure: a misspelt field is dropped, and its default is served."""
+    """Fails if a misspelt field is ignored and its default is used, or a required field may be missing."""
     _edit_config(folder, omegaa=0.3)
     with pytest.raises(ArtifactError, match=r"(?s)does not fit the schema.*omegaa"):
         load_artifact(folder)
@@ -287,14 +287,14 @@ def test_unknown_and_missing_fields(folder: Path) -> None:
     ],
 )
 def test_wrong_shapes(folder: Path, name: str, array: np.ndarray | None) -> None:
-    """Failure: tables of another vocabulary or depth are indexed until a token id is out of range, mid-service."""
+    """Fails if tables of another vocabulary or depth are loaded, and a token id is out of range during serving."""
     _edit_tensors(folder, **{name: array})
     with pytest.raises(ArtifactError, match=rf"'{name.replace('__', '.')}' has shape .*expected .*tiny \(Llama"):
         load_artifact(folder)
 
 
 def test_widths_that_disagree(folder: Path) -> None:
-    """Failure: two tables of different width pass the shape check one by one and fail at the first request."""
+    """Fails if tables of different width pass the check of single shapes and raise at the first request."""
     _edit_tensors(folder, decision__table_newest=np.zeros((VOCAB_SIZE, 5), np.float32))
     with pytest.raises(ArtifactError, match=r"disagree on their width: \[5, 6\]"):
         load_artifact(folder)
@@ -315,7 +315,7 @@ def test_widths_that_disagree(folder: Path) -> None:
     ],
 )
 def test_wrong_shapes_of_what_was_trained(tmp_path: Path, name: str, array: np.ndarray | None, message: str) -> None:
-    """Failure: a bypass of another model is served until a shape error ends the engine, or is left out in silence."""
+    """Fails if trained parts of wrong shape are loaded and stop the engine later, or are ignored silently."""
     _artifact(decision=_folded(), bypass=_bypass(), lora=_lora()).save(tmp_path)
     _edit_tensors(tmp_path, **{name: array})
     with pytest.raises(ArtifactError, match=message):
@@ -323,7 +323,7 @@ def test_wrong_shapes_of_what_was_trained(tmp_path: Path, name: str, array: np.n
 
 
 def test_weights_that_the_configuration_does_not_mention(tmp_path: Path) -> None:
-    """Failure: a bypass is saved under a configuration without one, and then served without it."""
+    """Fails if weights that do not match the configuration are saved, and are then ignored when serving."""
     plain = _artifact()
     with pytest.raises(ArtifactError, match=r"says nothing of tensor 'bypass.down'"):
         dataclasses.replace(plain, bypass=_bypass()).save(tmp_path)
@@ -337,7 +337,7 @@ def test_weights_that_the_configuration_does_not_mention(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite(folder: Path, value: float) -> None:
-    """Failure: NaN from a diverged training sorts first, and every request runs the same arbitrary path."""
+    """Fails if NaN or infinity from a diverged training is loaded, and every request runs the same arbitrary path."""
     _edit_tensors(folder, prior=np.full(8, value, np.float32))
     with pytest.raises(ArtifactError, match="tensor 'prior' holds values that are not finite"):
         load_artifact(folder)
@@ -348,21 +348,21 @@ def test_values_that_are_not_finite(folder: Path, value: float) -> None:
     [[0, 1, 9], [0, 1, 2, 3, 9], [1, 2, 3, 9], [0, 1, 2, 8], [0, 1, 9, 10], [-1, 0, 1, 9], [0, 1, 1, 9], []],
 )
 def test_library_paths_that_are_no_paths(folder: Path, layers: list[int]) -> None:
-    """Failure: a library path of another depth breaks the promise of a budget, or drops the last layer."""
+    """Fails if a library path has another depth than its budget promises, or lacks the first or last layer."""
     _edit_config(folder, library={"4": [[0, 1, 2, 9], layers]})
     with pytest.raises(ArtifactError, match="is not a set of 4 layers with 0 and 9"):
         load_artifact(folder)
 
 
 def test_library_without_paths_at_a_depth(folder: Path) -> None:
-    """Failure: an empty list is a depth the router believes it has, and the first request there stops the engine."""
+    """Fails if the library may list a depth without paths, and the first request at that depth stops the engine."""
     _edit_config(folder, library={"4": []})
     with pytest.raises(ArtifactError, match="the library holds no path of 4 layers"):
         load_artifact(folder)
 
 
 def test_shipped_artifacts_load() -> None:
-    """Failure: an artifact in the package does not pass the checks its own loader makes."""
+    """Fails if a shipped artifact cannot be loaded, or has no model card or record."""
     shipped = shipped_artifacts()
     assert "smollm2-135m" in shipped
     for name, path in shipped.items():

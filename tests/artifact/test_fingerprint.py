@@ -1,4 +1,4 @@
-"""Which base model an artifact belongs to."""
+"""Tests of identifying a base model."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def test_identity_says_what_the_model_is(folder: Path) -> None:
-    """Failure: the error about a mismatch cannot name both models."""
+    """Fails if an identity lacks the name or the shape that error messages about a mismatch show."""
     identity = identify(folder, "someone/tiny")
     assert identity.shape == ("LlamaForCausalLM", NUM_LAYERS, 128, 512)
     assert identity.summary().startswith("someone/tiny (LlamaForCausalLM, 8 layers, hidden 128, vocabulary 512,")
@@ -30,7 +30,7 @@ def test_identity_says_what_the_model_is(folder: Path) -> None:
 
 
 def test_same_for_a_copy_in_bf16_and_in_shards(folder: Path, tmp_path: Path) -> None:
-    """Failure: an artifact made from fp32 weights refuses the bf16 copy that is served."""
+    """Fails if an artifact made from fp32 weights does not fit a bf16 or sharded copy of the model."""
     model = load_model(folder)
     model.save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -39,7 +39,7 @@ def test_same_for_a_copy_in_bf16_and_in_shards(folder: Path, tmp_path: Path) -> 
 
 
 def test_differs_for_other_weights(folder: Path, tmp_path: Path) -> None:
-    """Failure: a fine-tuned model of the same shape is served with paths made for another."""
+    """Fails if a fine-tuned model of the same shape gets the same fingerprint."""
     other = save_tiny_model(tmp_path / "other", "llama", seed=1)
     assert _fingerprint(folder) != _fingerprint(other)
     for name in ("model.layers.5.input_layernorm.weight", "model.norm.weight", "model.embed_tokens.weight"):
@@ -53,7 +53,7 @@ def test_differs_for_other_weights(folder: Path, tmp_path: Path) -> None:
 
 
 def test_same_where_only_matrices_differ(folder: Path, tmp_path: Path) -> None:
-    """Failure: a quantised copy of the base model, whose matrices differ, is taken for another model."""
+    """Fails if a quantised copy of the base model, in which only matrices differ, gets another fingerprint."""
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:
         if name.endswith("proj.weight"):
@@ -65,7 +65,7 @@ def test_same_where_only_matrices_differ(folder: Path, tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_models(folder: Path, tmp_path: Path) -> None:
-    """Failure: a wrong folder ends in a KeyError or a traceback of the file format's library."""
+    """Fails if a folder without a usable model raises a KeyError or an error of the JSON library."""
     with pytest.raises(ArtifactError, match=r"holds no config\.json, so it is not a Hugging Face model folder"):
         identify(tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -81,7 +81,7 @@ def test_folders_that_are_no_models(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_missing_or_cut_short(folder: Path) -> None:
-    """Failure: an interrupted download gets a fingerprint of what happened to arrive."""
+    """Fails if a model with missing or truncated weights gets a fingerprint."""
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match=r"is not a complete safetensors file .* get the model again"):

@@ -1,4 +1,4 @@
-"""The tiny model with a tokenizer, and text for it."""
+"""Fixtures: the tiny model with a tokenizer, and a text."""
 
 from tests.importance.conftest import model_with_tokenizer, text_file
 

@@ -1,6 +1,5 @@
-"""Orders of static methods: what leaves when, and whose order it is."""
+"""Tests of pruning orders: in which order layers are removed, and to which model an order belongs."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.harness.tiny_models import NUM_LAYERS, VOCAB_SIZE, load_model, save_tiny_model
-from vllm_buddy.artifact.fingerprint import identify
+from vllm_buddy.artifact import SHIPPED_DIR, identify, load_artifact
 from vllm_buddy.baselines import (
     MEASURED,
     POSITIONAL,
@@ -28,7 +27,7 @@ from vllm_buddy.method import layers_of
 from vllm_buddy.models.embedded import DEFAULT_MODEL
 
 USELESS = (5, 2)  # layers that add nothing to the hidden state
-TOLERANCE = 1e-12  # equal losses: nothing is computed twice in another order
+TOLERANCE = 1e-12  # equal losses differ by nothing, because no sum is computed in two orders
 SIZES = ["--tokens", "64", "--window", "32"]
 
 
@@ -54,21 +53,21 @@ def windows() -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["shortgpt", "taylor"])
 def test_layers_that_do_nothing_leave_first(method: str, model: nn.Module, windows: torch.Tensor) -> None:
-    """Failure: importance is sorted the wrong way round, or indices are off by the first layer."""
+    """Fails if importance is sorted in the wrong direction, or layer indices are shifted by one."""
     order = MEASURED[method].order(model, windows, lambda done, total: None)
     assert order[:2] == sorted(USELESS, reverse=True)
     assert sorted(order) == list(range(1, NUM_LAYERS - 1))
 
 
 def test_delta_ppl_takes_the_layer_whose_loss_is_lowest(model: nn.Module, windows: torch.Tensor) -> None:
-    """Failure: the order is not that of the perplexity without each layer."""
+    """Fails if the order is not that of the loss without each layer."""
     order = MEASURED["delta_ppl"].order(model, windows, lambda done, total: None)
     losses = [_loss(model, windows, skipped=[layer]) for layer in order]
     assert losses == sorted(losses)
 
 
 def test_sleb_measures_again_after_each_layer(model: nn.Module, windows: torch.Tensor) -> None:
-    """Failure: a trial reuses hidden states of layers that have left, or ranks once and for all."""
+    """Fails if a trial uses hidden states of removed layers, or the layers are ranked only once."""
     left = list(range(1, NUM_LAYERS - 1))
     gone: list[int] = []
     while left:
@@ -80,25 +79,25 @@ def test_sleb_measures_again_after_each_layer(model: nn.Module, windows: torch.T
     assert sleb_order(model, windows, lambda done, total: seen.append(done)) == gone
     assert seen == list(range(1, NUM_LAYERS - 1))
     once_and_for_all = MEASURED["delta_ppl"].order(model, windows, lambda done, total: None)
-    assert gone != once_and_for_all  # else this test could not tell the two apart
+    assert gone != once_and_for_all  # otherwise this test could not distinguish the two
 
 
 @pytest.mark.parametrize("num_layers", [3, 4, 8, 30])
 @pytest.mark.parametrize("method", POSITIONAL)
 def test_positional_orders_hold_every_middle_layer_once(method: str, num_layers: int) -> None:
-    """Failure: a depth cannot be reached, or first or last layer leave."""
+    """Fails if an order lacks a middle layer, or holds the first or the last layer."""
     assert sorted(POSITIONAL[method](num_layers, 0)) == list(range(1, num_layers - 1))
 
 
 def test_positional_orders() -> None:
-    """Failure: reverse drops from the start, or evenly spaced layers lie side by side."""
+    """Fails if `reverse` removes layers from the start, `evenly_spaced` adjacent ones, or `random` ignores its seed."""
     assert POSITIONAL["reverse"](6, 0) == [4, 3, 2, 1]
     assert POSITIONAL["evenly_spaced"](9, 0)[:3] == [4, 6, 2]
     assert POSITIONAL["random"](30, 1) == POSITIONAL["random"](30, 1) != POSITIONAL["random"](30, 2)
 
 
 def test_paths_of_all_depths_are_nested() -> None:
-    """Failure: the set of a depth is not that of the depth above without its next layer to leave."""
+    """Fails if the path of a depth is not the path of the next greater depth without one layer."""
     order = [3, 1, 4, 2]
     assert layers_of(static_path(order, 6)) == [0, 1, 2, 3, 4, 5]
     assert layers_of(static_path(order, 5)) == [0, 1, 2, 4, 5]
@@ -106,18 +105,17 @@ def test_paths_of_all_depths_are_nested() -> None:
 
 
 def test_shipped_orders_are_those_of_the_embedded_model() -> None:
-    """Failure: a comparison starts with minutes of measuring, or with another model's orders."""
+    """Fails if an order of the embedded model is not shipped, or the shipped orders belong to another model."""
     (file,) = shipped_orders()
     assert file.base_model.num_layers == 30
     assert {order.method for order in file.orders} == set(MEASURED)
     for name in STATIC_METHODS:
         assert sorted(layer_order(name, file.base_model)) == list(range(1, 29))
-    artifact = json.loads((Path("vllm_buddy/artifacts") / DEFAULT_MODEL / "buddy_config.json").read_text())
-    assert file.base_model.fingerprint == artifact["base_model"]["fingerprint"]
+    assert file.base_model.same_model(load_artifact(SHIPPED_DIR / DEFAULT_MODEL).config.base_model)
 
 
 def test_another_model_has_no_order(folder: Path) -> None:
-    """Failure: the order of one model is used for another."""
+    """Fails if the order of one model is used for another, or an unknown method is accepted."""
     with pytest.raises(BaselineError, match=r"order of 'sleb' has not been measured for .*vllm-buddy orders"):
         layer_order("sleb", identify(folder))
     with pytest.raises(BaselineError, match="unknown static method 'slep'; known are shortgpt, sleb, delta_ppl"):
@@ -127,7 +125,7 @@ def test_another_model_has_no_order(folder: Path) -> None:
 def test_command_measures_and_keeps(
     model_with_tokenizer: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: measuring a method anew loses the others, or the file belongs to no model."""
+    """Fails if measuring a method again loses the other orders, or the file names another model."""
     out = tmp_path / "orders.json"
     command = ["orders", str(out), "--text", str(text_file), "--model", str(model_with_tokenizer), *SIZES]
     assert main([*command, "--methods", "shortgpt,sleb"]) == 0
@@ -143,7 +141,7 @@ def test_command_measures_and_keeps(
 def test_mistakes_are_one_line(
     model_with_tokenizer: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: a traceback after minutes of measuring, or orders of two models in one file."""
+    """Fails if a wrong option ends in a traceback, or orders of two models are written to one file."""
     out = tmp_path / "orders.json"
     other = identify(save_tiny_model(tmp_path / "other", "llama", seed=1))
     for options, message in (
@@ -159,7 +157,7 @@ def test_mistakes_are_one_line(
 
 
 def test_a_file_of_another_form(folder: Path, tmp_path: Path) -> None:
-    """Failure: half an order is taken for a whole one."""
+    """Fails if a file of another format, or an incomplete order, is accepted."""
     path = tmp_path / "orders.json"
     path.write_text("[]")
     with pytest.raises(BaselineError, match="is not a file of layer orders"):

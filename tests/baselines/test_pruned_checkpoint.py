@@ -1,4 +1,4 @@
-"""The pruned checkpoint: the same model that routing along one path runs, in files that others can load."""
+"""Tests of the pruned checkpoint: it computes what routing along one path computes, and other tools can load it."""
 
 import json
 import shutil
@@ -34,13 +34,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sharded(llama: Path, tmp_path: Path) -> Path:
-    """A copy whose weights are one file for each layer, one for the embedding and one for the rest, with an index."""
+    """A copy of the model with one file of weights per layer, one for the embedding, one for the rest, and an index."""
     folder = tmp_path / "sharded"
     shutil.copytree(llama, folder)
     (folder / "model.safetensors").unlink()
     parts: dict[str, dict[str, torch.Tensor]] = {}
     with safe_open(llama / "model.safetensors", framework="pt") as f:
-        for name in f:
+        for name in f.keys():  # noqa: SIM118 - safe_open cannot be iterated
             words = name.split(".")
             part = words[2] if words[1] == "layers" else words[1] if words[1] == "embed_tokens" else "rest"
             parts.setdefault(part, {})[name] = f.get_tensor(name)
@@ -53,7 +53,7 @@ def sharded(llama: Path, tmp_path: Path) -> Path:
 
 
 def _check(model_dir: Path, checkpoint: Path, layers: list[int]) -> None:
-    """Hugging Face's forward over the checkpoint is the routed forward over the whole model."""
+    """Check that Hugging Face's forward on the checkpoint equals the routed forward on the whole model."""
     prompt = random_prompts(1, seed=4, min_tokens=20)[0]
     expected = routed_logits(load_model(model_dir), prompt, [path_of(layers)] * len(prompt), "masked")
     pruned = load_model(checkpoint)
@@ -62,11 +62,11 @@ def _check(model_dir: Path, checkpoint: Path, layers: list[int]) -> None:
         found = pruned(torch.tensor([prompt])).logits[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=LOGIT_TOLERANCE)
     full = load_model(model_dir)(torch.tensor([prompt])).logits[0]
-    assert (found - full).abs().max() > 100 * LOGIT_TOLERANCE  # else leaving layers out could go unnoticed
+    assert (found - full).abs().max() > 100 * LOGIT_TOLERANCE  # otherwise a missing layer could go unnoticed
 
 
 def test_checkpoint_computes_what_routing_along_the_path_does(folder: Path, tmp_path: Path) -> None:
-    """Failure: layers are renumbered wrongly, or a tensor, a bias or a norm of another layer is taken."""
+    """Fails if layers are renumbered wrongly, or a tensor, a bias or a norm comes from another layer."""
     out = save_pruned_checkpoint(folder, [7, 3, 0, 2, 6], tmp_path / "out")
     _check(folder, out, LAYERS)
     assert identify(out).num_layers == len(LAYERS)
@@ -74,24 +74,23 @@ def test_checkpoint_computes_what_routing_along_the_path_does(folder: Path, tmp_
 
 
 def test_shards_stay_shards(sharded: Path, llama: Path, tmp_path: Path) -> None:
-    """Failure: a model larger than memory is gathered in memory, or the index names a file or tensor that is not
-    there."""
+    """Fails if the shards are merged, which takes as much memory as the model, or the index is wrong."""
     out = save_pruned_checkpoint(sharded, LAYERS, tmp_path / "out")
     _check(llama, out, LAYERS)
     files = sorted(path.name for path in out.glob("*.safetensors"))
-    num_shards = len(LAYERS) + 2  # those of the layers that are left out are gone
+    num_shards = len(LAYERS) + 2  # the shards of removed layers are not written
     assert files == [f"model-{n:05}-of-{num_shards:05}.safetensors" for n in range(1, num_shards + 1)]
     index = json.loads((out / INDEX_FILE).read_text())
     found = {}
     for file in files:
         with safe_open(out / file, framework="pt") as f:
-            found |= {name: (file, f.get_tensor(name).nbytes) for name in f}
+            found |= {name: (file, f.get_tensor(name).nbytes) for name in f.keys()}  # noqa: SIM118
     assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
     assert index["metadata"]["total_size"] == sum(size for _, size in found.values())
 
 
 def test_a_file_that_the_index_does_not_name_is_not_read(sharded: Path, llama: Path, tmp_path: Path) -> None:
-    """Failure: `consolidated.safetensors`, the same weights under other names, comes along a second time."""
+    """Fails if a file that repeats the weights under other names (`consolidated.safetensors`) is also copied."""
     save_file({"layers.0.attention.wq.weight": torch.zeros(1)}, sharded / "consolidated.safetensors")
     out = save_pruned_checkpoint(sharded, LAYERS, tmp_path / "out")
     assert "layers.0.attention.wq.weight" not in json.loads((out / INDEX_FILE).read_text())["weight_map"]
@@ -99,8 +98,7 @@ def test_a_file_that_the_index_does_not_name_is_not_read(sharded: Path, llama: P
 
 
 def test_what_is_copied(llama: Path, tmp_path: Path) -> None:
-    """Failure: the whole model's weights in another format go along, a read-only file stops the run, or the tokenizer
-    is missing."""
+    """Fails if weights of another format are copied, a read-only file stops the run, or the tokenizer is missing."""
     model = tmp_path / "model"
     shutil.copytree(llama, model)
     for name in ("pytorch_model.bin", "model.gguf", "vllm_buddy_source.json", "tokenizer.json", "LICENSE"):
@@ -115,7 +113,7 @@ def test_what_is_copied(llama: Path, tmp_path: Path) -> None:
 
 
 def test_what_the_configuration_says_of_single_layers() -> None:
-    """Failure: a kept layer gets the attention of the layer whose number it takes."""
+    """Fails if a kept layer gets the attention type of the layer that had its new number."""
     kinds = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
     config = {"num_hidden_layers": 4, "layer_types": kinds, "max_window_layers": 2, "hidden_size": 8}
     assert pruned_config(config, [0, 2, 3]) == {
@@ -132,14 +130,14 @@ def test_what_the_configuration_says_of_single_layers() -> None:
 
 @pytest.mark.parametrize("layers", [[], [0, NUM_LAYERS], [-1, 0]])
 def test_layers_that_the_model_does_not_have(llama: Path, tmp_path: Path, layers: list[int]) -> None:
-    """Failure: a checkpoint with fewer layers than its configuration says."""
+    """Fails if a checkpoint is written although the model does not have all of the layers."""
     with pytest.raises(BaselineError, match=r"are not layers of a model with 8"):
         save_pruned_checkpoint(llama, layers, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_models_that_cannot_be_pruned_leave_nothing_behind(sharded: Path, tmp_path: Path) -> None:
-    """Failure: half a checkpoint, or settings of a quantised layer applied to another."""
+    """Fails if a damaged, incomplete or quantised model is pruned, or leaves files behind."""
     (gone,) = sharded.glob("model-00003-*")
     kept = gone.read_bytes()
     gone.write_bytes(kept[:100])

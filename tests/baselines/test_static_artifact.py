@@ -1,4 +1,4 @@
-"""Static pruning as an artifact: whatever an engine looks at, it finds the same layers."""
+"""Tests of static pruning as an artifact, whose prior and library give the same layers."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModelIdentity:
 
 @pytest.mark.parametrize("library", [None, True, False])
 def test_router_follows_the_order_at_every_depth(base: BaseModelIdentity, tmp_path: Path, library: bool | None) -> None:
-    """Failure: a server without `paths: library`, which is the default here, runs other layers than were asked for."""
+    """Fails if a server without `paths: library`, the default here, runs other layers than the order says."""
     static_artifact("x", base, ORDER).save(tmp_path)
     loaded = load_artifact(tmp_path)
     router = loaded.router(library=library)
@@ -33,7 +33,7 @@ def test_router_follows_the_order_at_every_depth(base: BaseModelIdentity, tmp_pa
 
 
 def test_names_say_where_the_order_comes_from(base: BaseModelIdentity) -> None:
-    """Failure: two methods with the same layers share a digest by chance, or a method passes for another."""
+    """Fails if two methods with the same layers have the same digest, or the artifact does not record its method."""
     digests = {static_artifact(name, base, ORDER).digest for name in ("sleb", "taylor")}
     assert len(digests) == 2
     assert static_artifact("sleb", base, ORDER).config.prior.indicator == "sleb"

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer, and text for it."""
+"""Fixtures: tiny models, one of them with a tokenizer, and a text."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ WINDOW = 16
 
 @dataclass(frozen=True)
 class Measured:
-    """model: layer USELESS_LAYER adds nothing to the hidden state. windows: [4, WINDOW] random token ids."""
+    """A model whose layer USELESS_LAYER adds nothing to the hidden state. windows: [4, WINDOW] random token ids."""
 
     folder: Path
     model: nn.Module
@@ -39,7 +39,7 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def model_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose tokens are bytes."""
+    """The folder of a tiny Llama whose tokens are bytes."""
     folder = save_tiny_model(tmp_path_factory.mktemp("bytes"), "llama")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
@@ -51,7 +51,7 @@ def model_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    """1,000 characters, one token each for the tokenizer above."""
+    """A text of 1,000 characters, each one token of the tokenizer above."""
     path = tmp_path / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. 1234\n" * 20)
     return path

@@ -1,4 +1,4 @@
-"""Calibration text: what is read, how it is cut, what is refused."""
+"""Tests of reading a calibration text and cutting it into windows."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ TEXT = CalibrationText("letters", "abcdefghij" * 10, "")
 
 
 def _tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
-    """One token per character."""
+    """Return one token per character."""
     return {"input_ids": [ord(char) - ord("a") for char in text]}
 
 
 def test_windows_cut_the_start_and_what_follows() -> None:
-    """Failure: held-out text overlaps the text that importance was measured on."""
+    """Fails if the held-out windows overlap the windows on which importance is measured."""
     calibration, heldout = TEXT.windows(_tokenizer, 4, 10, 9)
     assert calibration.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert heldout.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -35,7 +35,7 @@ def test_windows_cut_the_start_and_what_follows() -> None:
     ],
 )
 def test_sizes_that_do_not_fit(window: int, num_tokens: int, heldout: int, message: str) -> None:
-    """Failure: importance is measured on less than was asked for, and the record says otherwise."""
+    """Fails if importance is measured on fewer tokens than the settings, and so the record, say."""
     with pytest.raises(CalibrationError, match=message):
         TEXT.windows(_tokenizer, window, num_tokens, heldout)
 
@@ -50,7 +50,7 @@ def test_sizes_that_do_not_fit(window: int, num_tokens: int, heldout: int, messa
     ],
 )
 def test_files_that_are_not_text(tmp_path: Path, data: bytes, message: str) -> None:
-    """Failure: a binary file is decoded with replacement characters, and layers are ranked on noise."""
+    """Fails if an empty or binary file is accepted as text, so that layers are ranked by noise."""
     path = tmp_path / "data"
     path.write_bytes(data)
     with pytest.raises(CalibrationError, match=message):
@@ -58,14 +58,14 @@ def test_files_that_are_not_text(tmp_path: Path, data: bytes, message: str) -> N
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    """Failure: a mistyped file name ends in a traceback."""
+    """Fails if a wrong file name raises anything but a CalibrationError that names it."""
     for path in (tmp_path / "missing.txt", tmp_path):
         with pytest.raises(CalibrationError, match=f"cannot read the text file {path}"):
             CalibrationText.read(path)
 
 
 def test_the_record_names_the_bytes(tmp_path: Path) -> None:
-    """Failure: two texts of one name cannot be told apart in run.yaml."""
+    """Fails if run.yaml cannot distinguish two texts of the same name."""
     (tmp_path / "a.txt").write_text("héllo")
     text = CalibrationText.read(tmp_path / "a.txt")
     assert (text.name, text.text) == ("a.txt", "héllo")

@@ -1,4 +1,4 @@
-"""Each indicator against a second way to say the same, in Hugging Face's own forward."""
+"""Tests of each indicator against a second implementation that uses Hugging Face's own forward."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def _loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 
 def test_taylor_is_the_sum_of_weight_times_gradient(measured: Measured) -> None:
-    """Failure: gradients of single windows are taken in absolute value one by one, or the ends are counted."""
+    """Fails if absolute values are taken per window instead of after the mean, or an end layer is included."""
     found = INDICATORS["taylor"].measure(measured.model, measured.windows, _silent)
     model = copy.deepcopy(measured.model)
     _loss(model, measured.windows).backward()
@@ -40,13 +40,13 @@ def test_taylor_is_the_sum_of_weight_times_gradient(measured: Measured) -> None:
 
 
 def test_taylor_leaves_the_model_as_it_was(measured: Measured) -> None:
-    """Failure: gradients stay behind and double the memory of what runs next."""
+    """Fails if gradients are kept after the measurement, or parameters stay frozen."""
     INDICATORS["taylor"].measure(measured.model, measured.windows[:1], _silent)
     assert all(p.grad is None and p.requires_grad for p in measured.model.parameters())
 
 
 def test_delta_ppl_is_the_perplexity_without_the_layer(measured: Measured) -> None:
-    """Failure: the layers above the skipped one run on a hidden state that has passed it."""
+    """Fails if the layers above the skipped one run on that layer's output."""
     found = INDICATORS["delta_ppl"].measure(measured.model, measured.windows, _silent)
     with torch.no_grad():
         dense = math.exp(_loss(measured.model, measured.windows))
@@ -60,7 +60,7 @@ def test_delta_ppl_is_the_perplexity_without_the_layer(measured: Measured) -> No
 
 
 def test_cosine_compares_input_and_output(measured: Measured) -> None:
-    """Failure: the comparison is of neighbouring layers' outputs, shifted by one layer."""
+    """Fails if the comparison is shifted by one layer."""
     found = INDICATORS["cosine"].measure(measured.model, measured.windows, _silent)
     with torch.no_grad():
         states = measured.model(measured.windows, output_hidden_states=True).hidden_states
@@ -72,7 +72,7 @@ def test_cosine_compares_input_and_output(measured: Measured) -> None:
 
 @pytest.mark.parametrize("name", ["delta_ppl", "cosine"])
 def test_a_layer_that_does_nothing_does_not_matter(measured: Measured, name: str) -> None:
-    """Failure: the sign is turned, and the most important layers are the first to be skipped."""
+    """Fails if the sign is wrong, so that the most important layers are skipped first."""
     raw = INDICATORS[name].measure(measured.model, measured.windows, _silent)
     assert raw[USELESS_LAYER - 1] == pytest.approx(0, abs=1e-3)
     others = np.delete(raw, USELESS_LAYER - 1)
@@ -80,7 +80,7 @@ def test_a_layer_that_does_nothing_does_not_matter(measured: Measured, name: str
 
 
 def test_progress_is_told_for_every_window(measured: Measured) -> None:
-    """Failure: a measurement of minutes looks as if it hung."""
+    """Fails if progress is not reported for every window, so that a long measurement seems to hang."""
     for indicator in INDICATORS.values():
         told: list[tuple[int, int]] = []
         indicator.measure(measured.model, measured.windows, lambda done, total, told=told: told.append((done, total)))
@@ -88,7 +88,7 @@ def test_progress_is_told_for_every_window(measured: Measured) -> None:
 
 
 def test_static_perplexity_is_the_references(measured: Measured) -> None:
-    """Failure: the model card's table is of another model than the one that is served."""
+    """Fails if the perplexity in the model card differs from that of the routed reference."""
     for layers in ([0, 2, 5, 7], list(range(NUM_LAYERS))):
         losses = []
         for window in measured.windows.tolist():
@@ -99,7 +99,7 @@ def test_static_perplexity_is_the_references(measured: Measured) -> None:
 
 
 def test_perplexity_by_budget_follows_each_prior(measured: Measured) -> None:
-    """Failure: all indicators are shown the figures of the first, or of another number of layers."""
+    """Fails if the figures of one prior are those of another prior or of another depth."""
     priors = {"up": np.arange(6.0), "down": -np.arange(6.0)}
     table = perplexity_by_budget(measured.model, measured.windows, priors)
     for name, prior in priors.items():
@@ -112,6 +112,6 @@ def test_perplexity_by_budget_follows_each_prior(measured: Measured) -> None:
 
 
 def test_unknown_indicator_lists_the_known() -> None:
-    """Failure: a misspelt indicator falls back to a default that was not asked for."""
+    """Fails if a misspelt indicator falls back to a default, or the error does not list the known ones."""
     with pytest.raises(CalibrationError, match="unknown indicator 'tailor'; known are taylor, delta_ppl, cosine"):
         find_indicator("tailor")

@@ -1,4 +1,4 @@
-"""The path library made from a prior."""
+"""Tests of the path library that is made from a prior."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from vllm_buddy.method import Router, path_of, top_k_path
 
 @given(st.integers(2, 30), st.integers(1, 5), st.integers(0, 5))
 def test_paths_are_few_close_and_nested(num_middle: int, paths_per_depth: int, seed: int) -> None:
-    """Failure: a batch over the paths of one budget needs the weights of nearly all layers."""
+    """Fails if the paths of a depth need more than one layer beyond it: a batch then reads many layers' weights."""
     prior = np.random.default_rng(seed).standard_normal(num_middle)
     library = nested_library(prior, paths_per_depth)
     assert list(library) == list(range(3, num_middle + 2))
@@ -28,7 +28,7 @@ def test_paths_are_few_close_and_nested(num_middle: int, paths_per_depth: int, s
 
 @pytest.mark.parametrize("depth", [3, 5, 7])
 def test_prior_alone_picks_the_first(depth: int) -> None:
-    """Failure: serving with the library and without it differ although nothing but the prior decides."""
+    """Fails if the prior alone chooses another path with the library than without it."""
     prior = np.array([0.3, 0.1, 0.9, 0.5, 0.2, 0.7])
     library = {d: [path_of(layers) for layers in sets] for d, sets in nested_library(prior, 3).items()}
     assert Router(8, prior, library=library).path(None, depth) == Router(8, prior).path(None, depth)

@@ -1,4 +1,4 @@
-"""`vllm-buddy prior`, from a model folder and a text to an artifact that routes."""
+"""Tests of `vllm-buddy prior`, which makes an artifact from a model folder and a text."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def _prior(model: Path, out: Path, text: Path, *options: str) -> int:
 def test_artifact_routes_by_the_indicator(
     model_with_tokenizer: Path, tmp_path: Path, text_file: Path, indicator: str
 ) -> None:
-    """Failure: the artifact cannot be loaded by the server, or belongs to no model."""
+    """Fails if the artifact cannot be loaded, belongs to another model, or does not route by its prior."""
     out = tmp_path / "out"
     assert _prior(model_with_tokenizer, out, text_file, "--indicator", indicator, "--library", "3") == 0
     artifact = load_artifact(out)
@@ -45,7 +45,7 @@ def test_artifact_routes_by_the_indicator(
 
 
 def test_the_same_command_gives_the_same_artifact(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
-    """Failure: the record promises a command that makes something else."""
+    """Fails if the command in the model card makes another artifact."""
     options = ["--name", "again", "--heldout", "64", "--compare", "--base-model-id", "someone/tiny model"]
     assert _prior(model_with_tokenizer, tmp_path / "a", text_file, *options) == 0
     line = next(line for line in (tmp_path / "a" / "README.md").read_text().splitlines() if "vllm-buddy prior" in line)
@@ -59,7 +59,7 @@ def test_the_same_command_gives_the_same_artifact(model_with_tokenizer: Path, tm
 def test_card_and_record_say_what_was_done(
     model_with_tokenizer: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: an untrained artifact is passed on without anyone being able to tell."""
+    """Fails if the model card does not say that nothing is trained, or the record lacks an entry."""
     out = tmp_path / "out"
     assert _prior(model_with_tokenizer, out, text_file, "--heldout", "64", "--compare") == 0
     card = (out / "README.md").read_text()
@@ -80,7 +80,7 @@ def test_card_and_record_say_what_was_done(
 def test_record_names_the_code_that_ran(
     model_with_tokenizer: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Failure: the commit is looked up after a measurement of minutes, during which the source moved on."""
+    """Fails if the commit is looked up after the measurement, during which the source may have changed."""
     commits = iter(["before", "after"])
     monkeypatch.setattr("vllm_buddy.artifact.provenance.source_commit", lambda: next(commits))
     build = build_prior
@@ -95,7 +95,7 @@ def test_record_names_the_code_that_ran(
 
 
 def test_card_without_held_out_text_has_no_table(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
-    """Failure: an empty table, or figures nobody measured."""
+    """Fails if the card shows an empty table, or figures that were not measured."""
     assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Perplexity" not in card
@@ -103,7 +103,7 @@ def test_card_without_held_out_text_has_no_table(model_with_tokenizer: Path, tmp
 
 
 def test_files_can_be_read_by_others(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
-    """Failure: the tensors are written readable by their owner alone, and a packaged artifact fails for users."""
+    """Fails if only the owner can read the tensors, so that users cannot load a packaged artifact."""
     assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
     assert len(modes) == 4
@@ -128,7 +128,7 @@ def test_mistakes_are_one_line(
     options: list[str],
     message: str,
 ) -> None:
-    """Failure: a traceback, or half an artifact left behind."""
+    """Fails if a wrong setting ends in a traceback, or leaves files behind."""
     assert _prior(model_with_tokenizer, tmp_path / "out", text_file, *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(
 def test_folders_that_cannot_be_used(
     model_with_tokenizer: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Failure: a trained artifact is overwritten, or a model of another kind is measured as if it were dense."""
+    """Fails if an existing folder is overwritten, or a model that is not supported is measured."""
     assert _prior(model_with_tokenizer, tmp_path, text_file) == 2
     assert "is not an empty folder; name a new one" in capsys.readouterr().err
     assert _prior(tmp_path / "none", tmp_path / "out", text_file) == 2
@@ -160,7 +160,7 @@ def test_folders_that_cannot_be_used(
 
 
 def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
-    """Failure: a setting is added to the schema and cannot be reached from the command line."""
+    """Fails if a setting of the schema has no option on the command line."""
     with pytest.raises(SystemExit):
         main(["prior", "--help"])
     shown = capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_measuring_leaves_the_model_folder_alone(model_with_tokenizer: Path, tmp_path: Path, text_file: Path) -> None:
-    """Failure: something is written beside the weights of a shared model."""
+    """Fails if a measurement writes to the model folder."""
     before = {path.name: path.read_bytes() for path in model_with_tokenizer.iterdir()}
     assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 0
     assert {path.name: path.read_bytes() for path in model_with_tokenizer.iterdir()} == before

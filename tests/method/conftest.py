@@ -1,4 +1,4 @@
-"""Tiny models shared by the tests of the method."""
+"""Fixtures: tiny models that the tests of the method share."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The packed forward against the reference."""
+"""Tests of the packed forward against the reference."""
 
 import numpy as np
 import pytest
@@ -43,14 +43,14 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("with_bypass", [False, True])
 def test_equals_the_reference(models, family, policy, with_bypass) -> None:
-    """Training and evaluation on another forward than the one that is served measure another model."""
+    """Fails if training and evaluation compute other values than the reference, with which serving agrees."""
     model, rng = models[family], np.random.default_rng(0)
     bypass = random_bypass() if with_bypass else None
     token_ids = torch.from_numpy(rng.integers(VOCAB_SIZE, size=(5, LENGTH)))
     masks = random_masks(rng, 5)
-    masks[0, :, 3] = True  # a layer that one sequence runs from end to end
-    masks[1, :, 3] = False  # and one skips
-    masks[:, :, 4] = False  # a layer that nobody runs
+    masks[0, :, 3] = True  # one sequence runs layer 3 with all tokens
+    masks[1, :, 3] = False  # and another one skips it
+    masks[:, :, 4] = False  # no token runs layer 4
     masks[2] = True
     with torch.no_grad():
         found = logits(model, token_ids, masks, policy, bypass)
@@ -62,12 +62,12 @@ def test_equals_the_reference(models, family, policy, with_bypass) -> None:
 
 @pytest.mark.parametrize("whole", [False, True], ids=["rows", "sequences"])
 def test_one_path_per_sequence_takes_the_same_values(models, whole) -> None:
-    """The short cut for sequences that run a layer from end to end must not be another function."""
+    """Fails if the shortcut for sequences that run a layer with all tokens or none computes other values."""
     model, rng = models["llama"], np.random.default_rng(1)
     token_ids = torch.from_numpy(rng.integers(VOCAB_SIZE, size=(4, LENGTH)))
     masks = random_masks(rng, 4)[:, :1].expand(-1, LENGTH, -1).clone()
     if not whole:
-        # One more token, which other tokens cannot see, makes the general way necessary.
+        # A last token with another path, which the others cannot see, rules out the shortcut.
         token_ids = torch.cat([token_ids, token_ids[:, :1]], dim=1)
         masks = torch.cat([masks, ~masks[:, :1]], dim=1)
         masks[..., [0, -1]] = True
@@ -81,7 +81,7 @@ def test_one_path_per_sequence_takes_the_same_values(models, whole) -> None:
 
 @pytest.mark.parametrize("with_bypass", [False, True])
 def test_gates_change_no_value_and_get_the_gradient_of_the_mask(models, with_bypass) -> None:
-    """A straight-through estimator that changes the forward, or points where the loss rises, trains nothing."""
+    """Fails if gates change the forward, or their gradient differs from the finite difference."""
     model, rng = models["llama"], np.random.default_rng(2)
     bypass = random_bypass() if with_bypass else None
     token_ids = torch.from_numpy(rng.integers(VOCAB_SIZE, size=(3, LENGTH)))
@@ -105,7 +105,7 @@ def test_gates_change_no_value_and_get_the_gradient_of_the_mask(models, with_byp
 
 
 def test_gates_refuse_a_path_that_changes(models) -> None:
-    """One gate per sequence and layer has no meaning when its tokens disagree."""
+    """Fails if gates, one per sequence and layer, are accepted for a sequence whose tokens have several paths."""
     masks = torch.ones(1, LENGTH, NUM_LAYERS, dtype=torch.bool)
     masks[0, 5:, 3] = False
     token_ids = torch.zeros(1, LENGTH, dtype=torch.int64)

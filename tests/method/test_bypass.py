@@ -1,4 +1,4 @@
-"""The bypass of a skipped layer."""
+"""Tests of the bypass of a skipped layer."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def bypass() -> Bypass:
 
 @pytest.mark.parametrize("layer", range(1, NUM_MIDDLE + 1))
 def test_formula(bypass: Bypass, layer: int) -> None:
-    """Failure: weights of the layer next to it, a norm over another axis, or an epsilon outside the root."""
+    """Fails if a bypass uses weights of the adjacent layer, a norm over another axis, or epsilon outside the root."""
     hidden = torch.randn(4, 5, HIDDEN)
     x = hidden.double() / (hidden.double().square().mean(dim=-1, keepdim=True) + EPS).sqrt()
     inner = x @ bypass.down[layer - 1].double().T
@@ -27,7 +27,7 @@ def test_formula(bypass: Bypass, layer: int) -> None:
 
 
 def test_dtype_of_the_model(bypass: Bypass) -> None:
-    """Failure: a bf16 model's hidden state leaves a bypass in float32, and the next layer refuses it."""
+    """Fails if a bypass returns a bf16 model's hidden state in float32, which the next layer refuses."""
     hidden = torch.randn(4, HIDDEN, dtype=torch.bfloat16)
     assert bypass.to(hidden).apply(1, hidden).dtype == torch.bfloat16
     assert bypass.rank == bypass.to(hidden).rank == RANK

@@ -1,4 +1,4 @@
-"""The running mean over a request's tokens."""
+"""Tests of the running mean over a request's tokens."""
 
 import numpy as np
 from hypothesis import given
@@ -16,7 +16,7 @@ tokens = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=200)
 
 @given(tokens, st.data())
 def test_mean_does_not_depend_on_chunks(token_ids: list[int], data: st.DataObject) -> None:
-    """Failure: adding tokens one by one drifts away from adding a prompt at once, and a path flips after resumption."""
+    """Fails if the mean depends on how tokens are added, so that a resumed request gets another path."""
     cut = data.draw(st.integers(0, len(token_ids)))
     whole, parts, single = Context(TABLE), Context(TABLE), Context(TABLE)
     whole.extend(token_ids)
@@ -30,14 +30,14 @@ def test_mean_does_not_depend_on_chunks(token_ids: list[int], data: st.DataObjec
 
 
 def test_mean_is_the_mean_of_table_rows() -> None:
-    """Failure: the newest token is left out of the mean, or the sum is not divided."""
+    """Fails if the mean leaves out the newest token, or the sum is not divided."""
     context = Context(TABLE)
     context.extend([3, 5, 3])
     np.testing.assert_allclose(context.mean, (2 * TABLE[3].astype(np.float64) + TABLE[5]) / 3, atol=MEAN_TOLERANCE)
 
 
 def test_empty_chunk_changes_nothing() -> None:
-    """Failure: a scheduling step without tokens for the request resets its newest token."""
+    """Fails if a scheduler step without tokens for the request resets its newest token."""
     context = Context(TABLE)
     context.extend([9])
     context.extend([])

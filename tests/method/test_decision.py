@@ -1,4 +1,4 @@
-"""The Decision Module on token ids equals the one on Value states of a real forward pass."""
+"""Tests that the folded Decision Module equals the trained one on the Value states of a real forward pass."""
 
 import numpy as np
 import torch
@@ -12,13 +12,13 @@ from vllm_buddy.method.decision import value_table
 
 # fp32 sums of value_dim = 64 products in another order, and scores of magnitude 1 to 10
 SCORE_TOLERANCE = 1e-4
-SILU_SLOPE = 1.1  # its largest
+SILU_SLOPE = 1.1  # the largest slope of SiLU
 # the same matrix product with another number of rows may sum in another order
 VALUE_TOLERANCE = 1e-5
 
 
 def _captured_values(model: nn.Module, token_ids: list[int]) -> torch.Tensor:
-    """V of the first layer, [num_tokens, value_dim], from a hook in the model's own forward."""
+    """Return V of the first layer, [num_tokens, value_dim], from a hook in the model's own forward."""
     captured = []
     hook = model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda *args: captured.append(args[-1]))
     with torch.no_grad():
@@ -37,14 +37,14 @@ def _module(value_dim: int, num_middle: int) -> DecisionModule:
 
 
 def test_folded_scores_equal_the_module_on_captured_values(tiny: Tiny) -> None:
-    """Failure: folding forgets the norm, a bias (Qwen2) or a half of the first layer, and serving routes untrained."""
+    """Fails if folding omits the norm, a bias (Qwen2) or half of the first layer, so that serving uses other scores."""
     values = value_table(tiny.model)
     module = _module(values.shape[1], 6)
     folded = FoldedDecision.fold(module, values)
     for prompt in random_prompts(5, seed=3):
         captured = _captured_values(tiny.model, prompt)
         context = Context(folded.table_context)
-        # Each table is half a step of its grid away at most.
+        # Each table value is rounded by at most half a step of its grid.
         steps = byte_grid(folded.table_context)[1] + byte_grid(folded.table_newest)[1]
         tolerance = SCORE_TOLERANCE * 10 + SILU_SLOPE * np.abs(folded.w2) @ steps / 2
         for num_tokens in range(1, len(prompt) + 1):
@@ -55,7 +55,7 @@ def test_folded_scores_equal_the_module_on_captured_values(tiny: Tiny) -> None:
 
 
 def test_a_grid_of_bytes_is_its_own_grid() -> None:
-    """Failure: saving what was loaded changes it, so that an artifact's digest or paths change with every copy."""
+    """Fails if rounding a rounded table changes it: saving an artifact again would change its digest or its paths."""
     rng = np.random.default_rng(0)
     for magnitude in (1e-6, 1.0, 3e4):
         table = (magnitude * rng.standard_normal((500, 7))).astype(np.float32)
@@ -64,13 +64,13 @@ def test_a_grid_of_bytes_is_its_own_grid() -> None:
         again, scale_again = byte_grid(codes * scale)
         np.testing.assert_array_equal(again, codes)
         np.testing.assert_array_equal(scale_again[table.any(axis=0)], scale[table.any(axis=0)])
-        # Half a step, and a little more at the ends, where a scale was rounded down.
+        # At most half a step, and a little more for the largest values if a scale was rounded down.
         assert (np.abs(codes * scale - table) <= 0.51 * scale).all()
         assert np.abs(codes).max() == 127
 
 
 def test_value_of_a_token_depends_on_nothing_else(tiny: Tiny) -> None:
-    """Failure: a model whose first layer adds position or context to V, which no table of token ids can hold."""
+    """Fails if V of the first layer depends on position or on other tokens: a table of token ids is then wrong."""
     token, others = 7, random_prompts(1, seed=5, min_tokens=20, max_tokens=20)[0]
     table = value_table(tiny.model)
     for place in (0, 3, 19):
@@ -79,12 +79,12 @@ def test_value_of_a_token_depends_on_nothing_else(tiny: Tiny) -> None:
 
 
 def test_table_has_a_row_for_every_token(tiny: Tiny) -> None:
-    """Failure: a table over the tokenizer's vocabulary, shorter than the padded embedding the engine samples from."""
+    """Fails if the table is shorter than the padded embedding, from which the engine samples tokens."""
     assert value_table(tiny.model).shape[0] == VOCAB_SIZE
 
 
 def test_folding_a_module_leaves_no_shared_memory(tiny: Tiny) -> None:
-    """Failure: the folded bias is a view of the module's, and a training step after folding changes served paths."""
+    """Fails if a folded array shares memory with the module, so that a training step after folding changes paths."""
     values = value_table(tiny.model)
     module = _module(values.shape[1], 6)
     folded = FoldedDecision.fold(module, values)
@@ -97,7 +97,7 @@ def test_folding_a_module_leaves_no_shared_memory(tiny: Tiny) -> None:
 
 
 def test_large_hidden_states_do_not_overflow() -> None:
-    """Failure: exp(-x) of a very negative hidden state overflows, with a warning in the server's log or a NaN score."""
+    """Fails if a very negative hidden state overflows exp(-x), which gives a warning in the log or a NaN score."""
     table = np.full((1, 2), -2000.0, dtype=np.float32)
     zeros = np.zeros_like(table)
     folded = FoldedDecision(table, zeros, zeros[0], np.ones((3, 2), np.float32), np.zeros(3, np.float32))

@@ -1,4 +1,4 @@
-"""One sequence on many paths at once, against one path at a time."""
+"""Tests of running one sequence along many paths at once, against one path at a time."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ ENDS = 1 | 1 << NUM_LAYERS - 1
 
 @pytest.mark.parametrize("with_bypass", [False, True])
 def test_every_path_gives_what_it_gives_alone(tiny: Tiny, with_bypass: bool) -> None:
-    """A state that two paths share too long, or that is taken from the wrong one, is a wrong reward for a depth."""
+    """Fails if paths share a state beyond their common beginning, or use that of another path: rewards are wrong."""
     rng = np.random.default_rng(0)
     middle = rng.integers(0, 1 << NUM_LAYERS - 2, 9).tolist()
     paths = [full_path(NUM_LAYERS), ENDS, *(ENDS | m << 1 for m in middle)]
@@ -35,6 +35,6 @@ def test_every_path_gives_what_it_gives_alone(tiny: Tiny, with_bypass: bool) -> 
 
 @pytest.mark.parametrize("path", [ENDS ^ 1, 0b11, ENDS | 1 << NUM_LAYERS])
 def test_a_path_without_its_ends_or_beyond_the_model_is_refused(tiny: Tiny, path: int) -> None:
-    """It would be computed as if it were another."""
+    """Fails if such a path is accepted and computed as if it were another path."""
     with pytest.raises(ValueError, match="must hold layers 0 and"):
         forked_hidden(tiny.model, torch.arange(4), [path])

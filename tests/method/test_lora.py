@@ -1,4 +1,4 @@
-"""Low-rank changes of base weights, merged."""
+"""Tests of merging low-rank changes into base weights."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def _deltas(tiny: Tiny, names: tuple[str, ...] = NAMES) -> LoraDeltas:
     [(torch.float32, {"atol": 1e-5, "rtol": 0}), (torch.bfloat16, {"atol": 0, "rtol": 2**-7})],
 )
 def test_merging_adds_the_scaled_product_and_rounds_once(tiny: Tiny, dtype: torch.dtype, tolerance: dict) -> None:
-    """Failure: another scale than training's, the product in the weight's dtype, or a weight changed unasked."""
+    """Fails if merging uses another scale, computes the product in the weight's dtype, or changes other weights."""
     deltas, model = _deltas(tiny), load_model(tiny.folder, dtype)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     deltas.merge_into(model)
@@ -44,7 +44,7 @@ def test_merging_adds_the_scaled_product_and_rounds_once(tiny: Tiny, dtype: torc
 
 
 def test_merging_while_loading_is_merging_in_place(tiny: Tiny) -> None:
-    """Failure: serving, which changes weights on their way, and the reference disagree on the merged weight."""
+    """Fails if merging while weights are loaded, as serving does, gives other weights than merging in place."""
     deltas, model = _deltas(tiny), load_model(tiny.folder)
     streamed = dict(deltas.merge_all((name, p.detach().clone()) for name, p in model.named_parameters()))
     deltas.merge_into(model)
@@ -52,7 +52,7 @@ def test_merging_while_loading_is_merging_in_place(tiny: Tiny) -> None:
 
 
 def test_weights_that_are_missing_or_of_another_shape(tiny: Tiny) -> None:
-    """Failure: a change for a weight the model does not have is dropped, and the model is served half changed."""
+    """Fails if a change of a missing weight, or of one with another shape, is ignored."""
     model = load_model(tiny.folder)
     name = NAMES[0]
     other = LoraDeltas({name: torch.zeros(2, 3)}, {name: torch.zeros(5, 2)}, ALPHA)

@@ -1,4 +1,4 @@
-"""The Budget Predictor: its dial, and its folded form."""
+"""Tests of the Budget Predictor: the effect of its price, and its folded form."""
 
 import sys
 
@@ -12,7 +12,7 @@ from vllm_buddy.method import BudgetPredictor, FoldedPredictor
 from vllm_buddy.method.decision import value_table
 
 DEPTHS = (3, 4, 6, NUM_LAYERS)
-# Tables are rounded to 8 bits; hidden values are of order one, and r of them meet weights of 0.3.
+# Tables are rounded to 8 bits. Hidden values have magnitude 1, and r of them are multiplied by weights of 0.3.
 TOLERANCE = 0.05
 
 
@@ -28,7 +28,7 @@ def predictor(tiny: Tiny) -> tuple[BudgetPredictor, torch.Tensor]:
 
 
 def test_folded_excess_equals_the_module(predictor: tuple[BudgetPredictor, torch.Tensor]) -> None:
-    """Failure: serving sums the steps from the wrong end, and gives hard requests the fewest layers."""
+    """Fails if the folded form sums the differences from the wrong end, so that hard requests get the fewest layers."""
     module, values = predictor
     folded = FoldedPredictor.fold(module, values, NUM_LAYERS)
     for prompt in random_prompts(5):
@@ -40,7 +40,7 @@ def test_folded_excess_equals_the_module(predictor: tuple[BudgetPredictor, torch
 
 
 def test_a_higher_price_never_takes_a_greater_depth(predictor: tuple[BudgetPredictor, torch.Tensor]) -> None:
-    """A dial that turns back makes a busy server slower."""
+    """Fails if a higher price chooses a greater depth, which makes a busy server slower."""
     folded = FoldedPredictor.fold(*predictor, NUM_LAYERS)
     taken = set()
     for prompt in random_prompts(20, seed=1):
@@ -53,7 +53,7 @@ def test_a_higher_price_never_takes_a_greater_depth(predictor: tuple[BudgetPredi
 
 
 def test_the_policy_is_most_likely_where_serving_goes(predictor: tuple[BudgetPredictor, torch.Tensor]) -> None:
-    """What is trained is the log policy; what is served is the cheapest depth."""
+    """Fails if the trained policy is most likely at another depth than the cheapest one, which serving chooses."""
     module, values = predictor
     folded = FoldedPredictor.fold(module, values, NUM_LAYERS)
     for prompt in random_prompts(10, seed=2):
@@ -65,13 +65,13 @@ def test_the_policy_is_most_likely_where_serving_goes(predictor: tuple[BudgetPre
 
 
 def test_of_equal_costs_the_greatest_depth_is_taken() -> None:
-    """At price 0 a request whose loss does not depend on depth must get all layers, as price 0 promises."""
+    """Fails if a request whose loss does not depend on depth gets fewer than all layers at price 0."""
     folded = FoldedPredictor(None, DEPTHS, NUM_LAYERS)  # type: ignore[arg-type]
     assert folded.depth(np.zeros(4), 0.0, DEPTHS) == NUM_LAYERS
     assert folded.depth(np.array([0.5, 0.375, 0.125, 0.0]), 1.0, (4, 6)) == 6
 
 
 def test_the_largest_price_there_is_takes_the_fewest_layers() -> None:
-    """Overflow to infinity makes all depths cost the same, and the greatest is taken."""
+    """Fails if the largest finite price overflows, so that all depths cost the same and the greatest is chosen."""
     folded = FoldedPredictor(None, DEPTHS, NUM_LAYERS)  # type: ignore[arg-type]
     assert folded.depth(np.array([3.0, 2.0, 1.0, 0.0]), sys.float_info.max, DEPTHS) == 3

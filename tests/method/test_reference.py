@@ -1,4 +1,4 @@
-"""The golden reference against Hugging Face's own layers, and against itself."""
+"""Tests of the reference implementation against Hugging Face's own layers, and against itself."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def bypass(tiny: Tiny, tmp_path: Path) -> Bypass:
 
 
 def _random_paths(num: int, seed: int = 0) -> list[int]:
-    """Paths of 3 to 8 layers, one per position."""
+    """Return `num` random paths, one per position, that hold the first and the last layer."""
     generator = torch.Generator().manual_seed(seed)
     middle = torch.randint(0, 1 << NUM_LAYERS - 2, (num,), generator=generator).tolist()
     return [1 | m << 1 | 1 << NUM_LAYERS - 1 for m in middle]
@@ -35,10 +35,10 @@ def _random_paths(num: int, seed: int = 0) -> list[int]:
 def _explicitly_masked_logits(
     model: nn.Module, token_ids: list[int], paths: list[int], kv_policy: str, bypass: Bypass | None = None
 ) -> torch.Tensor:
-    """The same policies said in another way: all layers run for all rows, in Hugging Face's own code.
+    """Compute the KV policies in another way: all layers run on all rows, in Hugging Face's own code.
 
-    masked: an additive attention mask hides skipped keys. kv_only: plain causal attention. zero: hooks clear the
-    projections of skipped rows. Rows that skip a layer then throw its output away.
+    masked: an additive attention mask hides skipped keys. kv_only: plain causal attention. zero: hooks set the key and
+    value projections of skipped rows to zero. The output of a layer is discarded for rows that skip it.
     """
     backbone = model.model
     num_tokens = len(token_ids)
@@ -65,7 +65,7 @@ def _explicitly_masked_logits(
 
 
 def test_full_path_is_the_model_itself(tiny: Tiny) -> None:
-    """Failure: the golden truth forgets a norm, a bias or the rotary order, and every comparison with it is void."""
+    """Fails if the reference omits a norm or a bias, or has the wrong rotary order: comparisons with it are void."""
     for prompt in random_prompts(4, seed=1):
         with torch.no_grad():
             wanted = tiny.model(torch.tensor([prompt])).logits[0]
@@ -76,7 +76,7 @@ def test_full_path_is_the_model_itself(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 def test_policies_equal_explicit_masks(tiny: Tiny, kv_policy: str) -> None:
-    """Failure: a skipped position is seen under `masked`, hidden under `kv_only`, or takes no mass under `zero`."""
+    """Fails if a skipped position is visible under `masked`, hidden under `kv_only`, or has no weight under `zero`."""
     for seed, prompt in enumerate(random_prompts(4, seed=2)):
         paths = _random_paths(len(prompt), seed)
         with torch.no_grad():
@@ -87,7 +87,7 @@ def test_policies_equal_explicit_masks(tiny: Tiny, kv_policy: str) -> None:
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 def test_a_bypass_replaces_skipped_layers_and_nothing_else(tiny: Tiny, bypass: Bypass, kv_policy: str) -> None:
-    """Failure: a row gets the bypass of another layer, or the cache holds K and V from behind a bypass."""
+    """Fails if a row gets the bypass of another layer, or the cache holds K and V computed after a bypass."""
     for seed, prompt in enumerate(random_prompts(4, seed=2)):
         paths = _random_paths(len(prompt), seed)
         with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_bypass_replaces_skipped_layers_and_nothing_else(tiny: Tiny, bypass: B
 
 
 def test_a_bypass_leaves_the_full_path_as_it_is(tiny: Tiny, bypass: Bypass) -> None:
-    """Failure: budget 1.0 is no longer the base model, to the last bit."""
+    """Fails if an artifact with a bypass changes a bit of the logits at budget 1.0."""
     prompt = random_prompts(1, seed=1)[0]
     full = [full_path(NUM_LAYERS)] * len(prompt)
     plain, beside = (routed_logits(tiny.model, prompt, full, MASKED, b) for b in (None, bypass))
@@ -106,7 +106,7 @@ def test_a_bypass_leaves_the_full_path_as_it_is(tiny: Tiny, bypass: Bypass) -> N
 
 
 def test_policies_differ(tiny: Tiny) -> None:
-    """Failure: the tests of three policies pass because all three compute the same thing."""
+    """Fails if the three policies compute the same values, which makes the tests above meaningless."""
     prompt = random_prompts(1, seed=6, min_tokens=30, max_tokens=30)[0]
     paths = _random_paths(30)
     masked, kv_only, zero = (routed_logits(tiny.model, prompt, paths, policy) for policy in (MASKED, KV_ONLY, ZERO))
@@ -115,7 +115,7 @@ def test_policies_differ(tiny: Tiny) -> None:
 
 
 def test_one_path_for_all_equals_the_pruned_model(tiny: Tiny) -> None:
-    """Failure: skipping a layer leaves something of it behind (its attention or its MLP, but not both, is skipped)."""
+    """Fails if only the attention or only the MLP of a skipped layer is skipped."""
     layers = [0, 2, 3, 6, 7]
     pruned = load_model(tiny.folder)
     pruned.model.layers = nn.ModuleList(pruned.model.layers[i] for i in layers)
@@ -129,7 +129,7 @@ def test_one_path_for_all_equals_the_pruned_model(tiny: Tiny) -> None:
 @pytest.mark.parametrize("interval", [0, 1, 4, 16])
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 def test_generation_equals_computing_from_scratch(tiny: Tiny, kv_policy: str, interval: int) -> None:
-    """Failure: the cache that makes generation quick holds other keys than the definition does."""
+    """Fails if generation with a cache gives other logits than computing every position from scratch."""
     router = tiny.artifact.router()
     for prompt in random_prompts(3, seed=8):
         for depth in (4, 6, NUM_LAYERS):
@@ -144,7 +144,7 @@ def test_generation_equals_computing_from_scratch(tiny: Tiny, kv_policy: str, in
 
 
 def test_generated_paths_are_the_schedulers(tiny: Tiny) -> None:
-    """Failure: the reference routes by its own rule, and agrees with an engine that is wrong in the same way."""
+    """Fails if `generate` does not take its paths from RequestRoute, or the paths never change in this test."""
     router, schedule = tiny.artifact.router(), PathSchedule(interval=1)
     distinct = set()
     for prompt in random_prompts(4, seed=9):
@@ -158,7 +158,7 @@ def test_generated_paths_are_the_schedulers(tiny: Tiny) -> None:
 
 
 def test_full_depth_generation_is_greedy_decoding_of_the_model(tiny: Tiny) -> None:
-    """Failure: budget 1.0 in the reference is not the unrouted model."""
+    """Fails if `generate` at full depth differs from greedy decoding of the unrouted model."""
     prompt = random_prompts(1, seed=10)[0]
     token_ids = list(prompt)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_full_depth_generation_is_greedy_decoding_of_the_model(tiny: Tiny) -> No
 
 
 def test_bad_calls_are_refused(tiny: Tiny) -> None:
-    """Failure: a path without the last layer, or one path too few, gives plausible logits of the wrong model."""
+    """Fails if a path without an end layer, or too few paths, are accepted and give logits of another model."""
     with pytest.raises(ValueError, match="2 tokens but 1 paths"):
         routed_logits(tiny.model, [1, 2], [full_path(NUM_LAYERS)], MASKED)
     for path in (path_of(range(NUM_LAYERS - 1)), path_of(range(1, NUM_LAYERS)), full_path(NUM_LAYERS + 1)):
@@ -180,7 +180,7 @@ def test_bad_calls_are_refused(tiny: Tiny) -> None:
 
 
 def test_other_architectures_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Failure: a sliding-window or mixture-of-experts model is run as if it were dense with full attention."""
+    """Fails if a sliding-window or mixture-of-experts model runs as if it were dense with full attention."""
     model = load_model(save_tiny_model(tmp_path_factory.mktemp("other"), "qwen2"))
     model.config.layer_types = ["full_attention"] * 6 + ["sliding_attention"] * 2
     with pytest.raises(UnsupportedError, match="layers with sliding_attention are not supported"):

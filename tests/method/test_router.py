@@ -1,4 +1,4 @@
-"""Fusing scores with the prior, and picking a path."""
+"""Tests of adding the prior to the scores and choosing a path."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def _context(router: Router, token_ids: list[int]) -> Context:
 
 
 def test_prior_alone_gives_one_path_per_depth() -> None:
-    """Failure: an artifact without a Decision Module does not route, or keeps the wrong end of the ranking."""
+    """Fails if a router without a Decision Module keeps the least important layers."""
     router = Router(NUM_LAYERS, PRIOR)
     assert router.new_context() is None
     assert layers_of(router.path(None, 5)) == [0, 2, 5, 8, 9]
@@ -25,7 +25,7 @@ def test_prior_alone_gives_one_path_per_depth() -> None:
 
 
 def test_prior_is_standardised_and_weighted() -> None:
-    """Failure: a prior on another scale (log perplexities, ranks) drowns the trained scores."""
+    """Fails if the scale of the prior (log perplexities, ranks) changes its weight against the trained scores."""
     decision = random_decision()
     router, scaled = Router(NUM_LAYERS, PRIOR, decision), Router(NUM_LAYERS, 1000 * PRIOR + 5, decision)
     for token_ids in ([1], [2, 3], [4, 5, 6]):
@@ -36,7 +36,7 @@ def test_prior_is_standardised_and_weighted() -> None:
 
 
 def test_flat_prior_leaves_the_scores_alone() -> None:
-    """Failure: standardising a constant prior divides by zero, and NaN scores decide."""
+    """Fails if standardising a constant prior divides by zero, and NaN scores choose the path."""
     decision = random_decision()
     router = Router(NUM_LAYERS, np.full(NUM_LAYERS - 2, 3.0), decision)
     context = _context(router, [1, 2])
@@ -45,13 +45,13 @@ def test_flat_prior_leaves_the_scores_alone() -> None:
 
 @pytest.mark.parametrize("library", [None, {5: [path_of([0, 1, 2, 3, 9])]}])
 def test_full_depth_is_never_routed(library: dict[int, list[int]] | None) -> None:
-    """Failure: a request at budget 1.0 is looked up in a library that has no full path."""
+    """Fails if a request at budget 1.0 is looked up in a library, which has no full path."""
     router = random_router(library=library)
     assert router.path(None, NUM_LAYERS) == (1 << NUM_LAYERS) - 1
 
 
 def test_library_path_with_the_highest_sum_wins() -> None:
-    """Failure: the router scores library paths by rank or by position in the list, not by the fused scores."""
+    """Fails if library paths are not compared by the sum of their layers' scores."""
     rng = np.random.default_rng(4)
     paths = [path_of([0, *rng.choice(np.arange(1, 9), 3, replace=False).tolist(), 9]) for _ in range(6)]
     router, free = random_router(library={5: paths}), random_router()
@@ -66,13 +66,13 @@ def test_library_path_with_the_highest_sum_wins() -> None:
 
 
 def test_library_ties_go_to_the_first_path() -> None:
-    """Failure: with a flat prior and no Decision Module every path ties, and the choice must still be one."""
+    """Fails if the choice among equal library paths is not deterministic."""
     paths = [path_of([0, 3, 9]), path_of([0, 1, 9])]
     assert Router(NUM_LAYERS, np.zeros(8), library={3: paths}).path(None, 3) == paths[0]
 
 
 def test_depths_of_the_library_are_listed() -> None:
-    """Failure: the server allows a budget that its library has no path for."""
+    """Fails if the router lists a depth for which its library has no path, or misses one."""
     router = random_router(library={7: [path_of(range(7))], 5: [path_of([0, 1, 2, 3, 9])]})
     assert router.depths == [5, 7]
     assert random_router().depths is None

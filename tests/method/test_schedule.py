@@ -1,4 +1,4 @@
-"""When a request is routed again, and that nothing but its own tokens matters."""
+"""Tests of when a request is routed again, and that its paths depend on its own tokens alone."""
 
 import itertools
 
@@ -18,7 +18,7 @@ long_outputs = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=20, max_size=50
 
 
 def _spread(route: RequestRoute, chunks: list[int], token_ids: list[int]) -> list[LayerPath]:
-    """Path of every position when the request is scheduled in `chunks`; checks that runs cover each chunk."""
+    """Return the path of every position if the request is scheduled in `chunks`; checks that runs cover each chunk."""
     paths: list[LayerPath] = []
     for num_tokens in chunks:
         runs = route.runs(len(paths), num_tokens, token_ids)
@@ -32,7 +32,7 @@ def _spread(route: RequestRoute, chunks: list[int], token_ids: list[int]) -> lis
 def _expected(
     router: Router, schedule: PathSchedule, depth: int, token_ids: list[int], num_prompt: int
 ) -> list[LayerPath]:
-    """The definition: each position's decision, made alone from a fresh context."""
+    """Return the paths by definition: the decision of each position is computed from a new context."""
     paths = []
     for position in range(len(token_ids)):
         num_seen = num_prompt
@@ -48,7 +48,7 @@ def _expected(
 
 @st.composite
 def chunks_of(draw: st.DrawFn, total: int) -> list[int]:
-    """A split of `total` positions into chunks."""
+    """Draw a split of `total` positions into chunks."""
     cuts = sorted(draw(st.sets(st.integers(1, total - 1), max_size=12))) if total > 1 else []
     return [b - a for a, b in zip([0, *cuts], [*cuts, total])]
 
@@ -57,7 +57,7 @@ def chunks_of(draw: st.DrawFn, total: int) -> list[int]:
 def test_paths_follow_the_definition_under_any_chunking(
     prompt: list[int], output: list[int], interval: int, lag: int, depth: int, data: st.DataObject
 ) -> None:
-    """Failure: a path depends on how prefill was chunked or on which step a token was scheduled in."""
+    """Fails if a path depends on how prefill is chunked or on the step in which a token is scheduled."""
     token_ids = prompt + output
     schedule = PathSchedule(interval, lag)
     chunks = data.draw(chunks_of(len(token_ids)))
@@ -70,7 +70,7 @@ def test_paths_follow_the_definition_under_any_chunking(
 def test_a_context_shorter_than_the_prompt_is_a_shorter_prompt(
     token_ids: list[int], interval: int, data: st.DataObject
 ) -> None:
-    """Failure: the first path sees tokens behind the context, or they are not routed as decoded ones would be."""
+    """Fails if the first path uses tokens after the context, or these are not routed like decoded tokens."""
     schedule = PathSchedule(interval, lag=data.draw(st.integers(0, 2)))
     num_context = data.draw(st.integers(1, len(token_ids)))
     num_prompt = data.draw(st.integers(num_context, len(token_ids)))
@@ -81,7 +81,7 @@ def test_a_context_shorter_than_the_prompt_is_a_shorter_prompt(
 
 @pytest.mark.parametrize("num_context", [0, -1, 4])
 def test_a_context_that_is_not_within_the_prompt_is_refused(num_context: int) -> None:
-    """Failure: a path is decided from nothing, or from tokens that do not exist yet."""
+    """Fails if the first path may be decided without any token, or with tokens beyond the prompt."""
     with pytest.raises(ValueError, match=f"{num_context} context tokens of a prompt of 3"):
         RequestRoute(ROUTER, PathSchedule(4), 5, [1, 2, 3], num_context)
 
@@ -90,7 +90,7 @@ def test_a_context_that_is_not_within_the_prompt_is_refused(num_context: int) ->
 def test_a_request_computed_again_runs_the_same_paths(
     prompt: list[int], output: list[int], interval: int, data: st.DataObject
 ) -> None:
-    """Failure: after a preemption the request starts at position 0 again, behind decisions already made."""
+    """Fails if a request that starts at position 0 again after a preemption gets other paths."""
     token_ids = prompt + output
     route = RequestRoute(ROUTER, PathSchedule(interval), 5, prompt)
     reached = data.draw(st.integers(0, len(token_ids)))
@@ -104,7 +104,7 @@ def test_a_request_computed_again_runs_the_same_paths(
 def test_a_decision_never_sees_tokens_that_are_not_there_yet(
     prompt: list[int], output: list[int], interval: int, lag: int
 ) -> None:
-    """Failure: the path of a token looks at later tokens, which a decoding engine does not have."""
+    """Fails if the path of a token uses later tokens, which a decoding engine does not have yet."""
     token_ids = prompt + output
     route = RequestRoute(ROUTER, PathSchedule(interval, lag), 5, prompt)
     full = RequestRoute(ROUTER, PathSchedule(interval, lag), 5, prompt)
@@ -114,7 +114,7 @@ def test_a_decision_never_sees_tokens_that_are_not_there_yet(
 
 
 def test_paths_really_change_along_a_request() -> None:
-    """Failure: the properties above hold for a router that always answers the same."""
+    """Fails if paths never change in these tests, so that they prove nothing, or the counters are wrong."""
     token_ids = [(7 * i) % VOCAB_SIZE for i in range(60)]
     route = RequestRoute(ROUTER, PathSchedule(1), 5, token_ids[:10])
     assert route.uniform_length is None
@@ -130,7 +130,7 @@ def test_paths_really_change_along_a_request() -> None:
 
 @pytest.mark.parametrize("depth", [5, NUM_LAYERS])
 def test_no_decisions_where_none_can_change_the_path(depth: int) -> None:
-    """Failure: full depth, interval 0 or an artifact without a Decision Module still pays for routing every token."""
+    """Fails if requests whose path cannot change (full depth, interval 0, no Decision Module) still make decisions."""
     prior_only = Router(NUM_LAYERS, ROUTER._bias)
     router, interval = (ROUTER, 1) if depth == NUM_LAYERS else (prior_only, 1)
     for route in (
@@ -144,7 +144,7 @@ def test_no_decisions_where_none_can_change_the_path(depth: int) -> None:
 
 @pytest.mark.parametrize("schedule", [{"interval": -1}, {"lag": -1}])
 def test_negative_settings_are_refused(schedule: dict[str, int]) -> None:
-    """Failure: a negative interval makes the decision loop run for ever."""
+    """Fails if a negative interval, which makes the decision loop endless, or a negative lag is accepted."""
     with pytest.raises(ValueError, match="must not be negative"):
         PathSchedule(**schedule)
 
@@ -153,7 +153,7 @@ def test_negative_settings_are_refused(schedule: dict[str, int]) -> None:
 def test_a_lowered_route_keeps_what_lies_before_and_runs_fewer_layers_behind(
     prompt: list[int], output: list[int], interval: int, data: st.DataObject
 ) -> None:
-    """Failure: positions that were computed get another path afterwards, or a busy server goes on at full depth."""
+    """Fails if lowering the depth changes the paths of earlier positions, or has no effect on later ones."""
     token_ids = prompt + output
     position = data.draw(st.integers(len(prompt), len(token_ids) - 1))
     route = RequestRoute(ROUTER, PathSchedule(interval, 0), NUM_LAYERS, prompt)
@@ -169,7 +169,7 @@ def test_a_lowered_route_keeps_what_lies_before_and_runs_fewer_layers_behind(
 
 
 def test_a_route_is_not_lowered_to_a_path_with_a_layer_of_its_own() -> None:
-    """Failure: a layer joins that has no keys and values of the tokens so far."""
+    """Fails if lowering the depth adds a layer that has no keys and values of the preceding tokens."""
     library = {6: [0b1000111101], 4: [0b1010000011]}
     route = RequestRoute(random_router(library=library), PathSchedule(0), 6, [1, 2, 3])
     assert not route.lower(4, 3, [1, 2, 3])

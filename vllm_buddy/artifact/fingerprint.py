@@ -1,4 +1,4 @@
-"""Which base model an artifact belongs to, told from the files of a model folder."""
+"""Identifies the base model of an artifact by its shape and a fingerprint of its weights."""
 
 import hashlib
 import json
@@ -12,18 +12,21 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_buddy.errors import ArtifactError
 
+# The fingerprint of a model without weights: vLLM's load format "dummy" draws them at random.
+NO_WEIGHTS = "no weights"
+
 _EMBEDDING = "model.embed_tokens.weight"
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _EMBEDDING_ROWS = 64
 
 
 class BaseModelIdentity(BaseModel):
-    """The base model of an artifact."""
+    """The identity of a base model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: str = Field(description="hub id or name, for people")
-    revision: str | None = Field(default=None, description="hub revision, where there is one")
+    id: str = Field(description="hub id or name, for display only")
+    revision: str | None = Field(default=None, description="hub revision, if there is one")
     architecture: str = Field(description="for example LlamaForCausalLM")
     num_layers: int = Field(ge=3)
     hidden_size: int
@@ -31,7 +34,7 @@ class BaseModelIdentity(BaseModel):
     fingerprint: str = Field(description="weight fingerprint, see vllm_buddy.artifact.fingerprint")
 
     def summary(self) -> str:
-        """One line for error messages."""
+        """Return one line for error messages."""
         return (
             f"{self.id} ({self.architecture}, {self.num_layers} layers, hidden {self.hidden_size}, "
             f"vocabulary {self.vocab_size}, fingerprint {self.fingerprint})"
@@ -39,20 +42,25 @@ class BaseModelIdentity(BaseModel):
 
     @property
     def shape(self) -> tuple[str, int, int, int]:
-        """What must agree even where there are no weights to compare (dummy load format)."""
+        """Architecture, layers, hidden size and vocabulary, which must agree even where there are no weights."""
         return (self.architecture, self.num_layers, self.hidden_size, self.vocab_size)
 
     def same_model(self, other: "BaseModelIdentity") -> bool:
-        """Whether both are the same weights, whatever they are called and however they are quantised."""
-        return self.shape == other.shape and self.fingerprint == other.fingerprint
+        """Whether `other`, the model at hand, has the shape and the weights of this one.
+
+        Names and quantisation do not count. If `other` has no weights (fingerprint NO_WEIGHTS), the shape decides.
+        """
+        return self.shape == other.shape and other.fingerprint in (self.fingerprint, NO_WEIGHTS)
 
 
 def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:
-    """Identity of the Hugging Face model in `folder` (config.json and safetensors).
+    """Return the identity of the Hugging Face model in `folder` (config.json and safetensors).
+
+    name: the identity's `id`; None: the folder's name.
 
     Raises:
-        ArtifactError: no config.json, not one of a decoder with at least three layers, or no complete safetensors to
-            take a fingerprint of.
+        ArtifactError: config.json is missing or does not describe a decoder with at least three layers, or the
+            safetensors are missing or incomplete.
     """
     config_path = folder / "config.json"
     if not config_path.is_file():
@@ -74,10 +82,13 @@ def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:
 
 
 def weight_fingerprint(folder: Path, num_layers: int) -> str:
-    """Sixteen hex digits over every layer norm and evenly spaced rows of the token embedding, as bf16.
+    """Return sixteen hex digits, a hash of every layer norm and of evenly spaced rows of the token embedding in bf16.
 
-    These tensors are what weight quantisation leaves alone, so a quantised copy of a model has the
-    fingerprint of the model; any training of all weights changes it.
+    Weight quantisation leaves these tensors alone, so a quantised copy of a model has the model's fingerprint. Training
+    all weights of the model changes it.
+
+    Raises:
+        ArtifactError: a safetensors file is incomplete, or one of these tensors is missing.
     """
     files = _tensor_files(folder)
     names = [f"model.layers.{i}.{norm}" for i in range(num_layers) for norm in _NORMS] + ["model.norm.weight"]

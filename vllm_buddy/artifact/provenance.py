@@ -1,4 +1,4 @@
-"""What every record of a run holds: command, date, commit and versions; and how it is written."""
+"""Records how an artifact was made: command, date, commit and versions, for run.yaml and for the model card."""
 
 import json
 import platform
@@ -19,7 +19,10 @@ RUN_FILE = "run.yaml"
 
 
 def command_line(command: str, settings: BaseModel, positional: Sequence[str]) -> str:
-    """The command line of `vllm-buddy COMMAND` with these settings; those left at their defaults are left out."""
+    """Return the command line `vllm-buddy COMMAND` that has these settings; settings with default values are omitted.
+
+    positional: names of the settings that are positional arguments, in order.
+    """
     words = ["vllm-buddy", command, *(str(getattr(settings, name)) for name in positional)]
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
@@ -32,7 +35,10 @@ def command_line(command: str, settings: BaseModel, positional: Sequence[str]) -
 
 
 def run_header(command: str, commit: str | None, seed: int | None) -> dict[str, Any]:
-    """The first lines of run.yaml. commit: see source_commit. seed: None where nothing is drawn at random."""
+    """Return the first entries of run.yaml.
+
+    commit: result of source_commit. seed: None if nothing is random.
+    """
     return {
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -47,7 +53,7 @@ def run_header(command: str, commit: str | None, seed: int | None) -> dict[str, 
 
 
 def card_title(name: str, base_model_id: str) -> list[str]:
-    """The first lines of a model card, as the Hugging Face hub reads them."""
+    """Return the first lines of a model card, with the metadata that the Hugging Face hub reads."""
     return [
         "---",
         "library_name: vllm-buddy",
@@ -60,12 +66,12 @@ def card_title(name: str, base_model_id: str) -> list[str]:
 
 
 def card_origin(command: str, recorded: str = "every setting and version") -> list[str]:
-    """The last lines of a model card: the command that made what lies there. recorded: what RUN_FILE has."""
+    """Return the last lines of a model card: the command that made the artifact. recorded: what RUN_FILE contains."""
     return ["## How it was made", "", f"    {command}", "", f"`{RUN_FILE}` has {recorded}."]
 
 
 def to_yaml(record: dict[str, Any], indent: str = "") -> str:
-    """Nested dictionaries as YAML. Each value is written as JSON, which YAML contains."""
+    """Return nested dictionaries as YAML. Each value is written as JSON, which is valid YAML."""
     text = ""
     for key, value in record.items():
         key = json.dumps(key) if not key.isidentifier() else key
@@ -77,9 +83,9 @@ def to_yaml(record: dict[str, Any], indent: str = "") -> str:
 
 
 def source_commit() -> str | None:
-    """The last commit that touched this package, "with changes" if files differ from it; None if not a checkout.
+    """Return the last commit that touched this package, plus "with changes" if files differ; None outside a checkout.
 
-    To be asked before a measurement starts: it is the code that ran, not what lies there when it ends.
+    Call this before a measurement starts, so that the record names the code that ran even if files change meanwhile.
     """
     commit = _git("log", "-1", "--format=%H", "--", ".")
     return f"{commit} with changes" if commit and _git("status", "--porcelain", "--", ".") else commit

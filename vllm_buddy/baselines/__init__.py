@@ -1,4 +1,8 @@
-"""Static pruning, the baseline to beat."""
+"""Static pruning, the baseline that routing is compared to: every request of one depth runs the same layers.
+
+`base.py` lists the methods (`by_importance.py`, `by_position.py`, `sleb.py`), `orders.py` stores their results, and
+`pruning.py` writes a pruned model as a checkpoint (`pruned_checkpoint.py`) and as an artifact (`static_artifact.py`).
+"""
 
 from vllm_buddy.baselines.base import (
     MEASURED,

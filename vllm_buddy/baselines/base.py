@@ -1,7 +1,7 @@
-"""The static methods there are, by name.
+"""The static pruning methods, by name.
 
-Each gives one order in which the middle layers leave, so that its layer sets of all depths are nested. First and last
-layer always run.
+Each method gives one order in which the middle layers are removed, so its layer sets of all depths are nested. The
+first and the last layer always run.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from vllm_buddy.method import LayerPath, path_of
 
 @dataclass(frozen=True)
 class MeasuredMethod:
-    """An order that is measured on a calibration text.
+    """A method that measures its order on a calibration text.
 
-    order: (model, windows [num_windows, window] of token ids, progress(done, total)) -> the middle layers in the order
-        in which they leave.
-    tokens: calibration tokens unless told otherwise.
-    dtype: what the model runs in; Taylor sums gradients over windows, for which bf16 is too coarse.
+    order: (model, windows [num_windows, window] of token ids, progress(done, total)) -> the middle layers in order of
+        removal.
+    tokens: default number of calibration tokens.
+    dtype: dtype of the model during the measurement. Taylor sums gradients over windows, for which bf16 is too coarse.
     """
 
     order: Callable[[nn.Module, torch.Tensor, Progress], list[int]]
@@ -48,22 +48,22 @@ STATIC_METHODS = (*MEASURED, *POSITIONAL)
 
 
 def check_static_method(name: str) -> None:
-    """Raise BaselineError for a static method that does not exist; lists the known ones."""
+    """Raise BaselineError if there is no static method `name`; the message lists the known ones."""
     if name not in STATIC_METHODS:
         raise BaselineError(f"unknown static method '{name}'; known are {', '.join(STATIC_METHODS)}")
 
 
 def static_path(order: Sequence[int], depth: int) -> LayerPath:
-    """The path of `depth` layers when the middle layers leave in `order`.
+    """Return the path of `depth` layers when the middle layers are removed in `order`.
 
-    order: every middle layer once, the first to leave first. depth: first and last layer included.
+    order: every middle layer once, in order of removal. depth: includes the first and the last layer.
     """
     num_layers = len(order) + 2
     return path_of([0, *order[num_layers - depth :], num_layers - 1])
 
 
 def static_prior(order: Sequence[int]) -> np.ndarray:
-    """[num_layers - 2], float32 in (0, 1): the rank of each middle layer, the last to leave highest."""
+    """Return the rank of each middle layer, highest for the last one removed: [num_layers - 2], float32 in (0, 1)."""
     prior = np.empty(len(order), dtype=np.float32)
     prior[np.array(order) - 1] = (1 + np.arange(len(order))) / (len(order) + 1)
     return prior

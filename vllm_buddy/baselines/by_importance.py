@@ -1,7 +1,7 @@
-"""Orders that rank all layers once by a static importance: ShortGPT, and Shortened LLaMA's two criteria.
+"""Pruning orders that rank all layers once by their importance: ShortGPT and the two criteria of Shortened LLaMA.
 
-ShortGPT (arXiv 2403.03853): Block Influence. Shortened LLaMA (arXiv 2402.02834): the rise in perplexity when one
-layer is skipped, or the Taylor score. The measures are those of the prior, see vllm_buddy.importance.
+ShortGPT (arXiv 2403.03853) uses Block Influence. Shortened LLaMA (arXiv 2402.02834) uses the increase in perplexity
+when one layer is skipped, or the Taylor score. `vllm_buddy.importance` implements these measures, also for the prior.
 """
 
 from collections.abc import Callable
@@ -16,20 +16,20 @@ Progress = Callable[[int, int], None]
 
 
 def shortgpt_order(model: nn.Module, windows: torch.Tensor, progress: Progress) -> list[int]:
-    """Least Block Influence first. windows: [num_windows, window] token ids -> the middle layers."""
+    """Return the middle layers, least Block Influence first. windows: [num_windows, window] token ids."""
     return _least_important_first(find_indicator("cosine").measure(model, windows, progress))
 
 
 def delta_ppl_order(model: nn.Module, windows: torch.Tensor, progress: Progress) -> list[int]:
-    """Least rise in perplexity first. windows: [num_windows, window] token ids -> the middle layers."""
+    """Return the middle layers, least increase in perplexity first. windows: [num_windows, window] token ids."""
     return _least_important_first(find_indicator("delta_ppl").measure(model, windows, progress))
 
 
 def taylor_order(model: nn.Module, windows: torch.Tensor, progress: Progress) -> list[int]:
-    """Least Taylor score first. windows: [num_windows, window] token ids -> the middle layers."""
+    """Return the middle layers, least Taylor score first. windows: [num_windows, window] token ids."""
     return _least_important_first(find_indicator("taylor").measure(model, windows, progress))
 
 
 def _least_important_first(importance: np.ndarray) -> list[int]:
-    """Of equals the deeper layer leaves first, as in the router's top-k."""
+    """Sort layers by importance. Of equal layers the deeper one is removed first, as in the router's top-k."""
     return sorted(range(1, len(importance) + 1), key=lambda layer: (importance[layer - 1], -layer))

@@ -1,16 +1,16 @@
-"""Orders that look at nothing but the number of layers."""
+"""Pruning orders that depend only on the number of layers."""
 
 import random
 
 
 def reverse_order(num_layers: int, seed: int) -> list[int]:
-    """From the end: the layer before the last leaves first."""
+    """Return the middle layers from the end: the layer before the last is removed first."""
     del seed
     return list(range(num_layers - 2, 0, -1))
 
 
 def evenly_spaced_order(num_layers: int, seed: int) -> list[int]:
-    """Always the layer farthest from both ends and from those that have left; of equals the deeper one."""
+    """Always remove the layer farthest from both ends and from all removed layers; of equal layers the deeper one."""
     del seed
     order: list[int] = []
     left = list(range(1, num_layers - 1))
@@ -22,7 +22,7 @@ def evenly_spaced_order(num_layers: int, seed: int) -> list[int]:
 
 
 def random_order(num_layers: int, seed: int) -> list[int]:
-    """A permutation drawn with `seed`."""
+    """Return a random permutation of the middle layers, drawn with `seed`."""
     order = list(range(1, num_layers - 1))
     random.Random(seed).shuffle(order)
     return order

@@ -1,6 +1,6 @@
-"""Layer orders on disk: measured once, kept by base model.
+"""Stores measured pruning orders on disk, one file per base model.
 
-`orders/` holds those that come with the package.
+The folder `orders/` holds the orders that are installed with the package.
 """
 
 import json
@@ -24,16 +24,16 @@ Report = Callable[[str, int, int], None]
 
 
 class LayerOrder(BaseModel):
-    """In which order one method takes the middle layers out."""
+    """The order in which one method removes the middle layers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = Field(description="one of vllm_buddy.baselines.MEASURED")
     calibration: str = Field(description="name of the calibration text")
-    calibration_sha256: str = Field(description="hash of its bytes")
-    num_tokens: int = Field(description="calibration tokens measured, from the start of the text")
+    calibration_sha256: str = Field(description="SHA-256 of the text's bytes")
+    num_tokens: int = Field(description="number of calibration tokens, from the start of the text")
     window: int = Field(description="tokens per window")
-    layers: list[int] = Field(description="middle layers, the first to leave first")
+    layers: list[int] = Field(description="middle layers in order of removal")
 
 
 class OrderFile(BaseModel):
@@ -57,7 +57,7 @@ class OrderFile(BaseModel):
         """Read a file of orders.
 
         Raises:
-            BaselineError: it cannot be read or does not fit the schema.
+            BaselineError: the file cannot be read or does not fit the schema.
         """
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -67,12 +67,12 @@ class OrderFile(BaseModel):
             raise BaselineError(f"{path} is not a file of layer orders: {error}") from None
 
     def with_order(self, order: LayerOrder) -> "OrderFile":
-        """This with `order` in place of the one of the same method."""
+        """Return a copy in which `order` replaces the order of the same method, if there is one."""
         others = [other for other in self.orders if other.method != order.method]
         return OrderFile(base_model=self.base_model, orders=[*others, order])
 
     def save(self, path: Path) -> None:
-        """Write the file, an order a line."""
+        """Write the file with one order per line."""
         body = ",\n    ".join(json.dumps(order.model_dump()) for order in self.orders)
         base = json.dumps(self.base_model.model_dump())
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,19 +80,19 @@ class OrderFile(BaseModel):
 
 
 def shipped_orders() -> list[OrderFile]:
-    """The files of orders that come with the package."""
+    """Load the files of orders that are installed with the package."""
     return [OrderFile.load(path) for path in sorted(SHIPPED_DIR.glob("*.json"))]
 
 
 def layer_order(
     name: str, base: BaseModelIdentity, *, seed: int = 0, files: Sequence[OrderFile] | None = None
 ) -> list[int]:
-    """The order in which static method `name` takes the middle layers of `base` out.
+    """Return the order in which static method `name` removes the middle layers of `base`.
 
-    seed: for `random`. files: where to look for a measured order; None: what comes with the package.
+    seed: seed of the method `random`. files: where to look for a measured order; None: the shipped orders.
 
     Raises:
-        BaselineError: unknown method, or its order has not been measured for this model.
+        BaselineError: the method is unknown, or its order has not been measured for this model.
     """
     check_static_method(name)
     if name in POSITIONAL:
@@ -101,10 +101,10 @@ def layer_order(
 
 
 def find_order(name: str, base: BaseModelIdentity, files: Sequence[OrderFile] | None = None) -> LayerOrder:
-    """The order of measured method `name` for `base`, from `files`; None: from what comes with the package.
+    """Return the order of measured method `name` for `base` from `files`; None: from the shipped orders.
 
     Raises:
-        BaselineError: it has not been measured for this model.
+        BaselineError: the order has not been measured for this model.
     """
     for file in shipped_orders() if files is None else files:
         for order in file.orders:
@@ -125,11 +125,12 @@ def measure_order(
 ) -> LayerOrder:
     """Measure the order of method `name` on the start of `text`.
 
-    tokens: None takes the method's own number.
+    tokens: number of calibration tokens; None: the method's default. report: called as report(name, done, total).
 
     Raises:
-        BaselineError: no method of that name is measured. CalibrationError: the text is too short. ModelError,
-        UnsupportedError: the model in `model_dir` cannot be used.
+        BaselineError: the method is unknown, or its order is not measured but follows from positions.
+        CalibrationError: the text is too short.
+        ModelError, UnsupportedError: the model in `model_dir` cannot be used.
     """
     check_static_method(name)
     if name not in MEASURED:

@@ -1,4 +1,4 @@
-"""A physically pruned checkpoint: the model with some of its layers removed, for stock vLLM."""
+"""Writes a pruned checkpoint: a Hugging Face model without some of its layers, which stock vLLM can serve."""
 
 import json
 import re
@@ -18,35 +18,34 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-# Not copied: the weights, in whatever format, what is written anew, and what vouches for the whole model.
+# Not copied: weights of any format, files that are written anew, and the file that certifies the unpruned model.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _REPLACED = {CONFIG_FILE, INDEX_FILE, SOURCE_FILE}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of weights. renamed: for each tensor that is kept its new name."""
+    """A file of weights. renamed: the new name of each tensor that is kept, by old name."""
 
     path: Path
     renamed: dict[str, str]
 
 
 def save_pruned_checkpoint(model_dir: Path, layers: Sequence[int], out: Path) -> Path:
-    """Write the Hugging Face model in `model_dir` with `layers` only, renumbered, to `out`; returns `out`.
+    """Write the Hugging Face model in `model_dir` to `out` with only `layers`, renumbered; returns `out`.
 
-    The speed limit for routing at the same depth: stock vLLM runs these layers and knows of no others. One shard of the
-    weights is in memory at a time, and each that has a kept tensor becomes one of the checkpoint's.
+    The checkpoint shows the speed limit of routing at the same depth: stock vLLM runs these layers and knows no others.
+    Only one shard of the weights is in memory at a time. Each shard with a kept tensor becomes one shard of `out`.
 
     Raises:
-        BaselineError: a layer index that the model does not have; the model is quantised or not complete. Nothing is
-            written then.
+        BaselineError: the model has no layer of that index, is quantised or is incomplete. Nothing is written then.
     """
     config = _read_json(model_dir / CONFIG_FILE)
     kept = sorted(set(layers))
     if not kept or kept[0] < 0 or kept[-1] >= config["num_hidden_layers"]:
         raise BaselineError(f"layers {list(layers)} are not layers of a model with {config['num_hidden_layers']}")
     if config.get("quantization_config"):
-        # What it says of single layers goes by their old numbers.
+        # A quantisation configuration may name layers by their old numbers.
         raise BaselineError(f"{model_dir} is quantised; prune the model it was made from and quantise what is left")
     shards = _kept_shards(model_dir, {old: new for new, old in enumerate(kept)})
     out.mkdir(parents=True, exist_ok=True)
@@ -59,17 +58,17 @@ def save_pruned_checkpoint(model_dir: Path, layers: Sequence[int], out: Path) ->
 
 
 def pruned_config(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """A model's config.json for its layers `kept`, ascending. What it says layer by layer goes with the layers."""
+    """Return config.json for the layers `kept` (ascending), with the per-layer entries of these layers."""
     pruned = {**config, "num_hidden_layers": len(kept)}
     if config.get("layer_types"):
         pruned["layer_types"] = [config["layer_types"][layer] for layer in kept]
-    if config.get("max_window_layers") is not None:  # the first so many have no sliding window
+    if config.get("max_window_layers") is not None:  # this many layers, counted from the first, have no sliding window
         pruned["max_window_layers"] = sum(layer < config["max_window_layers"] for layer in kept)
     return pruned
 
 
 def _kept_shards(model_dir: Path, new_index: Mapping[int, int]) -> list[Shard]:
-    """The files of weights that hold a kept tensor, in the order of their names."""
+    """Return the files of weights that hold a kept tensor, sorted by name."""
     shards = []
     for path in _weight_files(model_dir):
         renamed = {}
@@ -92,7 +91,7 @@ def _kept_shards(model_dir: Path, new_index: Mapping[int, int]) -> list[Shard]:
 
 
 def _weight_files(model_dir: Path) -> list[Path]:
-    """Those that the index names where there is one: others may hold the same tensors a second time."""
+    """Return the files that the index names, if there is one: others may hold the same tensors a second time."""
     index = model_dir / INDEX_FILE
     if index.is_file():
         return [model_dir / name for name in sorted(set(_read_json(index)["weight_map"].values()))]

@@ -1,4 +1,4 @@
-"""Static pruning written out, in the two forms that can be served."""
+"""Prunes a model statically and writes it in two forms: a checkpoint for stock vLLM, and an artifact for vllm_buddy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ CHECKPOINT_DIR = "checkpoint"
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """What pruning decided.
+    """The result of `prune`.
 
-    order: middle layers, the first to leave first. measured: what the order is measured on; None where it goes by
-    position. layers: those that are kept. artifact: the order at every depth.
+    order: middle layers in order of removal. measured: the measurement of the order; None if it follows from positions.
+    layers: the layers that are kept. artifact: serves the order at every depth.
     """
 
     order: list[int]
@@ -40,9 +40,9 @@ class PrunedModel:
 
 
 def prune(settings: PruneSettings, model_dir: Path, report: Report = lambda *_: None) -> PrunedModel:
-    """Decide which layers of the model in `model_dir` are kept. Writes nothing.
+    """Decide which layers of the model in `model_dir` are kept. Nothing is written.
 
-    report: progress of measuring an order, which alone loads the model and is done last.
+    report: progress of measuring an order. Only that step loads the model, and it is the last one.
 
     Raises:
         BuddyError: the model, the number of layers, the order or the text cannot be used.
@@ -74,10 +74,10 @@ def prune(settings: PruneSettings, model_dir: Path, report: Report = lambda *_: 
 
 
 def save_pruned(pruned: PrunedModel, model_dir: Path, out: Path) -> None:
-    """Write checkpoint and artifact to `out`.
+    """Write the checkpoint and the artifact to folders in `out`.
 
     Raises:
-        BaselineError: the model is quantised or not complete; nothing is written then.
+        BaselineError: the model is quantised or incomplete. Nothing is written then.
     """
     save_pruned_checkpoint(model_dir, pruned.layers, out / CHECKPOINT_DIR)
     pruned.artifact.save(out / ARTIFACT_DIR)

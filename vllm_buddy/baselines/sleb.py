@@ -1,4 +1,4 @@
-"""SLEB: drop the layer whose removal hurts least, measure what is left again, and so on (arXiv 2402.09025)."""
+"""SLEB (arXiv 2402.09025): removes the layer whose removal hurts least, measures the rest again, and repeats."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from vllm_buddy.importance.layer_stack import LayerStack
 
 @torch.no_grad()
 def sleb_order(model: nn.Module, windows: torch.Tensor, progress: Callable[[int, int], None]) -> list[int]:
-    """Greedy order of the middle layers by the calibration loss after each removal; of equals the deeper one leaves.
+    """Return the greedy order of the middle layers by calibration loss; of equal layers the deeper one goes first.
 
-    A trial costs the layers above the one left out, since those below have run for the trial before it: about L^3 / 12
-    layer passes per window in all.
+    A trial runs only the layers above the removed one, because the previous trial has run those below. All trials take
+    about L^3 / 12 layer passes per window.
 
     windows: [num_windows, window] token ids.
     """

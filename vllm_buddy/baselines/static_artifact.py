@@ -1,4 +1,4 @@
-"""Artifacts in which nothing is trained: the base model, and which of its layers run."""
+"""Makes artifacts without trained parts: the base model and a fixed set of layers per depth."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from vllm_buddy.method.budget import MIN_DEPTH
 
 
 def bare_artifact(name: str, base: BaseModelIdentity, prior: PriorConfig | None = None) -> Artifact:
-    """The base model and no opinion on its layers. prior: where the one that is put in comes from."""
+    """Return an artifact with an all-zero prior and nothing trained. prior: the recorded origin of the prior."""
     config = BuddyConfig(
         format_version=FORMAT_VERSION,
         name=name,
@@ -26,7 +26,7 @@ def bare_artifact(name: str, base: BaseModelIdentity, prior: PriorConfig | None 
 
 
 def with_fixed_paths(artifact: Artifact, paths: Mapping[int, LayerPath]) -> Artifact:
-    """`artifact` with a library of one path per depth in place of its Decision Module."""
+    """Return `artifact` with a library of one path per depth instead of its Decision Module."""
     num_layers = artifact.config.base_model.num_layers
     library = {depth: [layers_of(path)] for depth, path in paths.items() if depth < num_layers}
     config = artifact.config.model_copy(update={"library": library, "has_decision_module": False})
@@ -36,10 +36,12 @@ def with_fixed_paths(artifact: Artifact, paths: Mapping[int, LayerPath]) -> Arti
 def static_artifact(
     name: str, base: BaseModelIdentity, order: Sequence[int], prior: PriorConfig | None = None
 ) -> Artifact:
-    """The bare base model with layers left out in `order`, at every depth (see static_path).
+    """Return an artifact that removes layers in `order`, at every depth (see static_path).
 
-    Paths of a request never change. The prior says the same as the library, so that an engine which is not told to
-    look at the library runs these layers too. prior: where the order comes from.
+    The path of a request never changes. The prior agrees with the library, so an engine that does not use the library
+    runs the same layers.
+
+    prior: the recorded origin of the order.
     """
     paths = {depth: static_path(order, depth) for depth in range(MIN_DEPTH, base.num_layers)}
     fixed = with_fixed_paths(bare_artifact(name, base, prior), paths)

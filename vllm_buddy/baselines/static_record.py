@@ -1,4 +1,4 @@
-"""What lies beside the artifact of static pruning: the model card and the record of the run."""
+"""Writes the text files of a statically pruned artifact: the model card README.md and the record run.yaml."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from vllm_buddy.baselines.static_settings import PruneSettings
 
 
 def model_card(pruned: PrunedModel, settings: PruneSettings) -> str:
-    """README.md of the artifact."""
+    """Return README.md of the artifact."""
     base = pruned.base
     order = pruned.measured
     source = (
@@ -40,8 +40,10 @@ def model_card(pruned: PrunedModel, settings: PruneSettings) -> str:
 
 
 def run_record(pruned: PrunedModel, settings: PruneSettings, commit: str | None) -> str:
-    """run.yaml: every setting, the order and where it comes from, versions and date. commit: see
-    provenance.source_commit."""
+    """Return run.yaml: every setting, the order and its origin, versions and date.
+
+    commit: see provenance.source_commit.
+    """
     measured = {} if pruned.measured is None else pruned.measured.model_dump(exclude={"method", "layers"})
     record: dict[str, Any] = {
         **run_header(settings.command(), commit, settings.seed if settings.method == "random" else None),

@@ -1,4 +1,4 @@
-"""Everything that decides what `vllm-buddy orders` and `vllm-buddy prune` write."""
+"""The settings of `vllm-buddy orders` and `vllm-buddy prune`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -27,7 +27,7 @@ def _static(name: str) -> str:
 
 
 class MeasuringSettings(BaseModel):
-    """What an order is measured on, but for the text."""
+    """The settings of a measurement, except for the text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,20 +44,20 @@ class MeasuringSettings(BaseModel):
 
 
 class OrdersSettings(MeasuringSettings):
-    """Settings of `vllm-buddy orders`."""
+    """The settings of `vllm-buddy orders`."""
 
-    out: Path = Field(description="JSON file to write; orders of the same model stay")
+    out: Path = Field(description="JSON file to write; other orders of the same model in it are kept")
     text: Path = Field(description="calibration text, UTF-8")
     methods: Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_measured)] = Field(
-        default=tuple(MEASURED), description="what to measure, with commas between"
+        default=tuple(MEASURED), description="methods to measure, separated by commas"
     )
 
 
 class PruneSettings(MeasuringSettings):
-    """Settings of `vllm-buddy prune`, and the record in run.yaml."""
+    """The settings of `vllm-buddy prune`, which run.yaml records."""
 
     method: Annotated[str, AfterValidator(_static)] = Field(
-        description=f"which layers leave first: {', '.join(STATIC_METHODS)}"
+        description=f"method that orders the layers: {', '.join(STATIC_METHODS)}"
     )
     out: Path = Field(description="folder for `artifact` and `checkpoint`; new or empty")
     layers: int = Field(
@@ -84,5 +84,5 @@ class PruneSettings(MeasuringSettings):
         return self
 
     def command(self) -> str:
-        """The command line that writes the same again."""
+        """Return the command line that writes the same files again."""
         return command_line("prune", self, positional=("method", "out"))

@@ -29,8 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.training.stage1_settings import read_settings
 
     settings = read_settings(Stage2Settings, args.config, overrides(args.settings))
-    from vllm_buddy.artifact import artifact_folder
-    from vllm_buddy.artifact.fingerprint import identify
+    from vllm_buddy.artifact import identify, resolve_artifact
     from vllm_buddy.artifact.provenance import source_commit
     from vllm_buddy.models.embedded import fetch
     from vllm_buddy.training.stage2 import run_stage2
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     commit = source_commit()
     model_dir = settings.model or fetch()
-    folder = artifact_folder(settings.artifact, identify(model_dir))
+    folder = resolve_artifact(settings.artifact, lambda: identify(model_dir))
     log: list[dict[str, Any]] = []
 
     def report(row: dict[str, Any]) -> None:

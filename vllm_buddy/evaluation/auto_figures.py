@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_buddy.artifact import Artifact, artifact_folder, load_artifact
+from vllm_buddy.artifact import Artifact, load_artifact, resolve_artifact
 from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import EvaluationError
@@ -67,7 +67,7 @@ def evaluate_auto(
         BuddyError: data, artifact or model cannot be used, or the artifact has no Budget Predictor.
     """
     base = identify(model_dir)
-    artifact = load_artifact(artifact_folder(settings.artifact, base))
+    artifact = load_artifact(resolve_artifact(settings.artifact, lambda: base))
     if artifact.predictor is None:
         raise EvaluationError(
             f"artifact '{artifact.config.name}' has no Budget Predictor; `vllm-buddy train-budget` makes one"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_buddy.artifact import artifact_folder, load_artifact
+from vllm_buddy.artifact import load_artifact, resolve_artifact
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.baselines import OrderFile, layer_order, measure_order, shipped_orders
 from vllm_buddy.errors import BaselineError, EvaluationError
@@ -71,7 +71,7 @@ def make_plan(settings: EvalSettings, model_dir: Path, report: Report) -> EvalPl
 
 
 def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIdentity, depths: list[int]) -> Policy:
-    artifact = load_artifact(spec.folder or artifact_folder(settings.artifact, base))
+    artifact = load_artifact(spec.folder or resolve_artifact(settings.artifact, lambda: base))
     if not artifact.config.base_model.same_model(base):
         raise EvaluationError(
             f"policy '{spec.name}': artifact '{artifact.config.name}' was made for "

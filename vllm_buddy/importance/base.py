@@ -1,4 +1,4 @@
-"""The indicators there are, by name."""
+"""The indicators: the measures of layer importance, by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Measure = Callable[[nn.Module, torch.Tensor, Progress], np.ndarray]
 
 @dataclass(frozen=True)
 class Indicator:
-    """One way to say how much a layer matters.
+    """A measure of how much a layer matters.
 
     measure: (model, windows [num_windows, window] of token ids, progress(done, total)) -> [num_layers - 2], float64,
         larger is more important.
-    log_scale: the values span orders of magnitude and are compared after log(1 + x) (BUDDY, section 3.3).
-    title: for people.
+    log_scale: whether the values span orders of magnitude and are compared after log(1 + x) (BUDDY, section 3.3).
+    title: short description for model cards.
     """
 
     measure: Measure
@@ -39,10 +39,10 @@ INDICATORS = {
 
 
 def find_indicator(name: str) -> Indicator:
-    """The indicator of that name.
+    """Return the indicator `name`.
 
     Raises:
-        CalibrationError: unknown name; lists the known ones.
+        CalibrationError: the name is unknown; the message lists the known ones.
     """
     if name not in INDICATORS:
         raise CalibrationError(f"unknown indicator '{name}'; known are {', '.join(INDICATORS)}")

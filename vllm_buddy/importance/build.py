@@ -1,4 +1,4 @@
-"""From a model folder and a text to an artifact whose paths follow the prior alone."""
+"""Builds an untrained artifact, whose paths follow the prior alone, from a model folder and a calibration text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class PriorResult:
-    """perplexity: by indicator, then budget; empty where nothing was held out. text: what was measured on."""
+    """The result of `build_prior`.
+
+    perplexity: by indicator, then by budget; empty if no text was held out. text: the calibration text.
+    """
 
     artifact: Artifact
     perplexity: dict[str, dict[float, float]]
@@ -31,9 +34,9 @@ class PriorResult:
 
 
 def build_prior(settings: PriorSettings, report: Report = lambda *_: None) -> PriorResult:
-    """Measure the importance of a model's middle layers and make an artifact of it.
+    """Measure the importance of a model's middle layers and return it as an artifact. Nothing is written.
 
-    report: called as report(what, done, total) while measuring.
+    report: called as report(indicator, done, total) during the measurement.
 
     Raises:
         CalibrationError: the indicator is unknown, or the text cannot be used.
@@ -45,7 +48,7 @@ def build_prior(settings: PriorSettings, report: Report = lambda *_: None) -> Pr
         raise CalibrationError("a comparison of indicators needs held-out text to compare on; give --heldout N as well")
     text = CalibrationText.read(settings.text)
     base = identify(settings.model_dir, settings.base_model_id)
-    # fp32, for gradients that do not underflow.
+    # load_model defaults to fp32, in which gradients do not underflow.
     model, tokenizer = load_model(settings.model_dir), load_tokenizer(settings.model_dir)
     windows, heldout = text.windows(tokenizer, settings.window, settings.tokens, settings.heldout)
     names = [settings.indicator]

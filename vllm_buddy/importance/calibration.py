@@ -1,4 +1,4 @@
-"""A text file as windows of tokens, for calibration and for measuring on a part that calibration has not seen."""
+"""Reads a text file and cuts it into windows of tokens, for calibration and for evaluation on the following part."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from vllm_buddy.errors import CalibrationError
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """A text file. sha256: of its bytes, for the record of the run."""
+    """The content of a text file. sha256: hash of its bytes, for run.yaml."""
 
     name: str
     text: str
@@ -23,7 +23,7 @@ class CalibrationText:
         """Read a UTF-8 text file.
 
         Raises:
-            CalibrationError: missing, unreadable, empty or not text.
+            CalibrationError: the file is missing, unreadable, empty or not text.
         """
         try:
             data = path.read_bytes()
@@ -42,7 +42,7 @@ class CalibrationText:
     def windows(
         self, tokenizer: Any, window: int, num_tokens: int, heldout_tokens: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `num_tokens` tokens, and the `heldout_tokens` that follow, both cut into whole windows.
+        """Cut the first `num_tokens` tokens and the following `heldout_tokens` into whole windows.
 
         tokenizer: a Hugging Face tokenizer; no special tokens are added.
 
@@ -50,14 +50,14 @@ class CalibrationText:
             ([num_tokens // window, window], [heldout_tokens // window, window]), int64.
 
         Raises:
-            CalibrationError: not a single whole window, or the text is too short.
+            CalibrationError: there is not one whole window, or the text is too short.
         """
         if window < 2:
             raise CalibrationError(f"a window is {window} tokens; at least 2 are needed to predict one from another")
         for name, asked in (("calibration", num_tokens), ("held-out", heldout_tokens)):
             if asked < window and not (asked == 0 and name == "held-out"):
                 raise CalibrationError(f"{asked} {name} tokens are less than one window of {window}; ask for more")
-        # The length warning of tokenizers is about inputs of one forward pass; these are cut first.
+        # verbose=False: the warning about too long inputs does not apply, because the tokens are cut into windows.
         ids = tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]
         wanted = num_tokens + heldout_tokens
         if len(ids) < wanted:

@@ -1,4 +1,7 @@
-"""Block Influence: how much a layer turns the hidden state (ShortGPT, arXiv 2403.03853, section 2.2)."""
+"""Block Influence: how much a layer changes the direction of the hidden state.
+
+Source: ShortGPT, arXiv 2403.03853, section 2.2.
+"""
 
 from collections.abc import Callable
 
@@ -11,9 +14,9 @@ from vllm_buddy.importance.layer_stack import LayerStack
 
 @torch.no_grad()
 def cosine_dissimilarity(model: nn.Module, windows: torch.Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
-    """1 - mean over tokens of cos(layer input, layer output).
+    """Return 1 - mean over tokens of cos(layer input, layer output) per middle layer.
 
-    windows: [num_windows, window] token ids -> [num_layers - 2], float64, in [0, 2].
+    windows: [num_windows, window] token ids. Returns [num_layers - 2], float64, in [0, 2].
     """
     stack = LayerStack(model, windows.shape[1])
     similarity = np.zeros(stack.num_layers - 2)

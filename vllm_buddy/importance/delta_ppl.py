@@ -1,7 +1,7 @@
-"""How much the perplexity rises when one layer is skipped and all others run.
+"""The increase in perplexity when one layer is skipped and all others run.
 
-One-shot, one layer at a time (Shortened LLaMA, arXiv 2402.02834, section 3.2). Layers that only matter together look
-unimportant to it.
+Each layer is measured once and alone (Shortened LLaMA, arXiv 2402.02834, section 3.2). Layers that can replace each
+other therefore look unimportant.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,10 @@ from vllm_buddy.importance.layer_stack import LayerStack
 
 @torch.no_grad()
 def perplexity_increase(model: nn.Module, windows: torch.Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
-    """windows: [num_windows, window] token ids -> [num_layers - 2], float64; negative where skipping helps."""
+    """Return the increase in perplexity per skipped middle layer.
+
+    windows: [num_windows, window] token ids. Returns [num_layers - 2], float64; negative where skipping helps.
+    """
     stack = LayerStack(model, windows.shape[1])
     last = stack.num_layers - 1
     dense = 0.0
@@ -23,7 +26,7 @@ def perplexity_increase(model: nn.Module, windows: torch.Tensor, progress: Calla
     for done, window in enumerate(windows, start=1):
         hidden = stack.layer(0, stack.embed(window))
         for skipped in range(1, last):
-            # Layers below the skipped one have run once for all; only those above run again.
+            # The layers below the skipped one run once for all trials; only those above it run again.
             rest = stack.run(range(skipped + 1, last + 1), hidden)
             skipping[skipped - 1] += float(stack.loss(rest, window))
             hidden = stack.layer(skipped, hidden)

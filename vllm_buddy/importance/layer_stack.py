@@ -1,4 +1,4 @@
-"""The layers of a Hugging Face model, run one by one over a window of tokens with one path for all of them."""
+"""Runs the layers of a Hugging Face model one by one on a window of tokens that all have the same path."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,8 +10,8 @@ from torch import nn
 class LayerStack:
     """Runs chosen layers of a Llama, Qwen2 or Qwen3 on windows of equal length.
 
-    model: a causal language model; its own layer modules run, so any dtype and device will do.
-    window: tokens per window.
+    model: a causal language model, of any dtype and on any device, because its own layer modules run.
+    window: number of tokens per window.
     """
 
     def __init__(self, model: nn.Module, window: int) -> None:
@@ -22,17 +22,17 @@ class LayerStack:
         self.device = weight.device
         self.num_layers = len(backbone.layers)
         self._positions = torch.arange(window, device=self.device)[None]
-        # Hugging Face adds the mask to the logits; the lowest number, not -inf, is what it uses itself.
+        # Hugging Face adds the mask to the logits, and uses the lowest number instead of -inf.
         lowest = torch.finfo(weight.dtype).min
         self._mask = torch.full((window, window), lowest, dtype=weight.dtype, device=self.device).triu(1)[None, None]
         self._embeddings = backbone.rotary_emb(weight[:1][None], self._positions)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids: [window] -> [1, window, hidden]."""
+        """Return the embeddings [1, window, hidden] of token_ids [window]."""
         return self._backbone.embed_tokens(token_ids[None].to(self.device))
 
     def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [1, window, hidden], through layer `index`."""
+        """Run layer `index` on hidden: [1, window, hidden]."""
         return self._backbone.layers[index](
             hidden,
             attention_mask=self._mask,
@@ -41,12 +41,12 @@ class LayerStack:
         )
 
     def run(self, layers: Iterable[int], hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [1, window, hidden], through `layers` in the order given."""
+        """Run `layers` in the given order on hidden: [1, window, hidden]."""
         for index in layers:
             hidden = self.layer(index, hidden)
         return hidden
 
     def loss(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Mean next-token cross-entropy, nats per token, of what left the last layer; float32 scalar."""
+        """Return the mean next-token loss in nats per token, a float32 scalar. hidden: output of the last layer."""
         logits = self._lm_head(self._backbone.norm(hidden))[0, :-1]
         return nn.functional.cross_entropy(logits.float(), token_ids[1:].to(self.device))

@@ -1,4 +1,4 @@
-"""A short list of paths per depth, close to each other and nested across depths."""
+"""Makes a path library from a prior: a few paths per depth, similar to each other and nested across depths."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from vllm_buddy.method.budget import MIN_DEPTH
 
 
 def nested_library(prior: Sequence[float] | np.ndarray, paths_per_depth: int) -> dict[int, list[list[int]]]:
-    """Up to `paths_per_depth` paths for every depth below full: the prior's own first, then variants of it.
+    """Return up to `paths_per_depth` paths for every depth below full: first the prior's own path, then variants of it.
 
-    Each path of depth d is the prior's path of depth d + 1 without one of its middle layers, the least important ones
-    in turn. So all of a depth run inside d + 1 layers: a batch that mixes them, or mixes them with the next budget up,
-    needs the weights of one more layer, not of all that they could disagree on.
+    Each path of depth d is the prior's path of depth d + 1 without one middle layer; the variants leave out the least
+    important layers in turn. All paths of depth d therefore lie within d + 1 layers. A batch that mixes them, alone or
+    with requests of the next higher depth, reads the weights of only one more layer.
 
     prior: [num_layers - 2], larger is more important.
     """

@@ -1,4 +1,4 @@
-"""Raw importance to a prior on one scale, whatever the indicator (BUDDY, section 3.3)."""
+"""Converts raw importance to a prior on one scale that is the same for all indicators (BUDDY, section 3.3)."""
 
 import numpy as np
 
@@ -9,17 +9,19 @@ _EPS = 1e-12
 
 
 def normalise(raw: np.ndarray, *, log_scale: bool) -> np.ndarray:
-    """log(1 + x) where asked for, robust z-score, clipped to +-3, then ranks u = (1 + rank) / (L + 1).
+    """Return the ranks u = (1 + rank) / (L + 1) of the robust z-scores, clipped to +-3.
 
-    raw: [L], larger is more important; L counts the middle layers only. log(1 + x) is continued to negative values
-    as an odd function: skipping a layer can lower the perplexity, and by more than 1.
-    Equal values give the lower layer the higher rank, as in the router's top-k.
+    raw: [L], larger is more important; L counts the middle layers only.
+    log_scale: apply log(1 + x) first. For negative x it is continued as an odd function, because skipping a layer can
+        lower the perplexity, also by more than 1.
+
+    Of equal values, the lower layer gets the higher rank, as in the router's top-k.
 
     Returns:
         [L], float32, in (0, 1), all different.
 
     Raises:
-        CalibrationError: a value is not finite.
+        CalibrationError: a value of `raw` is not finite.
     """
     values = np.asarray(raw, dtype=np.float64)
     if not np.isfinite(values).all():

@@ -1,4 +1,4 @@
-"""Perplexity of a fixed set of layers: what a prior is worth before anything is trained."""
+"""Measures the perplexity of a fixed set of layers, which shows the quality of a prior without any training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,10 @@ BUDGETS = (1.0, 0.9, 0.75, 0.5)
 
 @torch.no_grad()
 def static_perplexity(model: nn.Module, windows: torch.Tensor, layers: Sequence[int]) -> float:
-    """exp of the mean next-token loss when every token runs `layers` and no other.
+    """Return exp of the mean next-token loss when every token runs only `layers`.
 
-    With one path for all tokens the KV policy `masked` is the model without the other layers.
+    With one path for all tokens, the KV policy `masked` equals the model without the other layers.
+
     windows: [num_windows, window] token ids; each window is scored by itself.
     """
     stack = LayerStack(model, windows.shape[1])
@@ -28,7 +29,10 @@ def static_perplexity(model: nn.Module, windows: torch.Tensor, layers: Sequence[
 def perplexity_by_budget(
     model: nn.Module, windows: torch.Tensor, priors: Mapping[str, np.ndarray]
 ) -> dict[str, dict[float, float]]:
-    """Perplexity at each of BUDGETS that the model allows, for each prior by name. Equal paths are run once."""
+    """Return the perplexity by prior name and by budget, for each of BUDGETS that the model allows.
+
+    Equal paths run once.
+    """
     num_layers = len(next(iter(priors.values()))) + 2
     known: dict[int, float] = {}
     table: dict[str, dict[float, float]] = {}

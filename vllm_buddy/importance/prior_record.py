@@ -1,4 +1,4 @@
-"""What lies beside an artifact's tensors: the model card and the record of the run."""
+"""Writes the text files of an untrained artifact: the model card README.md and the record run.yaml."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from vllm_buddy.method import depth_for_budget
 
 
 def model_card(result: PriorResult, settings: PriorSettings) -> str:
-    """README.md of the artifact."""
+    """Return README.md of the artifact."""
     config = result.artifact.config
     base = config.base_model
     chosen = config.prior.indicator
@@ -39,7 +39,7 @@ def model_card(result: PriorResult, settings: PriorSettings) -> str:
 
 
 def run_record(result: PriorResult, settings: PriorSettings, commit: str | None) -> str:
-    """run.yaml: every setting, the data, versions and date. commit: see provenance.source_commit."""
+    """Return run.yaml: every setting, the data, versions and date. commit: see provenance.source_commit."""
     record: dict[str, Any] = {
         **run_header(settings.command(), commit, seed=None),
         "settings": json.loads(settings.model_dump_json()),

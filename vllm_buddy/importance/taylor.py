@@ -1,6 +1,6 @@
-"""First-order Taylor importance: how much the loss would change if a layer's weights were zero.
+"""First-order Taylor importance: an estimate of how much the loss changes if a layer's weights are set to zero.
 
-The sum over a layer's weights of |w * dL/dw| (Shortened LLaMA, arXiv 2402.02834, section 3.2), L being the mean loss
+It is the sum over a layer's weights of |w * dL/dw| (Shortened LLaMA, arXiv 2402.02834, section 3.2). L is the mean loss
 over all windows.
 """
 
@@ -15,7 +15,12 @@ from vllm_buddy.importance.layer_stack import LayerStack
 
 
 def taylor_importance(model: nn.Module, windows: torch.Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
-    """windows: [num_windows, window] token ids -> [num_layers - 2], float64. Needs memory for the layers' gradients."""
+    """Return the Taylor importance per middle layer.
+
+    This needs memory for the gradients of all middle layers.
+
+    windows: [num_windows, window] token ids. Returns [num_layers - 2], float64.
+    """
     stack = LayerStack(model, windows.shape[1])
     backbone: Any = model.model
     wanted_before = {p: p.requires_grad for p in model.parameters()}

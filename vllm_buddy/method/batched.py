@@ -1,8 +1,9 @@
-"""The routed forward for many sequences at once: what `reference.py` computes, packed, fast and differentiable.
+"""Runs a Hugging Face model along given paths for many sequences at once, fast and differentiable.
 
-Rows that skip a layer are not computed. Under `masked`, the rows of a sequence that run a layer are packed to the
-front, as in the serving cache: keys hold their rotation and keep their order, so causal attention over the packed
-rows is attention masked by validity. Right padding is harmless, because attention looks back only.
+The results equal those of `reference.py`. Rows that skip a layer are not computed. Under the KV policy `masked`, the
+rows of a sequence that run a layer are packed to the front, as in the serving KV cache. Keys are rotated before packing
+and keep their order, so causal attention over the packed rows equals attention that masks the skipped positions. Right
+padding is harmless, because attention is causal.
 """
 
 from dataclasses import dataclass
@@ -24,14 +25,18 @@ def routed_hidden(
     bypass: Bypass | None = None,
     gates: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Hidden states behind the last layer, before the final norm: [batch, length, hidden_size].
+    """Return the hidden states after the last layer, before the final norm: [batch, length, hidden_size].
 
     model: a Hugging Face causal language model (see reference.check_config); computed in its dtype.
-    token_ids: [batch, length], int64. masks: [batch, length, num_layers], bool: which token runs which layer; the
-        first and the last layer are run by all.
-    gates: [batch, num_layers], 1.0 where a sequence runs a layer and 0.0 where it skips it; for the gradient of
-        scores (BUDDY, section 3.3: H + M F(H)). F is then computed for skipped layers too, without a gradient of its
-        own. Every sequence must have one path.
+    token_ids: [batch, length], int64.
+    masks: [batch, length, num_layers], bool: which token runs which layer. Every token runs the first and last layer.
+    gates: [batch, num_layers], 1.0 where a sequence runs a layer and 0.0 where it skips it. They give the router's
+        scores a gradient (BUDDY, section 3.3: H + M F(H)). F is then also computed for skipped layers, without a
+        gradient through F itself. All tokens of a sequence must have the same path.
+
+    Raises:
+        ValueError: `masks` has another shape or lacks an end layer, or a sequence with gates has several paths.
+        UnsupportedError, SettingsError: the model or the KV policy is not supported.
     """
     check_config(model.config)
     check_kv_policy(kv_policy)
@@ -49,24 +54,24 @@ def routed_hidden(
 
 @dataclass(frozen=True)
 class Rotary:
-    """cos, sin: [..., length, head_dim], for the rows that go through a layer."""
+    """Rotary position embedding of the rows that go through a layer. cos, sin: [..., length, head_dim]."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     def at(self, positions: torch.Tensor) -> "Rotary":
-        """For rows at other positions. positions: [batch, rows]."""
+        """Return the embedding of the rows at `positions`: [batch, rows]."""
         return Rotary(self.cos[positions], self.sin[positions])
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [batch, num_heads, rows, head_dim], in Hugging Face's half-split order."""
+        """Rotate x: [batch, num_heads, rows, head_dim], in Hugging Face's half-split order."""
         cos, sin = (t if t.dim() == 2 else t[:, None] for t in (self.cos, self.sin))
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def embed(model: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
-    """Embeddings [batch, length, hidden_size] of token_ids [batch, length], and the rotation of their positions."""
+    """Return the embeddings [batch, length, hidden_size] of token_ids [batch, length] and their rotary embedding."""
     backbone: Any = model.model
     hidden = backbone.embed_tokens(token_ids)
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)
@@ -84,7 +89,7 @@ def _routed_layer(
     bypass: Bypass | None,
     gate: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One layer. hidden: [batch, length, hidden_size]; runs: [batch, length], bool; gate: [batch]."""
+    """Run one layer. hidden: [batch, length, hidden_size]; runs: [batch, length], bool; gate: [batch]."""
     whole = runs.all(dim=1)
     if gate is not None:
         if not (whole == runs.any(dim=1)).all():
@@ -95,7 +100,7 @@ def _routed_layer(
     some = runs.any(dim=1)
     if not some.any():
         return hidden if bypass is None else bypass.apply(index, hidden)
-    if (whole == some).all():  # every sequence runs it from end to end or not at all
+    if (whole == some).all():  # each sequence runs it for all of its tokens or for none
         ran, skipped = whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]
         output = hidden.index_copy(0, ran, dense_layer(layer, hidden[ran], rotary))
         return output if bypass is None else output.index_copy(0, skipped, bypass.apply(index, hidden[skipped]))
@@ -118,7 +123,7 @@ def _gated_layer(
     bypass: Bypass | None,
     gate: torch.Tensor,
 ) -> torch.Tensor:
-    """H + M F(H) + (1 - M) bypass(H), with a gradient for M wherever it is 0 or 1. ran: [batch], bool."""
+    """H + M F(H) + (1 - M) bypass(H), with a gradient for M whether it is 0 or 1. ran: [batch], bool."""
     output = hidden
     for rows, executed in ((ran.nonzero()[:, 0], True), ((~ran).nonzero()[:, 0], False)):
         if len(rows) == 0:
@@ -135,7 +140,7 @@ def _gated_layer(
 
 
 def dense_layer(layer: Any, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """A decoder layer on rows that all run it and attend to each other causally. hidden: [batch, rows, hidden_size]."""
+    """Run a decoder layer with causal attention on all rows of `hidden`: [batch, rows, hidden_size]."""
     attention = layer.self_attn
     normed = _norm(layer.input_layernorm, hidden)
     queries, keys = (rotary.apply(_heads(attention, normed, which)) for which in "qk")
@@ -148,7 +153,7 @@ def dense_layer(layer: Any, hidden: torch.Tensor, rotary: Rotary) -> torch.Tenso
 def _sparse_layer(
     layer: Any, hidden: torch.Tensor, columns: torch.Tensor, runs: torch.Tensor, rotary: Rotary, kv_policy: str
 ) -> torch.Tensor:
-    """Queries from packed rows, keys and values from every position (`kv_only`, `zero`).
+    """Run a layer with queries of packed rows and keys and values of every position (`kv_only`, `zero`).
 
     hidden: [batch, length, hidden_size]; columns: [batch, rows], positions of the packed rows; runs: [batch, length].
     """
@@ -167,29 +172,30 @@ def _sparse_layer(
 
 
 def _behind_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-    """mixed: [batch, num_heads, rows, head_dim]."""
+    """The output projection and the MLP. mixed: attention output, [batch, num_heads, rows, head_dim]."""
     hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
     return hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))
 
 
 def _heads(attention: Any, normed: torch.Tensor, which: str) -> torch.Tensor:
-    """q, k or v: [batch, num_heads, rows, head_dim], with Qwen3's norm per head where there is one."""
+    """Project to q, k or v: [batch, num_heads, rows, head_dim], with Qwen3's norm per head where the model has one."""
     projected = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)
     return (projected if norm is None else _norm(norm, projected)).transpose(1, 2)
 
 
 def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """A Hugging Face RMSNorm as one operation."""
+    """Apply a Hugging Face RMSNorm as one fused operation."""
     return nn.functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _pack(runs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where `runs` [batch, length] holds, row by row, padded to the longest row.
+    """Find the positions where `runs` [batch, length] is True, per sequence, padded to the longest one.
 
     Returns:
-        rows: [n], sequences with at least one such position. columns: [n, m], their positions in order, padded with
-        the sequence's last position. padding: [n, m], bool.
+        rows: [n], the sequences with at least one such position.
+        columns: [n, m], their positions in ascending order, padded with the sequence's last position.
+        padding: [n, m], bool, True where `columns` is padding.
     """
     rows = runs.any(dim=1).nonzero()[:, 0]
     counts = runs[rows].sum(dim=1)

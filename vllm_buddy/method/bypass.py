@@ -1,9 +1,9 @@
-"""What a skipped layer leaves instead of itself: a small low-rank repair of the hidden state.
+"""The bypass: a small low-rank network that repairs the hidden state of tokens that skip a layer.
 
     h + U SiLU(D RMSNorm(h))
 
-The norm has no weight of its own (it would be absorbed by D). The bypass acts on tokens that skip the layer and on no
-others, so that at full depth the model is the base model, exactly, and the base weights stay untouched.
+The norm has no weight, because D would absorb it. A bypass acts only on tokens that skip its layer. At full depth the
+model therefore equals the base model exactly, and the base weights stay untouched.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from vllm_buddy.method.byte_grid import on_byte_grid
 
 @dataclass(frozen=True)
 class Bypass:
-    """Weights of the bypasses of all middle layers.
+    """The weights of the bypasses of all middle layers.
 
-    down: [num_middle, rank, hidden_size]. up: [num_middle, hidden_size, rank]. eps: that of the model's RMSNorm.
+    down: [num_middle, rank, hidden_size], D. up: [num_middle, hidden_size, rank], U. eps: that of the model's RMSNorm.
     """
 
     down: torch.Tensor
@@ -31,11 +31,11 @@ class Bypass:
         return self.down.shape[1]
 
     def to(self, like: torch.Tensor) -> "Bypass":
-        """In the dtype and on the device of `like`."""
+        """Return these weights in the dtype and on the device of `like`."""
         return Bypass(self.down.to(like), self.up.to(like), self.eps)
 
     def rounded(self) -> "Bypass":
-        """On a grid of 8 bits, one scale per row of each matrix: what an artifact stores without loss. float32."""
+        """Return these weights rounded to 8 bits with one scale per row, float32: an artifact stores them exactly."""
         down, up = (
             torch.from_numpy(on_byte_grid(t.detach().cpu().float().flatten(0, 1).T.numpy()).T.copy()).view(t.shape)
             for t in (self.down, self.up)
@@ -43,7 +43,7 @@ class Bypass:
         return Bypass(down, up, self.eps)
 
     def apply(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [..., hidden_size] before `layer` (1 to num_layers - 2) -> what replaces that layer's output."""
+        """Replace the output of `layer` (1 to num_layers - 2). hidden: the layer's input, [..., hidden_size]."""
         return hidden + bypass_delta(hidden, self.down[layer - 1], self.up[layer - 1], self.eps)
 
 
@@ -57,10 +57,10 @@ def bypass_delta(
     eps: float,
     products: tuple[Product, Product] = (nn.functional.linear, nn.functional.linear),
 ) -> torch.Tensor:
-    """What one bypass adds.
+    """Return what one bypass adds to `hidden`: [..., hidden_size].
 
-    hidden: [..., hidden_size]. down: [rank, hidden_size]; up: [hidden_size, rank]; or in the form that `products`, the
-    functions that multiply by them, take.
+    down: [rank, hidden_size]; up: [hidden_size, rank]. products: the functions that multiply by `down` and by `up`;
+    the weights may have any form that these functions take.
     """
     by_down, by_up = products
     normed = nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=eps)

@@ -1,4 +1,4 @@
-"""Weights in 8 bits. Training rounds to the grid, so that what it evaluates is what an artifact stores."""
+"""Rounds weights to 8 bits. Training rounds before it evaluates, so an artifact stores exactly the evaluated values."""
 
 import numpy as np
 
@@ -7,13 +7,13 @@ _SCALE_STEPS = 1 << 16
 
 
 def byte_grid(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 8-bit numbers nearest to a table, one scale per column.
+    """Return the nearest 8-bit codes of a table, with one scale per column.
 
     table: [rows, columns], float32.
 
     Returns:
         (codes [rows, columns] int8, scale [columns] float32). A scale has 16 significant bits, so codes * scale is
-        exact, and the grid of a table that is on a grid already is that grid.
+        exact, and rounding an already rounded table gives the same codes and scales.
     """
     fraction, exponent = np.frexp(np.abs(table).max(axis=0).astype(np.float64) / _LARGEST_CODE)
     scale = np.ldexp(np.rint(fraction * _SCALE_STEPS) / _SCALE_STEPS, exponent)
@@ -23,6 +23,6 @@ def byte_grid(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def on_byte_grid(table: np.ndarray) -> np.ndarray:
-    """The table that is stored in its place. table: [rows, columns], float32."""
+    """Return `table` [rows, columns], float32, rounded to its 8-bit grid."""
     codes, scale = byte_grid(table)
     return codes * scale

@@ -1,4 +1,4 @@
-"""The router's view of a request: a running mean over its tokens, updated in O(1) per token."""
+"""The context: a running mean over the tokens of a request, which is the input of the router. O(1) per token."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 class Context:
-    """Pooled first-layer state of the tokens seen so far, already multiplied by the first linear layer.
+    """The pooled first-layer state of the tokens seen so far, multiplied by the router's first linear layer.
 
-    The pooled Value states G of the paper are a mean over tokens of a function of the token id alone (the
-    first layer's input is the embedding and V carries no position), so a sum of table rows is all the state
-    there is. Sums are float64: adding tokens one by one or as one prompt differs by less than any score gap.
+    The paper's pooled Value states G are a mean over tokens. Each token's V is a function of its token id alone: the
+    first layer's input is the embedding, and V carries no position. A sum of table rows is therefore the whole state.
+    Sums are float64, so adding tokens one by one or as one prompt differs by less than any gap between scores.
 
     table: [vocab_size, r], float32, one row per token id.
     """
@@ -25,7 +25,7 @@ class Context:
         """Add the next tokens of the request, in order."""
         if len(token_ids) == 0:
             return
-        if len(token_ids) == 1:  # most calls, when every token is routed; the same sum for a fifth of the time
+        if len(token_ids) == 1:  # most calls when every token is routed; the same sum in a fifth of the time
             self._sum += self._table[token_ids[0]]
         else:
             self._sum += self._table[np.asarray(token_ids)].sum(axis=0, dtype=np.float64)
@@ -34,5 +34,5 @@ class Context:
 
     @property
     def mean(self) -> np.ndarray:
-        """[r], float64. Defined once a token has been added."""
+        """The mean of the table rows: [r], float64. Undefined before the first token."""
         return self._sum / self.num_tokens

@@ -1,11 +1,11 @@
-"""The Decision Module, as it is trained and as it is served.
+"""The Decision Module, which scores the middle layers for a request: the trained form and the served form.
 
-Trained form (BUDDY, section 3.2): a two-layer MLP over the first layer's Value states,
+The trained form (BUDDY, section 3.2) is a two-layer MLP over the first layer's Value states,
 
     s = W_2 SiLU(W_1 [mean(V over all tokens so far) ; V of the newest token] + b_1) + b_2.
 
-The first layer's V is a function of the token id alone, so W_1 V can be tabulated once for the whole
-vocabulary. The folded form needs no forward pass: it looks up token ids on the host.
+The first layer's V is a function of the token id alone, so W_1 V can be tabulated for the whole vocabulary. The served
+("folded") form looks up token ids in these tables on the host and needs no forward pass.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from vllm_buddy.method.context import Context
 
 
 class DecisionModule(nn.Module):
-    """One score per middle layer from pooled first-layer Value states.
+    """Computes one score per middle layer from pooled first-layer Value states.
 
     value_dim: num_kv_heads * head_dim of the base model.
-    num_middle: candidate layers, num_layers - 2.
+    num_middle: number of layers to choose from, num_layers - 2.
     hidden: width r of the MLP; the paper's example is 32.
     """
 
@@ -34,13 +34,13 @@ class DecisionModule(nn.Module):
         self.w2 = nn.Linear(hidden, num_middle)
 
     def forward(self, mean_value: torch.Tensor, newest_value: torch.Tensor) -> torch.Tensor:
-        """mean_value, newest_value: [..., value_dim] -> scores [..., num_middle]."""
+        """Return scores [..., num_middle]. mean_value, newest_value: [..., value_dim]."""
         hidden = self.w1(torch.cat([mean_value, newest_value], dim=-1))
         return self.w2(nn.functional.silu(hidden))
 
 
 def value_table(model: nn.Module) -> torch.Tensor:
-    """First-layer Value states of every token id: [vocab_size, value_dim], float32.
+    """Return the first-layer Value states of every token id: [vocab_size, value_dim], float32.
 
     model: a Hugging Face Llama, Qwen2 or Qwen3 causal language model.
     """
@@ -53,10 +53,10 @@ def value_table(model: nn.Module) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FoldedDecision:
-    """The Decision Module on token ids. All arrays float32.
+    """The Decision Module as a function of token ids. All arrays are float32.
 
-    table_context, table_newest: [vocab_size, r], from `fold` on a grid of 8 bits (see byte_grid); b1: [r];
-    w2: [num_middle, r]; b2: [num_middle].
+    table_context, table_newest: [vocab_size, r], rounded to 8 bits by `fold` (see byte_grid). b1: [r].
+    w2: [num_middle, r]. b2: [num_middle].
     """
 
     table_context: np.ndarray
@@ -67,9 +67,9 @@ class FoldedDecision:
 
     @classmethod
     def fold(cls, module: DecisionModule, values: torch.Tensor) -> "FoldedDecision":
-        """Multiply the first linear layer into `values` [vocab_size, value_dim] (see value_table).
+        """Tabulate the first linear layer of `module` over `values` [vocab_size, value_dim] (see value_table).
 
-        The tables are rounded to 8 bits here, so that what is measured after folding is what is stored and served.
+        The tables are rounded to 8 bits here, so measurements after folding use the values that are stored and served.
         """
         with torch.no_grad():
             w_mean, w_newest = module.w1.weight.float().chunk(2, dim=1)
@@ -82,7 +82,7 @@ class FoldedDecision:
             )
 
     def scores(self, context: Context) -> np.ndarray:
-        """[num_middle], float64, for the tokens that `context` has seen (at least one)."""
+        """Return the scores for the tokens that `context` has seen (at least one): [num_middle], float64."""
         half = context.mean
         half += self.table_newest[context.newest]
         half += self.b1
@@ -92,4 +92,4 @@ class FoldedDecision:
 
     @cached_property
     def _w2(self) -> np.ndarray:
-        return self.w2.astype(np.float64)  # once, not in every product
+        return self.w2.astype(np.float64)  # converted once, not in every product

@@ -1,7 +1,7 @@
-"""The routed forward of one sequence on many paths at once, sharing what they have in common.
+"""Runs a Hugging Face model on one sequence along many paths at once and computes shared hidden states once.
 
-Two paths that agree up to a layer have the same hidden states there, so a state is computed once for all paths with
-the same beginning. What runs a layer, and what skips it, goes through it as one batch.
+Paths that agree on the layers up to some layer have the same hidden state there, so it is computed once for all of
+them. At each layer, the states that run it form one batch, and the states that skip it form another.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,16 @@ from vllm_buddy.method.reference import check_config
 def forked_hidden(
     model: nn.Module, token_ids: torch.Tensor, paths: Sequence[LayerPath], bypass: Bypass | None = None
 ) -> torch.Tensor:
-    """Hidden states behind the last layer, before the final norm: [len(paths), length, hidden_size].
+    """Return the hidden states after the last layer, before the final norm: [len(paths), length, hidden_size].
 
-    Equal to `batched.routed_hidden` with every token on one path. Under any KV policy: where a layer is skipped by the
-    whole sequence, nothing reads what it leaves in the cache.
+    The result equals `batched.routed_hidden` with all tokens on the same path. It holds for every KV policy: where the
+    whole sequence skips a layer, nothing reads that layer's cache.
 
-    token_ids: [length], int64. paths: each holds the first and the last layer; the same one may occur twice.
+    token_ids: [length], int64. paths: each holds the first and the last layer; a path may occur more than once.
+
+    Raises:
+        ValueError: a path lacks the first or the last layer, or holds a layer beyond it.
+        UnsupportedError: the model is not supported.
     """
     check_config(model.config)
     backbone: Any = model.model
@@ -34,7 +38,7 @@ def forked_hidden(
         raise ValueError(f"every path must hold layers 0 and {num_layers - 1}, and none beyond")
     hidden, rotary = embed(model, token_ids[None])
     bypass = bypass.to(hidden) if bypass is not None else None
-    beginnings = [0]  # of paths, one for each row of `hidden`
+    beginnings = [0]  # the bits of each path below `index`, one entry per row of `hidden`
     for index, layer in enumerate(backbone.layers):
         below = (1 << index) - 1
         wanted = list(dict.fromkeys(path & (below << 1 | 1) for path in paths))

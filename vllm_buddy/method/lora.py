@@ -1,6 +1,6 @@
-"""Low-rank changes of the base weights, merged before the model runs: what the recipes `paper` and `distill` train.
+"""LoRA: low-rank changes of the base weights, which the recipes `paper` and `distill` train.
 
-W + (alpha / rank) B A
+The changes are merged into the weights before the model runs: W + (alpha / rank) B A.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,10 +14,9 @@ from vllm_buddy.errors import ArtifactError
 
 @dataclass(frozen=True)
 class LoraDeltas:
-    """The changes of a model's weights.
+    """The changes of a model's weights, by Hugging Face module name such as `model.layers.3.self_attn.q_proj`.
 
-    a: Hugging Face module name, such as `model.layers.3.self_attn.q_proj` -> [rank, in_features].
-    b: the same names -> [out_features, rank].
+    a: module name -> [rank, in_features]. b: the same names -> [out_features, rank].
     """
 
     a: Mapping[str, torch.Tensor]
@@ -29,12 +28,12 @@ class LoraDeltas:
         return next(iter(self.a.values())).shape[0]
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` [out_features, in_features] of the parameter `name`, changed; itself where there is no change.
+        """Return `weight` [out_features, in_features] of parameter `name` with its change, or itself without one.
 
-        Computed in float32 and rounded once to the weight's dtype.
+        The sum is computed in float32 and rounded once to the weight's dtype.
 
         Raises:
-            ArtifactError: the weight has another shape than the change.
+            ArtifactError: the shapes of the weight and the change differ.
         """
         module = name.removesuffix(".weight")
         if module == name or module not in self.a:
@@ -48,10 +47,10 @@ class LoraDeltas:
         return torch.addmm(weight.float(), b, a, alpha=self.alpha / self.rank).to(weight.dtype)
 
     def merge_all(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """`weights`, changed one by one.
+        """Yield the (name, weight) pairs of `weights` with their changes merged.
 
         Raises:
-            ArtifactError: at the end, if a weight that is to be changed did not come.
+            ArtifactError: the shapes of a weight and its change differ, or, at the end, a weight to change is missing.
         """
         missing = set(self.a)
         for name, weight in weights:
@@ -62,10 +61,10 @@ class LoraDeltas:
 
     @torch.no_grad()
     def merge_into(self, model: nn.Module) -> None:
-        """Change the weights of a Hugging Face model in place.
+        """Merge the changes into the weights of a Hugging Face model in place.
 
         Raises:
-            ArtifactError: the model lacks a weight, or has one of another shape.
+            ArtifactError: the model lacks a weight, or its shape differs from that of the change.
         """
         parameters = dict(model.named_parameters())
         for module in self.a:

@@ -1,8 +1,9 @@
-"""The golden truth: a plain routed forward over a Hugging Face Llama, Qwen2 or Qwen3, in whatever dtype it has.
+"""The reference implementation of routing, which all other implementations are tested against.
 
-One sequence at a time, no padding, no compiled code, attention as two matrix products. Every position has its own
-path. A skipped layer is skipped whole (BUDDY, section 3.1): the hidden state passes unchanged, or through the layer's
-bypass where there is one, and the KV policy says what later positions of that layer find there.
+It runs a Hugging Face Llama, Qwen2 or Qwen3 in the model's dtype, one sequence at a time, without padding or compiled
+code, and computes attention as two matrix products. Every position has its own path. A token skips a layer as a whole
+(BUDDY, section 3.1): the hidden state passes unchanged, or through the layer's bypass if the artifact has one. The KV
+policy decides what later positions see of that token in that layer.
 """
 
 from collections.abc import Sequence
@@ -24,9 +25,9 @@ MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
 @dataclass
 class LayerCache:
-    """K and V of the positions that one layer can attend to, in order of position.
+    """The KV cache of one layer: K and V of the positions it can attend to, in order of position.
 
-    positions: [n], int64. keys (rotated), values: [n, num_kv_heads, head_dim]. None before the first entry.
+    positions: [n], int64. keys (rotated), values: [n, num_kv_heads, head_dim]. All are None before the first entry.
     """
 
     positions: torch.Tensor | None = None
@@ -36,7 +37,7 @@ class LayerCache:
     def append(
         self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Add entries behind those present; returns all (positions, keys, values)."""
+        """Add entries after the present ones; returns all (positions, keys, values)."""
         if self.positions is not None and self.keys is not None and self.values is not None:
             positions = torch.cat([self.positions, positions])
             keys = torch.cat([self.keys, keys])
@@ -47,10 +48,10 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class GeneratedSequence:
-    """What `generate` returns.
+    """The result of `generate`.
 
     token_ids: the generated tokens, without the prompt.
-    paths: the path of every position that ran, prompt first. The last generated token never runs, so these are
+    paths: the path of every position that ran, prompt first. The last generated token never runs, so the length is
         len(prompt) + len(token_ids) - 1.
     logprobs: natural log of the probability of each generated token.
     """
@@ -61,7 +62,7 @@ class GeneratedSequence:
 
 
 def check_config(config: Any) -> None:
-    """Raise UnsupportedError unless a model's configuration is of a dense Llama, Qwen2 or Qwen3 with full attention."""
+    """Raise UnsupportedError unless `config` describes a dense Llama, Qwen2 or Qwen3 with full attention."""
     if config.model_type not in MODEL_TYPES:
         raise UnsupportedError(f"model type {config.model_type!r} is not supported; known are {', '.join(MODEL_TYPES)}")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -73,14 +74,18 @@ def check_config(config: Any) -> None:
 def routed_logits(
     model: nn.Module, token_ids: Sequence[int], paths: Sequence[LayerPath], kv_policy: str, bypass: Bypass | None = None
 ) -> torch.Tensor:
-    """Logits of every position, computed from scratch.
+    """Compute the logits of every position from scratch.
 
     model: a Hugging Face causal language model (see check_config).
     paths: paths[t] is the path of position t; it must hold the first and the last layer.
-    bypass: what rows go through where they skip a layer, computed in the model's dtype.
+    bypass: applied to rows that skip a layer, in the model's dtype.
 
     Returns:
         [len(token_ids), vocab_size], in the model's dtype.
+
+    Raises:
+        ValueError: a token has no path, or a path lacks the first or the last layer.
+        UnsupportedError, SettingsError: the model or the KV policy is not supported.
     """
     return _advance(model, _empty_cache(model, kv_policy), 0, token_ids, paths, kv_policy, _like(model, bypass))
 
@@ -97,9 +102,10 @@ def generate(
     bypass: Bypass | None = None,
     num_context_tokens: int | None = None,
 ) -> GeneratedSequence:
-    """Greedy decoding with the paths a scheduler would hand out for this request.
+    """Decode greedily with the paths that the scheduler would choose for this request.
 
-    depth: layers per token, first and last included. prompt: at least one token id. No token ends it early.
+    depth: layers per token, first and last included. prompt: at least one token id.
+    max_new_tokens: tokens to generate; no token ends the sequence early.
     bypass: see routed_logits. num_context_tokens: see RequestRoute.
     """
     caches = _empty_cache(model, kv_policy)
@@ -138,7 +144,7 @@ def _advance(
     kv_policy: str,
     bypass: Bypass | None,
 ) -> torch.Tensor:
-    """Run the tokens at positions start, start + 1, ...; extends `caches`; returns their logits [n, vocab_size]."""
+    """Run the tokens at positions start, start + 1, ..., extend `caches` and return the logits [n, vocab_size]."""
     if len(paths) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens but {len(paths)} paths")
     ends = 1 | 1 << len(caches) - 1
@@ -168,7 +174,7 @@ def _layer(
     runs: torch.Tensor,
     kv_policy: str,
 ) -> torch.Tensor:
-    """One layer for the rows where `runs` ([n], bool) holds; the other rows pass. A new tensor."""
+    """Run one layer on the rows where `runs` ([n], bool) is True; other rows pass. Returns a new tensor."""
     attention = layer.self_attn
     entries = runs if kv_policy == MASKED else torch.ones_like(runs)
     normed = layer.input_layernorm(hidden)
@@ -190,7 +196,7 @@ def _layer(
 
 
 def _heads(attention: Any, normed: torch.Tensor, which: str) -> torch.Tensor:
-    """q, k or v of `normed` [n, hidden]: [n, num_heads, head_dim], with Qwen3's norm per head where there is one."""
+    """Project `normed` [n, hidden] to q, k or v: [n, num_heads, head_dim], with Qwen3's norm per head."""
     projected = getattr(attention, f"{which}_proj")(normed)
     # The number of heads is spelt out because a view to -1 is ambiguous for zero rows.
     projected = projected.view(len(normed), projected.shape[-1] // attention.head_dim, attention.head_dim)
@@ -199,7 +205,7 @@ def _heads(attention: Any, normed: torch.Tensor, which: str) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in Hugging Face's half-split order. x: [n, num_heads, head_dim]; cos, sin: [n, head_dim]."""
+    """Apply the rotary embedding in half-split order. x: [n, num_heads, head_dim]; cos, sin: [n, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
@@ -207,8 +213,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def _attend(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Softmax attention. queries: [n, num_heads, head_dim]; keys, values: [m, num_kv_heads, head_dim];
-    visible: [n, m], bool. Returns [n, num_heads * head_dim]."""
+    """Compute softmax attention: [n, num_heads * head_dim].
+
+    queries: [n, num_heads, head_dim]; keys, values: [m, num_kv_heads, head_dim]; visible: [n, m], bool.
+    """
     group = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     logits = torch.einsum("nhd,mhd->hnm", queries, keys) * scaling

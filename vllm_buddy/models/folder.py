@@ -1,4 +1,4 @@
-"""A Hugging Face model folder as model and tokenizer, with errors a user understands."""
+"""Loads configuration, model and tokenizer from a Hugging Face folder, with errors that a user can act on."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_config(folder: Path) -> Any:
-    """The Hugging Face configuration of the model in `folder`.
+    """Load the Hugging Face configuration of the model in `folder`.
 
     Raises:
-        ModelError: it cannot be read.
-        UnsupportedError: it is not that of a dense Llama, Qwen2 or Qwen3.
+        ModelError: the configuration cannot be read.
+        UnsupportedError: the model is not a dense Llama, Qwen2 or Qwen3.
     """
     from transformers import AutoConfig
 
@@ -30,11 +30,11 @@ def load_config(folder: Path) -> Any:
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The causal language model in `folder`, for inference.
+    """Load the causal language model in `folder` for inference.
 
     Raises:
         ModelError: the files cannot be loaded.
-        UnsupportedError: it is not a dense Llama, Qwen2 or Qwen3, or is quantised.
+        UnsupportedError: the model is not a dense Llama, Qwen2 or Qwen3, or is quantised.
     """
     from transformers import AutoModelForCausalLM
 
@@ -48,14 +48,14 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`.
+    """Load the tokenizer in `folder`.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no tokenizer, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    # Asked explicitly: without any file transformers makes up an empty tokenizer that finds no tokens.
+    # Without tokenizer files, transformers creates an empty tokenizer that finds no tokens.
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(f"{folder} has no tokenizer files; wanted is {' or '.join(_TOKENIZER_FILES)}")
     try:

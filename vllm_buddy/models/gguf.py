@@ -1,7 +1,7 @@
-"""A Llama model in a GGUF file, as an ordinary Hugging Face folder in bf16.
+"""Converts a Llama model in a GGUF file to an ordinary Hugging Face folder in bf16.
 
-Written out instead of left to transformers, whose GGUF support wants a full model in memory, drops the digit
-splitting of this tokenizer's family and changes its interface from version to version. Tensors are bit-equal.
+The GGUF support of transformers is not used, because it needs a full model in memory, drops the digit splitting of this
+tokenizer family and changes its interface between versions. The tensors written here are bit-equal to its own.
 """
 
 import json
@@ -27,7 +27,7 @@ _PER_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that text never turns into
+_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that never result from text
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -38,10 +38,10 @@ MODEL_FILES = (
 
 
 class GgufLlama:
-    """A GGUF file of architecture llama with a byte-level BPE tokenizer and tied embeddings.
+    """A GGUF file of a Llama model with a byte-level BPE tokenizer and tied embeddings.
 
     Raises:
-        EmbeddedModelError: the package gguf is missing, or the file is of another kind.
+        EmbeddedModelError: the package gguf is missing, or the file holds another architecture or tokenizer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,18 +57,18 @@ class GgufLlama:
             raise EmbeddedModelError(f"{path} holds architecture and tokenizer {kind}, expected ('llama', 'gpt2')")
 
     def write(self, folder: Path, name: str) -> None:
-        """Write config, weights and tokenizer into `folder`. name: the model's hub id, kept in the config."""
+        """Write configuration, weights and tokenizer to `folder`. name: the model's hub id, stored in config.json."""
         tensors = dict(self.tensors())
         weights = folder / "model.safetensors"
         save_file(tensors, weights, metadata={"format": "pt"})
-        weights.chmod(0o644)  # safetensors makes it readable for its owner alone
+        weights.chmod(0o644)  # safetensors makes a file that only its owner can read
         _write_json(folder / "config.json", self._config(name))
         special = {f"{key}_token_id": self._special_id(key) for key in ("bos", "eos", "pad")}
         _write_json(folder / "generation_config.json", special)
         self._write_tokenizer(folder)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and values as transformers' Llama has them, in bf16."""
+        """Yield names and values in the form of transformers' Llama, in bf16."""
         from gguf import dequantize
 
         for tensor in self._reader.tensors:
@@ -94,7 +94,7 @@ class GgufLlama:
             "vocab_size": self._field("llama.vocab_size"),
             "max_position_embeddings": self._field("llama.context_length"),
             "rope_theta": self._field("llama.rope.freq_base"),
-            # GGUF keeps a float32; the shortest decimal of the same float32 is the number the model was given.
+            # GGUF stores a float32; its shortest decimal form is the number in the original configuration.
             "rms_norm_eps": float(str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon")))),
             "hidden_act": "silu",
             "attention_bias": False,
@@ -154,7 +154,11 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _undo_rope_order(values: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of one head from GGUF's order, pairs side by side, to transformers', first halves first."""
+    """Reorder the rows of each head for transformers' rotary embedding.
+
+    GGUF stores the two rows of each rotated pair side by side; transformers stores all first rows, then all second
+    rows. values: [rows, columns].
+    """
     pairs = values.shape[0] // num_heads // 2
     return values.reshape(num_heads, pairs, 2, -1).swapaxes(1, 2).reshape(values.shape)
 

@@ -1,13 +1,21 @@
-"""How much KV cache to ask vLLM for, by size: a share of a busy machine's memory may not be free."""
+"""Computes how many bytes of KV cache a number of sequences needs.
+
+vLLM is started with this size, because its default, a share of the machine's memory, may not be free on a busy machine.
+"""
 
 import json
 from pathlib import Path
 
-_LARGEST_BLOCK = 128  # tokens per KV block, at most
+_LARGEST_BLOCK = 128  # most tokens that a KV block can hold
 
 
 def kv_bytes(model_dir: Path, num_sequences: int, num_tokens: int, dtype: str) -> int:
-    """For so many sequences of so many tokens each, in whole blocks. dtype: of the cache, float32 or of 2 bytes."""
+    """Return the bytes of KV cache for `num_sequences` of `num_tokens` each.
+
+    Each sequence is rounded up to whole blocks and gets one more block.
+
+    dtype: of the cache; "float32" takes 4 bytes, every other one 2.
+    """
     config = json.loads((model_dir / "config.json").read_text())
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads

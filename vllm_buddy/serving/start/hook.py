@@ -1,6 +1,5 @@
-"""What happens at server start: vLLM calls the config hook with the whole configuration, before any process starts."""
+"""vLLM's config hook: checks the whole configuration before any process starts, and puts routing in place."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import CompilationMode, CUDAGraphMode
@@ -8,35 +7,23 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_buddy.artifact import Artifact, load_artifact, shipped_artifacts
-from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
-from vllm_buddy.errors import ArtifactError, SettingsError, UnsupportedError
+from vllm_buddy.artifact import load_artifact, resolve_artifact
+from vllm_buddy.errors import SettingsError
 from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
 from vllm_buddy.serving.schedule import SCHEDULER, metrics
+from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
 from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.refusals import refuse_unsupported
 from vllm_buddy.serving.start.settings import CONFIG_KEY, parse_settings
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
 CPU_WORKER = "vllm_buddy.serving.worker.worker.BuddyCPUWorker"
 GPU_WORKER = "vllm_buddy.serving.worker.worker.BuddyGPUWorker"
-
-# Those that hand a model the tensors of its checkpoint, under their own names.
-_MERGEABLE_FORMATS = (
-    "auto",
-    "hf",
-    "safetensors",
-    "pt",
-    "npcache",
-    "fastsafetensors",
-    "instanttensor",
-    "runai_streamer",
-)
 
 
 class BuddyModelConfig(VerifyAndUpdateConfig):
@@ -44,7 +31,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Check settings, features and artifact; put our scheduler and worker in place.
+        """Check settings, features and artifact, and set vLLM's scheduler and worker classes to ours.
 
         Raises:
             BuddyError: with what was found, what is allowed and what to do; vLLM then refuses to start.
@@ -53,7 +40,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             logger.warning("vllm_buddy was tested with vLLM %s, this is %s", ", ".join(TESTED_VLLM), vllm_version())
         settings = with_device_settings(parse_settings(vllm_config.additional_config), vllm_config)
         refuse_unsupported(vllm_config)
-        folder = resolve_artifact(settings.artifact, vllm_config)
+        folder = resolve_artifact(settings.artifact, lambda: identify_served_model(vllm_config))
         artifact = load_artifact(folder)
         check_base_model(artifact, vllm_config)
         check_lora(artifact, vllm_config)
@@ -69,7 +56,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         vllm_config.model_config.buddy_limits = limits
         vllm_config.additional_config = {
             **vllm_config.additional_config,
-            # What was not given must not look given to the process that reads this.
+            # Without unset ones: what was not given must not look given to the process that reads this.
             CONFIG_KEY: settings.model_copy(update={"artifact": str(folder)}).model_dump(exclude_unset=True),
         }
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
@@ -89,122 +76,10 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         )
 
 
-def resolve_artifact(name: str | None, vllm_config: "VllmConfig") -> Path:
-    """Folder of the artifact: a folder, the name of a shipped artifact, or a hub id.
-
-    Raises:
-        ArtifactError: none was named and no shipped one fits, or the named one is not to be found.
-    """
-    shipped = shipped_artifacts()
-    if name is None:
-        model = _identify_served_model(vllm_config.model_config, vllm_config)
-        for folder in shipped.values():
-            if _fits(load_artifact(folder).config.base_model, model):
-                return folder
-        raise ArtifactError(
-            f"no shipped artifact fits the model {model.summary()}; shipped are: {', '.join(shipped) or 'none'}. "
-            'Name one with --additional-config \'{"buddy": {"artifact": FOLDER_OR_HUB_ID}}\', or make one from the '
-            "model alone with `vllm-buddy prior MODEL_DIR OUT`"
-        )
-    if name in shipped:
-        return shipped[name]
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ArtifactError(
-            f"artifact '{name}' is neither a folder nor a shipped artifact ({', '.join(shipped) or 'none'})"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:  # the hub client raises many kinds: offline, missing, forbidden
-        raise ArtifactError(
-            f"artifact '{name}' is no folder, no shipped artifact ({', '.join(shipped) or 'none'}), and the hub does "
-            f"not give it: {error}"
-        ) from None
-
-
-def check_base_model(artifact: Artifact, vllm_config: "VllmConfig") -> None:
-    """Refuse an artifact that was made for another model.
-
-    Raises:
-        ArtifactError: names both models.
-    """
-    wanted = artifact.config.base_model
-    found = _identify_served_model(vllm_config.model_config, vllm_config)
-    if not _fits(wanted, found):
-        raise ArtifactError(
-            f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
-            f"but the model served is {found.summary()}"
-        )
-    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    if num_layers != wanted.num_layers:  # the files fit, but --hf-overrides cuts the model
-        raise ArtifactError(
-            f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
-            f"but {num_layers} layers of it are to be served"
-        )
-
-
-def check_lora(artifact: Artifact, vllm_config: "VllmConfig") -> None:
-    """Refuse to merge an artifact's LoRA into weights where that cannot be done.
-
-    Raises:
-        UnsupportedError: the weights are quantised, or vLLM loads them in a form of its own.
-    """
-    if artifact.lora is None:
-        return
-    what = f"artifact '{artifact.config.name}' changes the base weights (recipe {artifact.config.recipe}), which cannot"
-    quantization = vllm_config.model_config.quantization
-    if quantization is not None:
-        raise UnsupportedError(
-            f"{what} be done where they are quantised ({quantization}); serve the unquantised model, or an artifact "
-            "with a bypass, which leaves the base weights alone"
-        )
-    load_format = vllm_config.load_config.load_format
-    if load_format not in _MERGEABLE_FORMATS:
-        raise UnsupportedError(
-            f"{what} be done with --load-format {load_format}; use one of {', '.join(_MERGEABLE_FORMATS)}"
-        )
-
-
-def _fits(wanted: BaseModelIdentity, found: BaseModelIdentity) -> bool:
-    return wanted.shape == found.shape and found.fingerprint in (wanted.fingerprint, _NO_WEIGHTS)
-
-
-_NO_WEIGHTS = "no weights"
-
-
-def _identify_served_model(model_config: "ModelConfig", vllm_config: "VllmConfig") -> BaseModelIdentity:
-    name = str(model_config.model)
-    if vllm_config.load_config.load_format == "dummy":
-        hf_config = model_config.hf_text_config
-        return BaseModelIdentity(
-            id=name,
-            architecture=model_config.architectures[0],
-            num_layers=hf_config.num_hidden_layers,
-            hidden_size=hf_config.hidden_size,
-            vocab_size=hf_config.vocab_size,
-            fingerprint=_NO_WEIGHTS,
-        )
-    folder = Path(name)
-    if not folder.is_dir():
-        from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
-
-        # vLLM's worker downloads the same files a moment later, into the same cache.
-        folder = Path(
-            download_weights_from_hf(
-                name, vllm_config.load_config.download_dir, ["*.safetensors", "config.json"], model_config.revision
-            )
-        )
-    return identify(folder, name=name)
-
-
 def _configure_compilation(vllm_config: "VllmConfig") -> None:
-    """On CPU keep vLLM's compilation mode: it is applied per layer. Elsewhere layers run as they are, in our graphs.
+    """On CPU keep vLLM's compilation mode, which is applied per layer. On a GPU switch off what fixes the layers.
 
-    A compiled whole model and vLLM's CUDA graphs replay a fixed list of layers, which a path is not.
+    A model compiled as a whole, and vLLM's own CUDA graphs, replay a fixed list of layers; a path is another list.
     """
     compilation: Any = vllm_config.compilation_config
     if current_platform.is_cpu():

@@ -1,0 +1,53 @@
+"""Finds the folder of the artifact that a user names: a folder, a shipped artifact or a Hugging Face hub id."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm_buddy.artifact.artifact import load_artifact
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity
+from vllm_buddy.artifact.shipped import shipped_artifacts
+from vllm_buddy.errors import ArtifactError
+
+
+def resolve_artifact(name: str | None, base_model: Callable[[], BaseModelIdentity]) -> Path:
+    """Return the folder of artifact `name`; None stands for the shipped artifact that fits the base model.
+
+    A shipped artifact's name is tried first, then a folder, then a hub id (OWNER/NAME), which is downloaded. The
+    folder's files are not read for a named artifact.
+
+    base_model: identifies the model that the artifact is for. It is called only where `name` is None, because it may
+        download the model.
+
+    Raises:
+        ArtifactError: no shipped artifact fits the base model, or there is no artifact of that name.
+    """
+    shipped = shipped_artifacts()
+    if name is None:
+        return _shipped_for(base_model(), shipped)
+    if name in shipped:
+        return shipped[name]
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    known = ", ".join(shipped) or "none"
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ArtifactError(f"no artifact at {name}: it is neither a folder nor a shipped artifact ({known})")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the hub client raises many kinds: offline, missing, forbidden
+        raise ArtifactError(
+            f"artifact '{name}' is no folder, no shipped artifact ({known}), and the hub does not give it: {error}"
+        ) from None
+
+
+def _shipped_for(model: BaseModelIdentity, shipped: dict[str, Path]) -> Path:
+    for folder in shipped.values():
+        if load_artifact(folder).config.base_model.same_model(model):
+            return folder
+    raise ArtifactError(
+        f"no shipped artifact fits the model {model.summary()}; shipped are: {', '.join(shipped) or 'none'}. "
+        'Name one (a server takes it with --additional-config \'{"buddy": {"artifact": FOLDER_OR_HUB_ID}}\'), or make '
+        "one from the model alone with `vllm-buddy prior MODEL_DIR OUT`"
+    )

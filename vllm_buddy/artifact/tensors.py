@@ -1,0 +1,200 @@
+"""Converts an artifact's arrays to the named tensors of `model.safetensors`, and checks them when they are read.
+
+| tensor | shape and type |
+|---|---|
+| `prior` | [num_middle], float32 |
+| `decision.table_context`, `decision.table_newest` | [vocab_size, r], int8 |
+| `decision.table_context_scale`, `decision.table_newest_scale` | [r], float32, one per column |
+| `decision.b1`, `decision.w2`, `decision.b2` | [r], [num_middle, r], [num_middle], float32 |
+| `predictor.*` | as `decision.*`, with one output per step of the predictor's grid instead of num_middle |
+| `bypass.down`, `bypass.up` | [num_middle, rank, hidden_size], [num_middle, hidden_size, rank], int8 |
+| `bypass.down_scale`, `bypass.up_scale` | [num_middle * rank], [num_middle * hidden_size], float32, one per row |
+| `lora.NAME.a`, `lora.NAME.b` | [rank, in], [out, rank], float16; NAME is Hugging Face's, without `.weight` |
+
+num_middle is num_layers - 2. A tensor is stored as int8 only if that loses no bit. Otherwise it has no scale: tables
+are then float32 (as all tables of format version 1 are), and bypasses are float16.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_buddy.artifact.config import BuddyConfig
+from vllm_buddy.errors import ArtifactError
+from vllm_buddy.method import FoldedDecision, FoldedPredictor
+from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.byte_grid import byte_grid
+from vllm_buddy.method.lora import LoraDeltas
+
+_DECISION, _PREDICTOR = "decision", "predictor"
+_TABLES = ("table_context", "table_newest")
+_DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
+_BYPASS_TENSORS = ("down", "up")
+_LORA_TENSORS = ("a", "b")
+
+# None: any length.
+_Shapes = dict[str, tuple[int | None, ...]]
+
+
+@dataclass(frozen=True)
+class ArtifactParts:
+    """The parts of an artifact that are stored as tensors.
+
+    prior: [num_layers - 2]. bypass, lora: float32 when read from tensors.
+    """
+
+    prior: np.ndarray
+    decision: FoldedDecision | None
+    bypass: Bypass | None
+    lora: LoraDeltas | None
+    predictor: FoldedPredictor | None
+
+    @property
+    def constants(self) -> tuple[float | None, float | None, tuple[int, ...] | None]:
+        """The values that are stored in the configuration: bypass_eps, lora.alpha and predictor.depths."""
+        return (
+            None if self.bypass is None else self.bypass.eps,
+            None if self.lora is None else self.lora.alpha,
+            None if self.predictor is None else self.predictor.depths,
+        )
+
+
+def pack_tensors(parts: ArtifactParts) -> dict[str, np.ndarray]:
+    """Return the named tensors that store `parts`."""
+    tensors = {"prior": parts.prior.astype(np.float32)}
+    predictor = None if parts.predictor is None else parts.predictor.decision
+    for part, folded in ((_DECISION, parts.decision), (_PREDICTOR, predictor)):
+        for name in () if folded is None else _DECISION_TENSORS:
+            array = getattr(folded, name)
+            tensors |= _in_bytes(f"{part}.{name}", array, array) if name in _TABLES else {f"{part}.{name}": array}
+    if parts.bypass is not None:
+        for name in _BYPASS_TENSORS:
+            weight = getattr(parts.bypass, name).detach().cpu()
+            tensors |= _in_bytes(f"bypass.{name}", _rows_as_columns(weight.float().numpy()), _half(weight))
+    if parts.lora is not None:
+        for part in _LORA_TENSORS:
+            tensors |= {f"lora.{name}.{part}": _half(t) for name, t in getattr(parts.lora, part).items()}
+    return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+
+
+def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> ArtifactParts:
+    """Check `tensors` against `config` and return the parts that they store.
+
+    source: where the tensors come from, for error messages.
+
+    Raises:
+        ArtifactError: a tensor is missing, not described by `config`, of another shape or not finite.
+    """
+    lora_names = _lora_names(config, tensors, source)
+    _check_tensors(config, tensors, _expected_shapes(config, tensors, lora_names), source)
+    decision = bypass = lora = predictor = None
+    if config.has_decision_module:
+        decision = _decision(_DECISION, tensors, source)
+    if config.predictor is not None:
+        folded = _decision(_PREDICTOR, tensors, source)
+        predictor = FoldedPredictor(folded, config.predictor.depths, config.base_model.num_layers)
+    if config.bypass_rank:
+        down, up = (_bypass_weight(tensors, f"bypass.{name}") for name in _BYPASS_TENSORS)
+        bypass = Bypass(down, up, config.bypass_eps)
+    if config.lora is not None:
+        a, b = ({name: _float32(tensors[f"lora.{name}.{part}"]) for name in lora_names} for part in _LORA_TENSORS)
+        lora = LoraDeltas(a, b, config.lora.alpha)
+    return ArtifactParts(tensors["prior"].astype(np.float32), decision, bypass, lora, predictor)
+
+
+def _lora_names(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> list[str]:
+    """The names of the modules that the artifact's LoRA changes, sorted."""
+    if config.lora is None:
+        return []
+    names = sorted({name[5:-2] for name in tensors if name.startswith("lora.") and name.endswith((".a", ".b"))})
+    if not names:
+        raise ArtifactError(f"{source}: the configuration has a LoRA, of which there is no tensor")
+    return names
+
+
+def _expected_shapes(config: BuddyConfig, tensors: dict[str, np.ndarray], lora_names: list[str]) -> _Shapes:
+    base = config.base_model
+    num_middle = base.num_layers - 2
+    shapes: _Shapes = {"prior": (num_middle,)}
+    if config.has_decision_module:
+        shapes |= _decision_shapes(_DECISION, base.vocab_size, num_middle, tensors)
+    if config.predictor is not None:
+        shapes |= _decision_shapes(_PREDICTOR, base.vocab_size, len(config.predictor.depths) - 1, tensors)
+    if config.bypass_rank:
+        shapes["bypass.down"] = (num_middle, config.bypass_rank, base.hidden_size)
+        shapes["bypass.up"] = (num_middle, base.hidden_size, config.bypass_rank)
+        for name in ("bypass.down", "bypass.up"):
+            if name in tensors and tensors[name].dtype == np.int8:
+                shapes[f"{name}_scale"] = (math.prod(tensors[name].shape[:2]),)
+    if config.lora is not None:
+        for name in lora_names:
+            shapes |= {f"lora.{name}.a": (config.lora.rank, None), f"lora.{name}.b": (None, config.lora.rank)}
+    return shapes
+
+
+def _decision_shapes(part: str, vocab_size: int, num_outputs: int, tensors: dict[str, np.ndarray]) -> _Shapes:
+    shapes: _Shapes = {f"{part}.{name}": (vocab_size, None) for name in _TABLES}
+    scales = [name for name in shapes if name in tensors and tensors[name].dtype == np.int8]
+    shapes |= {f"{name}_scale": (None,) for name in scales}
+    return shapes | {f"{part}.b1": (None,), f"{part}.w2": (num_outputs, None), f"{part}.b2": (num_outputs,)}
+
+
+def _check_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], shapes: _Shapes, source: str) -> None:
+    for name, shape in shapes.items():
+        found = tensors[name].shape if name in tensors else None
+        if found is None or len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found)):
+            raise ArtifactError(
+                f"{source}: tensor '{name}' has shape {found}, expected {shape} for {config.base_model.summary()}"
+            )
+        if not np.isfinite(tensors[name]).all():
+            raise ArtifactError(f"{source}: tensor '{name}' holds values that are not finite")
+    if unknown := tensors.keys() - shapes.keys():
+        raise ArtifactError(f"{source}: the configuration says nothing of tensor '{min(unknown)}'")
+
+
+def _decision(part: str, tensors: dict[str, np.ndarray], source: str) -> FoldedDecision:
+    parts = {name: tensors[f"{part}.{name}"].astype(np.float32) for name in _DECISION_TENSORS}
+    widths = {parts[name].shape[-1] for name in (*_TABLES, "b1", "w2")}
+    scales = {name: tensors.get(f"{part}.{name}_scale") for name in _TABLES}
+    widths |= {len(scale) for scale in scales.values() if scale is not None}
+    if len(widths) > 1:
+        raise ArtifactError(f"{source}: the tensors {part}.* disagree on their width: {sorted(widths)}")
+    for name, scale in scales.items():
+        if scale is not None:
+            parts[name] *= scale
+    return FoldedDecision(**parts)
+
+
+def _in_bytes(name: str, array: np.ndarray, otherwise: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `array` [rows, columns] as int8 codes and a scale per column if that loses no bit, else `otherwise`.
+
+    The codes get the shape of `otherwise`, which holds the same values.
+    """
+    codes, scale = byte_grid(array)
+    if not np.array_equal(codes * scale, array):
+        return {name: otherwise}
+    if otherwise.ndim == 3:
+        codes = codes.T.reshape(otherwise.shape)
+    return {name: codes, f"{name}_scale": scale}
+
+
+def _rows_as_columns(weight: np.ndarray) -> np.ndarray:
+    """[n, rows, width] -> [width, n * rows]: then every row of every matrix is a column, with its own scale."""
+    return weight.reshape(-1, weight.shape[-1]).T
+
+
+def _bypass_weight(tensors: dict[str, np.ndarray], name: str) -> torch.Tensor:
+    weight = tensors[name].astype(np.float32)
+    if (scale := tensors.get(f"{name}_scale")) is not None:
+        weight *= scale.reshape(*weight.shape[:2], 1)
+    return torch.from_numpy(weight)
+
+
+def _half(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.float16).numpy()
+
+
+def _float32(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.float32))
