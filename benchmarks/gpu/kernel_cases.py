@@ -15,8 +15,6 @@ from vllm_buddy_kernels import (
     gather_rows_reference,
     layer_slots,
     layer_slots_reference,
-    paged_attention,
-    paged_attention_reference,
     scatter_rows,
     scatter_rows_reference,
 )
@@ -27,24 +25,19 @@ OPS: dict[str, tuple[Op, Op]] = {
     "gather_rows": (gather_rows, gather_rows_reference),
     "scatter_rows": (scatter_rows, scatter_rows_reference),
     "bypass_rows": (bypass_rows, bypass_rows_reference),
-    "paged_attention": (paged_attention, paged_attention_reference),
 }
 # Their references ask the device for a size, which cannot be captured in a CUDA graph.
 ASKS_DEVICE = ("layer_slots", "bypass_rows")
 IN_PLACE = ("layer_slots",)  # into their last two arguments
 
 DTYPE = torch.bfloat16
-ITEM, WORD, INDEX = 2, 8, 4  # bytes of a number in DTYPE, of a slot or a word of validity bits, of an int32
+ITEM, WORD, INDEX = 2, 8, 4  # bytes of a number in DTYPE, of a slot or row number, of an int32
 BLOCK_SIZE = 16
 BYPASS_RANK = 64
 EPS = 1e-6
-LAYER = 3
 
 BATCHES = (1, 8, 32, 128)
 LARGE_ROWS = 2048
-CONTEXTS = (1024, 8192)
-ATTENTION_BATCH = 32
-VALID = ((1.0, "all"), (0.75, "blocks"), (0.75, "tokens"), (0.5, "blocks"), (0.5, "tokens"))
 
 
 @dataclass(frozen=True)
@@ -52,15 +45,12 @@ class Model:
     name: str
     hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
 
 
 MODELS = (
-    Model("Llama-3.1-8B", 4096, 32, 32, 8, 128),
-    Model("Qwen2.5-7B", 3584, 28, 28, 4, 128),
-    Model("SmolLM2-135M", 576, 30, 9, 3, 64),
+    Model("Llama-3.1-8B", 4096, 32),
+    Model("Qwen2.5-7B", 3584, 28),
+    Model("SmolLM2-135M", 576, 30),
 )
 
 
@@ -106,9 +96,6 @@ def all_cases(ops: Sequence[str], models: Sequence[Model] = MODELS) -> Iterator[
         for rows in BATCHES if "bypass_rows" in ops else ():
             num_bytes = bypass_bytes(rows, hidden, BYPASS_RANK)
             yield Case("bypass_rows", {**about, "rows": rows}, num_bytes, _bypass(rows, hidden, BYPASS_RANK))
-        for context in CONTEXTS if "paged_attention" in ops else ():
-            for share, form in VALID:
-                yield attention_case(model, ATTENTION_BATCH, context, share, form)
 
 
 def slots_bytes(num_views: int, num_tokens: int, num_runs: int) -> int:
@@ -133,21 +120,6 @@ def bypass_bytes(num_tokens: int, hidden_size: int, rank: int) -> int:
     return num_tokens + (3 * num_tokens + 2 * rank) * hidden_size * ITEM
 
 
-def attention_bytes(model: Model, batch: int, positions: int, valid: int, validity: bool = True) -> int:
-    """K and V of the valid tokens; entries of the block table and, if there is validity, words of all positions; query
-    and output; lengths. positions, valid: of each sequence."""
-    cache = valid * 2 * model.num_kv_heads * model.head_size * ITEM
-    table = positions // BLOCK_SIZE * INDEX + (positions * WORD if validity else 0)
-    return batch * (cache + table + 2 * model.num_heads * model.head_size * ITEM + INDEX)
-
-
-def packed_bytes(case: Case) -> int:
-    """What attention over a packed cache of a case's valid tokens has to move."""
-    model = next(model for model in MODELS if model.name == case.about["model"])
-    valid = round(case.about["valid_share"] * case.about["context"])
-    return attention_bytes(model, case.about["batch"], valid, valid, validity=False)
-
-
 def slots_case(model: Model, batch: int, context: int = 1024) -> Case:
     """One token of each request, every layer a view of its own; a quarter of the layers is skipped."""
     views, width = model.num_layers, context // BLOCK_SIZE
@@ -163,29 +135,6 @@ def slots_case(model: Model, batch: int, context: int = 1024) -> Case:
 
     about = {"model": model.name, "rows": batch}
     return Case("layer_slots", about, slots_bytes(views, batch, batch), make)
-
-
-def attention_case(model: Model, batch: int, context: int, share: float, form: str) -> Case:
-    """Each sequence has `share` of its tokens valid: whole blocks of them, or scattered tokens."""
-    valid = round(share * context)
-    unit = BLOCK_SIZE if form == "blocks" else 1
-    num_blocks = batch * context // BLOCK_SIZE
-
-    def make(device: str) -> tuple[Any, ...]:
-        shape = (num_blocks, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_size)
-        key_cache, value_cache = _normal(device, *shape).transpose(1, 2).split(model.head_size, -1)
-        table = torch.randperm(num_blocks, device=device).int().view(batch, -1)
-        drawn = torch.rand(batch, context // unit, device=device).argsort(1)[:, : valid // unit]
-        runs = torch.zeros(batch, context // unit, dtype=torch.bool, device=device).scatter_(1, drawn, True)
-        words = torch.zeros(num_blocks, BLOCK_SIZE, dtype=torch.int64, device=device)
-        words[table.flatten().long()] = runs.repeat_interleave(unit, 1).view(-1, BLOCK_SIZE).long() << LAYER
-        lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
-        query = _normal(device, batch, model.num_heads, model.head_size)
-        scale = model.head_size**-0.5
-        return query, key_cache, value_cache, table, lengths, words.flatten(), LAYER, scale
-
-    about = {"model": model.name, "batch": batch, "context": context, "valid_share": share, "form": form}
-    return Case("paged_attention", about, attention_bytes(model, batch, context, valid), make)
 
 
 def _gather(rows: int, hidden_size: int) -> Callable[[str], tuple[Any, ...]]:

@@ -7,8 +7,7 @@ Measured first: the bandwidth of a large copy (bytes read and written), and a ke
 launch takes. Bytes of an op are those it has to move (kernel_cases.py), so a kernel that moves more shows less. Kernel
 and reference run one after the other in each round, on the GPU alone (kernel_timing.py); `ratio_to_reference` is the
 reference's time over the kernel's, within a round, above 1 where the kernel is faster. References that wait for the
-device cannot be captured and are launched by the host, `timing` says so. Attention stands also beside FlashAttention on
-a packed cache of as many tokens; that reads no words of validity, and its GB/s are of what it needs.
+device cannot be captured and are launched by the host, `timing` says so.
 
 Before anything is timed, outputs are compared with the reference's on the very inputs.
 """
@@ -23,14 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu import packed_flash
-from benchmarks.gpu.kernel_cases import ASKS_DEVICE, OPS, Case, all_cases, packed_bytes
+from benchmarks.gpu.kernel_cases import ASKS_DEVICE, OPS, Case, all_cases
 from benchmarks.gpu.kernel_timing import COPIED_BYTES, Timed, copy_launches, empty_launches, num_sets
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
 from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option
 
 Row = dict[str, Any]
-KERNEL, REFERENCE, FLASH = "kernel", "reference", "FlashAttention"
+KERNEL, REFERENCE = "kernel", "reference"
 # Of the largest number in the output. A result may be rounded to bfloat16 up to three times on its way, in another
 # place than the reference's: 2 ** -8 each. A wrong row is off by about 1.
 TOLERANCE = 2e-2
@@ -55,14 +53,11 @@ def main() -> None:
     if device() != "cuda":
         raise Refused("this measures CUDA kernels and finds no CUDA device; tests/kernels runs their logic without one")
     env = environment(on="cuda")
-    no_flash = packed_flash.why_unavailable() if "paged_attention" in args.ops else None
-    if no_flash is not None:
-        print(f"rows of FlashAttention are left out: {no_flash}", flush=True)
     bounds, copy_gb_per_s = measure_bounds(args.rounds)
     rows = bounds
     for case in all_cases(args.ops):
         print(case.name, flush=True)
-        rows += measure(case, args.rounds, copy_gb_per_s, flash=no_flash is None)
+        rows += measure(case, args.rounds, copy_gb_per_s)
         torch.cuda.empty_cache()
     report(args.out, rows, env)
 
@@ -80,10 +75,10 @@ def measure_bounds(num_rounds: int) -> tuple[list[Row], float]:
     return [*rows, rounds.row("gb_per_s", bandwidth, variant="copy")], float(np.median(bandwidth))
 
 
-def measure(case: Case, num_rounds: int, copy_gb_per_s: float, flash: bool) -> list[Row]:
+def measure(case: Case, num_rounds: int, copy_gb_per_s: float) -> list[Row]:
     """Check all variants of a case on all working sets, time them in turn; one row per figure."""
     sets = [case.make("cuda") for _ in range(num_sets(case.num_bytes))]
-    variants = all_variants(case, sets, flash)
+    variants = all_variants(case, sets)
     rounds = Rounds(num_rounds)
     check(case, sets, variants, rounds)
     timed = {variant.name: Timed(variant.launches, variant.captured) for variant in variants}
@@ -94,16 +89,13 @@ def measure(case: Case, num_rounds: int, copy_gb_per_s: float, flash: bool) -> l
     return rows_of(case, variants, rounds, copy_gb_per_s)
 
 
-def all_variants(case: Case, sets: Sequence[tuple[Any, ...]], flash: bool) -> list[Variant]:
+def all_variants(case: Case, sets: Sequence[tuple[Any, ...]]) -> list[Variant]:
     """The kernel first."""
     launches = [[partial(case.run, function, arguments) for arguments in sets] for function in OPS[case.op]]
-    variants = [
+    return [
         Variant(KERNEL, launches[0], case.num_bytes),
         Variant(REFERENCE, launches[1], case.num_bytes, captured=case.op not in ASKS_DEVICE),
     ]
-    if flash and case.op == "paged_attention":
-        variants.append(Variant(FLASH, [packed_flash.launch(arguments) for arguments in sets], packed_bytes(case)))
-    return variants
 
 
 def check(case: Case, sets: Sequence[tuple[Any, ...]], variants: Sequence[Variant], rounds: Rounds) -> None:
@@ -143,7 +135,7 @@ def gb_per_s(num_bytes: int, us: np.ndarray) -> np.ndarray:
 
 
 def rows_of(case: Case, variants: Sequence[Variant], rounds: Rounds, copy_gb_per_s: float) -> list[Row]:
-    """Time, GB/s and share of the copy's bandwidth of each variant; the kernel's ratio to each of the others."""
+    """Time, GB/s and share of the copy's bandwidth of each variant; the reference's time over the kernel's."""
     rows = []
     for variant in variants:
         about = {"op": case.op, **case.about, "variant": variant.name}
@@ -154,9 +146,8 @@ def rows_of(case: Case, variants: Sequence[Variant], rounds: Rounds, copy_gb_per
         rows.append(rounds.row("gb_per_s", bandwidth, **about, num_bytes=variant.num_bytes))
         rows.append(rounds.row("copy_share", bandwidth / copy_gb_per_s, **about))
         if variant.name != KERNEL:
-            metric = "ratio_to_reference" if variant.name == REFERENCE else "ratio_to_flash"
             about = {**about, "variant": KERNEL, "timing": timing}
-            rows.append(rounds.row(metric, rounds.ratio("us", variant.name, KERNEL), **about))
+            rows.append(rounds.row("ratio_to_reference", rounds.ratio("us", variant.name, KERNEL), **about))
     return rows
 
 

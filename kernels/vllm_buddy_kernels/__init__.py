@@ -7,7 +7,6 @@ from typing import Any
 from vllm_buddy_kernels.bypass_rows import bypass_rows, bypass_rows_reference
 from vllm_buddy_kernels.gather_rows import gather_rows, gather_rows_reference
 from vllm_buddy_kernels.layer_slots import layer_slots, layer_slots_reference
-from vllm_buddy_kernels.paged_attention import paged_attention, paged_attention_reference
 from vllm_buddy_kernels.scatter_rows import scatter_rows, scatter_rows_reference
 from vllm_buddy_kernels.triton_import import KernelError, interpreted, require_triton, why_unavailable
 
@@ -38,8 +37,6 @@ __all__ = [
     "interpreted",
     "layer_slots",
     "layer_slots_reference",
-    "paged_attention",
-    "paged_attention_reference",
     "require_triton",
     "scatter_rows",
     "scatter_rows_reference",
