@@ -20,7 +20,11 @@ SHORT_DIR = ROOT / "results" / "bench"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(commands(True, RESULTS_DIR)), help="default: all")
     args = parser.parse_args()

@@ -56,7 +56,11 @@ class Done:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("out", type=Path, help="folder of logs and results")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=[part.name for part in parts(Path())])
     parser.add_argument("--minutes", type=positive_int, default=10, help="in all; default: 10")

@@ -47,7 +47,9 @@ ENGINE_MODULE = "benchmarks.gpu.engine_process"
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write what the options ask for; returns the exit status."""
     if device() != "cuda":
-        raise Refused("--device cuda finds no CUDA device; without the option decode.py measures on the CPU")
+        raise Refused(
+            "--device cuda finds no CUDA device; without the option benchmarks.speed.decode measures on the CPU"
+        )
     plan, out, env = plan_of(args), args.out or RESULTS_DIR / "cuda_decode.jsonl", environment(on="cuda")
     rows: list[Row] = []
     refused: list[str] = []

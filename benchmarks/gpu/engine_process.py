@@ -9,10 +9,10 @@ asynchronously there too: a step is launched before the tokens of the one before
 server is another process beside the core, has no part in the timed loop: the loop takes the core's outputs as they are.
 """
 
+import argparse
 import gc
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +45,13 @@ from vllm_buddy.serving.plugin import register
 
 
 def main() -> None:
-    job = EngineJob(**json.loads(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.engine_process",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", metavar="JOB", type=json.loads, help="fields of an EngineJob, as JSON")
+    job = EngineJob(**parser.parse_args().job)
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM logs to stdout
     for line in measure(job):

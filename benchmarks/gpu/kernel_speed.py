@@ -45,7 +45,11 @@ class Variant:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.kernel_speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_rounds_option(parser, 7)
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS), help="default: all")
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / "cuda_kernels.jsonl")

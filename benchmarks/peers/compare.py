@@ -45,7 +45,11 @@ ROUNDS, SHORT_ROUNDS = 4, 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--short", action="store_true", help="batch 8, fewer rounds, 33 tokens")
     parser.add_argument("--batch", type=positive_int, nargs="+", help="default: 1 8")
     add_rounds_option(parser, ROUNDS, SHORT_ROUNDS)

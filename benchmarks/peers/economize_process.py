@@ -14,7 +14,8 @@ from benchmarks.harness.rounds import Refused
 
 VERSION = "0.3.2"
 REQUIREMENT = f"economize=={VERSION}"
-LOOP = Path(__file__).parent / "economize_loop.py"
+ROOT = Path(__file__).parents[2]
+LOOP_MODULE = "benchmarks.peers.economize_loop"
 REPLY_TIMEOUT_S = 900.0  # the search of layer_skip takes longest
 
 
@@ -95,7 +96,7 @@ def started(model: Path, site: Path, work: Path, threads: int) -> Iterator[LoopP
     Raises:
         Refused: it does not start, is another version, or may use less of the machine than is asked.
     """
-    path = os.pathsep.join(part for part in (str(site), os.environ.get("PYTHONPATH")) if part)
+    path = os.pathsep.join(part for part in (str(site), str(ROOT), os.environ.get("PYTHONPATH")) if part)
     env = {
         **os.environ,
         "PYTHONPATH": path,
@@ -103,7 +104,7 @@ def started(model: Path, site: Path, work: Path, threads: int) -> Iterator[LoopP
         "KMP_BLOCKTIME": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, str(LOOP), str(model), "--threads", str(threads)]
+    command = [sys.executable, "-m", LOOP_MODULE, str(model), "--threads", str(threads)]
     with LoopProcess(command, work / "economize.log", env) as process:
         about = process.ask("about")
         if about["versions"]["economize"] != VERSION:

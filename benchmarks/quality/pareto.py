@@ -41,7 +41,11 @@ _LINE = 9  # points between two lines of them
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.pareto",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--quality", type=Path, nargs="+", default=[RESULTS_DIR / name for name in QUALITY])
     parser.add_argument("--speed", type=Path, default=RESULTS_DIR / SPEED)

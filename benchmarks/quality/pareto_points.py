@@ -83,7 +83,7 @@ def _speed_row(figure: Figure, speeds: dict[str, dict[str, Any]], batch: int) ->
         has = "none" if row is None else f"one of {row['layers']} layers"
         raise Refused(
             f"policy '{figure.policy}' at {figure.layers} layers needs the speed of '{variant}' at batch {batch}, and "
-            f"there is {has}; run benchmarks/speed/decode.py"
+            f"there is {has}; run python -m benchmarks.speed.decode"
         )
     return row
 

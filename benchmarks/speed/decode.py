@@ -39,7 +39,11 @@ CPU_TOKENS = 33
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu, engines side by side")
     parser.add_argument("--batch", type=positive_int, nargs="+", help="default: 1 8 32; with cuda 128 too")
     add_rounds_option(parser, 6)

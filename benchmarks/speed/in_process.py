@@ -22,7 +22,11 @@ ROUNDS, SHORT_ROUNDS = 6, 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.in_process",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("out", type=Path, help="folder of the results files")
     parser.add_argument("--short", action="store_true")
     add_rounds_option(parser, ROUNDS, SHORT_ROUNDS)

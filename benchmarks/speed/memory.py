@@ -21,7 +21,11 @@ PROMPTS = [list(range(100 + i, 400 + i)) for i in range(8)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_rounds_option(parser, 2)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_memory.jsonl")
     parser.add_argument("--child", choices=["stock", "buddy"], help=argparse.SUPPRESS)

@@ -35,7 +35,11 @@ MIXED = "mixed"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.mixed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--each", type=positive_int, default=8, help="requests at each budget")
     add_rounds_option(parser, 6)
     parser.add_argument("--tokens", type=at_least(2), default=33, help="decoded tokens per run; each gives one step")

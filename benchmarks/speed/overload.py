@@ -60,7 +60,11 @@ _POLL_S = 2.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.overload",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_rounds_option(parser, 3)
     parser.add_argument("--seconds", type=positive_number, default=30, help="of arrivals in a run")
     parser.add_argument("--burst", type=positive_int, default=64, help="requests that tell what dense sustains")

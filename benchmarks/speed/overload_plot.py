@@ -1,6 +1,8 @@
-"""Draws a server under too many requests from the rows of its results file alone.
+"""Draws the results of benchmarks.speed.overload: latency, requests and load over the seconds of one run.
 
-python -m benchmarks.speed.overload_plot benchmarks/results/cpu_overload.jsonl docs/overload.png
+    python -m benchmarks.speed.overload_plot benchmarks/results/cpu_overload.jsonl docs/overload.png
+
+It reads nothing but the results file.
 """
 
 from collections.abc import Sequence
@@ -52,5 +54,9 @@ def plot_overload(rows: Sequence[Row], out: Path) -> None:
     canvas.savefig(out, dpi=150)
 
 
+def main() -> None:
+    draw_from_file("benchmarks.speed.overload_plot", __doc__, plot_overload)
+
+
 if __name__ == "__main__":
-    draw_from_file(__doc__, plot_overload)
+    main()

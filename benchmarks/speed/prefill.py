@@ -25,7 +25,11 @@ CHECKED_TOKENS = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.prefill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--prompt-tokens", type=positive_int, nargs="+", default=[256, 1500])
     add_rounds_option(parser, 6)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_prefill.jsonl")

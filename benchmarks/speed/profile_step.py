@@ -38,7 +38,11 @@ PROMPT_TOKENS = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.profile_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--only", choices=["split", "union"], help="default: both")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8, 32], help="of the split")
@@ -52,7 +56,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random paths")
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_profile.jsonl", help="of the split")
     parser.add_argument("--union-out", type=Path, default=RESULTS_DIR / f"{device()}_union.jsonl")
-    parser.add_argument("--plot", type=Path, help="picture of the union effect; see also union_plot.py")
+    parser.add_argument("--plot", type=Path, help="picture of the union effect; see also benchmarks.speed.union_plot")
     add_lineup_options(parser)
     args = parser.parse_args()
     env = environment()

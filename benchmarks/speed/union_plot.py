@@ -1,6 +1,8 @@
-"""Draws the union effect from the rows of its results file alone.
+"""Draws the results of benchmarks.speed.union: decode tokens/s when the requests of a batch run different paths.
 
-python -m benchmarks.speed.union_plot benchmarks/results/cpu_union.jsonl docs/union.png
+    python -m benchmarks.speed.union_plot benchmarks/results/cpu_union.jsonl docs/union.png
+
+It reads nothing but the results file.
 """
 
 from collections.abc import Sequence
@@ -84,5 +86,9 @@ def _bars(axis: Any, x: Sequence[float], rows: Sequence[Row], **look: Any) -> No
     axis.errorbar(x, [row["p50"] for row in rows], yerr=bars, linestyle="", markersize=5, capsize=2, **look)
 
 
+def main() -> None:
+    draw_from_file("benchmarks.speed.union_plot", __doc__, plot_union)
+
+
 if __name__ == "__main__":
-    draw_from_file(__doc__, plot_union)
+    main()
