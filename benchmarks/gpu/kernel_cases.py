@@ -1,6 +1,6 @@
-"""Inputs of the kernels at the shapes of three models, and the bytes that each op has to move.
+"""Makes the inputs of the kernel benchmark at the shapes of three models, and counts the bytes each op must move.
 
-Bytes are what must be read and written once, whatever the kernel does; a kernel's GB/s is those over its time.
+The bytes are what must be read and written once, whatever the kernel does. GB/s is these bytes over a kernel's time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +26,9 @@ OPS: dict[str, tuple[Op, Op]] = {
     "scatter_rows": (scatter_rows, scatter_rows_reference),
     "bypass_rows": (bypass_rows, bypass_rows_reference),
 }
-# Their references ask the device for a size, which cannot be captured in a CUDA graph.
+# The references of these ops ask the device for a size, which cannot be captured in a CUDA graph.
 ASKS_DEVICE = ("layer_slots", "bypass_rows")
-IN_PLACE = ("layer_slots",)  # into their last two arguments
+IN_PLACE = ("layer_slots",)  # ops that write into their last two arguments
 
 DTYPE = torch.bfloat16
 ITEM, WORD, INDEX = 2, 8, 4  # bytes of a number in DTYPE, of a slot or row number, of an int32
@@ -68,20 +68,20 @@ class Case:
         return " ".join(map(str, (self.op, *self.about.values())))
 
     def run(self, function: Op, arguments: tuple[Any, ...]) -> Sequence[torch.Tensor]:
-        """All outputs; those that are written in place are the arguments themselves."""
+        """Call `function` and return all outputs. Outputs that are written in place are the arguments themselves."""
         outputs = function(*arguments)
         if self.op in IN_PLACE:
             return arguments[-2:]
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def poison(self, arguments: tuple[Any, ...]) -> None:
-        """Spoil what the op will write into, so that what it leaves out shows."""
+        """Overwrite the buffers that the op writes into, so that elements it does not write are noticed."""
         for output in arguments[-2:] if self.op in IN_PLACE else ():
             output.fill_(-7)
 
 
 def all_cases(ops: Sequence[str], models: Sequence[Model] = MODELS) -> Iterator[Case]:
-    """Every op at every shape that is measured."""
+    """Yield every op at every shape that is measured."""
     for model in models:
         about: dict[str, Any] = {"model": model.name}
         hidden = model.hidden_size
@@ -99,29 +99,32 @@ def all_cases(ops: Sequence[str], models: Sequence[Model] = MODELS) -> Iterator[
 
 
 def slots_bytes(num_views: int, num_tokens: int, num_runs: int) -> int:
-    """Of each token: its run, and per view an entry of the block table and the slot. Of each run: start, request, and
-    per view first position and length; and the last run's end."""
+    """Return the bytes of layer_slots.
+
+    For each token: its run, and per view an entry of the block table and the slot. For each run: its start and request,
+    and per view its first position and length. In addition the end of the last run.
+    """
     tokens = num_tokens * (INDEX + num_views * (INDEX + WORD))
     return tokens + num_runs * (2 * INDEX + num_views * 2 * INDEX) + INDEX
 
 
 def gather_bytes(num_rows: int, hidden_size: int) -> int:
-    """Row numbers (64 bits); hidden and residual in, normed and state out; the weight."""
+    """Return the bytes of gather_rows: row numbers (64 bits); hidden, residual, normed and state; the weight."""
     return num_rows * WORD + (4 * num_rows + 1) * hidden_size * ITEM
 
 
 def scatter_bytes(num_tokens: int, hidden_size: int) -> int:
-    """Sources; for each token one pair in, normed and state out; the weight."""
+    """Return the bytes of scatter_rows: sources; for each token one pair in, normed and state out; the weight."""
     return num_tokens * INDEX + (4 * num_tokens + 1) * hidden_size * ITEM
 
 
 def bypass_bytes(num_tokens: int, hidden_size: int, rank: int) -> int:
-    """Flags of one byte; hidden and residual in, the state out; both matrices."""
+    """Return the bytes of bypass_rows: flags of one byte; hidden and residual in, the state out; both matrices."""
     return num_tokens + (3 * num_tokens + 2 * rank) * hidden_size * ITEM
 
 
 def slots_case(model: Model, batch: int, context: int = 1024) -> Case:
-    """One token of each request, every layer a view of its own; a quarter of the layers is skipped."""
+    """Return a case with one token per request and one view per layer, in which a quarter of the layers is skipped."""
     views, width = model.num_layers, context // BLOCK_SIZE
 
     def make(device: str) -> tuple[Any, ...]:
@@ -146,7 +149,7 @@ def _gather(rows: int, hidden_size: int) -> Callable[[str], tuple[Any, ...]]:
 
 
 def _scatter(rows: int, hidden_size: int) -> Callable[[str], tuple[Any, ...]]:
-    """Three quarters of the tokens ran, at least one."""
+    """Make inputs in which three quarters of the tokens ran the layer, and at least one."""
 
     def make(device: str) -> tuple[Any, ...]:
         num_ran = -(-3 * rows // 4)
@@ -160,7 +163,7 @@ def _scatter(rows: int, hidden_size: int) -> Callable[[str], tuple[Any, ...]]:
 
 
 def _bypass(rows: int, hidden_size: int, rank: int) -> Callable[[str], tuple[Any, ...]]:
-    """All rows skip; the matrices keep the size of what they multiply, so that a wrong product shows."""
+    """Make inputs in which all rows skip. The matrices keep the scale of their inputs, so a wrong product is seen."""
 
     def make(device: str) -> tuple[Any, ...]:
         hidden, residual = _normal(device, rows, hidden_size), _normal(device, rows, hidden_size)

@@ -1,4 +1,4 @@
-"""What the pictures of results files have in common."""
+"""Code that the plots of results files share: their command line and their canvas."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def draw_from_file(
 
 
 def new_canvas(width: float, height: float) -> Any:
-    """A matplotlib figure of this size in inches. Raises SystemExit if there is no matplotlib."""
+    """Return a matplotlib figure of this size in inches. Raises SystemExit if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -7,12 +7,13 @@ with equal views, sees of the cache: a request holds only the tokens that ran th
                     with p = first_position[v, run] + (t - run_start[run]); -1 where the run skips the layer
     lengths[v, r] = first_position[v, r] + length of run r; idle_length where the run skips the layer
 
-Shapes: slots [num_views, num_token_columns]; lengths [num_views, num_run_columns]; first_position [num_views, num_runs].
+Shapes: first_position [num_views, num_runs]; slots [num_views, num_token_columns]; lengths [num_views,
+num_run_columns].
 
 On the host, a slot would have to be computed and copied for each token of each layer. The kernel reads one number per
 run and view and writes each slot once. One program takes BLOCK columns of one view. The kernel reads the number of
-tokens on the device and also fills the columns after them, so a captured graph serves smaller steps: pad these with runs
-of no tokens that skip every layer.
+tokens on the device and also fills the columns after them, so a captured graph serves smaller steps. Pad such a step
+with runs of no tokens that skip every layer.
 """
 
 import torch

@@ -3,7 +3,8 @@
     state[t]  = hidden_rows[source[t]] + residual_rows[source[t]], or hidden[t] + residual[t] where source[t] is -1
     normed[t] = RMSNorm(state[t]) * weight
 
-Shapes: hidden_rows and residual_rows [num_rows, hidden_size]; source [num_tokens]; all others [num_tokens, hidden_size].
+Shapes: hidden_rows and residual_rows [num_rows, hidden_size]; source [num_tokens]; hidden, residual, normed and state
+[num_tokens, hidden_size]; weight [hidden_size].
 
 One program takes one token, reads one of the two pairs and keeps the row in registers: a row is read once and written
 once or twice. Writing the rows back in place and then adding and normalising would move the rows that ran three times.
@@ -93,7 +94,7 @@ def scatter_rows(
     hidden_rows, residual_rows: [num_rows, hidden_size], float32, bfloat16 or float16, rows contiguous; may be empty.
     source: [num_tokens], int32, for each token its row in hidden_rows, or -1 if it skipped the layer; not checked
         against num_rows.
-    hidden, residual: [num_tokens, hidden_size], read for tokens that skipped. Without a residual, their state is hidden.
+    hidden, residual: [num_tokens, hidden_size], read for tokens that skipped. Without residual, their state is hidden.
     weight: [hidden_size], hidden's dtype; None: no norm.
 
     Raises KernelError for other shapes, dtypes, strides and devices.
