@@ -1,5 +1,6 @@
-"""Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifact's card: the settings table from
-the schema, the figures from the results files.
+"""Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifact's model card.
+
+The settings table comes from the settings schema, the figures from the results files.
 
     python -m tools.readme            # rewrite
     python -m tools.readme --check    # exit 1 if a page is not up to date
@@ -34,7 +35,7 @@ def main() -> int:
 
 
 def generate(text: str, names: Sequence[str], page: str) -> str:
-    """`text` with the parts between the markers made anew."""
+    """Return `text` with the parts between the markers generated again."""
     for name in names:
         pattern = re.compile(rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)", re.DOTALL)
         body = SECTIONS[name]().rstrip() + "\n"
@@ -45,7 +46,7 @@ def generate(text: str, names: Sequence[str], page: str) -> str:
 
 
 def settings_table() -> str:
-    """One row per server setting."""
+    """Return a table with one row per server setting."""
     from vllm_buddy.serving.start.settings import BuddySettings
 
     rows = []

@@ -1,4 +1,4 @@
-"""What the process of one engine does: which runs fit, on which prompts, and how it switches graphs and bypass off."""
+"""Tests the process of one engine: which runs fit, on which prompts, and how it turns graphs and bypass off."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ class StubBypass:
 
 
 class StubSteps:
-    """What TimedEngine uses of RoutedSteps."""
+    """Stands in for the part of RoutedSteps that TimedEngine uses."""
 
     def __init__(self) -> None:
         self.graphs: Any = "old graphs"
@@ -73,7 +73,7 @@ def stub_engine() -> Any:
 
 
 def test_the_eager_form_uses_no_graph_and_no_kernel() -> None:
-    """Fails if the outputs that graphs are compared with come from the same graphs or kernels, or they stay off."""
+    """Fails if outputs of graphs are compared with outputs of the same graphs or kernels, or graphs stay off."""
     engine = stub_engine()
     steps, backbone, plain = engine.runner.buddy_steps, engine.runner.model.model, KERNELS["reference"]
     with pytest.raises(ValueError), engine.eager():

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels, as far as it goes without a GPU: its inputs, its bytes, its checks and its rows."""
+"""Tests the kernel benchmark as far as possible without a GPU: its inputs, bytes, checks and rows."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ def tiny_case(op: str, monkeypatch: pytest.MonkeyPatch) -> Case:
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *options: str) -> pytest.ExceptionInfo[SystemExit]:
-    """The benchmark, which must end before it looks for a device's name."""
+    """Run the benchmark, which must end before the measurement begins."""
 
     def start(**_: Any) -> None:
         raise AssertionError("the measurement begins")
@@ -65,12 +65,12 @@ def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize("options", [("--rounds", "0"), ("--ops", "attention")])
 def test_options_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]) -> None:
-    """Fails if an empty median, or an op that does not exist, ends it after minutes."""
+    """Fails if an empty median, or an unknown op, ends the benchmark after minutes."""
     assert run_main(monkeypatch, *options).value.code == 2
 
 
 def test_bytes_of_each_op() -> None:
-    """Fails if an op's GB/s counts what it does not need, or leaves out what it does: each sum is made by hand."""
+    """Fails if an op's GB/s counts what it does not need, or leaves out what it does. Each sum is made by hand."""
     # 3 tokens: run 4; 2 views: entry 4, slot 8. 3 runs: start, request 4 each; 2 views: position, length 4 each. End 4.
     assert kernel_cases.slots_bytes(2, 3, 3) == 3 * (4 + 2 * 12) + 3 * (8 + 2 * 8) + 4
     # 3 rows of 10 numbers of 2 bytes, four times; 3 row numbers of 8; the weight.
@@ -81,7 +81,7 @@ def test_bytes_of_each_op() -> None:
 
 
 def test_every_op_is_measured_at_every_model() -> None:
-    """Fails if a shape is left out, or two have the same name and thus the same rows."""
+    """Fails if a shape is left out, or two shapes have the same name and so the same rows."""
     names = [case.name for case in all_cases(list(OPS))]
     assert len(names) == len(set(names)) == len(MODELS) * (4 + 5 + 5 + 4)
     assert {case.op for case in all_cases(["gather_rows"])} == {"gather_rows"}
@@ -175,7 +175,7 @@ def test_launches_are_timed_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unchecked_or_slow_launches() -> None:
-    """Fails if an unchecked kernel has rows, sets stay in the cache, or a graph turns round a part of them."""
+    """Fails if an unchecked kernel has rows, sets stay in the cache, or a graph rotates through only some of them."""
     with pytest.raises(Refused, match="not checked"):
         rows_of(slots_case(TINY, 2), [Variant(KERNEL, [], 1)], Rounds(1), 1.0)
     assert num_sets(1) == MAX_SETS
