@@ -7,7 +7,7 @@ import pytest
 from benchmarks.peers import capabilities
 from benchmarks.peers.capabilities import BUDDY, CAPABILITIES, ECONOMIZE, NGRAM, PRUNED
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FOLDERS = ("tests/", "docs/", "vllm_buddy/", "README.md")
 
 
