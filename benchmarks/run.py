@@ -1,10 +1,10 @@
-"""All benchmarks, one after the other.
+"""Runs all CPU benchmarks, one after the other.
 
-    python -m benchmarks.run            # the short form, to results/bench: under 20 minutes on 2 cores
-    python -m benchmarks.run --full     # what the README shows, to benchmarks/results: about an hour
+    python -m benchmarks.run            # short form, writes to results/bench: under 20 minutes on 2 cores
+    python -m benchmarks.run --full     # what the README shows, writes to benchmarks/results: about an hour
 
-Each runs in a process of its own, so that none finds the engines of another in memory. One that refuses its figures
-does not keep the others from running; the exit status then is 1.
+Each benchmark runs in its own process, so that no engine of another one is in memory. If a benchmark fails or refuses
+to show its figures, the others still run and the exit status is 1.
 """
 
 import argparse
@@ -20,8 +20,12 @@ SHORT_DIR = ROOT / "results" / "bench"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--full", action="store_true", help="all rounds; results go to benchmarks/results")
     parser.add_argument("--only", nargs="+", choices=list(commands(True, RESULTS_DIR)), help="default: all")
     args = parser.parse_args()
     out = RESULTS_DIR if args.full else SHORT_DIR
@@ -39,7 +43,7 @@ def main() -> int:
 
 
 def commands(full: bool, out: Path) -> dict[str, list[str]]:
-    """Module and arguments of each benchmark."""
+    """Return the module and arguments of each benchmark, by name."""
 
     def to(name: str) -> list[str]:
         return ["--out", str(out / f"{device()}_{name}.jsonl")]

@@ -1,4 +1,4 @@
-"""README.md agrees with the code and the results it quotes."""
+"""Tests that the generated parts of README.md and docs/ agree with the code and the results files."""
 
 import subprocess
 import sys
@@ -8,6 +8,6 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_generated_parts_are_up_to_date() -> None:
-    """Fails if a setting or a result changed and the README did not."""
-    done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    """Fails if a setting or a result changed and the pages did not."""
+    done = subprocess.run([sys.executable, "-m", "tools.readme", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"run `python -m tools.readme`. {done.stderr}"

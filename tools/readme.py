@@ -1,10 +1,12 @@
-"""Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifact's card: the settings table from
-the schema, the figures from the results files.
+"""Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifact's model card.
 
-python -m tools.readme            # rewrite
-python -m tools.readme --check    # exit 1 if a page is not up to date
+The settings table comes from the settings schema, the figures from the results files.
+
+    python -m tools.readme            # rewrite
+    python -m tools.readme --check    # exit 1 if a page is not up to date
 """
 
+import argparse
 import json
 import re
 import sys
@@ -17,18 +19,23 @@ CARD = ROOT / "vllm_buddy" / "shipped" / "smollm2-135m" / "README.md"
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is not up to date")
+    args = parser.parse_args()
     stale = False
     for path, names in PAGES.items():
         old = path.read_text()
         new = generate(old, names, path.name)
         stale |= old != new
-        if "--check" not in sys.argv[1:]:
+        if not args.check:
             path.write_text(new)
-    return int(stale and "--check" in sys.argv[1:])
+    return int(stale and args.check)
 
 
 def generate(text: str, names: Sequence[str], page: str) -> str:
-    """`text` with the parts between the markers made anew."""
+    """Return `text` with the parts between the markers generated again."""
     for name in names:
         pattern = re.compile(rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)", re.DOTALL)
         body = SECTIONS[name]().rstrip() + "\n"
@@ -39,7 +46,7 @@ def generate(text: str, names: Sequence[str], page: str) -> str:
 
 
 def settings_table() -> str:
-    """One row per server setting, those of a section as `section.name`."""
+    """Return a table with one row per server setting, those of a section as `section.name`."""
     from vllm_buddy.serving.start.settings import known_settings
 
     rows = []

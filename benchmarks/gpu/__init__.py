@@ -1,1 +1,1 @@
-"""What needs a GPU: kernels, decode steps at usual model sizes, one command for all of it."""
+"""Benchmarks that need a CUDA device: kernels, decode steps of 7B to 8B models, and one command that runs all."""

@@ -1,11 +1,12 @@
-"""Everything that needs a GPU, for whoever has one for ten minutes.
+"""Runs the tests and benchmarks that need a GPU, within ten minutes.
 
-    python -m benchmarks.gpu.check OUT                       # tests and benchmarks, each in a process of its own
+    python -m benchmarks.gpu.check OUT                       # tests and benchmarks, each in its own process
     python -m benchmarks.gpu.check OUT --only facts decode   # some of them
 
-OUT gets a log per part, the benchmarks' results as *.jsonl, and table.txt, all written as they come. A part gets what
-is left of the time, up to a limit of its own; one that needs more than is left is left out, one that takes longer is
-ended. The checkout need not be installed, but vLLM must be importable, and pytest and hypothesis for the tests.
+OUT receives a log per part, the benchmarks' results as *.jsonl, and table.txt, each as soon as it is known. A part may
+use the time that is left, up to its own limit. A part that needs more time than is left is not started; one that
+exceeds its limit is ended. The checkout need not be installed, but vLLM must be importable, and so must pytest and
+hypothesis for the tests.
 """
 
 import argparse
@@ -33,7 +34,7 @@ _WIDTH = 120
 
 @dataclass(frozen=True)
 class Part:
-    """One command. least_s: with less time left it is not started. most_s: then it is ended."""
+    """One command. least_s: it is not started with less time left. most_s: it is ended after this time."""
 
     name: str
     command: Sequence[str]
@@ -43,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a part. outcome: "ok", "failed: ..." or "left out: ..."."""
+    """The result of a part. outcome: "ok", "failed: ..." or "left out: ..."."""
 
     part: str
     seconds: float
@@ -56,20 +57,24 @@ class Done:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("out", type=Path, help="folder of logs and results")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=[part.name for part in parts(Path())])
     parser.add_argument("--minutes", type=positive_int, default=10, help="in all; default: 10")
     args = parser.parse_args()
     if device() != "cuda":
         raise Refused("no CUDA device is found, and nothing here can be checked without one")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as an error, so that the part that runs is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # raises, so that the running part is ended too
     wanted = [part for part in parts(args.out.absolute()) if args.only is None or part.name in args.only]
     return check(wanted, args.out, args.minutes * 60)
 
 
 def parts(out: Path) -> list[Part]:
-    """In the order in which a failure tells most about the next one."""
+    """Return all parts, ordered so that a failure explains those of the following parts."""
 
     def benchmark(module: str, results: str, *options: str) -> list[str]:
         return [sys.executable, "-m", f"benchmarks.{module}", *options, "--out", str(out / results)]
@@ -84,13 +89,13 @@ def parts(out: Path) -> list[Part]:
         Part("kernel-tests", [*tests, "tests/kernels"], 20, 120),
         Part("serving-tests", [*tests, *serving], 40, 240),
         Part("kernels", benchmark("gpu.kernel_speed", "cuda_kernels.jsonl"), 30, 120),
-        # It writes what it has each time an engine ends; the first two must have for there to be anything.
+        # It writes its rows each time an engine ends. There are none before the first two engines have ended.
         Part("decode", benchmark("speed.decode", "cuda_decode.jsonl", "--device", "cuda", "--only-quick"), 150, 900),
     ]
 
 
 def check(wanted: Sequence[Part], out: Path, seconds: float) -> int:
-    """Run all parts, print and write the table; returns the exit status."""
+    """Run all parts, print and write the table, and return the exit status."""
     end = time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
     env = environment_of_parts(out)
@@ -108,10 +113,10 @@ def check(wanted: Sequence[Part], out: Path, seconds: float) -> int:
 
 
 def run(part: Part, log: Path, limit_s: float, env: dict[str, str]) -> Done:
-    """Run a part until it ends or its time is over."""
+    """Run a part until it ends or its time is up."""
     started = time.monotonic()
     with log.open("wb") as output:
-        # A session of its own, so that the processes of its engines end with it.
+        # It has its own session, so that the processes of its engines can be ended with it.
         child = subprocess.Popen(
             part.command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True
         )
@@ -126,7 +131,7 @@ def run(part: Part, log: Path, limit_s: float, env: dict[str, str]) -> Done:
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
-    """End what is left of a part, first by asking."""
+    """End the processes of a part, first with SIGTERM, then with SIGKILL."""
     for number, grace_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, None)):
         try:
             os.killpg(child.pid, number)
@@ -139,19 +144,19 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """Return the last line of a log that is not empty."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "")
 
 
 def table(done: Sequence[Done]) -> str:
-    """A line per part."""
+    """Return the table, with a line per part."""
     rows = [[one.part, f"{one.seconds:.0f}", one.outcome, one.last_line] for one in done]
     return format_table(["part", "seconds", "", "last line of its log"], rows, _WIDTH)
 
 
 def environment_of_parts(out: Path) -> dict[str, str]:
-    """Such that the checkout is imported, and found by vLLM as if it were installed."""
+    """Return an environment in which Python imports the checkout and vLLM finds the plugin as if it were installed."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     if not any(point.name == "buddy" for point in entry_points(group=_PLUGIN_GROUP)):
         metadata = out.absolute() / "plugin" / f"vllm_buddy-{__version__}.dist-info"
@@ -159,7 +164,7 @@ def environment_of_parts(out: Path) -> dict[str, str]:
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-buddy\nVersion: {__version__}\n")
         (metadata / "entry_points.txt").write_text(f"[{_PLUGIN_GROUP}]\n{_PLUGIN}\n")
         paths.append(str(metadata.parent))
-    # vLLM's own log says which attention backend it took, and what its graphs took.
+    # vLLM's own log says which attention backend it chose, and how much time and memory its graphs took.
     return {"VLLM_LOGGING_LEVEL": "INFO", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 

@@ -1,4 +1,4 @@
-"""What a decode benchmark on a GPU measures: which models, in which engines, in which batches."""
+"""Plans the decode benchmark on a GPU: which models it measures, in which engines and in which batches."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ BUDGETS = (1.0, 0.75, 0.5)
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. runs: (batch, tokens per prompt). options: of every engine, for tests."""
+    """What to measure. runs: (batch, tokens per prompt). options: for every engine, used by tests."""
 
     shapes: Sequence[str]
     runs: Sequence[tuple[int, int]]
@@ -37,7 +37,7 @@ QUICK = Plan((LLAMA_8B.name,), ((1, 1024), (32, 1024), (128, 1024), (32, 8192)),
 
 
 def add_gpu_options(parser: argparse.ArgumentParser) -> None:
-    """Options that --device cuda has beside those of the CPU."""
+    """Add the options that only --device cuda has."""
     options = parser.add_argument_group("with --device cuda")
     names = [*MODEL_SHAPES, SMOLLM2]
     options.add_argument("--shapes", nargs="+", choices=names, help="default: all")
@@ -47,14 +47,14 @@ def add_gpu_options(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_gpu_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error if one of them was given for the CPU."""
+    """End with an error if one of these options was given without --device cuda."""
     for option in ("shapes", "context", "repeats", "only_quick"):
         if getattr(args, option):
             parser.error(f"--{option.replace('_', '-')} is for --device cuda alone")
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
-    """What the options ask for; None among them is the default."""
+    """Return the plan for these options. None stands for an option's default."""
     shapes = args.shapes or (QUICK.shapes if args.only_quick else [*MODEL_SHAPES, SMOLLM2])
     runs: Sequence[tuple[int, int]] = QUICK.runs
     if not args.only_quick or args.batch or args.context:
@@ -65,9 +65,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its artifact, of one path per budget. work: a folder for what is made of them.
+    """A model and an artifact with one path per budget. work: a folder for checkpoints made from them.
 
-    shape: of a model with drawn weights; None: `model` has weights.
+    shape: of a model with drawn weights; None: the folder `model` has weights.
     """
 
     name: str
@@ -89,17 +89,17 @@ class Subject:
         return self.artifact.bypass is not None
 
     def layers(self, budget: float) -> Sequence[int]:
-        """Those of buddy's path."""
+        """Return the layers of buddy's path at `budget`."""
         if budget == 1.0:
             return range(self.num_layers)
         return layers_of(Router(self.num_layers, self.artifact.prior).path(None, self.depth(budget)))
 
     def depth(self, budget: float) -> int:
-        """Layers executed at `budget`."""
+        """Return the number of layers executed at `budget`."""
         return depth_for_budget(budget, self.num_layers)
 
     def variants(self, budgets: Sequence[float]) -> list[Routing]:
-        """All that is compared; stock first."""
+        """Return everything that is compared, stock first."""
         router = self.artifact.router()
         below = [budget for budget in budgets if budget < 1.0]
         peers = [Routing(name=peer(b), layers=self.depth(b), path=path_of(self.layers(b))) for b in (1.0, *below)]
@@ -108,7 +108,7 @@ class Subject:
         return [*peers, *buddy, *(plain if self.has_bypass else [])]
 
     def jobs(self, plan: Plan) -> Iterator[EngineJob]:
-        """One engine each. buddy first: it has the least KV cache, and what it leaves out the others need not run."""
+        """Yield one job per engine, buddy first: its KV cache is the smallest, and others skip what it leaves out."""
         self.artifact.save(self.work / "artifact")
         yield self._job(
             plan, "buddy", 1.0, artifact=str(self.work / "artifact"), budgets=plan.budgets, has_bypass=self.has_bypass
@@ -138,11 +138,11 @@ class Subject:
 
 
 def drawn_subject(shape: ModelShape, work: Path) -> Subject:
-    """A model with drawn weights."""
+    """Return the subject for a model with drawn weights."""
     return Subject(shape.name, shape.save(work / "whole"), single_path_artifact(shape.artifact()), work, shape)
 
 
 def real_subject(args: argparse.Namespace, work: Path) -> Subject:
-    """The model of --model and --artifact."""
+    """Return the subject for the model of --model and --artifact."""
     artifact = single_path_artifact(load_artifact(args.artifact))
     return Subject(SMOLLM2, args.model or fetch(report=print), artifact, work)

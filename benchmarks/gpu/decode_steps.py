@@ -1,18 +1,18 @@
-"""Decode steps on a GPU, with the shapes of models of usual size; `decode.py --device cuda` runs this.
+"""Times decode steps on a GPU at the shapes of 7B to 8B models: `python -m benchmarks.speed.decode --device cuda`.
 
-Compared are stock vLLM as it comes, compiled and in full CUDA graphs; stock vLLM on a model that has only the layers of
-buddy's path; and buddy with and without a bypass, at its default settings. All requests of a batch run one path.
+It compares stock vLLM at its defaults (compiled, in full CUDA graphs); stock vLLM on a model that has only the layers
+of buddy's path; and buddy with and without a bypass, at its default settings. All requests of a batch run one path.
 
-Engines do not fit beside each other, so each is started once, in a process of its own (gpu_engine.py), and there are no
-rounds: unlike elsewhere, a ratio is one of times that were taken minutes apart. Each repeat is the wall clock of
-`--tokens` decode steps of the whole batch. In repeat i requests are as long in one variant as in another, so ratios are
-taken repeat by repeat, and their spread is that of the repeats. Stock and buddy run in the same loop, scheduled
-asynchronously where that is vLLM's default (`scheduling`). `routing_share` is the time that the host spends on router,
-plan and views, over that of the steps. Under asynchronous scheduling the GPU works meanwhile, so it is a load of the
-host and not what a step would gain without it.
+The engines do not fit into memory side by side, so each starts once, in its own process (engine_process.py), and there
+are no rounds. Unlike in the other benchmarks, the times of a ratio are taken minutes apart. A repeat is the wall-clock
+time of `--tokens` decode steps of the whole batch. In repeat i, requests have the same length in all variants, so
+ratios are taken repeat by repeat, and their spread is that of the repeats. Stock and buddy run in the same loop, with
+asynchronous scheduling where that is vLLM's default (`scheduling`). `routing_share` is the time that the host spends on
+router, plan and views, divided by the time of the steps. Under asynchronous scheduling the GPU works meanwhile, so the
+share is load on the host and not what a step would gain without routing.
 
-All models but SmolLM2-135M have random weights (drawn_weights.py). What is shown was compared in the same run, for
-each batch size (engine_agreement.py).
+All models but SmolLM2-135M have random weights (drawn_weights.py). The outputs of everything shown were compared in the
+same run, for each batch size (engine_agreement.py).
 """
 
 import argparse
@@ -45,9 +45,11 @@ ENGINE_MODULE = "benchmarks.gpu.engine_process"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write what the options ask for; returns the exit status."""
+    """Measure, print and write what the options ask for, and return the exit status."""
     if device() != "cuda":
-        raise Refused("--device cuda finds no CUDA device; without the option decode.py measures on the CPU")
+        raise Refused(
+            "--device cuda finds no CUDA device; without the option benchmarks.speed.decode measures on the CPU"
+        )
     plan, out, env = plan_of(args), args.out or RESULTS_DIR / "cuda_decode.jsonl", environment(on="cuda")
     rows: list[Row] = []
     refused: list[str] = []
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             figures = Figures(subject, plan)
             for job in subject.jobs(plan):
                 figures.take(job)
-                write_rows(out, rows + figures.rows(), env)  # what is known survives an interruption
+                write_rows(out, rows + figures.rows(), env)  # so that an interruption loses no figures
         finally:
             shutil.rmtree(work, ignore_errors=True)
         print_rows(figures.rows())
@@ -70,9 +72,10 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass
 class Figures:
-    """What the engines of one model gave so far, and what of it may be shown.
+    """Results of the engines of one model so far, and which of them may be shown.
 
-    times: by batch, prompt tokens and variant, the lines of gpu_engine.py. scheduling: by engine. left_out: runs.
+    times: lines of engine_process.py, by batch, prompt tokens and variant. scheduling: by engine. left_out: runs that
+    do not fit.
     """
 
     subject: Subject
@@ -85,11 +88,11 @@ class Figures:
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """Those that fit in every engine so far."""
+        """The runs that fit into every engine so far."""
         return [run for run in self.plan.runs if run not in self.left_out]
 
     def take(self, job: EngineJob) -> None:
-        """Start the engine of `job` and read what it finds; one that fails leaves its variants without figures."""
+        """Start the engine of `job` and read its results. If it fails, its variants have no figures."""
         if not self.runs:
             return
         started = time.monotonic()
@@ -102,7 +105,7 @@ class Figures:
         print(f"=== {self.subject.name}: {job.name}: {time.monotonic() - started:.0f} s", flush=True)
 
     def add(self, job: EngineJob, line: Mapping[str, Any]) -> None:
-        """Take one line of gpu_engine.py."""
+        """Take one line of engine_process.py."""
         if line["kind"] == "engine":
             self.scheduling[job.name] = "async" if line["async_scheduling"] else "sync"
             print(f"{line['kv_tokens']} tokens of KV cache, started in {line['start_s']:.0f} s", flush=True)
@@ -117,14 +120,14 @@ class Figures:
             print(f"{line['variant']}, {line['batch']} x {line['context']}: {milliseconds} ms a step", flush=True)
 
     def refused(self) -> list[str]:
-        """Why figures are missing, once all engines have run."""
+        """Return why figures are missing, after all engines have run."""
         lines = list(self.failed)
         for batch in sorted({batch for batch, _ in self.runs}):
             lines += [f"{variant}, batch {batch}: {why}" for variant, why in self._refused_variants(batch).items()]
         return lines
 
     def rows(self) -> list[Row]:
-        """A row per figure that has been checked."""
+        """Return a row per figure that has been checked."""
         return [row for batch, context in self.runs for row in self._rows_of_run(batch, context)]
 
     def _rows_of_run(self, batch: int, context: int) -> list[Row]:
@@ -178,15 +181,15 @@ class Figures:
 
 
 def lines_of(job: EngineJob) -> Iterator[Any]:
-    """What gpu_engine.py prints, as it comes.
+    """Run engine_process.py for a job and yield the lines it prints, as they arrive.
 
     Raises:
-        CalledProcessError: it failed.
+        CalledProcessError: the process failed.
     """
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if device() == "cuda":
-        env.pop("VLLM_USE_AOT_COMPILE", None)  # engines.py switches it off for the CPU
+        env.pop("VLLM_USE_AOT_COMPILE", None)  # benchmarks/harness/engines.py switches it off for the CPU
     command = [sys.executable, "-m", ENGINE_MODULE, job.as_json()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as child:
         assert child.stdout is not None

@@ -1,8 +1,8 @@
-"""Random weights by which the layers of a model can be told apart, in place of vLLM's dummy weights.
+"""Draws random model weights that tell layers apart, in place of vLLM's dummy weights.
 
-vLLM's are the same numbers in every layer and so small that no layer changes a bfloat16 state: an engine that ran the
-wrong layers would give the right logits. These are drawn from a seed per tensor, so large that every layer changes the
-state. A model that has some layers of another one has their weights.
+vLLM's dummy weights are equal in every layer, and so small that no layer changes a bfloat16 state: an engine that ran
+the wrong layers would give the right logits. The weights here are drawn from a seed per tensor and are so large that
+every layer changes the state. A model with some of the layers of another model has the weights of those layers.
 """
 
 import re
@@ -14,16 +14,16 @@ from torch import nn
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _EMBEDDING_STD = 1.0
-_LM_HEAD_GAIN = 4.0  # of the logits' standard deviation: the likeliest tokens are then about 0.1 nats from each other
+_LM_HEAD_GAIN = 4.0  # standard deviation of the logits: the likeliest tokens are then about 0.1 nats apart
 _MATRIX_GAIN = 1.0
 _BIAS_STD = 0.1
 _NORM_STD = 0.1  # around 1
 
 
 def load_drawn_weights(layers: Sequence[int]) -> None:
-    """Let load_format "dummy" draw weights in this process from now on.
+    """Make load_format "dummy" draw weights in this process from now on.
 
-    layers: for each layer of the models to be loaded the number that it has in the whole model.
+    layers: for each layer of the models to be loaded, its number in the whole model.
     """
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -37,7 +37,7 @@ def load_drawn_weights(layers: Sequence[int]) -> None:
 
 @torch.no_grad()
 def draw_weights(model: nn.Module, layers: Sequence[int]) -> None:
-    """Draw all parameters of a model, on the device where they are."""
+    """Draw all parameters of a model, on the device that holds them."""
     for name, weight in model.named_parameters():
         whole_name = _LAYER.sub(lambda found: str(layers[int(found[0])]), name)
         generator = torch.Generator(device=weight.device).manual_seed(zlib.crc32(whole_name.encode()))
@@ -46,7 +46,7 @@ def draw_weights(model: nn.Module, layers: Sequence[int]) -> None:
 
 
 def _distribution(name: str, weight: torch.Tensor) -> tuple[float, float]:
-    """Mean and standard deviation."""
+    """Return the mean and standard deviation of a parameter."""
     if "norm" in name:
         return 1.0, _NORM_STD
     if weight.ndim == 1:

@@ -1,8 +1,8 @@
-"""Whether engines in processes of their own compute the same: by the likeliest tokens behind the same prompts.
+"""Checks that engines in separate processes compute the same, by the likeliest tokens after the same prompts.
 
-At the shapes of large models a plain forward in float32 takes too long, so two programs are compared: buddy without
-bypass with stock vLLM on a model that has buddy's layers only, and buddy with bypass with itself, eager and without
-kernels. A comparison that would pass with other layers too says nothing, so that is tried each time.
+At the shapes of large models a plain forward in float32 takes too long, so pairs of programs are compared: buddy
+without bypass with stock vLLM on a model that has only buddy's layers, and buddy with bypass with itself in eager mode
+without kernels. A comparison that would also pass with other layers proves nothing, so each run tries that too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,16 @@ from benchmarks.harness.rounds import Refused
 Distribution = Mapping[int, float]
 Found = Sequence[Sequence[Distribution]]  # [compared token][prompt]
 
-# Of the 20 likeliest tokens, for every prompt and compared token. Seen with drawn weights in 32 layers of hidden 512:
-# two programs in bfloat16, 18 or more in common and at most 0.12 nats apart on each of 40 prompts; one layer left out,
-# or two exchanged, never both more than 15 in common and less than 0.4 nats apart on any of 6 prompts.
+# Bounds for the 20 likeliest tokens, for every prompt and compared token. Observed with drawn weights in 32 layers of
+# hidden size 512: two programs in bfloat16 have at least 18 in common and are at most 0.12 nats apart on each of 40
+# prompts. With one layer left out, or two exchanged, none of 6 prompts has both more than 15 in common and a distance
+# below 0.4 nats.
 MIN_COMMON = 16
 MAX_DISTANCE = 0.3
 
 
 def difference(ours: Found, theirs: Found) -> str | None:
-    """How far apart the worst two distributions are; None if all are the same but for rounding."""
+    """Return how far apart the worst two distributions are, or None if all are equal up to rounding."""
     worst_common, worst_distance = float("inf"), 0.0
     for ours_of_token, theirs_of_token in zip(ours, theirs, strict=True):
         for one, other in zip(ours_of_token, theirs_of_token, strict=True):
@@ -41,16 +42,16 @@ def difference(ours: Found, theirs: Found) -> str | None:
 
 @dataclass
 class Outputs:
-    """What the variants of a model gave, by variant and batch size."""
+    """Outputs of the variants of a model, by variant and batch size."""
 
     found: dict[tuple[str, int], Found] = field(default_factory=dict)
 
     def add(self, variant: str, batch: int, found: Sequence[Sequence[Mapping[str, float]]]) -> None:
-        """found: as JSON has it, with text for token ids."""
+        """Add the outputs of a variant. found: as read from JSON, with token ids as text."""
         self.found[variant, batch] = [[{int(t): lp for t, lp in d.items()} for d in prompts] for prompts in found]
 
     def problem(self, one: str, other: str, batch: int) -> str | None:
-        """Why the two cannot be said to compute the same; None if they do."""
+        """Return why the two cannot be said to compute the same, or None if they do."""
         for variant in (one, other):
             if (variant, batch) not in self.found:
                 return f"there are no outputs of '{variant}'"
@@ -58,16 +59,16 @@ class Outputs:
         return apart and f"'{one}' and '{other}' differ: {apart}"
 
     def blind(self, one: str, other: str, batch: int) -> str | None:
-        """Why a comparison with either is worth nothing: they compute different things and look the same."""
+        """Return why a comparison with either proves nothing: they compute different things and look the same."""
         if (one, batch) in self.found and (other, batch) in self.found and self.problem(one, other, batch) is None:
             return f"'{one}' and '{other}' should differ and do not, so the comparison is blind"
         return None
 
 
 def refusals_by_peers(outputs: Outputs, batch: int, budgets: Sequence[float], has_bypass: bool) -> dict[str, str]:
-    """Variants that may not be shown, and why; for a model with drawn weights.
+    """Return the variants that may not be shown, and why, for a model with drawn weights.
 
-    budgets: of buddy, with 1.0. Peers are called "stock" and "pruned B".
+    budgets: of buddy, 1.0 among them. Peers are called "stock" and "pruned B".
     """
     same = [(f"buddy {b}" + (NO_BYPASS if has_bypass and b < 1.0 else ""), peer(b)) for b in budgets]
     refused: dict[str, str] = {}
@@ -95,7 +96,7 @@ def refusals_by_peers(outputs: Outputs, batch: int, budgets: Sequence[float], ha
 def refusals_by_reference(
     outputs: Outputs, batch: int, variants: Sequence[Routing], reference: Reference, vocab_size: int, longest: int
 ) -> dict[str, str]:
-    """The same for a model with real weights, by one plain forward."""
+    """Do the same for a model with real weights, against one plain forward."""
     prompts = check_prompts(vocab_size, batch, longest)
     refused = {}
     for variant in variants:
@@ -104,7 +105,7 @@ def refusals_by_reference(
             refused[variant.name] = f"there are no outputs of '{variant.name}'"
             continue
         for token, distributions in zip(COMPARED, found, strict=True):
-            # The reference looks behind a prompt and its last token again.
+            # The reference looks at the token after a prompt and its last token again.
             so_far = [[*prompt, *prompt[-1:] * (token - 1)] for prompt in prompts]
             try:
                 reference.check(variant, so_far, distributions)
@@ -114,5 +115,5 @@ def refusals_by_reference(
 
 
 def peer(budget: float) -> str:
-    """The variant of stock vLLM with the layers of buddy's path."""
+    """Return the name of the stock vLLM variant with the layers of buddy's path."""
     return "stock" if budget == 1.0 else f"pruned {budget}"

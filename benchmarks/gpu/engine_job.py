@@ -1,4 +1,4 @@
-"""What a process with one engine is asked to measure, and what of it can be said without an engine."""
+"""Describes the measurement of one engine process, and computes what needs no engine: prompts, lengths, windows."""
 
 import json
 import math
@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-WARM_STEPS = 8  # vllm_buddy captures the graph of a path at the third step on it
-CHECKED_TOKENS = 8  # decoded for a comparison
-# Of these, those whose distributions are compared: one from graphs per layer, one from the graph of the path.
+WARM_STEPS = 8  # vllm_buddy captures the graph of a path at the third step on that path
+CHECKED_TOKENS = 8  # tokens decoded for a comparison
+# The tokens whose distributions are compared: one from the graphs per layer, one from the graph of the path.
 COMPARED = (1, 6)
 NO_BYPASS = ", no bypass"
 EAGER = ", eager and without kernels"
-_LEFT_FREE = 0.01  # of the KV blocks: a scheduler that runs out of them preempts
-_UNCOUNTED = 4  # tokens of a request besides: its first one, and those in flight when the last step has been timed
-_PROMPT_TOKENS = (64, 200)  # of prompts that are compared
+_LEFT_FREE = 0.01  # share of the KV blocks that stays free: a scheduler that runs out of them preempts
+_UNCOUNTED = 4  # further tokens of a request: the first one, and those in flight when the last step has been timed
+_PROMPT_TOKENS = (64, 200)  # lengths of prompts whose outputs are compared
 
 
 @dataclass(frozen=True)
 class EngineJob:
-    """What to start and what to measure with it.
+    """Which engine to start and what to measure with it.
 
-    name: of the variant, or what variants of different budgets begin with. artifact: a folder; None is stock vLLM.
-    layers: for each layer the number whose weights are drawn for it; None: the model's folder has weights.
+    name: of the variant, or the beginning of the names if there are several budgets. artifact: a folder; None: stock.
+    layers: for each layer, its number in the model whose weights are drawn; None: the model's folder has weights.
     runs: (batch, tokens per prompt). Each is timed `repeats` times, for `steps` steps. options: of vllm.LLM.
     """
 
@@ -41,33 +41,33 @@ class EngineJob:
     options: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> str:
-        """What EngineJob(**json.loads(...)) takes."""
+        """Return JSON from which EngineJob(**json.loads(...)) makes this job again."""
         return json.dumps(asdict(self))
 
     def variant(self, budget: float | None) -> str:
-        """Name of a variant of this engine, but for the bypass."""
+        """Return the name of a variant of this engine, without the note about the bypass."""
         return self.name if budget is None else f"{self.name} {budget}"
 
     @property
     def timed_steps(self) -> int:
-        """Steps of a run, all requests decoding; the end of one of them is the beginning of the first repeat."""
+        """Steps of a run with all requests decoding. The additional step ends where the first repeat begins."""
         return WARM_STEPS + self.steps * self.repeats + 1
 
 
 def check_prompts(vocab_size: int, batch: int, longest: int) -> list[list[int]]:
-    """Prompts of which outputs are compared, the same in every process; the first is as long as the longest timed."""
+    """Return the prompts whose outputs are compared, equal in every process. The first has `longest` tokens."""
     rng = np.random.default_rng(batch)
     lengths = [longest, *rng.integers(*_PROMPT_TOKENS, batch - 1).tolist()]
     return [draw_tokens(rng, vocab_size, length) for length in lengths]
 
 
 def draw_tokens(rng: np.random.Generator, vocab_size: int, num_tokens: int) -> list[int]:
-    """Random token ids, without those at the beginning of the vocabulary, where special ones are."""
+    """Draw random token ids, without the beginning of the vocabulary, which holds special tokens."""
     return rng.integers(vocab_size // 10, vocab_size, num_tokens).tolist()
 
 
 def tokens_per_request(timed_steps: int, batch: int, context: int, tokens_per_step: int) -> int:
-    """The most that a request decodes: the first ones do while the prompts of others are still read."""
+    """Return the most tokens that a request decodes: the first ones decode while prompts of others are still read."""
     prefill_steps = math.ceil(batch * context / max(1, tokens_per_step - batch))
     return timed_steps + prefill_steps + _UNCOUNTED
 
@@ -75,7 +75,7 @@ def tokens_per_request(timed_steps: int, batch: int, context: int, tokens_per_st
 def why_left_out(
     batch: int, context: int, decoded: int, *, max_model_len: int, block_size: int, num_blocks: int
 ) -> str | None:
-    """Why a run cannot be timed with this KV cache; None if it can. decoded: tokens per request."""
+    """Return why a run cannot be timed with this KV cache, or None if it can. decoded: tokens per request."""
     tokens = context + decoded
     if tokens > max_model_len:
         return f"{context} + {decoded} tokens are more than the model's {max_model_len} positions"
@@ -86,6 +86,6 @@ def why_left_out(
 
 
 def windows(stamps: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Between stamps of (time, time spent on routing so far), in seconds: the lengths, and routing's share of each."""
+    """Return the seconds between stamps and routing's share of them. stamps: (time, total time of routing), seconds."""
     seconds, routing = np.diff(np.array(stamps), axis=0).T
     return seconds.tolist(), (routing / seconds).tolist()

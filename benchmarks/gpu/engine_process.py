@@ -1,18 +1,18 @@
-"""One engine in a process of its own: what it computes, and how long its decode steps take.
+"""Runs one engine in its own process, and reports what it computes and how long its decode steps take.
 
-    python -m benchmarks.gpu.engine_process JOB      # JOB: an EngineJob as JSON; gpu_decode.py starts it
+    python -m benchmarks.gpu.engine_process JOB      # JOB: an EngineJob as JSON; decode_steps.py starts it
 
-Prints one JSON object a line; what vLLM prints goes to stderr.
+It prints one JSON object a line. The output of vLLM goes to stderr.
 
-The engine core runs in this process, where its scheduler and its model runner can be read. On a GPU it schedules
-asynchronously there too: a step is launched before the tokens of the one before have arrived. The front end, which in a
-server is another process beside the core, has no part in the timed loop: the loop takes the core's outputs as they are.
+The engine core runs in this process, where its scheduler and its model runner can be read. On a GPU it still schedules
+asynchronously: a step is launched before the tokens of the previous step have arrived. In a server the front end is a
+separate process. It has no part in the timed loop, which takes the core's outputs directly.
 """
 
+import argparse
 import gc
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +45,13 @@ from vllm_buddy.serving.plugin import register
 
 
 def main() -> None:
-    job = EngineJob(**json.loads(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.engine_process",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", metavar="JOB", type=json.loads, help="fields of an EngineJob, as JSON")
+    job = EngineJob(**parser.parse_args().job)
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM logs to stdout
     for line in measure(job):
@@ -53,7 +59,7 @@ def main() -> None:
 
 
 def measure(job: EngineJob) -> Iterator[dict[str, Any]]:
-    """What is found, each with the kind of thing it is."""
+    """Yield the results, each with its `kind`."""
     started = time.perf_counter()
     engine = TimedEngine(job)
     yield {"kind": "engine", "start_s": time.perf_counter() - started, **engine.facts()}
@@ -90,7 +96,7 @@ def _measure_budgets(
 
 
 class TimedEngine:
-    """An engine in this process."""
+    """An engine in this process whose decode steps can be timed."""
 
     def __init__(self, job: EngineJob) -> None:
         register()  # vllm_buddy need not be installed
@@ -101,14 +107,15 @@ class TimedEngine:
         if job.artifact is not None:
             options |= {"model_impl": "buddy", "additional_config": {"buddy": {"artifact": job.artifact}}}
         self.job = job
-        # Otherwise a step of the largest batch could not be one, and graphs of sizes were captured that are not timed.
+        # With a smaller max_num_seqs the largest batch would not run as one step; with a larger one vLLM would capture
+        # graphs of sizes that are not timed.
         self.llm = LLM(job.model, max_num_seqs=max(batch for batch, _ in job.runs), **options)
         self.core: Any = self.llm.llm_engine.engine_core.engine_core
         self.runner: Any = self.core.model_executor.driver_worker.worker.model_runner
         self._rng = np.random.default_rng(0)
 
     def facts(self) -> dict[str, Any]:
-        """What its figures depend on."""
+        """Return settings that the figures depend on."""
         config = self.core.vllm_config
         return {
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
@@ -116,12 +123,12 @@ class TimedEngine:
         }
 
     def decoded(self, batch: int, context: int) -> int:
-        """The most tokens that a request of a run decodes."""
+        """Return the most tokens that a request of a run decodes."""
         per_step = self.core.vllm_config.scheduler_config.max_num_batched_tokens
         return tokens_per_request(self.job.timed_steps, batch, context, per_step)
 
     def why_left_out(self, batch: int, context: int) -> str | None:
-        """Why a run cannot be timed here; None if it can."""
+        """Return why a run cannot be timed with this engine, or None if it can."""
         config = self.core.vllm_config
         return why_left_out(
             batch,
@@ -133,10 +140,12 @@ class TimedEngine:
         )
 
     def outputs(self, budget: float | None, prompts: Sequence[list[int]]) -> list[list[dict[int, float]]]:
-        """[compared token][prompt]: the likeliest tokens and their logprobs, where every token before is the prompt's
-        last one again."""
+        """Return [compared token][prompt] the likeliest tokens and their logprobs.
+
+        All earlier tokens are forced to be the prompt's last token again.
+        """
         self._drain()
-        assert self.llm.reset_prefix_cache()  # or a prompt that was seen before would not be computed again
+        assert self.llm.reset_prefix_cache()  # otherwise a prompt seen before would not be computed again
         params = [
             self._params(budget, CHECKED_TOKENS, logprobs=NUM_LIKELIEST, logit_bias={prompt[-1]: 100.0})
             for prompt in prompts
@@ -145,7 +154,7 @@ class TimedEngine:
         return [[_likeliest(output.outputs[0].logprobs[token]) for output in found] for token in COMPARED]
 
     def timed(self, budget: float | None, batch: int, context: int) -> tuple[list[float], list[float]]:
-        """Of each repeat the time of a step in ms, and the share of it that routing took on the host."""
+        """Return, for each repeat, the time of a step in ms and the share of it that routing took on the host."""
         engine, job = self.llm.llm_engine, self.job
         params = self._params(budget, self.decoded(batch, context))
         for index in range(batch):
@@ -158,7 +167,7 @@ class TimedEngine:
             started |= {output.request_id for output in outputs if output.new_token_ids}
             if any(output.finish_reason is not None for output in outputs):
                 raise RuntimeError("a request ended before all of its steps were timed")
-            if not outputs or len(started) < batch:  # nothing has arrived, or prompts are still read
+            if not outputs or len(started) < batch:  # nothing has arrived, or prompts are still being read
                 continue
             if stamps and len(outputs) != batch:
                 raise RuntimeError(f"a decode step had {len(outputs)} of {batch} requests")
@@ -170,27 +179,27 @@ class TimedEngine:
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        """Without graphs and with the plain form of every kernel, while the block runs."""
-        steps, backbone = self.runner.buddy_steps, self.runner.model.model
-        kept = steps.graphs, steps.kernels, steps._moves_rows, backbone.bypasses
+        """Run without graphs and with the reference of every kernel, while the block runs."""
+        state, backbone = self.runner.buddy_state, self.runner.model.model
+        kept = state.graphs, state.kernels, state._moves_rows, backbone.bypasses
         plain = KERNELS["reference"]
-        steps.graphs, steps.kernels = None, plain
-        if steps._moves_rows is not None:
-            steps._moves_rows = plain
+        state.graphs, state.kernels = None, plain
+        if state._moves_rows is not None:
+            state._moves_rows = plain
             backbone.bypasses = [bypass and replace(bypass, kernels=plain) for bypass in backbone.bypasses]
         try:
             yield
         finally:
-            steps.graphs, steps.kernels, steps._moves_rows, backbone.bypasses = kept
+            state.graphs, state.kernels, state._moves_rows, backbone.bypasses = kept
 
     def drop_bypass(self) -> None:
-        """Let rows pass unchanged where they skip a layer, as with an artifact without bypass; for good."""
-        steps = self.runner.buddy_steps
-        self.runner.model.model.bypasses = None
-        if steps.graphs is not None:  # they have the bypasses in them
-            steps.graphs = None
+        """Leave rows that skip a layer unchanged from now on, as with an artifact without bypass."""
+        state, backbone = self.runner.buddy_state, self.runner.model.model
+        backbone.bypasses = None
+        if state.graphs is not None:  # the bypasses are captured in them
+            state.graphs = None
             gc.collect()
-            steps.capture_graphs(self.runner)
+            state.capture_graphs(backbone)
 
     def _params(self, budget: float | None, max_tokens: int, **more: Any) -> SamplingParams:
         asked = None if budget is None else {"buddy_budget": budget}
@@ -199,19 +208,19 @@ class TimedEngine:
         )
 
     def _routing_seconds(self) -> float:
-        """Spent on router, plan and views so far."""
+        """Return the seconds spent on router, plan and views so far."""
         if self.job.artifact is None:
             return 0.0
-        return self.core.scheduler._metrics.routing_seconds + self.runner.buddy_steps.view_seconds
+        return self.core.scheduler._metrics.routing_seconds + self.runner.buddy_state.view_seconds
 
     def _drain(self) -> None:
-        """Until no batch is in flight and the runner knows of every request that has ended."""
+        """Step until no batch is in flight and the runner knows of every request that has ended."""
         while self.core.scheduler.has_requests() or self.core.batch_queue:
             self.llm.llm_engine.engine_core.get_output()
 
 
 def _likeliest(logprobs: Any) -> dict[int, float]:
-    """Without the token that was taken, which vLLM gives too."""
+    """Return the likeliest tokens only: vLLM also returns the sampled token."""
     found = sorted(((lp.logprob, token) for token, lp in logprobs.items()), reverse=True)
     return {token: logprob for logprob, token in found[:NUM_LIKELIEST]}
 

@@ -1,6 +1,6 @@
-"""Inputs of the kernels at the shapes of three models, and the bytes that each op has to move.
+"""Makes the inputs of the kernel benchmark at the shapes of three models, and counts the bytes each op must move.
 
-Bytes are what must be read and written once, whatever the kernel does; a kernel's GB/s is those over its time.
+The bytes are what must be read and written once, whatever the kernel does. GB/s is these bytes over a kernel's time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,6 @@ from vllm_buddy_kernels import (
     gather_rows_reference,
     layer_slots,
     layer_slots_reference,
-    paged_attention,
-    paged_attention_reference,
     scatter_rows,
     scatter_rows_reference,
 )
@@ -27,24 +25,19 @@ OPS: dict[str, tuple[Op, Op]] = {
     "gather_rows": (gather_rows, gather_rows_reference),
     "scatter_rows": (scatter_rows, scatter_rows_reference),
     "bypass_rows": (bypass_rows, bypass_rows_reference),
-    "paged_attention": (paged_attention, paged_attention_reference),
 }
-# Their references ask the device for a size, which cannot be captured in a CUDA graph.
+# The references of these ops ask the device for a size, which cannot be captured in a CUDA graph.
 ASKS_DEVICE = ("layer_slots", "bypass_rows")
-IN_PLACE = ("layer_slots",)  # into their last two arguments
+IN_PLACE = ("layer_slots",)  # ops that write into their last two arguments
 
 DTYPE = torch.bfloat16
-ITEM, WORD, INDEX = 2, 8, 4  # bytes of a number in DTYPE, of a slot or a word of validity bits, of an int32
+ITEM, WORD, INDEX = 2, 8, 4  # bytes of a number in DTYPE, of a slot or row number, of an int32
 BLOCK_SIZE = 16
 BYPASS_RANK = 64
 EPS = 1e-6
-LAYER = 3
 
 BATCHES = (1, 8, 32, 128)
 LARGE_ROWS = 2048
-CONTEXTS = (1024, 8192)
-ATTENTION_BATCH = 32
-VALID = ((1.0, "all"), (0.75, "blocks"), (0.75, "tokens"), (0.5, "blocks"), (0.5, "tokens"))
 
 
 @dataclass(frozen=True)
@@ -52,15 +45,12 @@ class Model:
     name: str
     hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
 
 
 MODELS = (
-    Model("Llama-3.1-8B", 4096, 32, 32, 8, 128),
-    Model("Qwen2.5-7B", 3584, 28, 28, 4, 128),
-    Model("SmolLM2-135M", 576, 30, 9, 3, 64),
+    Model("Llama-3.1-8B", 4096, 32),
+    Model("Qwen2.5-7B", 3584, 28),
+    Model("SmolLM2-135M", 576, 30),
 )
 
 
@@ -78,20 +68,20 @@ class Case:
         return " ".join(map(str, (self.op, *self.about.values())))
 
     def run(self, function: Op, arguments: tuple[Any, ...]) -> Sequence[torch.Tensor]:
-        """All outputs; those that are written in place are the arguments themselves."""
+        """Call `function` and return all outputs. Outputs that are written in place are the arguments themselves."""
         outputs = function(*arguments)
         if self.op in IN_PLACE:
             return arguments[-2:]
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def poison(self, arguments: tuple[Any, ...]) -> None:
-        """Spoil what the op will write into, so that what it leaves out shows."""
+        """Overwrite the buffers that the op writes into, so that elements it does not write are noticed."""
         for output in arguments[-2:] if self.op in IN_PLACE else ():
             output.fill_(-7)
 
 
 def all_cases(ops: Sequence[str], models: Sequence[Model] = MODELS) -> Iterator[Case]:
-    """Every op at every shape that is measured."""
+    """Yield every op at every shape that is measured."""
     for model in models:
         about: dict[str, Any] = {"model": model.name}
         hidden = model.hidden_size
@@ -106,50 +96,35 @@ def all_cases(ops: Sequence[str], models: Sequence[Model] = MODELS) -> Iterator[
         for rows in BATCHES if "bypass_rows" in ops else ():
             num_bytes = bypass_bytes(rows, hidden, BYPASS_RANK)
             yield Case("bypass_rows", {**about, "rows": rows}, num_bytes, _bypass(rows, hidden, BYPASS_RANK))
-        for context in CONTEXTS if "paged_attention" in ops else ():
-            for share, form in VALID:
-                yield attention_case(model, ATTENTION_BATCH, context, share, form)
 
 
 def slots_bytes(num_views: int, num_tokens: int, num_runs: int) -> int:
-    """Of each token: its run, and per view an entry of the block table and the slot. Of each run: start, request, and
-    per view first position and length; and the last run's end."""
+    """Return the bytes of layer_slots.
+
+    For each token: its run, and per view an entry of the block table and the slot. For each run: its start and request,
+    and per view its first position and length. In addition the end of the last run.
+    """
     tokens = num_tokens * (INDEX + num_views * (INDEX + WORD))
     return tokens + num_runs * (2 * INDEX + num_views * 2 * INDEX) + INDEX
 
 
 def gather_bytes(num_rows: int, hidden_size: int) -> int:
-    """Row numbers (64 bits); hidden and residual in, normed and state out; the weight."""
+    """Return the bytes of gather_rows: row numbers (64 bits); hidden, residual, normed and state; the weight."""
     return num_rows * WORD + (4 * num_rows + 1) * hidden_size * ITEM
 
 
 def scatter_bytes(num_tokens: int, hidden_size: int) -> int:
-    """Sources; for each token one pair in, normed and state out; the weight."""
+    """Return the bytes of scatter_rows: sources; for each token one pair in, normed and state out; the weight."""
     return num_tokens * INDEX + (4 * num_tokens + 1) * hidden_size * ITEM
 
 
 def bypass_bytes(num_tokens: int, hidden_size: int, rank: int) -> int:
-    """Flags of one byte; hidden and residual in, the state out; both matrices."""
+    """Return the bytes of bypass_rows: flags of one byte; hidden and residual in, the state out; both matrices."""
     return num_tokens + (3 * num_tokens + 2 * rank) * hidden_size * ITEM
 
 
-def attention_bytes(model: Model, batch: int, positions: int, valid: int, validity: bool = True) -> int:
-    """K and V of the valid tokens; entries of the block table and, if there is validity, words of all positions; query
-    and output; lengths. positions, valid: of each sequence."""
-    cache = valid * 2 * model.num_kv_heads * model.head_size * ITEM
-    table = positions // BLOCK_SIZE * INDEX + (positions * WORD if validity else 0)
-    return batch * (cache + table + 2 * model.num_heads * model.head_size * ITEM + INDEX)
-
-
-def packed_bytes(case: Case) -> int:
-    """What attention over a packed cache of a case's valid tokens has to move."""
-    model = next(model for model in MODELS if model.name == case.about["model"])
-    valid = round(case.about["valid_share"] * case.about["context"])
-    return attention_bytes(model, case.about["batch"], valid, valid, validity=False)
-
-
 def slots_case(model: Model, batch: int, context: int = 1024) -> Case:
-    """One token of each request, every layer a view of its own; a quarter of the layers is skipped."""
+    """Return a case with one token per request and one view per layer, in which a quarter of the layers is skipped."""
     views, width = model.num_layers, context // BLOCK_SIZE
 
     def make(device: str) -> tuple[Any, ...]:
@@ -165,29 +140,6 @@ def slots_case(model: Model, batch: int, context: int = 1024) -> Case:
     return Case("layer_slots", about, slots_bytes(views, batch, batch), make)
 
 
-def attention_case(model: Model, batch: int, context: int, share: float, form: str) -> Case:
-    """Each sequence has `share` of its tokens valid: whole blocks of them, or scattered tokens."""
-    valid = round(share * context)
-    unit = BLOCK_SIZE if form == "blocks" else 1
-    num_blocks = batch * context // BLOCK_SIZE
-
-    def make(device: str) -> tuple[Any, ...]:
-        shape = (num_blocks, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_size)
-        key_cache, value_cache = _normal(device, *shape).transpose(1, 2).split(model.head_size, -1)
-        table = torch.randperm(num_blocks, device=device).int().view(batch, -1)
-        drawn = torch.rand(batch, context // unit, device=device).argsort(1)[:, : valid // unit]
-        runs = torch.zeros(batch, context // unit, dtype=torch.bool, device=device).scatter_(1, drawn, True)
-        words = torch.zeros(num_blocks, BLOCK_SIZE, dtype=torch.int64, device=device)
-        words[table.flatten().long()] = runs.repeat_interleave(unit, 1).view(-1, BLOCK_SIZE).long() << LAYER
-        lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
-        query = _normal(device, batch, model.num_heads, model.head_size)
-        scale = model.head_size**-0.5
-        return query, key_cache, value_cache, table, lengths, words.flatten(), LAYER, scale
-
-    about = {"model": model.name, "batch": batch, "context": context, "valid_share": share, "form": form}
-    return Case("paged_attention", about, attention_bytes(model, batch, context, valid), make)
-
-
 def _gather(rows: int, hidden_size: int) -> Callable[[str], tuple[Any, ...]]:
     def make(device: str) -> tuple[Any, ...]:
         hidden, residual = _normal(device, rows, hidden_size), _normal(device, rows, hidden_size)
@@ -197,7 +149,7 @@ def _gather(rows: int, hidden_size: int) -> Callable[[str], tuple[Any, ...]]:
 
 
 def _scatter(rows: int, hidden_size: int) -> Callable[[str], tuple[Any, ...]]:
-    """Three quarters of the tokens ran, at least one."""
+    """Make inputs in which three quarters of the tokens ran the layer, and at least one."""
 
     def make(device: str) -> tuple[Any, ...]:
         num_ran = -(-3 * rows // 4)
@@ -211,7 +163,7 @@ def _scatter(rows: int, hidden_size: int) -> Callable[[str], tuple[Any, ...]]:
 
 
 def _bypass(rows: int, hidden_size: int, rank: int) -> Callable[[str], tuple[Any, ...]]:
-    """All rows skip; the matrices keep the size of what they multiply, so that a wrong product shows."""
+    """Make inputs in which all rows skip. The matrices keep the scale of their inputs, so a wrong product is seen."""
 
     def make(device: str) -> tuple[Any, ...]:
         hidden, residual = _normal(device, rows, hidden_size), _normal(device, rows, hidden_size)

@@ -1,16 +1,15 @@
-"""GB/s of every kernel beside its plain-PyTorch reference, and its share of the bandwidth that a copy reaches.
+"""Measures the GB/s of every Triton kernel beside its plain-PyTorch reference and the bandwidth of a copy.
 
-    python -m benchmarks.gpu.kernel_speed                       # all, about 3 minutes on an H100
-    python -m benchmarks.gpu.kernel_speed --ops gather_rows     # one
+    python -m benchmarks.gpu.kernel_speed                       # all ops, about 3 minutes on an H100
+    python -m benchmarks.gpu.kernel_speed --ops gather_rows     # one op
 
-Measured first: the bandwidth of a large copy (bytes read and written), and a kernel that does nothing, the least a
-launch takes. Bytes of an op are those it has to move (kernel_cases.py), so a kernel that moves more shows less. Kernel
-and reference run one after the other in each round, on the GPU alone (kernel_timing.py); `ratio_to_reference` is the
-reference's time over the kernel's, within a round, above 1 where the kernel is faster. References that wait for the
-device cannot be captured and are launched by the host, `timing` says so. Attention stands also beside FlashAttention on
-a packed cache of as many tokens; that reads no words of validity, and its GB/s are of what it needs.
+The benchmark first measures the bandwidth of a large copy (bytes read and written) and the time of a kernel that does
+nothing, which is the shortest possible launch. The bytes of an op are those it must move (kernel_cases.py), so a kernel
+that moves more has a lower GB/s. Kernel and reference run one after the other in each round, without the host
+(kernel_timing.py). `ratio_to_reference` is the reference's time over the kernel's within a round: above 1 the kernel is
+faster. A reference that waits for the device cannot be captured, so the host launches it; its `timing` is "host".
 
-Before anything is timed, outputs are compared with the reference's on the very inputs.
+Before anything is timed, the outputs are compared with the reference's on the same inputs.
 """
 
 import argparse
@@ -23,22 +22,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu import packed_flash
-from benchmarks.gpu.kernel_cases import ASKS_DEVICE, OPS, Case, all_cases, packed_bytes
+from benchmarks.gpu.kernel_cases import ASKS_DEVICE, OPS, Case, all_cases
 from benchmarks.gpu.kernel_timing import COPIED_BYTES, Timed, copy_launches, empty_launches, num_sets
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
 from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option
 
 Row = dict[str, Any]
-KERNEL, REFERENCE, FLASH = "kernel", "reference", "FlashAttention"
-# Of the largest number in the output. A result may be rounded to bfloat16 up to three times on its way, in another
-# place than the reference's: 2 ** -8 each. A wrong row is off by about 1.
+KERNEL, REFERENCE = "kernel", "reference"
+# Relative to the largest number in the output. A result may be rounded to bfloat16 up to three times, by 2 ** -8 each,
+# in other places than the reference's. A wrong row is off by about 1.
 TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute a case: a launch per working set."""
+    """One way to compute a case, with a launch per working set."""
 
     name: str
     launches: Sequence[Callable[[], Any]]
@@ -47,7 +45,11 @@ class Variant:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.kernel_speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_rounds_option(parser, 7)
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS), help="default: all")
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / "cuda_kernels.jsonl")
@@ -55,20 +57,17 @@ def main() -> None:
     if device() != "cuda":
         raise Refused("this measures CUDA kernels and finds no CUDA device; tests/kernels runs their logic without one")
     env = environment(on="cuda")
-    no_flash = packed_flash.why_unavailable() if "paged_attention" in args.ops else None
-    if no_flash is not None:
-        print(f"rows of FlashAttention are left out: {no_flash}", flush=True)
     bounds, copy_gb_per_s = measure_bounds(args.rounds)
     rows = bounds
     for case in all_cases(args.ops):
         print(case.name, flush=True)
-        rows += measure(case, args.rounds, copy_gb_per_s, flash=no_flash is None)
+        rows += measure(case, args.rounds, copy_gb_per_s)
         torch.cuda.empty_cache()
     report(args.out, rows, env)
 
 
 def measure_bounds(num_rounds: int) -> tuple[list[Row], float]:
-    """Rows of a copy and of an empty launch, and the copy's median bandwidth."""
+    """Return the rows of a copy and of an empty launch, and the copy's median bandwidth in GB/s."""
     rounds = Rounds(num_rounds)
     rounds.mark_checked(["copy", "empty launch"])
     copy, empty = Timed(copy_launches()), Timed(empty_launches() * 256)
@@ -80,10 +79,10 @@ def measure_bounds(num_rounds: int) -> tuple[list[Row], float]:
     return [*rows, rounds.row("gb_per_s", bandwidth, variant="copy")], float(np.median(bandwidth))
 
 
-def measure(case: Case, num_rounds: int, copy_gb_per_s: float, flash: bool) -> list[Row]:
-    """Check all variants of a case on all working sets, time them in turn; one row per figure."""
+def measure(case: Case, num_rounds: int, copy_gb_per_s: float) -> list[Row]:
+    """Check all variants of a case, time them in turn on all working sets, and return one row per figure."""
     sets = [case.make("cuda") for _ in range(num_sets(case.num_bytes))]
-    variants = all_variants(case, sets, flash)
+    variants = all_variants(case, sets)
     rounds = Rounds(num_rounds)
     check(case, sets, variants, rounds)
     timed = {variant.name: Timed(variant.launches, variant.captured) for variant in variants}
@@ -94,16 +93,13 @@ def measure(case: Case, num_rounds: int, copy_gb_per_s: float, flash: bool) -> l
     return rows_of(case, variants, rounds, copy_gb_per_s)
 
 
-def all_variants(case: Case, sets: Sequence[tuple[Any, ...]], flash: bool) -> list[Variant]:
-    """The kernel first."""
+def all_variants(case: Case, sets: Sequence[tuple[Any, ...]]) -> list[Variant]:
+    """Return the kernel and its reference."""
     launches = [[partial(case.run, function, arguments) for arguments in sets] for function in OPS[case.op]]
-    variants = [
+    return [
         Variant(KERNEL, launches[0], case.num_bytes),
         Variant(REFERENCE, launches[1], case.num_bytes, captured=case.op not in ASKS_DEVICE),
     ]
-    if flash and case.op == "paged_attention":
-        variants.append(Variant(FLASH, [packed_flash.launch(arguments) for arguments in sets], packed_bytes(case)))
-    return variants
 
 
 def check(case: Case, sets: Sequence[tuple[Any, ...]], variants: Sequence[Variant], rounds: Rounds) -> None:
@@ -114,7 +110,7 @@ def check(case: Case, sets: Sequence[tuple[Any, ...]], variants: Sequence[Varian
     """
     reference = OPS[case.op][1]
     for index in {0, len(sets) - 1}:
-        # Both the outputs and clones of them live on: a kernel that writes nothing must not find the right numbers in
+        # Both the outputs and their clones stay alive: a kernel that writes nothing must not find the right numbers in
         # memory that the reference has freed, or in arguments that it has written.
         outputs = case.run(reference, sets[index])
         expected = [output.clone() for output in outputs]
@@ -128,7 +124,7 @@ def check(case: Case, sets: Sequence[tuple[Any, ...]], variants: Sequence[Varian
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest error as a share of the largest expected number; of integers, infinite where any differs."""
+    """Return the largest error as a share of the largest expected number. For integers any difference is infinite."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return float("inf")
     if not found.is_floating_point():
@@ -138,12 +134,12 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def gb_per_s(num_bytes: int, us: np.ndarray) -> np.ndarray:
-    """1 GB is 10 ** 9 bytes."""
+    """Return the bandwidth in GB/s, where 1 GB is 10 ** 9 bytes. us: microseconds."""
     return num_bytes / us / 1e3
 
 
 def rows_of(case: Case, variants: Sequence[Variant], rounds: Rounds, copy_gb_per_s: float) -> list[Row]:
-    """Time, GB/s and share of the copy's bandwidth of each variant; the kernel's ratio to each of the others."""
+    """Return the rows of a case: time, GB/s and share of the copy's bandwidth per variant, and the ratio of times."""
     rows = []
     for variant in variants:
         about = {"op": case.op, **case.about, "variant": variant.name}
@@ -154,9 +150,8 @@ def rows_of(case: Case, variants: Sequence[Variant], rounds: Rounds, copy_gb_per
         rows.append(rounds.row("gb_per_s", bandwidth, **about, num_bytes=variant.num_bytes))
         rows.append(rounds.row("copy_share", bandwidth / copy_gb_per_s, **about))
         if variant.name != KERNEL:
-            metric = "ratio_to_reference" if variant.name == REFERENCE else "ratio_to_flash"
             about = {**about, "variant": KERNEL, "timing": timing}
-            rows.append(rounds.row(metric, rounds.ratio("us", variant.name, KERNEL), **about))
+            rows.append(rounds.row("ratio_to_reference", rounds.ratio("us", variant.name, KERNEL), **about))
     return rows
 
 

@@ -1,8 +1,8 @@
-"""Time on the GPU of one launch, without what the host needs for it: CUDA graphs between CUDA events.
+"""Times a launch on the GPU without the host's part, with CUDA graphs between CUDA events.
 
-A graph goes round several working sets, in sum several times the L2 cache, so that what an op reads comes from memory,
-as weights do in serving. Ops of less than ROTATED_BYTES / MAX_SETS find their inputs in the cache, as in serving, too,
-where the kernel before them has just written them.
+A graph rotates through several working sets whose total size is several times the L2 cache, so an op reads its inputs
+from memory, as weights are read in serving. Ops that move less than ROTATED_BYTES / MAX_SETS find their inputs in the
+cache. So they do in serving, where the previous kernel has just written them.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from vllm_buddy_kernels.triton_import import triton
 
 ROTATED_BYTES = 192 * 2**20  # an H100's L2 holds 50 MB
 MAX_SETS = 256
-TARGET_US = 2000  # of one replay
+TARGET_US = 2000  # microseconds of one replay
 WARM_UPS = 3
 COPIED_BYTES = 512 * 2**20
 
@@ -24,17 +24,17 @@ def nothing_kernel(p_any):  # type: ignore[no-untyped-def]
 
 
 def num_sets(num_bytes: int) -> int:
-    """Working sets of an op that moves `num_bytes`."""
+    """Return the number of working sets for an op that moves `num_bytes`."""
     return max(1, min(MAX_SETS, -(-ROTATED_BYTES // num_bytes)))
 
 
 def num_launches(sets: int, us: float) -> int:
-    """Of one replay: whole turns round the sets, about TARGET_US of them."""
+    """Return the launches of one replay: whole rotations through the sets that take about TARGET_US."""
     return sets * max(1, round(TARGET_US / (us * sets)))
 
 
 class Timed:
-    """Launches that are timed together. captured: False is for what waits for the device, and is run by the host."""
+    """Launches that are timed together. captured: False if a launch waits for the device; the host then launches it."""
 
     def __init__(self, launches: Sequence[Callable[[], Any]], captured: bool = True) -> None:
         for _ in range(WARM_UPS):
@@ -60,7 +60,7 @@ class Timed:
         self._run()
 
     def us(self) -> float:
-        """Microseconds per launch, of one replay."""
+        """Return the microseconds per launch of one replay."""
         return self._elapsed_us(self._run) / self._count
 
     @staticmethod
@@ -75,13 +75,13 @@ class Timed:
 
 
 def copy_launches() -> list[Callable[[], Any]]:
-    """One large copy; it reads and writes COPIED_BYTES each."""
+    """Return one large copy, which reads COPIED_BYTES and writes as many."""
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return [lambda: target.copy_(source)]
 
 
 def empty_launches() -> list[Callable[[], Any]]:
-    """A kernel of one program that does nothing: no launch in a graph takes less."""
+    """Return a kernel of one program that does nothing: no launch in a graph takes less time."""
     anything = torch.empty(1, device="cuda")
     return [lambda: nothing_kernel[(1,)](anything)]

@@ -1,6 +1,6 @@
-"""Models of which only the shapes are real: what a decode step costs depends on them and not on the numbers.
+"""Defines models with the real shapes of Llama-3.1-8B and Qwen2.5-7B: the cost of a decode step depends only on shapes.
 
-Weights are drawn when vLLM loads the model (`drawn_weights.py`), so a folder holds nothing but config.json.
+The weights are drawn when vLLM loads the model (`drawn_weights.py`), so a model's folder holds only config.json.
 """
 
 import json
@@ -19,12 +19,12 @@ from vllm_buddy.method.bypass import Bypass
 
 BYPASS_RANK = 64
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-_BYPASS_GAIN = 0.3  # what a bypass adds beside a normed state: enough to see it missing, less than a layer adds
+_BYPASS_GAIN = 0.3  # of what a bypass adds to a normed state: enough to notice if it is missing, less than a layer adds
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model by its config.json."""
+    """A model described by its config.json."""
 
     name: str
     config: Mapping[str, Any]
@@ -38,14 +38,14 @@ class ModelShape:
         return int(self.config["vocab_size"])
 
     def save(self, folder: Path, num_layers: int | None = None) -> Path:
-        """Write the folder of the model, or of the model with fewer layers; returns `folder`."""
+        """Write the folder of the model, or of the model with fewer layers, and return `folder`."""
         folder.mkdir(parents=True)
         config = {**self.config, "num_hidden_layers": num_layers or self.num_layers}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return folder
 
     def artifact(self, bypass_rank: int = BYPASS_RANK) -> Artifact:
-        """Random bypasses, and a prior that keeps evenly spaced layers at every depth; there is no Decision Module."""
+        """Return an artifact with random bypasses and evenly spaced layers at every depth, without Decision Module."""
         hidden_size, num_middle = self.config["hidden_size"], self.num_layers - 2
         identity = BaseModelIdentity(
             id=self.name,
@@ -71,7 +71,10 @@ class ModelShape:
 
 
 def evenly_spaced(num_middle: int) -> np.ndarray:
-    """A prior whose k largest entries are spread evenly, whatever k is: fractions of multiples of the golden ratio."""
+    """Return a prior whose k largest entries are evenly spread for any k.
+
+    It consists of the fractional parts of multiples of the golden ratio.
+    """
     fractions = (np.arange(1, num_middle + 1) * _GOLDEN_RATIO) % 1
     return ((fractions - fractions.mean()) / fractions.std()).astype(np.float32)
 

@@ -1,1 +1,1 @@
-"""What benchmarks share: engines, servers, rounds, results files, and the check of what is timed."""
+"""Code that the benchmarks share: engines, servers, rounds, results files, and the check of outputs before timing."""

@@ -1,4 +1,4 @@
-"""Engines that live side by side in one process, and the timing of their decode steps."""
+"""Starts several vLLM engines side by side in one process and times their decode steps."""
 
 import os
 import time
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vLLM is imported: engines in this process, none spinning
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vLLM is imported: engines in this process, no busy waiting
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# vLLM 0.32 writes ahead-of-time artifacts on CPU that it cannot load, so that every start would compile anew.
+# vLLM 0.32 writes ahead-of-time artifacts on CPU that it cannot load, so every start would compile again.
 os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 from vllm import LLM, SamplingParams
@@ -18,12 +18,12 @@ from benchmarks.harness.reference_check import NUM_LIKELIEST, Routing
 
 @dataclass(kw_only=True)
 class Variant(Routing):
-    """One thing to measure: an engine in this process, and how its requests are routed."""
+    """One thing to measure: an engine in this process and how it routes its requests."""
 
     llm: LLM
 
     def prepare(self) -> None:
-        """Set router, schedule and bypasses of the engine, which several variants share."""
+        """Set the engine's router, schedule and bypasses. Several variants share an engine."""
         if self.router is not None:
             scheduler = core(self.llm).scheduler
             scheduler._router, scheduler._schedule = self.router, self.schedule
@@ -32,9 +32,10 @@ class Variant(Routing):
 
 @dataclass
 class DecodeRun:
-    """Steps of one run. all_ms: one entry a step; step_ms: the decode steps.
+    """Steps of one run.
 
-    token_ids, token_steps: per request, in the order asked, its tokens and the steps in which they came.
+    all_ms: ms of every step. step_ms: ms of the decode steps.
+    token_ids, token_steps: for each request, in the order sent, its tokens and the steps in which they arrived.
     """
 
     all_ms: list[float]
@@ -44,7 +45,7 @@ class DecodeRun:
 
 
 def start_engine(model: str, dtype: str = "auto", **options: Any) -> LLM:
-    """An engine with settings that are the same for everything compared."""
+    """Start an engine with the settings that everything compared shares."""
     return LLM(
         model,
         dtype=dtype,
@@ -58,12 +59,12 @@ def start_engine(model: str, dtype: str = "auto", **options: Any) -> LLM:
 
 
 def decode(variant: Variant, prompts: Sequence[list[int]], num_tokens: int) -> DecodeRun:
-    """Greedy decoding of all prompts at once, every engine step timed from outside."""
+    """Decode all prompts greedily at once and time every engine step from outside."""
     return decode_together([(variant, prompt) for prompt in prompts], num_tokens)
 
 
 def decode_together(asked: Sequence[tuple[Variant, list[int]]], num_tokens: int) -> DecodeRun:
-    """The same for prompts of several variants of one engine, which differ in nothing but their budgets."""
+    """Do the same for prompts of several variants of one engine, which differ only in their budgets."""
     variant = asked[0][0]
     engine = variant.llm.llm_engine
     variant.prepare()
@@ -84,22 +85,22 @@ def decode_together(asked: Sequence[tuple[Variant, list[int]]], num_tokens: int)
         for output in outputs:
             tokens[output.request_id] = list(output.outputs[0].token_ids)
             token_steps[output.request_id].append(len(step_ms) - 1)
-    # The first step is the prefill of all prompts, the last ones may run fewer rows.
+    # The first step is the prefill of all prompts. The last steps may run fewer rows.
     return DecodeRun(
         step_ms, step_ms[1:num_tokens], [tokens[name] for name in order], [token_steps[name] for name in order]
     )
 
 
 def second_token_logprobs(variant: Variant, prompts: Sequence[list[int]]) -> list[dict[int, float]]:
-    """The likeliest tokens, and their logprobs, of the first decode step after each prompt.
+    """Return the likeliest tokens and their logprobs of the first decode step after each prompt.
 
-    The token before is fixed, the same for every engine: the last of the prompt again.
+    The token before it is forced to be the prompt's last token again, so it is the same for every engine.
     """
     return second_token_logprobs_together([(variant, prompt) for prompt in prompts])
 
 
 def second_token_logprobs_together(asked: Sequence[tuple[Variant, list[int]]]) -> list[dict[int, float]]:
-    """The same for prompts of several variants of one engine, which differ in nothing but their budgets."""
+    """Do the same for prompts of several variants of one engine, which differ only in their budgets."""
     variant = asked[0][0]
     variant.prepare()
     params = [
@@ -115,17 +116,17 @@ def second_token_logprobs_together(asked: Sequence[tuple[Variant, list[int]]]) -
 
 
 def core(llm: LLM) -> Any:
-    """The engine core of an in-process engine."""
+    """Return the engine core of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core
 
 
 def backbone(llm: LLM) -> Any:
-    """The routed layers of an in-process buddy engine."""
+    """Return the module with the routed layers of an in-process buddy engine."""
     return model_runner(llm).model.model
 
 
 def _use_bypass(llm: LLM, wanted: bool) -> None:
-    """Let rows that skip a layer go through its bypass, or pass unchanged as with an artifact that has none."""
+    """Send rows that skip a layer through its bypass, or leave them unchanged as with an artifact without bypass."""
     model = backbone(llm)
     if not hasattr(model, "all_bypasses"):
         model.all_bypasses = model.bypasses
@@ -133,5 +134,5 @@ def _use_bypass(llm: LLM, wanted: bool) -> None:
 
 
 def model_runner(llm: LLM) -> Any:
-    """The model runner of an in-process engine."""
+    """Return the model runner of an in-process engine."""
     return core(llm).model_executor.driver_worker.worker.model_runner

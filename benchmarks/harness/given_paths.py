@@ -1,4 +1,4 @@
-"""Batches whose requests run given paths, told apart by the first token of their prompts."""
+"""Lets a benchmark choose the path of each request, which it recognises by the first token of its prompt."""
 
 import math
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ _ATTEMPTS = 1000
 def draw_paths(
     rng: np.random.Generator, num_paths: int, depth: int, num_layers: int, union: int | None = None
 ) -> list[LayerPath]:
-    """Distinct random paths of `depth` layers, the first and the last always among them.
+    """Draw distinct random paths of `depth` layers, each with the first and the last layer.
 
-    union: how many layers they have together, which are random too; None: as many as it comes to.
+    union: number of layers that any of the paths runs; these layers are random too. None: not restricted.
 
     Raises:
-        ValueError: there are no such paths, or chance does not find them.
+        ValueError: there are no such paths, or random attempts do not find them.
     """
     middle = np.arange(1, num_layers - 1)
     if union is not None:
@@ -40,15 +40,15 @@ def draw_paths(
 
 
 def union_of(paths: Sequence[LayerPath]) -> LayerPath:
-    """The layers that any of the paths runs."""
+    """Return the layers that at least one of the paths runs."""
     return reduce(or_, paths)
 
 
 class GivenPaths(Router):
-    """Gives request i path i modulo their number, at the price of a Decision Module.
+    """A router that gives request i the path i modulo their number, at the cost of a Decision Module.
 
-    asked: the router whose Decision Module is asked, though not obeyed. paths: all of one depth.
-    first_token: what the prompt of request 0 begins with; that of request i begins with first_token + i.
+    asked: the router whose Decision Module is evaluated; its answer is ignored. paths: all of one depth.
+    first_token: first token of the prompt of request 0; the prompt of request i begins with first_token + i.
     """
 
     def __init__(self, asked: Router, paths: Sequence[LayerPath], first_token: int) -> None:
@@ -73,7 +73,7 @@ class GivenPaths(Router):
 
 
 class _FirstToken(Context):
-    """A context that knows its request's first token."""
+    """A context that remembers its request's first token."""
 
     first: int | None = None
 
@@ -84,7 +84,7 @@ class _FirstToken(Context):
 
 
 def on_paths(lineup: Lineup, paths: Sequence[LayerPath], name: str, *, bypass: bool = True) -> Variant:
-    """Buddy with request i on path i modulo their number; for prompts from `draw_prompts`."""
+    """Return a buddy variant with request i on path i modulo their number; it needs prompts from `draw_prompts`."""
     depth = paths[0].bit_count()
     return Variant(
         name=name,
@@ -97,10 +97,10 @@ def on_paths(lineup: Lineup, paths: Sequence[LayerPath], name: str, *, bypass: b
 
 
 def draw_prompts(lineup: Lineup, rng: np.random.Generator, num_prompts: int, num_tokens: int) -> list[list[int]]:
-    """The line-up's random prompts, but for the first tokens, by which GivenPaths tells requests apart."""
+    """Draw random prompts whose first tokens tell GivenPaths which request each belongs to."""
     prompts = lineup.draw_prompts(rng, num_prompts, num_tokens)
     return [[_first_token(lineup) + i, *prompt[1:]] for i, prompt in enumerate(prompts)]
 
 
 def _first_token(lineup: Lineup) -> int:
-    return lineup.vocab_size // 10  # behind the special ones
+    return lineup.vocab_size // 10  # after the special tokens

@@ -1,4 +1,4 @@
-"""What is compared: stock vLLM, stock vLLM on pruned checkpoints, and buddy, as engines in one process."""
+"""The engines that CPU benchmarks compare: stock vLLM, stock vLLM on pruned checkpoints, and buddy, in one process."""
 
 import argparse
 import shutil
@@ -34,10 +34,10 @@ from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
 
 class Lineup:
-    """Engines for one model and one artifact, each started when first asked for; they live as long as the process.
+    """Engines for one model and one artifact. Each starts when it is first needed and lives as long as the process.
 
-    Requests of buddy share one path per budget unless a variant asks for the artifact's own router: the Decision Module
-    then has the real size and scores the layers, but its last layer is zero, so that the prior decides.
+    All requests of buddy at one budget share a path, unless a variant asks for the artifact's own router. For a shared
+    path the Decision Module has the real size and scores the layers, but its last layer is zero, so the prior decides.
     """
 
     def __init__(self, model: Path, artifact: Artifact, work: Path) -> None:
@@ -53,7 +53,7 @@ class Lineup:
         return self.artifact.config.base_model.num_layers
 
     def depth(self, budget: float) -> int:
-        """Layers executed at `budget`."""
+        """Return the number of layers executed at `budget`."""
         return depth_for_budget(budget, self.num_layers)
 
     @property
@@ -62,26 +62,26 @@ class Lineup:
 
     @cached_property
     def router(self) -> Router:
-        """One path per budget, at the price of a Decision Module of the real size."""
+        """Gives one path per budget, at the cost of a Decision Module of the real size."""
         return self._one_path.router()
 
     @cached_property
     def buddy(self) -> LLM:
-        """The routed engine, which all variants of buddy share."""
+        """The routed engine that all variants of buddy share."""
         self._one_path.save(self._work / "artifact")
         options = {"artifact": str(self._work / "artifact")}
         return engines.start_engine(str(self.model), model_impl="buddy", additional_config={"buddy": options})
 
     def path(self, depth: int) -> LayerPath:
-        """The one path of `depth` layers."""
+        """Return the one path of `depth` layers."""
         return replace(self._one_path, decision=None).router().path(None, depth)
 
     def stock(self) -> Variant:
-        """Stock vLLM on the whole model."""
+        """Return stock vLLM on the whole model."""
         return self._stock_variant("stock", self.num_layers, self.router.full)
 
     def pruned(self, budget: float) -> Variant:
-        """Stock vLLM on a checkpoint that has only the layers of buddy's path, without any repair."""
+        """Return stock vLLM on a checkpoint with only the layers of buddy's path, without any repair."""
         depth = self.depth(budget)
         return self._stock_variant(f"pruned {budget}", depth, self.path(depth))
 
@@ -94,10 +94,10 @@ class Lineup:
         schedule: PathSchedule | None = None,
         note: str = "",
     ) -> Variant:
-        """Buddy at one budget.
+        """Return buddy at one budget.
 
-        bypass: False leaves skipped rows as they are, as with an artifact that has none. own_paths: those that the
-        artifact's own Decision Module picks. schedule: None is the server's default. note: the end of its name.
+        bypass: False leaves skipped rows unchanged, as with an artifact without bypass. own_paths: use the paths that
+        the artifact's own Decision Module picks. schedule: None is the server's default. note: end of the name.
         """
         return Variant(
             name=", ".join(part for part in (f"buddy {budget}", note) if part),
@@ -110,25 +110,25 @@ class Lineup:
         )
 
     def draw_prompts(self, rng: np.random.Generator, num_prompts: int, num_tokens: int) -> list[list[int]]:
-        """Random token ids, without those at the beginning of the vocabulary, where special ones are."""
+        """Draw random token ids, without the beginning of the vocabulary, which holds special tokens."""
         return rng.integers(self.vocab_size // 10, self.vocab_size, (num_prompts, num_tokens)).tolist()
 
     def about(self) -> dict[str, Any]:
-        """What a results row says of the artifact."""
+        """Return what a results row says about the artifact."""
         config = self.artifact.config
         return {"artifact": config.name, "recipe": config.recipe, "bypass_rank": config.bypass_rank}
 
     def check(self, variants: Sequence[Variant], prompts: Sequence[list[int]], rounds: Rounds) -> None:
-        """Compare what all variants compute with the plain forward, and mark them as checked in `rounds`.
+        """Compare the outputs of all variants with the plain forward and mark the variants as checked in `rounds`.
 
         Raises:
-            Refused: one of them computes something else.
+            Refused: a variant computes something else.
         """
         for variant in variants:
             self.check_together([(variant, prompt) for prompt in prompts], rounds, variant.name)
 
     def check_together(self, asked: Sequence[tuple[Variant, list[int]]], rounds: Rounds, name: str) -> None:
-        """The same for one batch of several variants of one engine, to be marked as `name`."""
+        """Do the same for one batch of several variants of one engine, and mark it as `name`."""
         if self._reference is None:
             dtype = asked[0][0].llm.llm_engine.model_config.dtype
             self._reference = Reference(self.model, self.artifact, dtype)
@@ -148,7 +148,7 @@ class Lineup:
 
 
 def add_lineup_options(parser: argparse.ArgumentParser) -> None:
-    """--model and --artifact."""
+    """Add --model and --artifact."""
     parser.add_argument("--model", type=Path, help="folder of a model; default: the embedded one")
     parser.add_argument(
         "--artifact",
@@ -160,8 +160,11 @@ def add_lineup_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def open_lineup(args: argparse.Namespace) -> Iterator[Lineup]:
-    """The line-up that the options ask for; its files are removed afterwards. Refused on a GPU: there captured steps
-    keep the bypasses that they were captured with, and steps of layers cannot be told apart from outside.
+    """Make the line-up that the options ask for, and remove its files afterwards.
+
+    Raises:
+        Refused: there is a GPU. There, captured steps keep the bypasses that they were captured with, and the parts of
+            a step cannot be told apart from outside.
     """
     if device() == "cuda":
         raise Refused(
@@ -175,7 +178,7 @@ def open_lineup(args: argparse.Namespace) -> Iterator[Lineup]:
 
 
 def single_path_artifact(artifact: Artifact) -> Artifact:
-    """An artifact with a Decision Module of the real size that finds all layers alike, so that the prior decides."""
+    """Return the artifact with a Decision Module of the real size that scores all layers alike: the prior decides."""
     base = artifact.config.base_model
     torch.manual_seed(0)
     module = DecisionModule(value_dim=192, num_middle=base.num_layers - 2)
@@ -187,6 +190,6 @@ def single_path_artifact(artifact: Artifact) -> Artifact:
 
 
 def in_turn(variants: Sequence[Any], round_index: int) -> list[Any]:
-    """All variants, each round beginning with another one."""
+    """Return all variants in an order that begins with a different one in each round."""
     first = round_index % len(variants)
     return [*variants[first:], *variants[:first]]

@@ -1,4 +1,4 @@
-"""Load on a server, sent and timed by `vllm bench serve`."""
+"""Sends load to a server and times it, with the code of `vllm bench serve`."""
 
 import argparse
 import asyncio
@@ -18,7 +18,7 @@ LATENCIES = tuple(f"{p}_{name}_ms" for name in ("ttft", "tpot", "itl") for p in 
 
 @dataclass(frozen=True)
 class Workload:
-    """What requests look like. Lengths in tokens; prefix: the part of the prompt that all of a run share."""
+    """What requests look like. Lengths are in tokens. prefix: the part of the prompt that a run's requests share."""
 
     name: str
     prefix: int
@@ -27,7 +27,7 @@ class Workload:
 
     @property
     def options(self) -> list[str]:
-        """For `vllm bench serve`."""
+        """Options of `vllm bench serve`."""
         lengths = {"prefix-len": self.prefix, "input-len": self.unique, "output-len": self.output}
         return [part for key, value in lengths.items() for part in (f"--random-{key}", str(value))]
 
@@ -37,7 +37,7 @@ WORKLOADS = (Workload("unique", 0, 256, 64), Workload("shared prefix", 512, 64, 
 
 @dataclass(frozen=True)
 class Load:
-    """How much is sent: requests/s, seconds of arrivals, and how many requests there are where all arrive at once."""
+    """How much is sent. rate: requests/s. seconds: of arrivals. burst: number of requests when all arrive at once."""
 
     workload: Workload
     rate: float
@@ -55,7 +55,7 @@ class Load:
 
 
 def positive_number(text: str) -> float:
-    """An option's type: above 0, and finite."""
+    """Parse an option that must be finite and above 0."""
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
@@ -63,12 +63,12 @@ def positive_number(text: str) -> float:
 
 
 def arrival_rate(text: str) -> float:
-    """An option's type: requests/s, or `inf` for all at once."""
+    """Parse an option in requests/s; `inf` means all at once."""
     return float(text) if text == "inf" else positive_number(text)
 
 
 def class_latencies(result: dict[str, Any], requests: range) -> dict[str, float]:
-    """LATENCIES of some requests of a run, defined as `vllm bench serve` defines them."""
+    """Return the LATENCIES of some requests of a run, as `vllm bench serve` defines them."""
     ttft = [result["ttfts"][i] for i in requests]
     itl = [gap for i in requests for gap in result["itls"][i]]
     tpot = [sum(result["itls"][i]) / (result["output_lens"][i] - 1) for i in requests]
@@ -80,7 +80,7 @@ def class_latencies(result: dict[str, Any], requests: range) -> dict[str, float]
 
 
 def bench_serve(options: Sequence[str], budgets: Sequence[float]) -> dict[str, Any]:
-    """The result of `vllm bench serve` with these options; request i asks for budgets[i % len(budgets)]."""
+    """Run `vllm bench serve` with these options and return its result. Request i has budgets[i % len(budgets)]."""
     from vllm.benchmarks import serve
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -1,6 +1,7 @@
-"""Prompts of real text: passages of this repository's documentation, with something to do.
+"""Makes prompts of real text: passages of this repository's documentation, each with a task.
 
-Random tokens will not do where a peer drafts by copying from the context: how much there is to copy is the figure.
+Random tokens do not suit a peer that drafts by copying from the context, because the speed depends on how much there
+is to copy.
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# One is answered by copying, the other brings nothing to copy but what the answer itself repeats.
+# The first is answered by copying. For the second there is nothing to copy but what the answer itself repeats.
 TASKS = {
     "proofread": "Correct spelling and grammar of this text. Write out the corrected text and nothing else.\n\n{text}",
     "story": "Write a short story in which somebody says: {opening}",
@@ -27,7 +28,7 @@ _MARKUP = re.compile(r"[*`]|^(- |\d\. )")
 
 
 def passages() -> list[str]:
-    """Paragraphs of README.md and docs/*.md that are prose of a length in PASSAGE_WORDS, without markup."""
+    """Return the prose paragraphs of README.md and docs/*.md with a length in PASSAGE_WORDS, without markup."""
     found = []
     for path in [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]:
         for block in _PARAGRAPH_END.split(_FENCED.sub("\n\n", path.read_text())):
@@ -40,7 +41,7 @@ def passages() -> list[str]:
 def draw_prompts(
     tokenizer: Any, task: str, texts: Sequence[str], rng: np.random.Generator, num: int
 ) -> list[list[int]]:
-    """Token ids of `num` prompts, each about another text, in the tokenizer's chat format."""
+    """Return token ids of `num` prompts, each about a different text, in the tokenizer's chat format."""
     prompts = []
     for index in rng.choice(len(texts), num, replace=False):
         opening = " ".join(texts[index].split()[:OPENING_WORDS])

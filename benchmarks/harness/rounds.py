@@ -1,4 +1,4 @@
-"""What several variants took, round by round, and which of it may be shown."""
+"""Collects measurements of several variants round by round, and refuses those that must not be shown."""
 
 import argparse
 from collections import defaultdict
@@ -11,11 +11,11 @@ from benchmarks.harness.result_rows import percentiles
 
 
 class Refused(SystemExit):
-    """Ends a benchmark with the reason why its figures must not be printed."""
+    """Ends a benchmark and says why its figures must not be printed."""
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An option's type: a whole number that is not below `least`; what is refused is refused before anything starts."""
+    """Return an option's type: a whole number of at least `least`. Others are refused before anything starts."""
 
     def whole_number(text: str) -> int:
         number = int(text)
@@ -30,7 +30,10 @@ positive_int = at_least(1)
 
 
 def add_rounds_option(parser: argparse.ArgumentParser, default: int, short: int | None = None) -> None:
-    """--rounds. short: the default of a benchmark with a short form, whose --rounds is then None unless given."""
+    """Add --rounds.
+
+    short: the default of the short form, if the benchmark has one. --rounds is then None unless it is given.
+    """
     if short is None:
         parser.add_argument("--rounds", type=positive_int, default=default, help=f"default: {default}")
     else:
@@ -40,8 +43,8 @@ def add_rounds_option(parser: argparse.ArgumentParser, default: int, short: int 
 class Rounds:
     """Figures of variants that ran one after the other in each of `num_rounds` rounds.
 
-    Nothing leaves it about a variant whose outputs were not checked, or of which fewer rounds than asked have finished.
-    Ratios are taken within a round, where everything saw the same machine.
+    It refuses to return figures of a variant whose outputs were not checked, or which finished fewer rounds than asked.
+    Ratios are taken within a round, where all variants saw the same state of the machine.
     """
 
     def __init__(self, num_rounds: int) -> None:
@@ -52,19 +55,19 @@ class Rounds:
         self._values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
 
     def mark_checked(self, variants: Iterable[str]) -> None:
-        """Say that what these variants compute was compared with a reference, and is right."""
+        """Record that the outputs of these variants were compared with a reference and are right."""
         self._checked.update(variants)
 
     def add(self, round_index: int, variant: str, **figures: float) -> None:
-        """Figures of one run, by metric."""
+        """Add the figures of one run, by metric."""
         for metric, value in figures.items():
             self._values[variant, metric][round_index] = float(value)
 
     def values(self, metric: str, variant: str) -> np.ndarray:
-        """[num_rounds], in the order of the rounds.
+        """Return [num_rounds] values, in the order of the rounds.
 
         Raises:
-            Refused: unchecked, incomplete, or not a finite number.
+            Refused: the variant is unchecked or incomplete, or a value is not a finite number.
         """
         if variant not in self._checked:
             raise Refused(f"what '{variant}' computes was not checked, so nothing is said about its {metric}")
@@ -79,12 +82,12 @@ class Rounds:
         return values
 
     def ratio(self, metric: str, variant: str, peer: str) -> np.ndarray:
-        """[num_rounds], `metric` of `variant` over that of `peer`."""
+        """Return [num_rounds] ratios: `metric` of `variant` over that of `peer`."""
         below = self.values(metric, peer)
         if not below.all():
             raise Refused(f"the {metric} of '{peer}' is 0 in a round, so there is no ratio to it")
         return self.values(metric, variant) / below
 
     def row(self, metric: str, values: np.ndarray, **about: Any) -> dict[str, Any]:
-        """A row of a results file."""
+        """Return a row of a results file."""
         return {"metric": metric, **about, **percentiles(values.tolist()), "n": len(values)}

@@ -1,4 +1,4 @@
-"""vLLM servers side by side, and what a benchmark asks of them over HTTP."""
+"""Starts vLLM servers side by side and sends them the HTTP requests that a benchmark needs."""
 
 import http.client
 import json
@@ -16,33 +16,33 @@ from vllm_buddy.cli.server_process import HOST, ServerProcess
 from vllm_buddy.errors import ServerError
 
 SERVED_NAME = "model"  # of every model on every server
-DTYPE = "bfloat16"  # of all servers, whatever a checkpoint is stored in: what the reference rounds its weights to
+DTYPE = "bfloat16"  # of all servers, whatever the checkpoint's dtype; the reference rounds its weights to it
 START_TIMEOUT_S = 600.0
 _TIMEOUT_S = 120.0
-_RESET_TIMEOUT_S = 5.0  # the requests before have been answered, but the server may still be letting go of their blocks
+_RESET_TIMEOUT_S = 5.0  # earlier requests have been answered, but the server may not have freed their blocks yet
 _RESET_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server. model_dir: what it serves, for its tokenizer."""
+    """A running server. model_dir: folder of the model that it serves, for the tokenizer."""
 
     name: str
     process: ServerProcess
     model_dir: Path
 
     def check_alive(self) -> None:
-        """Raises Refused, with the end of its log, if it has died."""
+        """Raise Refused, with the end of its log, if it has died."""
         try:
             self.process.check_alive()
         except ServerError as error:
             raise Refused(f"server '{self.name}': {error}; nothing is said about it") from None
 
     def reset_prefix_cache(self) -> None:
-        """Forget all prompts, so that a run finds only its own.
+        """Empty the prefix cache, so that a run finds only its own prompts.
 
         Raises:
-            Refused: the server goes on saying that it could not, as it does while a request holds blocks.
+            Refused: the server keeps answering that it could not, as it does while a request holds blocks.
         """
         end = time.monotonic() + _RESET_TIMEOUT_S
         while not json.loads(self._post("/reset_prefix_cache", None))["success"]:
@@ -54,9 +54,9 @@ class Server:
             time.sleep(_RESET_POLL_S)
 
     def second_token_logprobs(self, asked: Sequence[tuple[Routing, list[int]]]) -> list[dict[int, float]]:
-        """The likeliest tokens, and their logprobs, of the first decode step after each prompt.
+        """Return the likeliest tokens and their logprobs of the first decode step after each prompt.
 
-        The token before is fixed: the last of the prompt again. asked: prompts, each with the variant it is for. All
+        The token before it is forced to be the prompt's last token again. asked: prompts, each with its variant. All
         are sent at once, so that requests of several variants run in the same steps.
         """
         with ThreadPoolExecutor(len(asked)) as threads:
@@ -81,7 +81,7 @@ class Server:
         return {int(name.removeprefix("token_id:")): value for name, value in likeliest.items()}
 
     def get(self, path: str) -> bytes:
-        """What the server answers to GET. Raises Refused if that is not status 200."""
+        """Return the answer to a GET request. Raises Refused if the status is not 200."""
         return self._ask("GET", path, None)
 
     def _post(self, path: str, body: dict[str, Any] | None) -> bytes:
@@ -106,14 +106,14 @@ class Server:
 
 
 def request_fields(budget: float | None) -> dict[str, Any]:
-    """What a request to buddy has beyond any other."""
+    """Return the fields that a request needs to set its budget; none for stock vLLM."""
     return {} if budget is None else {"vllm_xargs": {"buddy_budget": budget}}
 
 
 def start_server(name: str, model_dir: Path, log: Path, options: Sequence[str]) -> ServerProcess:
-    """A server process, to be entered as a context, with settings that are the same for everything compared."""
+    """Make a server process with the settings that everything compared shares. Enter it as a context."""
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
-    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # see engines.py
+    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # see benchmarks/harness/engines.py
     shared = ["--served-model-name", SERVED_NAME, "--dtype", DTYPE, "--max-model-len", "2048", "--max-num-seqs", "64"]
     shared += ["--kv-cache-memory-bytes", str(1 << 30), "--disable-uvicorn-access-log"]
     return ServerProcess([str(model_dir), *shared, *options], log / f"{name}.log", START_TIMEOUT_S)

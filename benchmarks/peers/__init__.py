@@ -1,1 +1,1 @@
-"""Other ways to fewer layers or fewer steps, on the same model and prompts."""
+"""Comparison with other ways to run fewer layers or fewer steps, on the same model and prompts."""

@@ -1,6 +1,6 @@
-"""What the peers can and cannot do, buddy among them, and how we know.
+"""Lists what buddy and its peers can and cannot do, and how each entry is known.
 
-A figure in tokens/s is half of a comparison: systems that cannot do the same are not the same thing at another speed.
+Tokens/s are half of a comparison: systems with different capabilities are not the same thing at different speeds.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -10,7 +10,7 @@ BUDDY, NGRAM, PRUNED, ECONOMIZE = "buddy", "stock, n-gram", "pruned", "economize
 
 
 class Known(NamedTuple):
-    """how: "run" by this benchmark, by a "test" of this repository, or "read". where: the test, document or module."""
+    """One entry. how: "run" by this benchmark, a "test" of this repository, or "read". where: its source."""
 
     value: Value
     how: Literal["run", "test", "read"]
@@ -157,7 +157,7 @@ CAPABILITIES: dict[str, dict[str, Known]] = {
     },
 }
 
-# Techniques of economize that reduce what a token costs and are not timed.
+# Techniques of economize that reduce the cost of a token and are not timed, with the reason.
 NOT_TIMED = {
     "calm": "a token leaves when it is confident: there is no depth to ask for, so nothing of equal depth to compare",
     "mod": "needs training: its routers start at running everything",
@@ -174,7 +174,7 @@ NOT_TIMED = {
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row per capability and system, and one per technique that is not timed."""
+    """Return a row per capability and system, and one per technique that is not timed."""
     found = [
         {"metric": "can", "variant": system, "capability": capability, **known._asdict()}
         for capability, systems in CAPABILITIES.items()

@@ -1,24 +1,24 @@
-"""The same model and prompts under what else there is: n-gram speculation, pruned checkpoints, economize.
+"""Compares buddy with n-gram speculation, pruned checkpoints, transformers and economize on one model.
 
     python -m benchmarks.peers.compare            # SmolLM2-135M, CPU, about 15 minutes on 2 cores
 
-vLLM, in this process: stock; stock with n-gram speculation; stock on checkpoints pruned to 22 and 15 layers, without
-repair; buddy with the artifact's own router and repair. In a process of their own, which waits while others run:
-transformers' generate, and economize 0.3.2 (PyPI), the nearest relative in a Hugging Face loop, with what it has that
-makes tokens cheaper without training: *dense* is its plain loop; *lookup* (drafts by n-grams, under the same settings
-as stock vLLM's) and *layer_skip* (drafts by 22 of the layers) are lossless; *depth_prune* removes layers by ShortGPT
-(SLEB removes others, the speed is the same); *skipdecode* runs decoded tokens through the upper 22 or 15 layers. bf16,
-the same number of threads; vLLM compiles, the others do not.
+vLLM runs in this process: stock; stock with n-gram speculation; stock on checkpoints pruned to 22 and 15 layers,
+without repair; buddy with the artifact's own router and repair. The other systems run in a second process, which waits
+while vLLM runs: transformers' generate, and economize 0.3.2 (PyPI), the closest comparable system in a Hugging Face
+loop, with its techniques that make tokens cheaper without training. *dense* is its plain loop. *lookup* (drafts by
+n-grams, with the settings of stock vLLM) and *layer_skip* (drafts by 22 of the layers) are lossless. *depth_prune*
+removes layers by ShortGPT (SLEB removes others; the speed is the same). *skipdecode* runs decoded tokens through the
+upper 22 or 15 layers. All use bf16 and the same number of threads. vLLM compiles, the others do not.
 
 Prompts come from the documentation: *proofread* is answered by copying, *story* is not. tokens/s are those of greedy
-decoding, from when all prompts of a batch have their first token to when all have their last; ratios are taken within
-a round. accepted_per_step: tokens beyond one that a pass of the whole model brings a request. agreed_tokens: of an
-answer with drafts, before the first difference from the plain loop of the same framework.
+decoding, from the time at which all prompts of a batch have their first token until all have their last. Ratios are
+taken within a round. accepted_per_step: tokens beyond one that a request gains from a pass of the whole model.
+agreed_tokens: tokens of an answer with drafts before the first difference from the plain loop of the same framework.
 
-Before anything is timed, the distributions of vLLM's variants are compared with the method's plain forward; tokens of
-all that run the whole model must be its greedy choices up to bf16's rounding, with n-grams too; and in float32 the
-loops of the other process must give the greedy choices of the layers they say they ran (greedy_check.py). What each
-system can and cannot do besides is in the same results (capabilities.py).
+Before anything is timed, the distributions of vLLM's variants are compared with the method's plain forward. Every
+system that runs the whole model, n-gram speculation included, must generate its greedy choices up to bf16's rounding.
+In float32 the loops of the second process must generate the greedy choices of the layers that they say they ran
+(greedy_check.py). The results also list what each system can and cannot do (capabilities.py).
 """
 
 import argparse
@@ -45,7 +45,11 @@ ROUNDS, SHORT_ROUNDS = 4, 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--short", action="store_true", help="batch 8, fewer rounds, 33 tokens")
     parser.add_argument("--batch", type=positive_int, nargs="+", help="default: 1 8")
     add_rounds_option(parser, ROUNDS, SHORT_ROUNDS)
@@ -74,14 +78,14 @@ def main() -> None:
 
 
 def load_tokenizer(model: Path) -> Any:
-    """With its chat format; engines here start without."""
+    """Return the tokenizer with its chat format. The engines start without a tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model, local_files_only=True)
 
 
 def calibration_rows(tokenizer: Any) -> list[list[int]]:
-    """Text by which economize chooses layers: of the kind that is asked about."""
+    """Return the text by which economize chooses layers, which is of the same kind as the prompts."""
     token_ids = tokenizer(" ".join(passages())).input_ids
     starts = range(0, CALIBRATION_ROWS * CALIBRATION_TOKENS, CALIBRATION_TOKENS)
     return [list(token_ids[start : start + CALIBRATION_TOKENS]) for start in starts]
@@ -90,7 +94,7 @@ def calibration_rows(tokenizer: Any) -> list[list[int]]:
 def measure(
     lineup: Lineup, peers: Sequence[Peer], tokenizer: Any, batches: Sequence[int], num_rounds: int, tokens: int
 ) -> list[dict[str, Any]]:
-    """Check and time everything for each task and batch size; one row per figure."""
+    """Check and time everything for each task and batch size, and return one row per figure."""
     greedy = GreedyCheck.load(lineup.model)
     texts = passages()
     rows = []
@@ -108,13 +112,13 @@ def measure(
 def check(
     lineup: Lineup, greedy: GreedyCheck, peers: Sequence[Peer], prompts: list[list[int]], tokens: int, rounds: Rounds
 ) -> dict[str, list[int]]:
-    """Compare all answers with what they should be, and mark the peers in `rounds`; this also warms them up.
+    """Check the answers of all peers and mark the peers in `rounds`. This also warms them up.
 
     Returns:
-        For each peer with drafts, the tokens that each of its answers has in common with the plain loop's.
+        For each peer with drafts, the number of tokens that each of its answers has in common with the plain loop's.
 
     Raises:
-        Refused: something else comes out.
+        Refused: an answer is wrong.
     """
     answers = {peer.name: complete_answer(peer, peer.ask, prompts, tokens) for peer in peers}
     for peer in peers:
@@ -131,7 +135,7 @@ def check(
 
 
 def time_rounds(peers: Sequence[Peer], draws: Sequence[list[list[int]]], tokens: int, rounds: Rounds) -> None:
-    """Ask all peers once a round, each round beginning with another one."""
+    """Ask all peers once a round. Each round begins with a different peer."""
     for index, prompts in enumerate(draws):
         for peer in in_turn(peers, index):
             answer = complete_answer(peer, peer.ask, prompts, tokens)
@@ -141,7 +145,7 @@ def time_rounds(peers: Sequence[Peer], draws: Sequence[list[list[int]]], tokens:
 
 
 def complete_answer(peer: Peer, ask: Ask, prompts: list[list[int]], tokens: int) -> Answer:
-    """Raises Refused if it is not `tokens` for each prompt."""
+    """Return the answer. Raises Refused if it has not `tokens` tokens for each prompt."""
     answer = ask(prompts, tokens)
     lengths = [len(token_ids) for token_ids in answer.token_ids]
     if lengths != [tokens] * len(prompts):
@@ -152,7 +156,7 @@ def complete_answer(peer: Peer, ask: Ask, prompts: list[list[int]], tokens: int)
 def figures(
     peers: Sequence[Peer], rounds: Rounds, agreed: dict[str, list[int]], setting: dict[str, Any], about: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The rows of one setting. about: what is said of buddy's artifact."""
+    """Return the rows of one setting. about: columns that describe buddy's artifact."""
     rows = []
     for peer in peers:
         routed = peer.variant is not None and peer.variant.budget is not None

@@ -1,13 +1,13 @@
-"""economize and transformers in a process of their own: a line of JSON in, a line of JSON out.
+"""Serves economize and transformers from a separate process: it reads a line of JSON and answers with one.
 
     python -m benchmarks.peers.economize_loop MODEL --threads 2        # started by economize_process.py
 
-economize registers a vLLM plugin, so that only this process may have it on its path. Requests:
+economize registers a vLLM plugin, so only this process may have it on its path. Requests:
 
     {"do": "prepare", "loop": "depth_prune", "layers": 22, "calibration": [[...], ...]}
     {"do": "generate", "loop": "depth_prune", "layers": 22, "prompts": [[...], ...], "tokens": 64}
 
-The reply is what the method of Loops of that name returns, or {"error": ...}.
+The reply is the return value of the method of Loops with that name, or {"error": ...}.
 """
 
 import argparse
@@ -23,54 +23,58 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-LOOKUP_CYCLE = 6  # tokens of a pass: the one that is due and 5 drafts
+LOOKUP_CYCLE = 6  # tokens of a pass: the next token and 5 drafts
 LAYER_SKIP_CYCLE = 2
-LAYER_SKIP_KEPT = 0.75  # of the layers draft
+LAYER_SKIP_KEPT = 0.75  # share of the layers that draft
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers.economize_loop",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not get between the replies
+    os.dup2(2, 1)  # the output of libraries must not mix with the replies
     torch.set_num_threads(args.threads)
     loops = Loops(args.model)
     serve(sys.stdin, replies, {"about": loops.about, "prepare": loops.prepare, "generate": loops.generate})
 
 
 def serve(requests: Iterable[str], replies: TextIO, methods: dict[str, Callable[..., Any]]) -> None:
-    """Answer until there are no more requests; between them the process waits for a line."""
+    """Answer until there are no more requests. Between requests the process waits for a line."""
     for line in requests:
         try:
             request = json.loads(line)
             reply = methods[request.pop("do")](**request)
-        except Exception as error:  # whatever went wrong is the reply, and for the other side to judge
+        except Exception as error:  # the other side decides what to do about an error
             reply = {"error": f"{type(error).__name__}: {error}"}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
 class FirstTokens:
-    """When the first tokens of all prompts were known."""
+    """The time at which the first tokens of all prompts were known."""
 
     def __init__(self) -> None:
         self.at: float | None = None
 
     def tick(self) -> None:
-        """To be called wherever tokens are about to be chosen."""
+        """Record the time. Call it wherever tokens are about to be chosen."""
         if self.at is None:
             self.at = time.perf_counter()
 
 
-# (prompts, tokens, first) to, per prompt, the tokens and how often the whole model ran behind the first one.
+# (prompts, tokens, first) -> for each prompt, the tokens and the passes of the whole model after the first token.
 Generate = Callable[[list[torch.Tensor], int, FirstTokens], tuple[list[list[int]], list[int]]]
 
 
 @dataclass
 class Loop:
-    """A model and a way to generate. skipped: layers, from 0, left out; in_prompt: by the prompt's tokens, too."""
+    """A model and a way to generate. skipped: layers left out, from 0. in_prompt: prompt tokens leave them out too."""
 
     model: Any
     generate: Generate
@@ -79,7 +83,7 @@ class Loop:
 
 
 class Loops:
-    """A loop per technique and depth. Techniques that leave the weights alone share a model."""
+    """A loop per technique and depth. Techniques that do not change the weights share a model."""
 
     def __init__(self, model_dir: str) -> None:
         self._model_dir = model_dir
@@ -87,7 +91,7 @@ class Loops:
         self._prepared: dict[tuple[str, int], Loop] = {}
 
     def about(self) -> dict[str, Any]:
-        """Versions, and what this process may use of the machine."""
+        """Return versions, and the threads and cores that this process may use."""
         import economize  # type: ignore[import-not-found]
         import transformers
 
@@ -98,7 +102,7 @@ class Loops:
         }
 
     def prepare(self, loop: str, layers: int, calibration: list[list[int]]) -> dict[str, Any]:
-        """Make a loop. layers: that a decoded token runs. calibration: rows of token ids, of one length.
+        """Make a loop. layers: number that a decoded token runs. calibration: rows of token ids, all of one length.
 
         Returns:
             Loop.skipped and Loop.in_prompt.
@@ -118,10 +122,10 @@ class Loops:
     def generate(
         self, loop: str, layers: int, prompts: list[list[int]], tokens: int, dtype: str = "bfloat16"
     ) -> dict[str, Any]:
-        """Greedy decoding of all prompts at once, `tokens` each whatever they are. dtype: to compute in.
+        """Decode all prompts greedily at once, `tokens` each, without stopping at an end token. dtype: to compute in.
 
         Returns:
-            token_ids and passes: see Generate. seconds: from when all first tokens were known to the end.
+            token_ids and passes: see Generate. seconds: from the time at which all first tokens were known to the end.
         """
         made = self._prepared[loop, layers]
         first = FirstTokens()
@@ -173,7 +177,7 @@ class Loops:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Hold a bf16 model's parameters in `dtype` meanwhile; bf16 to float32 and back changes no value."""
+    """Hold a bf16 model's parameters in `dtype` while the block runs. bf16 to float32 and back changes no value."""
     if dtype != torch.bfloat16:
         _cast(model, dtype)
     try:
@@ -184,7 +188,7 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():  # not the buffers: those of RoPE are float32 always
+    for parameter in model.parameters():  # not the buffers: those of RoPE are always float32
         parameter.data = parameter.data.to(dtype)
 
 

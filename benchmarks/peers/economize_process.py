@@ -1,4 +1,4 @@
-"""economize's process: how it is installed apart from everything else, started and asked."""
+"""Installs economize apart from the environment, starts it in its own process and sends it requests."""
 
 import json
 import os
@@ -14,17 +14,18 @@ from benchmarks.harness.rounds import Refused
 
 VERSION = "0.3.2"
 REQUIREMENT = f"economize=={VERSION}"
-LOOP = Path(__file__).parent / "economize_loop.py"
-REPLY_TIMEOUT_S = 900.0  # the search of layer_skip takes longest
+ROOT = Path(__file__).parents[2]
+LOOP_MODULE = "benchmarks.peers.economize_loop"
+REPLY_TIMEOUT_S = 900.0  # the search of layer_skip takes the longest
 
 
 def install(folder: Path) -> Path:
-    """Have pip put economize, without its dependencies, into `folder`; returns `folder`.
+    """Install economize with pip, without its dependencies, into `folder` and return `folder`.
 
-    It is kept out of the environment, where vLLM would load its plugin into every engine.
+    In the environment itself, vLLM would load its plugin into every engine.
 
     Raises:
-        Refused: pip cannot get it.
+        Refused: pip cannot install it.
     """
     command = ["install", "--no-deps", "--quiet", "--target"]
     done = subprocess.run(
@@ -40,7 +41,7 @@ def install(folder: Path) -> Path:
 
 
 class LoopProcess:
-    """A process that answers a line of JSON with a line of JSON. To be used as a context."""
+    """A process that answers a line of JSON with a line of JSON. Use it as a context."""
 
     def __init__(self, command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> None:
         self._log = log
@@ -50,10 +51,10 @@ class LoopProcess:
             )
 
     def ask(self, do: str, timeout_s: float = REPLY_TIMEOUT_S, **request: Any) -> dict[str, Any]:
-        """The reply to a request.
+        """Send a request and return the reply.
 
         Raises:
-            Refused: it is an error, it does not come in time, or the process is dead.
+            Refused: the reply is an error or does not arrive in time, or the process is dead.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -87,15 +88,15 @@ class LoopProcess:
 
 @contextmanager
 def started(model: Path, site: Path, work: Path, threads: int) -> Iterator[LoopProcess]:
-    """The process with all loops of economize and transformers. To be started before vLLM binds this one to cores.
+    """Start the process with all loops of economize and transformers, before vLLM binds this process to cores.
 
-    site: where economize is. The process waits in a read between two requests, and its OpenMP threads stop spinning
-    soon, so that it costs those who are measured meanwhile nothing.
+    site: folder with economize. Between two requests the process waits in a read and its OpenMP threads soon stop
+    spinning, so it does not slow down what is measured meanwhile.
 
     Raises:
-        Refused: it does not start, is another version, or may use less of the machine than is asked.
+        Refused: the process does not start, has another version, or may use fewer threads or cores than asked.
     """
-    path = os.pathsep.join(part for part in (str(site), os.environ.get("PYTHONPATH")) if part)
+    path = os.pathsep.join(part for part in (str(site), str(ROOT), os.environ.get("PYTHONPATH")) if part)
     env = {
         **os.environ,
         "PYTHONPATH": path,
@@ -103,7 +104,7 @@ def started(model: Path, site: Path, work: Path, threads: int) -> Iterator[LoopP
         "KMP_BLOCKTIME": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, str(LOOP), str(model), "--threads", str(threads)]
+    command = [sys.executable, "-m", LOOP_MODULE, str(model), "--threads", str(threads)]
     with LoopProcess(command, work / "economize.log", env) as process:
         about = process.ask("about")
         if about["versions"]["economize"] != VERSION:

@@ -1,10 +1,10 @@
-"""Whether generated tokens are the greedy choices of the model: the check of loops that only give tokens.
+"""Checks that generated tokens are the greedy choices of the model, for systems that return only tokens.
 
-Equal tokens would be too much to ask. In bf16 the two likeliest tokens are often as good as equal, a batch of another
-shape rounds otherwise, and after one such difference two correct loops write different texts. So each token is judged
-by itself: a plain forward in float32, on the layers that the loop says it ran, reads prompt and answer, and the token
-must be its likeliest there, or behind it by no more than rounding explains. A draft that was kept though the model says
-otherwise, a layer too many or a stale cache entry is behind by much more.
+Equal tokens cannot be required. In bf16 the two likeliest tokens are often almost equal, a batch of another shape
+rounds differently, and after one such difference two correct loops write different texts. So each token is judged by
+itself: a plain forward in float32, on the layers that the loop says it ran, reads prompt and answer. The token must be
+the likeliest at its place, or less likely by no more than rounding explains. A draft that was kept against the model's
+choice, an additional layer or a stale cache entry makes a much larger difference.
 """
 
 from collections.abc import Sequence
@@ -16,23 +16,23 @@ import torch
 
 from benchmarks.harness.rounds import Refused
 
-# Nats behind the likeliest token. With SmolLM2-135M: in float32 0.0 for all loops, in bf16 0.2 for the whole model.
-# Half the layers without repair are so unsure that rounding decided by up to 6; these are judged in float32 only.
-# At worst in an answer: 0.5 to 12.6 where drafts are kept unverified, 1.9 to 6.5 where the model lacks layer 20.
+# Largest distance to the likeliest token, in nats. Observed with SmolLM2-135M: 0.0 in float32 for all loops, 0.2 in
+# bf16 for the whole model. Half the layers without repair are so uncertain that rounding causes up to 6, so these are
+# judged in float32 only. Worst of an answer: 0.5 to 12.6 if drafts are kept unverified, 1.9 to 6.5 without layer 20.
 FLOAT32_GAP = 0.001
 BFLOAT16_GAP = 0.5
 
 
 @dataclass(frozen=True)
 class LayersRun:
-    """Which layers a loop leaves out. skipped: from 0. in_prompt: of the prompt's tokens too, or of its answer only."""
+    """Which layers a loop leaves out. skipped: layers, from 0. in_prompt: for prompt tokens too, or the answer only."""
 
     skipped: frozenset[int] = frozenset()
     in_prompt: bool = True
 
 
 class GreedyCheck:
-    """A plain forward over a Hugging Face model in float32, whatever it was before."""
+    """A plain forward over a Hugging Face model, which is converted to float32."""
 
     def __init__(self, model: Any) -> None:
         self._model = model.float().eval()
@@ -40,7 +40,7 @@ class GreedyCheck:
 
     @classmethod
     def load(cls, model_dir: Path) -> "GreedyCheck":
-        """On the bf16 values that all loops have."""
+        """Load the model with the bf16 values that all loops have."""
         from transformers import AutoModelForCausalLM
 
         return cls(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, local_files_only=True))
@@ -48,7 +48,7 @@ class GreedyCheck:
     def check(
         self, name: str, prompts: Sequence[list[int]], answers: Sequence[list[int]], run: LayersRun, max_gap: float
     ) -> None:
-        """Raises Refused where a token of an answer is further behind the greedy choice than `max_gap`."""
+        """Raise Refused if a token of an answer is further from the greedy choice than `max_gap` nats."""
         for prompt, answer in zip(prompts, answers, strict=True):
             gaps = self.gaps(prompt, answer, run)
             if not float(gaps.max()) <= max_gap:
@@ -60,7 +60,7 @@ class GreedyCheck:
 
     @torch.no_grad()
     def gaps(self, prompt: list[int], answer: list[int], run: LayersRun) -> torch.Tensor:
-        """[len(answer)], how far, in nats, each token is behind the likeliest one at its place."""
+        """Return [len(answer)] the distance in nats of each token to the likeliest one at its place."""
         key = (tuple(prompt), tuple(answer), run)
         if key not in self._known:
             logits = self.logits([*prompt, *answer[:-1]], run, 0 if run.in_prompt else len(prompt))[len(prompt) - 1 :]
@@ -69,7 +69,7 @@ class GreedyCheck:
 
     @torch.no_grad()
     def logits(self, token_ids: list[int], run: LayersRun, first_skipping: int) -> torch.Tensor:
-        """[len(token_ids), vocab_size]. first_skipping: position from which on `run.skipped` are passed unchanged."""
+        """Return [len(token_ids), vocab_size]. first_skipping: first position that skips the layers `run.skipped`."""
 
         def pass_unchanged(_layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             return torch.cat([output[:, :first_skipping], inputs[0][:, first_skipping:]], dim=1)
@@ -84,6 +84,6 @@ class GreedyCheck:
 
 
 def num_agreed(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Tokens before the first difference."""
+    """Return the number of tokens before the first difference."""
     same = [a == b for a, b in zip(tokens, others)]
     return same.index(False) if False in same else len(same)

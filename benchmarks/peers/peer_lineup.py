@@ -1,4 +1,4 @@
-"""Everything that peers.py compares, asked in one way: vLLM's engines here, and the loops of economize's process."""
+"""Gives all systems that compare.py compares one interface: vLLM's engines and the loops of economize's process."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,16 @@ from benchmarks.peers.greedy_check import LayersRun
 from vllm_buddy.method import depth_for_budget
 
 BUDGETS = (0.75, 0.5)
-# As many drafts, found by the same rule, as economize's lookup gets.
+# economize's lookup gets as many drafts, found by the same rule.
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """To a batch of prompts. seconds: since all had their first token. passes: of the whole model since then, each."""
+    """The answer to a batch of prompts.
+
+    seconds: since all prompts had their first token. passes: passes of the whole model since then, for each prompt.
+    """
 
     token_ids: list[list[int]]
     seconds: float
@@ -27,7 +30,7 @@ class Answer:
 
     @property
     def num_decoded(self) -> int:
-        """Tokens that came in `seconds`."""
+        """Number of tokens generated in `seconds`."""
         return sum(len(tokens) - 1 for tokens in self.token_ids)
 
     @property
@@ -36,7 +39,7 @@ class Answer:
 
     @property
     def accepted_per_step(self) -> float:
-        """Tokens beyond one that a pass brought."""
+        """Tokens beyond one that a pass gained."""
         return self.num_decoded / sum(self.passes) - 1
 
 
@@ -45,11 +48,13 @@ Ask = Callable[[Sequence[list[int]], int], Answer]
 
 @dataclass(kw_only=True)
 class Peer:
-    """One thing to measure.
+    """One system to measure.
 
-    ask: (prompts, tokens each) to the answer. layers: of a decoded token. dense: the peer that is its framework's plain
-    loop. drafts: speculates, losslessly. How it is checked: run: by the layers it says it ran; None for what stock
-    layers do not explain. ask_float32: the same loop in float32. variant: by its distributions, which vLLM gives.
+    ask: (prompts, tokens each) -> the answer. layers: number that a decoded token runs. dense: name of the peer that is
+    the plain loop of the same framework. drafts: it speculates, losslessly.
+
+    The check uses what is set of these: run, the layers that it says it ran; ask_float32, the same loop in float32;
+    variant, whose distributions vLLM returns.
     """
 
     name: str
@@ -64,20 +69,20 @@ class Peer:
 
     @property
     def lossless(self) -> bool:
-        """Gives the whole model's tokens."""
+        """Whether it generates the tokens of the whole model."""
         return self.run == LayersRun() or (self.variant is not None and self.variant.budget == 1.0)
 
 
 def vllm_peers(lineup: Lineup) -> list[Peer]:
-    """Stock first."""
+    """Return vLLM's variants, stock first."""
     peers = [_vllm_peer(lineup, variant) for variant in [lineup.stock(), *map(lineup.pruned, BUDGETS)]]
     own_paths = lineup.artifact.decision is not None
     note = "own paths" if own_paths else ""
     for budget in (1.0, *BUDGETS):
         variant = lineup.routed(budget, own_paths=own_paths, schedule=lineup.artifact.schedule(), note=note)
         peers.append(_vllm_peer(lineup, variant))
-    # The last: it imports numba, and then vLLM 0.32 starts no other engine in this process (its search for kernels in
-    # all modules stumbles over the one that wraps LLVM).
+    # This engine starts last: it imports numba, after which vLLM 0.32 starts no other engine in this process (its
+    # search for kernels in all modules fails on the module that wraps LLVM).
     engine = engines.start_engine(str(lineup.model), speculative_config=NGRAM)
     peers.append(
         Peer(
@@ -89,7 +94,7 @@ def vllm_peers(lineup: Lineup) -> list[Peer]:
 
 
 def loop_peers(process: LoopProcess, num_layers: int, calibration: list[list[int]]) -> list[Peer]:
-    """transformers' and economize's loops. calibration: rows of token ids for what chooses its layers."""
+    """Return the loops of transformers and economize. calibration: token ids by which economize chooses layers."""
     shallow = [depth_for_budget(budget, num_layers) for budget in BUDGETS]
     asked = [("transformers", num_layers), ("dense", num_layers), ("lookup", num_layers), ("layer_skip", num_layers)]
     asked += [(loop, layers) for loop in ("depth_prune", "skipdecode") for layers in shallow]

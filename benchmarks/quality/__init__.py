@@ -1,1 +1,1 @@
-"""Quality against speed, from results files."""
+"""Quality against speed, drawn from results files."""

@@ -1,10 +1,10 @@
-"""Quality against speed, drawn from results files alone.
+"""Draws quality against speed, from results files alone.
 
     python -m benchmarks.quality.pareto            # docs/pareto.png, at batch 8
 
-Quality is that of `vllm-buddy eval`, speed that of benchmarks/speed/decode.py. pareto_points.py pairs them.
-Bars are p20 to p80 of the speed and one standard error of the quality. All policies are scored on the same text and
-questions, so that their differences are known better than the bars say.
+Quality comes from `vllm-buddy eval`, speed from benchmarks.speed.decode; pareto_points.py pairs them. Bars are p20 to
+p80 of the speed and one standard error of the quality. All policies are scored on the same text and questions, so their
+differences are known more precisely than the bars suggest.
 """
 
 import argparse
@@ -24,7 +24,7 @@ QUALITY = ("quality_shipped.json", "quality_recipes.json", "quality_static.json"
 SPEED = "cpu_decode.jsonl"
 OUT = Path(__file__).parents[2] / "docs" / "pareto.png"
 
-# Point.family -> title in the legend, how it is drawn.
+# Point.family -> title in the legend, and line style.
 _FAMILIES = {
     STATIC: ("static, no repair; stock vLLM", {"linestyle": ":", "fillstyle": "none"}),
     "bypass": ("bypass; routed engine", {"linestyle": "-"}),
@@ -36,12 +36,16 @@ _COLOURS = (
     *("#8c564b", "#17becf", "#bcbd22", "#7f7f7f", "#393b79", "#c49c94"),
 )
 _MARKERS = "os^Dv<>Pp*hXd"
-_CUT = 20.0  # perplexities beyond are written above the panel: drawn to scale they would press all others together
-_LINE = 9  # points between two lines of them
+_CUT = 20.0  # larger perplexities are written above the panel: drawn to scale they would compress all others
+_LINE = 9  # points between two of these lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.pareto",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--quality", type=Path, nargs="+", default=[RESULTS_DIR / name for name in QUALITY])
     parser.add_argument("--speed", type=Path, default=RESULTS_DIR / SPEED)
@@ -57,7 +61,7 @@ def main() -> None:
 
 
 def draw(panels: dict[str, list[Point]], batch: int, out: Path) -> None:
-    """Perplexity and accuracy side by side, the legend below, a block for each family of policies."""
+    """Draw perplexity and accuracy side by side, and below a legend with a block for each family of policies."""
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
@@ -90,8 +94,10 @@ def draw(panels: dict[str, list[Point]], batch: int, out: Path) -> None:
 
 
 def _looks(found: Iterable[Point]) -> dict[tuple[str, str], dict[str, Any]]:
-    """For each family and policy how it is drawn. A layer set has one colour, with and without a repair: what is behind
-    the last plus of the name."""
+    """Return the style of each family and policy.
+
+    The layer set is the part of a policy's name after the last plus. It has one colour, with and without a repair.
+    """
     keys = dict.fromkeys((point.family, point.policy) for point in found if point.family != DENSE)
     sets = list(dict.fromkeys(policy.rpartition("+")[2] for _, policy in keys))
     looks = {}
@@ -132,7 +138,7 @@ def _draw_panel(
 
 
 def _write_what_is_cut(axis: Any, found: Sequence[Point], looks: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """Name and perplexity of each point beyond the cut, above the panel at its speed, the worst on top."""
+    """Write the name and perplexity of each point beyond the cut above the panel at its speed, the worst on top."""
     from matplotlib.ticker import EngFormatter
 
     short = EngFormatter(places=0, sep="")
@@ -180,7 +186,7 @@ def _legend_columns(num_labels: int) -> int:
 
 
 def _draw_legend(below: Any, panel: Any, looks: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """A block for each family, from left to right; handles are those of `panel`."""
+    """Draw a block for each family, from left to right, with the handles of `panel`."""
     from matplotlib.legend import Legend
 
     handles = dict(zip(*reversed(panel.get_legend_handles_labels())))
@@ -190,7 +196,7 @@ def _draw_legend(below: Any, panel: Any, looks: dict[tuple[str, str], dict[str, 
         if policies:
             blocks.append((title, policies))
     columns = [_legend_columns(len(labels)) for _, labels in blocks]
-    # In characters; a handle takes about nine.
+    # Widths in characters. A handle takes about nine.
     widths = [max(2 + len(title), n * (8 + max(map(len, labels)))) for n, (title, labels) in zip(columns, blocks)]
     for index, (title, labels) in enumerate(blocks):
         legend = Legend(

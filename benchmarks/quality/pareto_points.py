@@ -1,7 +1,7 @@
-"""Which speed belongs to which quality.
+"""Pairs the quality of a policy with the decode speed of the variant that does the same work.
 
-How fast a policy decodes depends on its depth and on what runs where a layer is skipped, not on which layers those are,
-so a policy of `vllm-buddy eval` has the speed of that variant of decode.py:
+The decode speed of a policy depends on its depth and on what runs where a layer is skipped, but not on which layers are
+skipped. So a policy of `vllm-buddy eval` has the speed of this variant of benchmarks.speed.decode:
 
 | policy | variant |
 |---|---|
@@ -40,12 +40,12 @@ class Point:
 
 
 def points(files: Iterable[Sequence[Figure]], rows: Sequence[dict[str, Any]], batch: int, metric: str) -> list[Point]:
-    """What is drawn of one metric, the unrouted model first.
+    """Return the points of one metric, the unrouted model first.
 
-    files: the figures of each results file, of which each has an unrouted model of its own. rows: of decode.py.
+    files: the figures of each results file; each file has its own unrouted model. rows: of benchmarks.speed.decode.
 
     Raises:
-        Refused: a policy has no row of speed, a file has no unrouted model, or none has the metric.
+        Refused: a policy has no speed, a file has no unrouted model, or no file has the metric.
     """
     speeds = {row["variant"]: row for row in rows if row["metric"] == "ratio_to_stock" and row["batch"] == batch}
     found: list[tuple[Figure, Point]] = []
@@ -68,7 +68,7 @@ def points(files: Iterable[Sequence[Figure]], rows: Sequence[dict[str, Any]], ba
 
 
 def front(found: Iterable[Point], *, lower_is_better: bool) -> list[Point]:
-    """Those than which none is both faster and better, the fastest first."""
+    """Return the points that no other point beats in both speed and quality, the fastest first."""
     kept: list[Point] = []
     for point in sorted(found, key=lambda p: (-p.speed[1], p.quality if lower_is_better else -p.quality)):
         if not kept or (point.quality < kept[-1].quality if lower_is_better else point.quality > kept[-1].quality):
@@ -83,13 +83,13 @@ def _speed_row(figure: Figure, speeds: dict[str, dict[str, Any]], batch: int) ->
         has = "none" if row is None else f"one of {row['layers']} layers"
         raise Refused(
             f"policy '{figure.policy}' at {figure.layers} layers needs the speed of '{variant}' at batch {batch}, and "
-            f"there is {has}; run benchmarks/speed/decode.py"
+            f"there is {has}; run python -m benchmarks.speed.decode"
         )
     return row
 
 
 def _variant(figure: Figure) -> str:
-    """The variant of decode.py that does what the policy does."""
+    """Return the variant of benchmarks.speed.decode that does the same work as the policy."""
     return {
         DENSE: "stock",
         STATIC: f"pruned {figure.budget}",
@@ -98,7 +98,7 @@ def _variant(figure: Figure) -> str:
 
 
 def _family(figure: Figure) -> str:
-    # `vllm-buddy eval` gives the names of static methods to nothing but their bare layer sets.
+    # `vllm-buddy eval` uses the names of static methods only for their layer sets without repair.
     if figure.repair == "none" and figure.policy in STATIC_METHODS:
         return STATIC
     return DENSE if figure.policy == DENSE else figure.repair

@@ -1,1 +1,1 @@
-"""Speed on this machine: decoding, prefill, mixed budgets, serving, overload, memory."""
+"""Benchmarks of speed and memory on this machine: decode, prefill, mixed budgets, serving, overload, memory."""

@@ -1,18 +1,18 @@
-"""Decode speed against stock vLLM and against physical pruning, in one process, alternating.
+"""Measures decode speed against stock vLLM and against physically pruned checkpoints, in alternating rounds.
 
     python -m benchmarks.speed.decode                   # SmolLM2-135M, CPU, about 10 minutes on 2 cores
-    python -m benchmarks.speed.decode --device cuda     # shapes of 7B to 8B too, on a GPU of 80 GB; see decode_steps.py
+    python -m benchmarks.speed.decode --device cuda     # 7B to 8B shapes, GPU of 80 GB; see benchmarks.gpu.decode_steps
 
-Engines: stock dense; stock on a checkpoint pruned to the layers of buddy's path, for each budget, without any repair;
-buddy with the artifact's bypass, where it has one, and, as *no bypass*, without. Requests of buddy share one path per
-budget: the Decision Module has the real size and scores the layers anew every 16 tokens (the server's default; R=1:
-before every token), but its last layer is zero, so that the prior decides. With an artifact that has a Decision Module
-of its own there are variants routed by that, too: requests then run different paths, and a step costs the union of
-them. Ratios are taken within a round, where all variants ran one after the other, and are tokens/s over tokens/s: above
-1 is faster than the peer.
+Engines: stock vLLM on the whole model; stock vLLM on a checkpoint pruned to the layers of buddy's path, for each
+budget, without any repair; buddy with the artifact's bypass, if it has one, and as *no bypass* without it. Requests of
+buddy at one budget share a path: the Decision Module has the real size and scores the layers again every 16 tokens (the
+server's default; R=1: before every token), but its last layer is zero, so the prior decides. If the artifact has its
+own Decision Module, there are also variants that it routes. Their requests run different paths, and a step costs the
+union of the paths. Ratios are taken within a round, where all variants run one after the other. They are tokens/s over
+tokens/s: above 1 is faster than the peer.
 
-The run checks what it times: every variant must give the distributions of the method's plain forward over the same
-layers, with bypass and LoRA where it has them.
+Before anything is timed, every variant must give the distributions of the method's plain forward over the same layers,
+with bypass and LoRA where it has them.
 """
 
 import argparse
@@ -39,7 +39,11 @@ CPU_TOKENS = 33
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu, engines side by side")
     parser.add_argument("--batch", type=positive_int, nargs="+", help="default: 1 8 32; with cuda 128 too")
     add_rounds_option(parser, 6)
@@ -61,7 +65,7 @@ def main() -> int:
 
 
 def measure(lineup: Lineup, batches: Sequence[int], num_rounds: int, tokens: int) -> list[dict[str, Any]]:
-    """Check all variants, time their decode steps; one row per figure."""
+    """Check all variants, time their decode steps, and return one row per figure."""
     variants = all_variants(lineup)
     rows = []
     for batch in batches:
@@ -70,7 +74,7 @@ def measure(lineup: Lineup, batches: Sequence[int], num_rounds: int, tokens: int
 
 
 def all_variants(lineup: Lineup) -> list[Variant]:
-    """Stock first."""
+    """Return all variants, stock first."""
     variants = [lineup.stock(), *(lineup.pruned(budget) for budget in BUDGETS)]
     variants += [lineup.routed(budget) for budget in (1.0, *BUDGETS)]
     variants.append(lineup.routed(0.5, schedule=PathSchedule(interval=1), note="R=1"))
@@ -84,7 +88,7 @@ def all_variants(lineup: Lineup) -> list[Variant]:
 def measure_batch(
     lineup: Lineup, variants: Sequence[Variant], batch: int, num_rounds: int, tokens: int
 ) -> list[dict[str, Any]]:
-    """All figures of one batch size."""
+    """Return all rows of one batch size."""
     rng = np.random.default_rng(batch)
     rounds = Rounds(num_rounds)
     lineup.check(variants, lineup.draw_prompts(rng, batch, PROMPT_TOKENS), rounds)
@@ -119,7 +123,7 @@ def measure_batch(
 
 
 class Overhead:
-    """Time the engine spends on router, plan and views while the block runs."""
+    """Measures the time that the engine spends on router, plan and views while the block runs."""
 
     def __init__(self, variant: Variant) -> None:
         self._variant = variant
@@ -139,12 +143,12 @@ class Overhead:
         self._seconds = self._total() - self._before
 
     def share(self, run: DecodeRun) -> float:
-        """Of the time of all steps, the prefill with the routing of the arriving requests included."""
+        """Return the share of the time of all steps, including the prefill and the routing of arriving requests."""
         return self._seconds * 1e3 / sum(run.all_ms)
 
 
 def peer_of(variant: Variant) -> str:
-    """The variant with the same layers on stock vLLM."""
+    """Return the name of the stock vLLM variant with the same layers."""
     return "stock" if variant.budget == 1.0 else f"pruned {variant.budget}"
 
 

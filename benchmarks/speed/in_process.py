@@ -1,9 +1,10 @@
-"""Decode, prefill, mixed budgets, the parts of a step and the union effect, one after the other on the same engines.
+"""Runs the decode, prefill, mixed, profile and union benchmarks one after the other on the same engines.
 
-    python -m benchmarks.speed.in_process OUT_DIR            # what the single benchmarks do by default
+    python -m benchmarks.speed.in_process OUT_DIR            # what each benchmark does by default
     python -m benchmarks.speed.in_process OUT_DIR --short    # fewer rounds
 
-An engine takes most of a minute to start and compile; decode.py and the others start their own.
+An engine takes most of a minute to start and compile. The benchmarks share engines here, and start their own when they
+run alone.
 """
 
 import argparse
@@ -22,9 +23,13 @@ ROUNDS, SHORT_ROUNDS = 6, 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.in_process",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("out", type=Path, help="folder of the results files")
-    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--short", action="store_true", help="fewer rounds and settings")
     add_rounds_option(parser, ROUNDS, SHORT_ROUNDS)
     add_lineup_options(parser)
     args = parser.parse_args()

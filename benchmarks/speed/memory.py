@@ -1,8 +1,8 @@
-"""Memory of buddy beside stock vLLM: the KV capacity vLLM finds room for, and resident memory after some work.
+"""Measures the memory of buddy beside stock vLLM: KV-cache capacity, and resident memory after serving requests.
 
     python -m benchmarks.speed.memory            # SmolLM2-135M, CPU, about 3 minutes
 
-Each engine starts in a process of its own, sizes its KV cache by --gpu-memory-utilization and serves eight requests.
+Each engine starts in its own process, sizes its KV cache by --gpu-memory-utilization and serves eight requests.
 """
 
 import argparse
@@ -21,7 +21,11 @@ PROMPTS = [list(range(100 + i, 400 + i)) for i in range(8)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_rounds_option(parser, 2)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_memory.jsonl")
     parser.add_argument("--child", choices=["stock", "buddy"], help=argparse.SUPPRESS)
@@ -50,7 +54,7 @@ def main() -> None:
 
 
 def measure(variant: str, model: str) -> dict[str, Any]:
-    """Start one engine in this process and let it work."""
+    """Start one engine in this process, serve the prompts and return its KV capacity and resident memory."""
     import psutil
     from vllm import LLM, SamplingParams
 

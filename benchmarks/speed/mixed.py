@@ -1,19 +1,19 @@
-"""Budgets mixed in one batch: is a step as fast as its layers' costs predict, and does a class wait for another?
+"""Measures a batch of mixed budgets: is a step as fast as the costs of its layers predict, and does any budget wait?
 
     python -m benchmarks.speed.mixed            # SmolLM2-135M, CPU, about 3 minutes on 2 cores
 
-8 requests each at budgets 1.0, 0.75 and 0.5 decode together: a step runs the union of their layers, each on the rows
-that need it. What it should cost is predicted from runs in which all n = 8, 16 or 24 requests have one budget:
+8 requests each at budgets 1.0, 0.75 and 0.5 decode together: a step runs the union of their layers, each layer on the
+rows that need it. The cost of the step is predicted from runs in which all n = 8, 16 or 24 requests have one budget:
 
     layer on n rows     c(n) = (t[1.0](n) - t[0.5, no bypass](n)) / layers between
     bypass on n rows    s(n) = (t[0.5](n) - t[0.5, no bypass](n)) / layers skipped
     all the rest        f(n) = t[1.0](n) - L c(n)
     predicted           f(24) + sum over layers of c(rows that run it) + s(rows that skip it)
 
-`of_predicted` is tokens/s over those predicted. `over_turns` compares with three batches of 8 that take turns, which is
-what a server without mixed batches would do. `first_token_step` and `steps_per_token` say in which step of the run the
-requests of a class got their first token, and how many steps passed from one token to the next: 0 and 1 if it never
-waited. Every figure is taken within a round, where all variants ran one after the other.
+`of_predicted` is tokens/s over the predicted tokens/s. `over_turns` compares with three batches of 8 that take turns,
+as in a server without mixed batches. For the requests of one budget (a *class*), `first_token_step` is the step of the
+run in which they got their first token, and `steps_per_token` the number of steps from one token to the next: 0 and 1
+if they never waited. Every figure is taken within a round, where all variants run one after the other.
 """
 
 import argparse
@@ -35,7 +35,11 @@ MIXED = "mixed"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.mixed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--each", type=positive_int, default=8, help="requests at each budget")
     add_rounds_option(parser, 6)
     parser.add_argument("--tokens", type=at_least(2), default=33, help="decoded tokens per run; each gives one step")
@@ -49,7 +53,7 @@ def main() -> None:
 
 
 def measure(lineup: Lineup, each: int, num_rounds: int, tokens: int) -> list[dict[str, Any]]:
-    """Check all batches, time their decode steps; one row per figure."""
+    """Check all batches, time their decode steps, and return one row per figure."""
     rng = np.random.default_rng(each)
     rounds = Rounds(num_rounds)
     total = each * len(BUDGETS)
@@ -82,7 +86,7 @@ def measure(lineup: Lineup, each: int, num_rounds: int, tokens: int) -> list[dic
 
 
 def result_rows(lineup: Lineup, rounds: Rounds, each: int, variants: Sequence[Variant]) -> list[dict[str, Any]]:
-    """One row per figure."""
+    """Return one row per figure."""
     full, half, bare = variants
     total = each * len(BUDGETS)
 
@@ -124,7 +128,7 @@ def predicted_ms(
     bypass: Mapping[int, np.ndarray],
     rest: np.ndarray,
 ) -> np.ndarray:
-    """[num_rounds], what the mixed step should take. layer, bypass: ms on n rows, [num_rounds] each."""
+    """Return [num_rounds] the predicted ms of the mixed step. layer, bypass: ms on n rows, each [num_rounds]."""
     predicted = rest.copy()
     paths = [lineup.router.full if b == 1.0 else lineup.path(lineup.depth(b)) for b in BUDGETS]
     for index in range(lineup.num_layers):

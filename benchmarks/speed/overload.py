@@ -1,18 +1,19 @@
-"""More requests than dense can serve: inter-token latency with and without a price that follows the load.
+"""Measures inter-token latency under more requests than the full model can serve, with and without a load price.
 
     python -m benchmarks.speed.overload --plot docs/overload.png      # SmolLM2-135M, CPU, about 12 minutes on 2 cores
 
-Three servers stay up: stock vLLM, and buddy twice with `default_budget: auto` and price 0, so that with nothing else to
-do every request runs all layers. One of the two has a `load_price`: when requests wait, or many run, new ones get
-shallower. No request asks for a budget.
+Three servers stay up: stock vLLM, and two of buddy with `default_budget: auto` and price 0, so that an idle server runs
+all layers for every request. One of the two has a `load.price`: when requests wait, or many run, new requests get fewer
+layers. No request asks for a budget.
 
-What dense sustains is the requests/s that stock finishes when all of a burst are there at once. Then, in each round and
-on each of the two: requests one at a time (unloaded), and a Poisson process of 1.5 times that rate. p99 of inter-token
-latency (ITL) under load is divided by that of the same server unloaded. Requests are sent and timed by `vllm bench
-serve`; price, load and the budgets chosen are read from /metrics.
+The rate that the full model sustains (*dense sustains*) is the requests/s that stock vLLM finishes when a burst arrives
+at once. Each round then sends to both buddy servers: requests one at a time (unloaded), and a Poisson process of 1.5
+times that rate. The p99 inter-token latency (ITL) under load is divided by that of the same server unloaded. `vllm
+bench serve` sends and times the requests; price, load and the chosen budgets are read from /metrics.
 
-All servers have a small token limit per step, as where latency between tokens matters: a long prompt then holds nobody
-up for long. Refused: outputs that are not the reference's, a server that dies, a request that fails.
+All servers have a small token limit per step, as is usual where latency between tokens matters: a long prompt then
+delays others only briefly. The benchmark refuses to show figures if outputs differ from the reference's, a server dies
+or a request fails.
 """
 
 import argparse
@@ -41,10 +42,10 @@ from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
 OVERLOAD = 1.5
 WORKLOAD = Workload("64 in, 128 out", 0, 64, 128)
-# At the fewest layers a full step of so many tokens costs about what one request alone costs at all layers.
+# A full step of so many tokens at the fewest layers costs about as much as a step of one request at all layers.
 LIMITS = ("--max-num-batched-tokens", "16", "--max-num-seqs", "16")
-# Requests that run at which the price starts to rise and at which it is full. Long before that even the steepest
-# requests run the fewest layers.
+# Numbers of running requests at which the price starts to rise and at which it is full. Long before it is full, even
+# the requests that lose most by it run the fewest layers.
 LOAD_SETTINGS: dict[str, Any] = {"load": {"price": 12.0, "running": [1, 4], "waiting": [1, 4]}}
 GAUGES = ("vllm_buddy:load", "vllm_buddy:auto_price", "vllm:num_requests_running", "vllm:num_requests_waiting")
 CHECKED_BUDGETS = (1.0, 0.5)
@@ -60,7 +61,11 @@ _POLL_S = 2.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.overload",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_rounds_option(parser, 3)
     parser.add_argument("--seconds", type=positive_number, default=30, help="of arrivals in a run")
     parser.add_argument("--burst", type=positive_int, default=64, help="requests that tell what dense sustains")
@@ -79,7 +84,10 @@ def main() -> None:
 
 
 def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Start the servers, check them, run all rounds; a row per figure, and rows of `series` for the last round."""
+    """Start and check the servers and run all rounds.
+
+    Returns a row per figure, and rows with a `series` for the last round.
+    """
     artifact = load_artifact(artifact_dir)
     rounds, rows = Rounds(args.rounds), []
     with (
@@ -115,7 +123,7 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
 
 @contextmanager
 def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path) -> Iterator[list[Served]]:
-    """Stock, auto with a price that stays, auto with one that follows the load."""
+    """Yield stock, auto with a constant price, and auto with a price that follows the load."""
     num_layers = artifact.config.base_model.num_layers
     router, schedule = artifact.router(), artifact.schedule()
     with ExitStack() as stack:
@@ -127,7 +135,7 @@ def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path
             config = json.dumps({"buddy": buddy})
             log_name = name.replace(",", "").replace(" ", "-")
             server = open_server(stack, log_name, model, work, "--additional-config", config, *LIMITS)
-            # Checked with budgets sent as numbers: those that the server chooses follow the load, of a check too.
+            # The check sends budgets as numbers: a budget that the server chooses would follow the load of the check.
             depths = {b: depth_for_budget(b, num_layers) for b in CHECKED_BUDGETS}
             routings = [
                 Routing(name=f"{name}: {b}", layers=depth, budget=b, router=router, schedule=schedule)
@@ -138,7 +146,7 @@ def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path
 
 
 def run(rounds: Rounds, served: Served, load: Load, index: int, alone: int) -> list[dict[str, Any]]:
-    """Unloaded, then overloaded; adds the figures to `rounds` and returns what happened second by second."""
+    """Run a server unloaded, then overloaded. Adds the figures to `rounds` and returns the rows second by second."""
     unloaded = send(served, Load(load.workload, float("inf"), 1, alone), index + 1, "--max-concurrency", "1")
     before = auto_budgets(served.server)
     with Poll(served.server) as poll:
@@ -162,7 +170,7 @@ def run(rounds: Rounds, served: Served, load: Load, index: int, alone: int) -> l
 
 
 def itl_by_second(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """p50 and p99 of the inter-token latencies that ended in each second of a run."""
+    """Return p50 and p99 of the inter-token latencies that ended in each second of a run."""
     start = min(result["start_times"])
     ends: dict[int, list[float]] = {}
     for sent, first, gaps in zip(result["start_times"], result["ttfts"], result["itls"], strict=True):
@@ -176,7 +184,7 @@ def itl_by_second(name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def metrics(server: Server) -> dict[str, float]:
-    """/metrics as values by name; those of several engines summed, which there is one of here."""
+    """Return /metrics as values by name. Values of several engines are summed; here there is one engine."""
     values: dict[str, float] = {}
     for family in text_string_to_metric_families(server.get("/metrics").decode()):
         for sample in family.samples:
@@ -185,13 +193,13 @@ def metrics(server: Server) -> dict[str, float]:
 
 
 def auto_budgets(server: Server) -> tuple[float, float]:
-    """(sum, number) of the budgets chosen so far. Metrics of an idle server are complete."""
+    """Return the sum and the number of the budgets chosen so far. The metrics of an idle server are complete."""
     found = metrics(server)
     return found["vllm_buddy:auto_budget_sum"], found["vllm_buddy:auto_budget_count"]
 
 
 class Poll(threading.Thread):
-    """Reads GAUGES while it is entered. rows: a dictionary for each reading, with the second it was made."""
+    """Reads GAUGES while the block runs. rows: a dictionary for each reading, with its second."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(daemon=True)
@@ -210,7 +218,7 @@ class Poll(threading.Thread):
 
     def run(self) -> None:
         while not self._done.wait(_POLL_S):
-            # Few and cheap: this process also times tokens, and the server has one core for this and for them.
+            # Polls are few and cheap: this process also times tokens, and the server answers both on one core.
             lines = self._server.get("/metrics").decode().splitlines()
             seconds = round(time.monotonic() - self._began, 1)
             found = {name: float(next(x for x in lines if x.startswith(name + "{")).split()[-1]) for name in GAUGES}

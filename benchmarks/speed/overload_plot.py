@@ -1,6 +1,8 @@
-"""Draws a server under too many requests from the rows of its results file alone.
+"""Draws the results of benchmarks.speed.overload: latency, requests and load over the seconds of one run.
 
-python -m benchmarks.speed.overload_plot benchmarks/results/cpu_overload.jsonl docs/overload.png
+    python -m benchmarks.speed.overload_plot benchmarks/results/cpu_overload.jsonl docs/overload.png
+
+It reads nothing but the results file.
 """
 
 from collections.abc import Sequence
@@ -14,10 +16,10 @@ LIMIT = 1.3  # of the unloaded server's p99
 
 
 def plot_overload(rows: Sequence[Row], out: Path) -> None:
-    """Latency between tokens, requests in the server, and load over the seconds of one run, for each server.
+    """Draw the latency between tokens, the requests in the server and the load over the seconds of one run.
 
     Raises:
-        SystemExit: no series in `rows`, or no matplotlib.
+        SystemExit: `rows` have no series, or matplotlib is not installed.
     """
     names = list(dict.fromkeys(row["variant"] for row in rows if row.get("series") == "itl"))
     if not names:
@@ -31,7 +33,7 @@ def plot_overload(rows: Sequence[Row], out: Path) -> None:
         )
         seconds = [row["second"] for row in itl]
         latency.plot(seconds, [row["p99_itl_ms"] for row in itl], color=colour, label=name)
-        # In a second in which the client stood still, tokens come at once: latencies of 0.
+        # If the client stalls for a second, tokens arrive all at once, with latencies of 0.
         median = [row["p50_itl_ms"] or float("nan") for row in itl]
         latency.plot(seconds, median, color=colour, alpha=0.5, linewidth=1)
         latency.axhline(LIMIT * unloaded[0]["p99_itl_ms"], color=colour, linestyle=":")
@@ -52,5 +54,9 @@ def plot_overload(rows: Sequence[Row], out: Path) -> None:
     canvas.savefig(out, dpi=150)
 
 
+def main() -> None:
+    draw_from_file("benchmarks.speed.overload_plot", __doc__, plot_overload)
+
+
 if __name__ == "__main__":
-    draw_from_file(__doc__, plot_overload)
+    main()

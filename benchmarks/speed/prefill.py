@@ -1,9 +1,11 @@
-"""Time to the first token of a prompt: arithmetic, not weights, so that a layer saves its share per token.
+"""Measures the time to the first token of a prompt, against stock vLLM and pruned checkpoints.
 
     python -m benchmarks.speed.prefill            # SmolLM2-135M, CPU, about 5 minutes on 2 cores
 
-One request at a time in an otherwise idle engine, prefix caching off, the first token included. The same engines as in
-decode.py, in alternating rounds; `over_stock` is time over time: below 1 is sooner than stock vLLM's whole model.
+Prefill is bound by arithmetic and not by reading weights, so each skipped layer saves its share per token. One request
+runs at a time in an otherwise idle engine, without prefix caching; the time includes the first token. The engines are
+those of benchmarks.speed.decode, in alternating rounds. `over_stock` is time over time: below 1 is sooner than stock
+vLLM on the whole model.
 """
 
 import argparse
@@ -25,7 +27,11 @@ CHECKED_TOKENS = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.prefill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--prompt-tokens", type=positive_int, nargs="+", default=[256, 1500])
     add_rounds_option(parser, 6)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_prefill.jsonl")
@@ -38,7 +44,7 @@ def main() -> None:
 
 
 def measure(lineup: Lineup, lengths: Sequence[int], num_rounds: int) -> list[dict[str, Any]]:
-    """Check all variants, time their prefill; one row per figure."""
+    """Check all variants, time their prefill, and return one row per figure."""
     variants = [lineup.stock(), *(lineup.pruned(budget) for budget in BUDGETS)]
     variants += [lineup.routed(budget) for budget in (1.0, *BUDGETS)]
     if lineup.artifact.bypass is not None:

@@ -1,19 +1,18 @@
-"""Where the time goes: the parts of a decode step, and what many paths in one batch cost.
+"""Measures where the time of a decode step goes, and what it costs when requests of a batch run different paths.
 
     python -m benchmarks.speed.profile_step --plot docs/union.png     # SmolLM2-135M, CPU, about 10 minutes on 2 cores
 
 *Split*: the time of a decode step by part (see step_parts.PARTS), for stock vLLM, buddy at budget 1.0, and buddy at
---budget with 1 and more distinct paths in the batch. Paths are random, given to the requests in turn; a Decision Module
-of the real size is asked all the same, every 16 tokens. A part is the mean over a run's steps, not the median: only
-means sum to the step, and all requests ask the Decision Module in the same step, one of 16. The step that ends the
-requests is left out. Every run is repeated without the wrappers that take the time: `step_ms` is of that run,
-`instrumented_ratio` is what the wrappers cost. On a GPU they wait for the device around each part, so parts do not
-overlap there.
+--budget with one or more distinct paths in the batch. The paths are random and given to the requests in turn. A
+Decision Module of the real size is evaluated all the same, every 16 tokens. A part is the mean over a run's steps and
+not the median: only means sum to the step, and all requests ask the Decision Module in the same step, which is one of
+16. The step that ends the requests is left out. Every run is repeated without the wrappers that take the time:
+`step_ms` is from that run, and `instrumented_ratio` shows what the wrappers cost. It runs on CPU, where calls return
+when their work is done.
 
-*Union*: see union.py.
+*Union*: see benchmarks/speed/union.py.
 
-What is timed is checked first: every variant must give the distributions of the method's plain forward along the very
-same paths.
+Before anything is timed, every variant must give the distributions of the method's plain forward on the same paths.
 """
 
 import argparse
@@ -38,7 +37,11 @@ PROMPT_TOKENS = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.profile_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--only", choices=["split", "union"], help="default: both")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8, 32], help="of the split")
@@ -52,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random paths")
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_profile.jsonl", help="of the split")
     parser.add_argument("--union-out", type=Path, default=RESULTS_DIR / f"{device()}_union.jsonl")
-    parser.add_argument("--plot", type=Path, help="picture of the union effect; see also union_plot.py")
+    parser.add_argument("--plot", type=Path, help="picture of the union effect; see also benchmarks.speed.union_plot")
     add_lineup_options(parser)
     args = parser.parse_args()
     env = environment()
@@ -77,13 +80,13 @@ def measure(
     tokens: int,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """The split at all batch sizes; one row per figure. seed: of the random paths."""
+    """Return the rows of the split at all batch sizes, one per figure. seed: of the random paths."""
     asked = (budget, path_counts, num_rounds, tokens, seed)
     return [row for batch in batches for row in measure_split(lineup, batch, *asked)]
 
 
 def split_variants(lineup: Lineup, batch: int, budget: float, path_counts: Sequence[int], seed: int) -> list[Variant]:
-    """Stock, full depth, and one variant for each number of distinct paths that the batch has requests for."""
+    """Return stock, full depth, and one variant for each number of distinct paths that the batch can have."""
     depth = depth_for_budget(budget, lineup.num_layers)
     drawn = draw_paths(np.random.default_rng(seed), max(path_counts), depth, lineup.num_layers)
     variants = [lineup.stock(), lineup.routed(1.0)]
@@ -103,7 +106,7 @@ def measure_split(
     tokens: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Check all variants of one batch size, take their steps apart; one row per figure."""
+    """Check all variants of one batch size, split their steps into parts, and return one row per figure."""
     rng = np.random.default_rng(batch)
     rounds = Rounds(num_rounds)
     variants = split_variants(lineup, batch, budget, path_counts, seed)
@@ -121,18 +124,18 @@ def measure_split(
 
 
 def split_figures(plain_ms: Sequence[float], steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of one round. plain_ms: decode steps without wrappers; steps: the same with them, by part."""
+    """Return the figures of one round. plain_ms: decode steps without wrappers. steps: with wrappers, ms by part."""
     total = [sum(parts.values()) for parts in steps]
     return {
         "step_ms": float(np.mean(plain_ms)),
-        # Of medians, since a step that the machine disturbs would be most of the difference.
+        # A ratio of medians: one step that the machine disturbs would dominate a difference of means.
         "instrumented_ratio": float(np.median(total) / np.median(plain_ms)),
         **{part: float(np.mean([parts[part] for parts in steps])) for part in PARTS},
     }
 
 
 def split_rows(rounds: Rounds, variant: Variant, batch: int, lineup: Lineup) -> list[dict[str, Any]]:
-    """Rows of one variant: step_ms, instrumented_ratio, and part_ms and part_share for each part."""
+    """Return the rows of one variant: step_ms, instrumented_ratio, and part_ms and part_share for each part."""
     paths = variant.router.paths if isinstance(variant.router, GivenPaths) else []
     about = {
         "variant": variant.name,
@@ -153,7 +156,7 @@ def split_rows(rounds: Rounds, variant: Variant, batch: int, lineup: Lineup) -> 
 
 
 def print_split(rows: Sequence[dict[str, Any]]) -> None:
-    """A table per batch size: a line per part, ms and percent of the step for each variant, medians of the rounds."""
+    """Print a table per batch size, with a line per part: ms and percent of the step by variant, medians of rounds."""
     found = {(row["batch"], row["variant"], row["metric"], row.get("part")): row["p50"] for row in rows}
     for batch in dict.fromkeys(row["batch"] for row in rows):
         names = list(dict.fromkeys(row["variant"] for row in rows if row["batch"] == batch))

@@ -1,19 +1,20 @@
-"""Requests that arrive at a server: stock vLLM, stock vLLM on pruned checkpoints, and buddy, under `vllm bench serve`.
+"""Measures servers under arriving requests: stock vLLM, stock vLLM on pruned checkpoints, and buddy.
 
     python -m benchmarks.speed.serving            # SmolLM2-135M, CPU, about 20 minutes on 2 cores
 
-Four servers stay up: stock dense, stock pruned to 22 and to 15 layers (without repair), and buddy on its artifact, with
-the artifact's own router and repair. buddy serves one budget at a time, and, as *mixed*, requests of three budgets in
-turn, each its own; the figures of its classes are rows too. Prompts are vLLM's `random` dataset, with and without a
-prefix that all prompts of a run share; prefix caches are emptied before every run. Requests arrive as a Poisson process
-at each rate, `inf` is all at once. In each round every variant has its run, with the same prompts and arrivals, and
-ratios are taken within a round.
+Four servers stay up: stock vLLM on the whole model, stock vLLM pruned to 22 and to 15 layers (without repair), and
+buddy with the artifact's own router and repair. buddy serves one budget at a time and, as *mixed*, requests of three
+budgets in turn; each budget of the mixture (a *class*) has its own rows. Prompts are vLLM's `random` dataset, with and
+without a prefix that all prompts of a run share. Prefix caches are emptied before every run. Requests arrive as a
+Poisson process at each rate; `inf` means all at once. In each round every variant has one run, with the same prompts
+and arrivals, and ratios are taken within a round.
 
-Load and latency figures are those of `vllm bench serve`, whose own code sends and times the requests; only the budget
-of each request is added. Figures of one run: output tokens/s; time to first token (TTFT), time per output token (TPOT)
-and inter-token latency (ITL), p50 and p99, in ms; goodput, the requests/s that kept to the objective.
+The code of `vllm bench serve` sends and times the requests; only the budget of each request is added. Figures of a run:
+output tokens/s; time to first token (TTFT), time per output token (TPOT) and inter-token latency (ITL), p50 and p99, in
+ms; goodput, the requests/s that met the objective.
 
-Refused: a server that dies, a request that fails, outputs that are not the reference's, fewer runs than asked.
+The benchmark refuses to show figures if a server dies, a request fails, outputs differ from the reference's or runs are
+missing.
 """
 
 import argparse
@@ -56,7 +57,7 @@ CHECKED_TOKENS = 64
 
 @dataclass
 class Served:
-    """One thing to measure: a server and the budgets that its requests have in turn; () for stock vLLM."""
+    """One thing to measure: a server and the budgets that its requests take in turn; () for stock vLLM."""
 
     name: str
     server: Server
@@ -65,7 +66,11 @@ class Served:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.serving",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_load_options(parser)
     parser.add_argument("--model", type=Path, help="folder of a model; default: the embedded one")
     parser.add_argument("--artifact", type=Path, default=SHIPPED_DIR / DEFAULT_MODEL, help="default: the shipped one")
@@ -77,7 +82,7 @@ def main() -> None:
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """--rates, --prefix-rates, --rounds, --seconds, --burst, --goodput."""
+    """Add --rates, --prefix-rates, --rounds, --seconds, --burst and --goodput."""
     add_rounds_option(parser, 3)
     parser.add_argument(
         "--rates", type=arrival_rate, nargs="+", default=[2, 4, 6, float("inf")], help="requests/s; inf: at once"
@@ -91,9 +96,9 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Start the servers, check them, run all loads in all rounds; one row per figure.
+    """Start and check the servers, run all loads in all rounds, and return one row per figure.
 
-    args: those of add_load_options.
+    args: the options of add_load_options.
     """
     loads = [Load(WORKLOADS[0], rate, args.seconds, args.burst) for rate in args.rates]
     loads += [Load(WORKLOADS[1], rate, args.seconds, args.burst) for rate in args.prefix_rates]
@@ -113,7 +118,7 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
 
 @contextmanager
 def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path) -> Iterator[list[Served]]:
-    """All variants, stock first, with their servers running."""
+    """Yield all variants, stock first, with their servers running."""
     num_layers = artifact.config.base_model.num_layers
     one_path = replace(artifact, decision=None).router(library=False)
     router, schedule = artifact.router(), artifact.schedule()
@@ -145,7 +150,7 @@ def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path
 
 
 def open_server(stack: ExitStack, name: str, folder: Path, log: Path, *options: str) -> Server:
-    """A server that is ready, and is stopped with `stack`. Raises Refused if it does not start."""
+    """Start a server, wait until it is ready, and stop it with `stack`. Raises Refused if it does not start."""
     print(f"starting server '{name}'", flush=True)
     process = stack.enter_context(start_server(name, folder, log, options))
     try:
@@ -156,10 +161,10 @@ def open_server(stack: ExitStack, name: str, folder: Path, log: Path, *options: 
 
 
 def check(variants: Sequence[Served], model: Path, artifact: Artifact) -> list[str]:
-    """Compare what all servers compute with the reference, requests of mixed budgets in one batch; returns the names.
+    """Compare the outputs of all servers with the reference, mixed budgets in one batch, and return the names.
 
     Raises:
-        Refused: one of them computes something else.
+        Refused: a server computes something else.
     """
     reference = Reference(model, artifact, getattr(torch, DTYPE))
     rng = np.random.default_rng(0)
@@ -177,7 +182,7 @@ def check(variants: Sequence[Served], model: Path, artifact: Artifact) -> list[s
 def measure_load(
     variants: Sequence[Served], checked: Sequence[str], load: Load, num_rounds: int, goodput: str
 ) -> list[dict[str, Any]]:
-    """All figures under one load. checked: names of which the outputs were."""
+    """Return all rows of one load. checked: names whose outputs were checked."""
     rounds = Rounds(num_rounds)
     rounds.mark_checked(checked)
     for index in range(num_rounds):
@@ -200,13 +205,13 @@ def measure_load(
 
 
 def names(served: Served) -> list[str]:
-    """Of its rows: itself, and where budgets are mixed each class."""
+    """Return the names of its rows: its own, and one for each class if budgets are mixed."""
     classes = [f"{served.name}: {budget}" for budget in served.budgets] if len(served.budgets) > 1 else []
     return [served.name, *classes]
 
 
 def run(served: Served, load: Load, seed: int, goodput: str) -> dict[str, dict[str, float]]:
-    """One run: figures by name (see `names`) and metric. Raises as `send` does."""
+    """Run once and return figures by name (see `names`) and metric. Raises as `send` does."""
     result = send(served, load, seed, "--goodput", *goodput.split())
     figures = {metric: result[metric] for metric in LATENCIES}
     figures |= {"output_tokens_per_s": result["output_throughput"], "goodput_per_s": result["request_goodput"]}
@@ -218,7 +223,7 @@ def run(served: Served, load: Load, seed: int, goodput: str) -> dict[str, dict[s
 
 
 def send(served: Served, load: Load, seed: int, *more_options: str) -> dict[str, Any]:
-    """The result of one run of `vllm bench serve`, with what each request took.
+    """Return the result of one run of `vllm bench serve`, with the latencies of each request.
 
     Raises:
         Refused: the server died, or a request failed or was cut short.

@@ -1,7 +1,7 @@
-"""Splits an engine step into its parts, by wrapping what a running engine calls.
+"""Splits the time of an engine step into parts, by wrapping the functions that a running engine calls.
 
-Nothing of the product is changed for it: attributes of the engine's objects, and of the classes where there is no
-object to reach, are replaced while a block runs, and put back after it.
+The plugin has no code for this. Attributes of the engine's objects, or of classes where no object can be reached, are
+replaced while a block runs and put back afterwards.
 """
 
 import time
@@ -35,14 +35,14 @@ PARTS = {
     REST: "input preparation, output processing, what was named nowhere",
 }
 
-# What is timed: an object or class, the name of its attribute, the part.
+# A function to time: an object or class, the name of its attribute, the part that its time counts as.
 Place = tuple[Any, str, str]
 
 
 class StepClock:
-    """Gives every moment of a step to the innermost part that is open, or to REST: the parts sum to the step.
+    """Charges every moment of a step to the innermost open part, or to REST, so that the parts sum to the step.
 
-    steps: per step, ms by part.
+    steps: for each step, ms by part.
     """
 
     def __init__(self) -> None:
@@ -52,10 +52,10 @@ class StepClock:
         self._last = 0.0
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose time within a step counts as `part`, but for parts that it opens itself."""
+        """Return `function` with its time within a step charged to `part`, except for parts that it opens itself."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self._open:  # outside a step, as when a request arrives
+            if not self._open:  # outside a step, for example when a request arrives
                 return function(*args, **kwargs)
             self._charge()
             self._open.append(part)
@@ -68,7 +68,7 @@ class StepClock:
         return call
 
     def step(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, each call of which is a step."""
+        """Return `function` with each call measured as a step."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._ms = dict.fromkeys(PARTS, 0.0)
@@ -92,11 +92,11 @@ class StepClock:
 
 @contextmanager
 def instrumented(variant: Variant) -> Iterator[StepClock]:
-    """Split the steps of the variant's engine while the block runs. The variant must run in it, and no other.
+    """Split the steps of the variant's engine while the block runs. No other variant may run in the block.
 
-    On CPU, where calls return when their work is done.
+    Valid on CPU, where calls return when their work is done.
     """
-    variant.prepare()  # its router is wrapped
+    variant.prepare()  # sets the router, which is wrapped below
     clock = StepClock()
     places = _places_of_vllm(variant)
     if variant.path is None:
@@ -114,7 +114,7 @@ def instrumented(variant: Variant) -> Iterator[StepClock]:
 
 @contextmanager
 def timed_at(clock: StepClock, places: Sequence[Place]) -> Iterator[None]:
-    """Let `clock` time all places while the block runs, and put back what was there, whatever happens."""
+    """Let `clock` time all places while the block runs, and restore them even if it fails."""
     with ExitStack() as stack:
         for owner, name, part in places:
             stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
@@ -134,7 +134,7 @@ def _places_of_vllm(variant: Variant) -> list[Place]:
 
 
 def _places_of_buddy(variant: Variant) -> list[Place]:
-    """Where the plugin overrides vLLM's methods, what it adds counts as a part, and what it calls as vLLM's."""
+    """Return the plugin's places. In an overridden method of vLLM, only the time that the plugin adds is its part."""
     scheduler, runner = engines.core(variant.llm).scheduler, engines.model_runner(variant.llm)
     return [
         (scheduler, "schedule", "plan"),

@@ -1,15 +1,16 @@
-"""The union effect: what it costs that the requests of a batch run different paths.
+"""Measures the union effect: what it costs when the requests of a batch run different paths.
 
-A layer runs once for all rows whose path holds it, so a batch calls every layer of the union of its paths. Two bounds
-hold what that can cost, both measured in the same rounds: at best a batch is as fast as when all rows run one path of
-its depth, and at worst, but for rows gathered and scattered, as when all rows run one path of as many layers as the
-union has (in between the depths measured, ms per step are interpolated). Those paths are the artifact's: a random one
-without repair may be so badly conditioned that rounding alone changes its outputs, and the check refuses it.
+A layer runs once for all rows whose path contains it, so a batch calls every layer of the union of its paths. Two
+bounds limit the cost, both measured in the same rounds. At best a batch is as fast as when all rows run one path of its
+depth. At worst, apart from gathering and scattering rows, it is as fast as when all rows run one path with as many
+layers as the union (between the measured depths, ms per step are interpolated). The paths of the bounds are the
+artifact's: a random path without repair may be so badly conditioned that rounding alone changes its outputs, and the
+check refuses it.
 
-Two series of batches, all of one depth: *random* paths, whose union grows with their number until it is the whole
-model; and as many paths as the batch has requests, drawn from a *pool* of layers, so that the union is any size.
-With an artifact that has a bypass everything is measured with it, where a row that skips a layer costs a bypass, and
-without.
+There are two series of batches, all of one depth: *random* paths, whose union grows with their number until it is the
+whole model; and as many paths as the batch has requests, drawn from a *pool* of layers, so that the union can have any
+size. If the artifact has a bypass, everything is measured with it, where a row that skips a layer costs a bypass, and
+without it.
 """
 
 from collections.abc import Sequence
@@ -31,8 +32,8 @@ NUM_DEPTHS = 6  # at which the bounds are measured
 class Point:
     """A batch to measure.
 
-    series: "one path", which the bounds are made of, "random" or "pool". paths: request i runs path i modulo their
-    number. bypass: whether rows that skip a layer go through its bypass.
+    series: "random", "pool", or "one path" for the bounds. paths: request i runs path i modulo their number.
+    bypass: whether rows that skip a layer go through its bypass.
     """
 
     series: str
@@ -55,7 +56,7 @@ class Point:
         return f"{kind}, {self.depth} layers, union {self.union_layers}{repair}"
 
     def about(self, batch: int) -> dict[str, Any]:
-        """What its rows say of it."""
+        """Return the columns that describe it in its rows."""
         return {
             "variant": self.name,
             "series": self.series,
@@ -68,7 +69,7 @@ class Point:
 
 
 def all_points(lineup: Lineup, depth: int, batch: int, path_counts: Sequence[int], seed: int) -> list[Point]:
-    """One path of each depth from `depth` to the whole model, and the two series of batches."""
+    """Return one path of each depth from `depth` to the whole model, and the two series of batches."""
     rng = np.random.default_rng(seed)
     depths = bound_depths(depth, lineup.num_layers)
     counts = [count for count in path_counts if 1 < count <= batch]
@@ -90,7 +91,7 @@ def measure(
     prompt_tokens: int,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Check all batches, time their decode steps; one row per figure. seed: of the random paths."""
+    """Check all batches, time their decode steps, and return one row per figure. seed: of the random paths."""
     points = all_points(lineup, depth_for_budget(budget, lineup.num_layers), batch, path_counts, seed)
     variants = [on_paths(lineup, point.paths, point.name, bypass=point.bypass) for point in points]
     rounds = Rounds(num_rounds)
@@ -106,15 +107,15 @@ def measure(
 
 
 def bound_depths(depth: int, num_layers: int) -> list[int]:
-    """Depths from `depth` to the whole model, evenly apart."""
+    """Return evenly spaced depths from `depth` to the whole model."""
     return sorted({round(d) for d in np.linspace(depth, num_layers, NUM_DEPTHS).tolist()})
 
 
 def interpolated(union_layers: int, ms_by_depth: dict[int, np.ndarray]) -> np.ndarray:
-    """[num_rounds], ms per step of one path of `union_layers` layers. ms_by_depth: those measured, by round.
+    """Return [num_rounds] the ms per step of one path of `union_layers` layers. ms_by_depth: measured, by round.
 
     Raises:
-        ValueError: fewer or more layers than were measured.
+        ValueError: the union has fewer or more layers than were measured.
     """
     depths = sorted(ms_by_depth)
     if not depths[0] <= union_layers <= depths[-1]:
@@ -124,7 +125,7 @@ def interpolated(union_layers: int, ms_by_depth: dict[int, np.ndarray]) -> np.nd
 
 
 def rows_of(points: Sequence[Point], rounds: Rounds, batch: int) -> list[dict[str, Any]]:
-    """Decode tokens/s of all points, and those of the series beside both bounds, taken within each round."""
+    """Return the rows of all points: decode tokens/s and, for the series, both bounds, taken within each round."""
     rows = []
     for point in points:
         about = point.about(batch)

@@ -1,6 +1,8 @@
-"""Draws the union effect from the rows of its results file alone.
+"""Draws the results of benchmarks.speed.union: decode tokens/s when the requests of a batch run different paths.
 
-python -m benchmarks.speed.union_plot benchmarks/results/cpu_union.jsonl docs/union.png
+    python -m benchmarks.speed.union_plot benchmarks/results/cpu_union.jsonl docs/union.png
+
+It reads nothing but the results file.
 """
 
 from collections.abc import Sequence
@@ -12,15 +14,15 @@ from benchmarks.harness.plotting import draw_from_file, new_canvas
 Row = dict[str, Any]
 
 _COLOURS = {True: "C0", False: "C1"}  # by bypass
-_ASIDE = {True: -0.15, False: 0.15}  # of points that would lie on one another
+_ASIDE = {True: -0.15, False: 0.15}  # horizontal offset of points that would otherwise overlap
 _MARKERS = {"random": "o", "pool": "s"}
 
 
 def plot_union(rows: Sequence[Row], out: Path) -> None:
-    """Tokens/s over the size of the union, and of random paths over their number, both between their bounds.
+    """Draw tokens/s over the size of the union, and of random paths over their number, both between their bounds.
 
     Raises:
-        SystemExit: no figures of a union in `rows`, or no matplotlib.
+        SystemExit: `rows` have no figures of a union, or matplotlib is not installed.
     """
     measured = [row for row in rows if row["metric"] == "tokens_per_s" and "union_layers" in row]
     if not measured:
@@ -79,10 +81,14 @@ def _draw_by_number(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def _bars(axis: Any, x: Sequence[float], rows: Sequence[Row], **look: Any) -> None:
-    """Medians with bars from p20 to p80."""
+    """Draw medians with bars from p20 to p80."""
     bars = [[row["p50"] - row["p20"] for row in rows], [row["p80"] - row["p50"] for row in rows]]
     axis.errorbar(x, [row["p50"] for row in rows], yerr=bars, linestyle="", markersize=5, capsize=2, **look)
 
 
+def main() -> None:
+    draw_from_file("benchmarks.speed.union_plot", __doc__, plot_union)
+
+
 if __name__ == "__main__":
-    draw_from_file(__doc__, plot_union)
+    main()

@@ -1,17 +1,18 @@
-"""The low-rank repair of rows that skip a layer, in one launch: residual add, norm, down, SiLU, up, add.
+"""Low-rank repair of the rows that skip a layer, in one launch: residual add, norm, down, SiLU, up, add.
 
     s        = hidden[t] + residual[t]
     state[t] = s + up SiLU(down RMSNorm(s))
 
-In plain PyTorch these are six launches or more on a few rows, each of which takes longer to start than to run. Here a
-program takes 16 rows, what a matrix instruction has, and a slice of hidden_size. It computes the whole product with
-`down` in one pass over its rows, before they are normalised, and sums their squares on the way: the norm's factor can
-as well be applied to the `rank` results. Then it multiplies by its own slice of `up`. Every slice computes the product
-with `down` again. That costs reads from L2 only, and spreads one block of rows over several SMs without a barrier
-across the grid. A block in which nobody skips the layer reads nothing but `skips`.
+Shapes: hidden, residual and state [num_tokens, hidden_size]; down [rank, hidden_size]; up [hidden_size, rank].
 
-The order of the sums depends on hidden_size, rank and dtype alone, so a row's result does not depend on the rows
-beside it.
+In plain PyTorch this takes six or more launches on a few rows, and each launch takes longer to start than to run. Here
+one program takes 16 rows, the height of a matrix instruction, and a slice of hidden_size. It computes the whole product
+with `down` in one pass over its rows before they are normalised, and sums their squares on the way: the norm's factor
+can be applied to the `rank` results instead. It then multiplies by its own slice of `up`. Every slice computes the
+product with `down` again. That costs only reads from L2, and it spreads one block of rows over several SMs without a
+barrier across the grid. A block of rows that all run the layer reads nothing but `skips`.
+
+The order of the sums depends on hidden_size, rank and dtype alone, so a row's result does not depend on its neighbours.
 """
 
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from vllm_buddy_kernels.gather_rows import check_states, check_vector, load_stat
 from vllm_buddy_kernels.triton_import import KernelError, interpreted, require_triton, tl, triton
 
 BLOCK_ROWS = 16
-MIN_SIDE = 16  # the least a side of a matrix instruction has
-MAX_RANK = 512  # beyond, the tiles do not fit shared memory
+MIN_SIDE = 16  # the smallest side of a matrix instruction
+MAX_RANK = 512  # with a larger rank the tiles do not fit into shared memory
 MAX_SLICES = 32
 TARGET_PROGRAMS = 128  # an H100 has 132 SMs
 NUM_STAGES = 3
@@ -33,7 +34,7 @@ STAGES_BYTES = 144 * 1024  # of the 227 KiB of shared memory an H100 gives a pro
 
 @dataclass(frozen=True)
 class BypassLaunch:
-    """Sizes of tiles. columns: of `hidden_size`, that a program computes of its rows, a multiple of block_out."""
+    """Tile sizes. columns: how many columns of the output one program computes, a multiple of block_out."""
 
     block_rank: int
     block_in: int
@@ -43,9 +44,9 @@ class BypassLaunch:
 
 
 def bypass_launch(num_tokens: int, hidden_size: int, rank: int, itemsize: int) -> BypassLaunch:
-    """The launch for sizes the host knows. Only the number of slices depends on num_tokens."""
+    """Return the launch for sizes that the host knows. Only the number of slices depends on num_tokens."""
     block_rank = max(MIN_SIDE, _power_of_2_up(rank))
-    # Without matrix instructions of full fp32 every thread keeps its share of a chunk in registers.
+    # There are no matrix instructions in full fp32, so every thread keeps its share of a chunk in registers.
     most = 32 if itemsize == 4 else 256
     fitting = STAGES_BYTES // (NUM_STAGES * itemsize * (block_rank + 2 * BLOCK_ROWS))
     block_in = max(MIN_SIDE, min(most, _power_of_2_down(fitting), _power_of_2_up(hidden_size)))
@@ -85,7 +86,7 @@ def bypass_rows_kernel(  # type: ignore[no-untyped-def]
     BLOCK_RANK: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    WIDEN: tl.constexpr,  # for Triton's interpreter, which holds bfloat16 as integers, and would multiply those
+    WIDEN: tl.constexpr,  # Triton's interpreter stores bfloat16 as integers and would multiply those
 ):
     i_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m_row = tl.load(p_skips + i_row, mask=i_row < num_tokens, other=0) != 0
@@ -143,7 +144,7 @@ def bypass_rows_reference(
     up: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """The same in plain PyTorch, with every step rounded to the dtype. Counts the rows on the host."""
+    """Do the same in plain PyTorch, with every step rounded to the dtype. Counts the rows on the host."""
     rows = skips.nonzero().squeeze(1)
     before = hidden.index_select(0, rows)
     if residual is not None:
@@ -161,10 +162,13 @@ def bypass_rows(
     up: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """The state behind a skipped layer, [num_tokens, hidden_size] in hidden's dtype; rows that run it are not set.
+    """Return the state after a skipped layer, [num_tokens, hidden_size] in hidden's dtype.
 
-    hidden, residual: [num_tokens, hidden_size], float32, bfloat16 or float16, rows contiguous; residual None: the state
-    before the layer is hidden. skips: [num_tokens], bool.
+    Rows that run the layer are undefined.
+
+    hidden, residual: [num_tokens, hidden_size], float32, bfloat16 or float16, rows contiguous. Without a residual, the
+        state before the layer is hidden.
+    skips: [num_tokens], bool, True where the row skips the layer.
     down: [rank, hidden_size]; up: [hidden_size, rank]; hidden's dtype, rows contiguous, rank 1 to 512.
 
     Raises KernelError for other shapes, dtypes, strides and devices.

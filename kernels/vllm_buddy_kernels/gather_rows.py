@@ -1,14 +1,16 @@
-"""The rows that run a layer, with residual add and RMSNorm: what stands before its attention, in one pass.
+"""Gathers the rows that run a layer, adds the residual and applies the layer's first RMSNorm, in one pass.
 
     state[i]  = hidden[rows[i]] + residual[rows[i]]
     normed[i] = RMSNorm(state[i]) * weight
 
-One program takes one row and keeps it in registers: a row is read once and written twice. Gathering hidden and residual
-first, then adding and normalising as vLLM does, writes them once more and reads them twice more, in three launches.
+Shapes: hidden and residual [num_tokens, hidden_size]; rows [num_rows]; normed and state [num_rows, hidden_size].
 
-Rounding follows vLLM: the sum is rounded to the dtype; the norm is taken of the rounded sum, in fp32, and rounded; the
-product with the weight is rounded again. So do its CUDA kernels; its native form has the same order but norms the sum
-before it is rounded.
+One program takes one row and keeps it in registers: a row is read once and written twice. Gathering hidden and residual
+first and then adding and normalising, as vLLM does, takes three launches, one more write and two more reads.
+
+Rounding follows vLLM's CUDA kernels: the sum is rounded to the dtype; the norm of the rounded sum is computed in fp32
+and rounded; the product with the weight is rounded again. vLLM's native form has the same order but computes the norm
+from the sum before it is rounded.
 """
 
 from collections.abc import Mapping
@@ -23,14 +25,14 @@ MIN_WARPS, MAX_WARPS = 4, 16
 
 
 def row_launch(hidden_size: int) -> dict[str, int]:
-    """Launch of a kernel that keeps one row per program."""
+    """Return the launch options of a kernel in which each program keeps one row."""
     block = triton.next_power_of_2(hidden_size)
     return {"BLOCK": block, "num_warps": min(MAX_WARPS, max(MIN_WARPS, block // ELEMENTS_PER_WARP))}
 
 
 @triton.jit
 def load_state(p_hidden, p_residual, o_hidden, o_residual, mask):  # type: ignore[no-untyped-def]
-    """hidden + residual, rounded to their dtype; hidden alone where residual is None."""
+    """Return hidden + residual, rounded to their dtype, or hidden if residual is None."""
     b_state = tl.load(p_hidden + o_hidden, mask=mask, other=0.0)
     if p_residual is not None:
         b_residual = tl.load(p_residual + o_residual, mask=mask, other=0.0)
@@ -40,7 +42,7 @@ def load_state(p_hidden, p_residual, o_hidden, o_residual, mask):  # type: ignor
 
 @triton.jit
 def norm_state(b_state, b_weight, eps, HIDDEN_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """RMSNorm of one row, times the weight."""
+    """Return the RMSNorm of one row, times the weight."""
     b_float = b_state.to(tl.float32)
     scale = tl.rsqrt(tl.sum(b_float * b_float, axis=0) / HIDDEN_SIZE + eps)
     b_normed = (b_float * scale).to(b_weight.dtype)
@@ -75,7 +77,7 @@ def gather_rows_kernel(  # type: ignore[no-untyped-def]
 
 
 def rms_norm_reference(state: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of rows, times the weight, rounded as vLLM rounds. state: [num_rows, hidden_size]."""
+    """Return the RMSNorm of rows, times the weight, rounded as vLLM rounds. state: [num_rows, hidden_size]."""
     wide = state.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * scale).to(state.dtype) * weight
@@ -84,7 +86,7 @@ def rms_norm_reference(state: torch.Tensor, weight: torch.Tensor, eps: float) ->
 def gather_rows_reference(
     hidden: torch.Tensor, residual: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain PyTorch."""
+    """Do the same in plain PyTorch."""
     state = hidden.index_select(0, rows)
     if residual is not None:
         state += residual.index_select(0, rows)
@@ -92,7 +94,7 @@ def gather_rows_reference(
 
 
 def check_states(op: str, states: Mapping[str, torch.Tensor | None]) -> None:
-    """Raise KernelError unless these are [*, hidden_size] of one dtype, on one device; None is passed over."""
+    """Raise KernelError unless all states are [*, hidden_size] of one dtype, on one device. None is ignored."""
     given = {name: state for name, state in states.items() if state is not None}
     model, like = next(iter(given.items()))
     for name, state in given.items():
@@ -111,7 +113,7 @@ def check_states(op: str, states: Mapping[str, torch.Tensor | None]) -> None:
 def check_vector(
     op: str, name: str, vector: torch.Tensor, like: torch.Tensor, length: int, dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """Raise KernelError unless the vector is contiguous, of this length and one of these dtypes, on like's device."""
+    """Raise KernelError unless the vector is contiguous, has this length and one of these dtypes, on like's device."""
     if (
         vector.shape != (length,)
         or vector.dtype not in dtypes
@@ -127,10 +129,12 @@ def check_vector(
 def gather_rows(
     hidden: torch.Tensor, residual: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """normed and state of some rows, each [num_rows, hidden_size] in hidden's dtype.
+    """Return normed and state of `rows`, each [num_rows, hidden_size] in hidden's dtype.
 
-    hidden, residual: [num_tokens, hidden_size], float32, bfloat16 or float16, rows contiguous; residual None: the state
-    is hidden. rows: [num_rows], int32 or int64, not checked against num_tokens. weight: [hidden_size], hidden's dtype.
+    hidden, residual: [num_tokens, hidden_size], float32, bfloat16 or float16, rows contiguous. Without a residual, the
+        state is hidden.
+    rows: [num_rows], int32 or int64, not checked against num_tokens.
+    weight: [hidden_size], hidden's dtype.
 
     Raises KernelError for other shapes, dtypes, strides and devices.
     """

@@ -1,16 +1,19 @@
-"""The KV-cache views of all layers, slots and lengths, from the plan of a step in one launch.
+"""Computes the KV-cache slots and lengths of every layer from the plan of a step, in one launch.
 
-A *run* is consecutive tokens of one request on one path. A *view* is what one layer, or several with equal views, sees
-of the cache: there a request holds only the tokens that ran the layer, contiguous in its block table.
+A *run* is a sequence of consecutive tokens of one request on one path. A *view* is what one layer, or several layers
+with equal views, sees of the cache: a request holds only the tokens that ran the layer, contiguous in its block table.
 
     slots[v, t]   = block_table[request, first_block + p // block_size] * block_size + p % block_size
                     with p = first_position[v, run] + (t - run_start[run]); -1 where the run skips the layer
     lengths[v, r] = first_position[v, r] + length of run r; idle_length where the run skips the layer
 
-On the host each token of each layer would have to be computed and copied. This reads one number per run and view and
-writes each slot once. One program takes BLOCK columns of one view. How many tokens there are is read on the device, and
-columns behind them are filled as well, so that a captured graph serves smaller steps: pad them with runs of no tokens
-that skip every layer.
+Shapes: first_position [num_views, num_runs]; slots [num_views, num_token_columns]; lengths [num_views,
+num_run_columns].
+
+On the host, a slot would have to be computed and copied for each token of each layer. The kernel reads one number per
+run and view and writes each slot once. One program takes BLOCK columns of one view. The kernel reads the number of
+tokens on the device and also fills the columns after them, so a captured graph serves smaller steps. Pad such a step
+with runs of no tokens that skip every layer.
 """
 
 import torch
@@ -21,7 +24,8 @@ MIN_BLOCK, MAX_BLOCK = 128, 1024
 NUM_WARPS = 4
 
 
-# Numbers that change from step to step, and pointers into one packed transfer, would each be compiled anew.
+# Specialisation would compile the kernel again for numbers that change between steps, and for pointers into one packed
+# transfer, whose alignment changes.
 @triton.jit(
     do_not_specialize=[
         "p_token_run",
@@ -104,7 +108,7 @@ def layer_slots_reference(
     slots: torch.Tensor,
     lengths: torch.Tensor,
 ) -> None:
-    """The same in plain PyTorch. Reads the number of tokens on the host."""
+    """Do the same in plain PyTorch. Reads the number of tokens on the host."""
     num_tokens = min(int(run_start[-1]), slots.shape[1])
     num_runs = min(len(run_request), lengths.shape[1])
     run = token_run[:num_tokens]
@@ -133,16 +137,19 @@ def layer_slots(
     slots: torch.Tensor,
     lengths: torch.Tensor,
 ) -> None:
-    """Write slots and lengths of all views. The plan's values are not checked: that would be a wait for the device.
+    """Write the slots and lengths of all views.
+
+    The plan's values are not checked, because that would have to wait for the device.
 
     block_table: [num_reqs, max_num_blocks], int32.
-    token_run: [at least num_tokens], int32, run of each token; not used behind the tokens.
-    run_request: [num_runs], int32, row of the block table.
+    token_run: [at least num_tokens], int32, the run of each token; entries after the tokens are not read.
+    run_request: [num_runs], int32, the run's row of the block table.
     run_start: [num_runs + 1], int32, first token of each run; the last entry is num_tokens.
-    first_position: [num_views, num_runs], int32, of each run's first token in the view; -1: the run skips it.
+    first_position: [num_views, num_runs], int32, position of each run's first token in the view, or -1 if it skips it.
     first_block: the same shape, int32, entry of the block-table row at which the view starts; None: 0 everywhere.
-    slots: [num_views, num_token_columns], int64, written; -1 behind the tokens.
-    lengths: [num_views, num_run_columns], int32, written; idle_length behind the runs.
+    block_size: tokens per KV block. idle_length: the length written where a run skips the layer.
+    slots: [num_views, num_token_columns], int64, written; -1 after the tokens.
+    lengths: [num_views, num_run_columns], int32, written; idle_length after the runs.
 
     Raises KernelError for shapes, dtypes, strides and devices other than these.
     """

@@ -1,11 +1,14 @@
-"""The way back from a layer: rows that ran it merged with those that did not, with residual add and the next RMSNorm.
+"""Merges the rows that ran a layer with those that skipped it, adds the residual and applies the next RMSNorm.
 
     state[t]  = hidden_rows[source[t]] + residual_rows[source[t]], or hidden[t] + residual[t] where source[t] is -1
     normed[t] = RMSNorm(state[t]) * weight
 
-One program takes one token, reads one of the two pairs, and keeps the row in registers: a row is read once and written
-once or twice. Writing the rows back in place, then adding and normalising, moves those that ran three times. The grid
-is the same however the tokens divide, so a captured graph serves any division: only `source` differs.
+Shapes: hidden_rows and residual_rows [num_rows, hidden_size]; source [num_tokens]; hidden, residual, normed and state
+[num_tokens, hidden_size]; weight [hidden_size].
+
+One program takes one token, reads one of the two pairs and keeps the row in registers: a row is read once and written
+once or twice. Writing the rows back in place and then adding and normalising would move the rows that ran three times.
+The grid does not depend on which tokens ran the layer, so a captured graph serves any division: only `source` differs.
 
 Rounding is that of gather_rows.
 """
@@ -69,7 +72,7 @@ def scatter_rows_reference(
     weight: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The same in plain PyTorch."""
+    """Do the same in plain PyTorch."""
     state = hidden.clone() if residual is None else hidden + residual
     if len(hidden_rows) > 0:
         ran = (hidden_rows + residual_rows).index_select(0, source.clamp(min=0))
@@ -86,11 +89,12 @@ def scatter_rows(
     weight: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """normed, or None without a weight, and state of all tokens, each [num_tokens, hidden_size] in hidden's dtype.
+    """Return normed (None without a weight) and state of all tokens, each [num_tokens, hidden_size] in hidden's dtype.
 
     hidden_rows, residual_rows: [num_rows, hidden_size], float32, bfloat16 or float16, rows contiguous; may be empty.
-    source: [num_tokens], int32, row of these for each token, not checked against num_rows; -1: the token has none.
-    hidden, residual: [num_tokens, hidden_size], read for the other tokens; residual None: their state is hidden.
+    source: [num_tokens], int32, for each token its row in hidden_rows, or -1 if it skipped the layer; not checked
+        against num_rows.
+    hidden, residual: [num_tokens, hidden_size], read for tokens that skipped. Without residual, their state is hidden.
     weight: [hidden_size], hidden's dtype; None: no norm.
 
     Raises KernelError for other shapes, dtypes, strides and devices.
@@ -120,7 +124,7 @@ def _scatter_rows(
     weight: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """normed has no rows without a weight: an op cannot return None for a tensor."""
+    """Launch the kernel. Without a weight, normed has no rows: an op cannot return None for a tensor."""
     require_triton(hidden.device)
     num_tokens, hidden_size = hidden.shape
     normed = hidden.new_empty(0 if weight is None else num_tokens, hidden_size)

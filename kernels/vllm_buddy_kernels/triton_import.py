@@ -1,6 +1,6 @@
-"""Triton where it is installed, and what can be said where it is not.
+"""Imports Triton if it is installed, and otherwise a stand-in that lets kernel modules be imported.
 
-The references beside the kernels need torch alone, so a module with a kernel can be imported without Triton.
+The plain-PyTorch references beside the kernels need torch alone, so their modules must not require Triton.
 """
 
 import os
@@ -13,11 +13,11 @@ __all__ = ["KernelError", "interpreted", "require_triton", "tl", "triton", "why_
 
 
 class KernelError(ValueError):
-    """A kernel that cannot run here, or not on these tensors."""
+    """A kernel cannot run on this machine or on these tensors."""
 
 
 class _Absent(ModuleType):
-    """Stands in for Triton while modules are imported: decorators do nothing, annotations are empty."""
+    """Stands in for Triton: its decorators do nothing and its annotations are empty."""
 
     constexpr = None
 
@@ -34,12 +34,12 @@ except ImportError:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which is chosen by the environment before Triton is imported."""
+    """Return whether kernels run in Triton's interpreter, which an environment variable chooses before the import."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_unavailable(device: torch.device) -> str | None:
-    """Why kernels cannot run on tensors of this device; None if they can."""
+    """Return why kernels cannot run on tensors of this device, or None if they can."""
     if isinstance(triton, _Absent):
         return "Triton is not installed"
     if device.type != "cuda" and not interpreted():
@@ -48,7 +48,7 @@ def why_unavailable(device: torch.device) -> str | None:
 
 
 def require_triton(device: torch.device) -> None:
-    """Raise KernelError where kernels cannot run on tensors of this device."""
+    """Raise KernelError if kernels cannot run on tensors of this device."""
     reason = why_unavailable(device)
     if reason is not None:
         raise KernelError(f"{reason}; the plain-PyTorch references do the same, more slowly")

@@ -1,4 +1,4 @@
-"""Options that no measurement can be made with are refused before an engine starts."""
+"""Tests that options which make a measurement impossible are refused before an engine starts."""
 
 import argparse
 import importlib
@@ -38,7 +38,7 @@ ROUNDS = (
 def test_it_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], benchmark: str, option: str, value: str
 ) -> None:
-    """Fails if an empty median, or a division by zero, ends a benchmark after minutes."""
+    """Fails if such an option ends a benchmark only after minutes, with an empty median or a division by zero."""
     module = importlib.import_module(f"benchmarks.{benchmark}")
 
     def start() -> None:
@@ -54,7 +54,7 @@ def test_it_is_refused_before_anything_starts(
 
 
 def test_numbers_that_can_be_measured_with_pass() -> None:
-    """Fails if the least allowed number, or all requests at once, is refused."""
+    """Fails if the smallest allowed number, or all requests at once, is refused."""
     assert positive_int("1") == 1
     assert at_least(3)("3") == 3
     assert arrival_rate("0.5") == positive_number("0.5") == 0.5
@@ -63,6 +63,6 @@ def test_numbers_that_can_be_measured_with_pass() -> None:
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "many"])
 def test_no_time_is_refused(text: str) -> None:
-    """Fails if a run could take no time, or all of it."""
+    """Fails if a run could have no duration, or never end."""
     with pytest.raises((argparse.ArgumentTypeError, ValueError)):
         positive_number(text)

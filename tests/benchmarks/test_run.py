@@ -1,4 +1,4 @@
-"""All benchmarks one after the other: what fails is said, and keeps nothing else from running."""
+"""Tests benchmarks.run: it names the benchmarks that fail, and still runs the others."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def ran_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Instead of the benchmarks there are scripts, the last of which leaves this file."""
+    """Replaces the benchmarks by scripts. The last script writes the returned file."""
     for name, code in SCRIPTS.items():
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -29,7 +29,7 @@ def ran_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_fails_is_said_and_the_others_run(
     ran_last: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if refused figures go unnoticed in a run of an hour, or end it."""
+    """Fails if refused figures go unnoticed in a long run, or end it."""
     monkeypatch.setattr("sys.argv", ["run.py"])
     assert run.main() == 1
     assert ran_last.exists()
@@ -39,7 +39,7 @@ def test_what_fails_is_said_and_the_others_run(
 def test_success_is_said_as_success(
     ran_last: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a run without a failure ends with status 1, or --only runs something else too."""
+    """Fails if a run without a failure ends with status 1, or --only runs other benchmarks too."""
     monkeypatch.setattr("sys.argv", ["run.py", "--only", "good", "last"])
     assert run.main() == 0
     assert ran_last.exists()
@@ -50,7 +50,7 @@ def test_success_is_said_as_success(
 
 @pytest.mark.parametrize("full", [False, True])
 def test_commands_name_modules_that_exist(full: bool, tmp_path: Path) -> None:
-    """Fails if a benchmark was renamed, or its results go elsewhere than asked."""
+    """Fails if a benchmark was renamed, or its results are written to another folder than asked."""
     for module, *options in run.commands(full, tmp_path).values():
         assert (run.ROOT / f"{module.replace('.', '/')}.py").is_file()
         assert any(option.startswith(str(tmp_path)) for option in options)

@@ -1,1 +1,1 @@
-"""What tests share: tiny models, engines, and workers that check what they are told to do."""
+"""Code that tests share: tiny models, in-process engines and a bookkeeping worker. README.md describes it."""

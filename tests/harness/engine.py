@@ -1,4 +1,4 @@
-"""A vLLM engine in this process that a test can reach into, and the reference to compare it with."""
+"""Starts a vLLM engine in this process that a test can reach into, and compares it with the reference."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,15 @@ BLOCK_SIZE = 32
 MAX_MODEL_LEN = 512
 MAX_TOKENS_PER_STEP = 8192
 USUAL_PARTS = {"bypass_rank": 4, "predictor_depths": PREDICTOR_DEPTHS}
-MAX_STEPS = 5000  # a request that never ends fails its test instead of hanging it
+MAX_STEPS = 5000  # so that a request that never ends fails its test instead of hanging it
 
-# vLLM ends what all engines of a process share with the first of them, so none ends before the process does.
+# The first engine that vLLM ends takes down state that all engines of the process share, so all live until its end.
 _STARTED: list[Any] = []
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. budget None sends none, context None is the whole prompt. options: more that it says."""
+    """One request. budget: None sends none. context: None is the whole prompt. options: others of the plugin."""
 
     prompt: tuple[int, ...]
     budget: float | None = 1.0
@@ -37,14 +37,14 @@ class Ask:
 
     @property
     def extra_args(self) -> dict[str, Any] | None:
-        """What it says to the plugin."""
+        """Options that the request passes to the plugin."""
         options = {"buddy_budget": self.budget, "buddy_context_tokens": self.context, **self.options}
         return {key: value for key, value in options.items() if value is not None} or None
 
 
 @dataclass
 class Tiny:
-    """A random model with a random artifact, and what the reference made of it so far."""
+    """A random model with a random artifact, and the reference's results so far."""
 
     folder: Path
     artifact_folder: Path
@@ -55,9 +55,9 @@ class Tiny:
     def expected(
         self, ask: Ask, policy: str, schedule: PathSchedule, *, library: bool = False, bypass: bool = True
     ) -> GeneratedSequence:
-        """What the reference generates for `ask`."""
+        """Return what the reference generates for `ask`."""
         depth = depth_for_budget(ask.budget or 1.0, self.artifact.config.base_model.num_layers)
-        # Greedy decoding: fewer tokens are the beginning of more, so one run serves every length.
+        # In greedy decoding a shorter answer is the beginning of a longer one, so one run serves several lengths.
         length = -(-ask.max_tokens // 8) * 8
         key = (ask.prompt, depth, policy, schedule, library, bypass, length, ask.context)
         if key not in self.known:
@@ -78,8 +78,10 @@ class Tiny:
 
 
 def make_tiny(root: Path, family: str, **parts: Any) -> Tiny:
-    """Write the model and the artifact under `root`. parts: of the artifact, see random_artifact; none: a bypass and a
-    Budget Predictor."""
+    """Write the model and the artifact under `root`.
+
+    parts: of the artifact, see random_artifact. Without any, it has a bypass and a Budget Predictor.
+    """
     folder = save_tiny_model(root / "model", family)
     artifact = random_artifact(root / "artifact", folder, **(parts or USUAL_PARTS))
     model = load_model(folder)
@@ -89,7 +91,7 @@ def make_tiny(root: Path, family: str, **parts: Any) -> Tiny:
 
 
 def start_engine(tiny: Tiny, *, model_impl: str = "buddy", **overrides: Any) -> "Engine":
-    """An engine in this process; fp32, eager, no tokenizer, K and V weights kept for every KV policy."""
+    """Start an engine in this process: fp32, eager, no tokenizer, K and V weights kept for every KV policy."""
     from vllm import LLM
 
     settings = {
@@ -109,7 +111,7 @@ def start_engine(tiny: Tiny, *, model_impl: str = "buddy", **overrides: Any) -> 
         "block_size": BLOCK_SIZE,
         "kv_cache_memory_bytes": 32 << 20,
         "seed": 0,
-        # On a GPU vLLM asks for a share of the memory, of which engines of one process each need but a little.
+        # On a GPU vLLM takes a share of the memory. Each engine of a process needs only a little.
         **({"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}),
         **overrides,
     }
@@ -120,7 +122,7 @@ def start_engine(tiny: Tiny, *, model_impl: str = "buddy", **overrides: Any) -> 
 
 
 class Engine:
-    """Drives an engine step by step and switches its settings between requests."""
+    """An engine that is driven step by step and whose settings change between requests."""
 
     def __init__(self, llm: Any, tiny: Tiny) -> None:
         self.llm = llm
@@ -151,7 +153,7 @@ class Engine:
         library: bool = False,
         bypass: bool = True,
     ) -> None:
-        """Set KV policy, schedule and tokens per step, with or without the bypass, and empty the prefix cache."""
+        """Set KV policy, schedule, bypass and tokens per step, and empty the prefix cache."""
         from vllm_buddy.serving.kv import POLICIES
 
         assert not self.core.scheduler.has_unfinished_requests()
@@ -172,8 +174,11 @@ class Engine:
         return self.runner.buddy_state
 
     def capture(self, sizes: Sequence[int], memory_limit: int = 1 << 30, most_paths: int = 100) -> Any:
-        """Decode steps of these sizes as CUDA graphs until the next `configure`; without a GPU, a captured function is
-        replayed by calling it again. The engine must have been started with kernels. A capture counts as one byte."""
+        """Run decode steps of these sizes as CUDA graphs until the next `configure`.
+
+        Without a GPU, a captured function is replayed by calling it again. The engine must have been started with
+        kernels. Each captured function counts as one byte of memory.
+        """
         from vllm_buddy_kernels import KERNELS
 
         from vllm_buddy.serving.graphs.capture import CudaCapture
@@ -213,7 +218,7 @@ class Engine:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def add(self, ask: Ask, request_id: str | None = None, cache_salt: str | None = None) -> str:
-        """Send a request; returns its id."""
+        """Send a request and return its id."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -239,9 +244,10 @@ class Engine:
         arrivals: Sequence[int] | None = None,
         before_step: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """Serve `asks`, each sent before the step of its number in `arrivals`; returns their final outputs.
+        """Serve `asks` and return their final outputs.
 
-        before_step: called with the number of each step before it is scheduled.
+        arrivals: for each request, the step before which it is sent. before_step: called with the number of each step
+        before the step is scheduled.
         """
         arrivals = arrivals or [0] * len(asks)
         ids: dict[int, str] = {}
@@ -259,13 +265,13 @@ class Engine:
         return [self.finished.pop(ids[index]) for index in range(len(asks))]
 
     def step(self) -> None:
-        """One engine step; outputs of requests that finish go to `finished`."""
+        """Run one engine step. Outputs of requests that finish go to `finished`."""
         for output in self.llm.llm_engine.step():
             if output.finished:
                 self.finished[output.request_id] = output
 
     def finish(self) -> dict[str, Any]:
-        """Step until nothing is left; returns the outputs of all requests that have finished by then."""
+        """Step until no request is left, and return the outputs of all that have finished by then."""
         for _ in range(MAX_STEPS):
             if not self.llm.llm_engine.has_unfinished_requests():
                 break
@@ -277,7 +283,7 @@ class Engine:
         self.llm.llm_engine.abort_request([request_id])
 
     def abort_all(self) -> None:
-        """Leave the engine idle, whatever a failed test left in it."""
+        """Make the engine idle, even after a failed test."""
         self.scheduler.finish_requests(None, _aborted())
         self.llm.llm_engine.abort_request(list(self.llm.llm_engine.output_processor.request_states))
         for _ in range(2):  # vLLM tells the runner about finished requests in the next step
@@ -287,13 +293,13 @@ class Engine:
     # --- disturbances ------------------------------------------------------------------------------------------
 
     def preempt(self, index: int) -> bool:
-        """Preempt the running request at `index` (modulo their number) as vLLM does when it is out of blocks."""
+        """Preempt the running request at `index` (modulo their number), as vLLM does when it runs out of blocks."""
         running = self.scheduler.running
         if not running:
             return False
         request = running.pop(index % len(running))
         self.scheduler._preempt_request(request, time.monotonic())
-        # It may be scheduled again in the next step already; vLLM does this where it preempts between steps.
+        # It may be scheduled again in the next step. vLLM does the same where it preempts between steps.
         self.scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
         return True
 
@@ -304,11 +310,11 @@ class Engine:
     # --- comparison --------------------------------------------------------------------------------------------
 
     def expected(self, ask: Ask) -> GeneratedSequence:
-        """What the reference generates for `ask` under the present settings."""
+        """Return what the reference generates for `ask` under the current settings."""
         return self.tiny.expected(ask, self.policy, self.schedule, library=self.library, bypass=self.bypass)
 
     def check(self, asks: Sequence[Ask], outputs: Sequence[Any]) -> None:
-        """Fail unless tokens and layers of every request are the reference's."""
+        """Fail unless the tokens and layers of every request are the reference's."""
         for ask, output in zip(asks, outputs, strict=True):
             expected = self.expected(ask)
             assert list(output.outputs[0].token_ids) == expected.token_ids, _describe(self, ask, output, expected)

@@ -1,4 +1,4 @@
-"""An instrument that sees which layers run on which token, independent of the engine's own count."""
+"""Records which layers run on which token, independently of the engine's own count."""
 
 from collections import Counter
 from types import TracebackType
@@ -10,14 +10,17 @@ import torch
 from tests.harness.engine import Engine
 from vllm_buddy.serving.forward.eager import RoutedStep
 
-# A row's number travels above the bits of its position through everything that the plugin does to positions.
+# The number of a row is stored in its position, above these bits, so it follows whatever the plugin does to positions.
 _ROW_SHIFT = 20
 _POSITION = (1 << _ROW_SHIFT) - 1
 
 
 class LayerLog:
-    """While entered, counts (request, position, layer): `ran` where the layer computed the token, `bypassed` where its
-    bypass did, `wrote` where it was skipped and the KV policy wrote to its cache."""
+    """Counts (request, position, layer) while it is entered.
+
+    ran: the layer computed the token. bypassed: the layer's bypass did. wrote: the token skipped the layer and the KV
+    policy wrote to the layer's cache.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.ran: Counter[tuple[str, int, int]] = Counter()
@@ -26,7 +29,7 @@ class LayerLog:
         self._engine = engine
         self._patch = pytest.MonkeyPatch()
         self._rows: list[tuple[str, int]] = []
-        self._batch: Any = None  # of Model Runner V2, which keeps none
+        self._batch: Any = None  # for Model Runner V2, which does not keep its batch
 
     def __enter__(self) -> "LayerLog":
         run, write = RoutedStep.run, self._engine.runner.buddy_state.policy.write_skipped
@@ -77,7 +80,7 @@ class LayerLog:
             counter[request, position, layer] += 1
 
     def _owners(self, positions: torch.Tensor) -> list[tuple[str, int]]:
-        """(request, position) of each row, from vLLM's own batch. vLLM's ids carry a random tail."""
+        """Return (request, position) of each row, from vLLM's own batch. vLLM appends a random tail to request ids."""
         runner, batch = self._engine.runner, self._batch
         if batch is None:
             batch, start = runner.input_batch, runner.query_start_loc.np

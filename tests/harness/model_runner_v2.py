@@ -1,7 +1,7 @@
-"""Model Runner V2 on a machine without a GPU: its kernels in Triton's interpreter, its attention on CPU.
+"""Runs vLLM's Model Runner V2 without a GPU: its kernels in Triton's interpreter, its attention on CPU.
 
-Everything of it then runs for real, but for CUDA itself, so the tests of the plugin hold on it as they are.
-`BUDDY_TEST_RUNNER=v2 pytest tests/serving/end_to_end/test_golden.py` runs a file so, `=v2-async` with asynchronous
+Everything but CUDA itself then runs for real, so the tests of the plugin apply to it unchanged.
+`BUDDY_TEST_RUNNER=v2 pytest tests/serving/end_to_end/test_golden.py` runs a file on it. `v2-async` adds asynchronous
 scheduling, which vLLM does not offer on CPU.
 """
 
@@ -18,7 +18,7 @@ class _Driver:
 
 
 def choose() -> None:
-    """Make vLLM use the runner that the environment asks for. Call before vLLM is imported."""
+    """Make vLLM use the runner that the environment asks for. Call it before vLLM is imported."""
     if RUNNER == "v1":
         return
     if RUNNER not in ("v2", "v2-async"):
@@ -27,14 +27,14 @@ def choose() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     from triton.backends import Backend, backends
 
-    # vLLM asks for a backend of Triton that runs on CPU; the interpreter needs none.
+    # vLLM requires a backend of Triton that runs on CPU. The interpreter needs none, so this is a stub.
     backends["cpu"] = Backend(compiler=None, driver=_Driver)
     if RUNNER == "v2-async":
         _allow_asynchronous_scheduling()
 
 
 def _allow_asynchronous_scheduling() -> None:
-    """vLLM switches it off on CPU, where it would gain nothing."""
+    """Turn asynchronous scheduling back on, which vLLM turns off on CPU because it gains nothing there."""
     from vllm.platforms.cpu import CpuPlatform
 
     switches_off = CpuPlatform.check_and_update_config.__func__

@@ -1,9 +1,9 @@
-"""The routing scheduler with a worker that only keeps books: which path wrote which token into which block.
+"""Runs the real routing scheduler with a worker that only records which path wrote which token into which block.
 
-A token's KV stands for all that made it: the tokens and the paths up to its position. The worker stores a hash of
-that where a real one stores K and V, and generates tokens from it. So a block that was made on another path, or from
-other tokens, is found out at once, in microseconds per step, and under asynchronous scheduling too, which vLLM does
-not offer on CPU.
+The KV of a token depends on the tokens and the paths up to its position. Where a real worker stores K and V, this one
+stores a hash of these, and it generates tokens from the hash. So a block that was made on another path, or from other
+tokens, is detected at once. A step takes microseconds. Asynchronous scheduling works too, which vLLM does not offer on
+CPU.
 """
 
 import time
@@ -24,7 +24,7 @@ _START = 7
 
 @dataclass
 class _Row:
-    """What the worker knows of one request: its tokens and its blocks."""
+    """What the worker knows about one request: its tokens and its blocks."""
 
     tokens: list[int]
     blocks: list[int]
@@ -39,7 +39,7 @@ def _sample(history: int) -> int:
 
 
 class PretendEngine:
-    """Scheduler, bookkeeping worker, and the queue of steps in flight between them."""
+    """The scheduler, the bookkeeping worker, and the queue of steps in flight between them."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class PretendEngine:
         chunk: int,
         buddy: Mapping[str, Any] | None = None,
     ) -> None:
-        """buddy: more server settings."""
+        """Make scheduler and worker. buddy: further server settings."""
         from vllm import EngineArgs
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -69,7 +69,7 @@ class PretendEngine:
             block_size=BLOCK_SIZE,
             enforce_eager=True,
             max_num_seqs=16,
-            # A library of few paths: two requests often have the same one, and meet in the cache.
+            # In a library of few paths, two requests often have the same path and meet in the cache.
             additional_config={
                 "buddy": {
                     "artifact": str(tiny.artifact_folder),
@@ -110,7 +110,7 @@ class PretendEngine:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def add(self, ask: Ask, runs_as: Ask | None = None) -> str:
-        """Send a request; returns its id. runs_as: the one with a number for a budget that it must equal."""
+        """Send a request and return its id. runs_as: the request with a numeric budget that it must be equal to."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -127,7 +127,7 @@ class PretendEngine:
         self._routes[request_id] = self._route(ask)
 
     def expected(self, ask: Ask) -> list[int]:
-        """What `ask` generates alone, without scheduler and cache."""
+        """Return what `ask` generates alone, without scheduler and cache."""
         route, tokens, history = self._route(ask), list(ask.prompt), _START
         done = 0
         while len(tokens) < len(ask.prompt) + ask.max_tokens:
@@ -139,11 +139,11 @@ class PretendEngine:
         return tokens[len(ask.prompt) :]
 
     def paths(self, ask: Ask, tokens: Sequence[int]) -> list[int]:
-        """The path of every position of `ask` if `tokens` are its prompt and what it generated."""
+        """Return the path of every position of `ask`. tokens: its prompt and what it generated."""
         return _paths(self._route(ask), 0, len(tokens), tokens)
 
     def step(self) -> None:
-        """One turn of the engine's loop: schedule and execute; update once the queue of steps is full."""
+        """Run one turn of the engine's loop: schedule and execute, then update if the queue of steps is full."""
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self._in_flight.append((output, self._execute(output)))
@@ -161,7 +161,7 @@ class PretendEngine:
         if running:
             request = running.pop(index % len(running))
             self.scheduler._preempt_request(request, time.monotonic(), drop_stale_output=drop_stale_output)
-            # It may be scheduled again in the next step already; vLLM does this where it preempts between steps.
+            # It may be scheduled again in the next step. vLLM does the same where it preempts between steps.
             self.scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
 
     @property
@@ -201,13 +201,13 @@ class PretendEngine:
         )
 
     def _lower(self, request_id: str, tokens: Sequence[int]) -> None:
-        """What load did to the scheduler's route is to be done to ours, which has seen the same tokens."""
+        """Lower our route as load lowered the scheduler's. Both have seen the same tokens."""
         theirs, ours = self.scheduler._routed[request_id].route, self._routes[request_id]
         for position, depth in theirs.lowered[len(ours.lowered) :]:
             assert ours.lower(depth, position, tokens)
 
     def _take_in(self, output: Any) -> dict[str, int]:
-        """Update the rows as vLLM's runner does; returns the computed tokens of each scheduled request."""
+        """Update the rows as vLLM's runner does, and return the computed tokens of each scheduled request."""
         computed = {}
         for new in output.scheduled_new_reqs:
             self._rows[new.req_id] = _Row(list(new.prompt_token_ids), list(new.block_ids[0]))

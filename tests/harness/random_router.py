@@ -1,4 +1,4 @@
-"""Routers with random scores, made without a model."""
+"""Makes routers with random scores, without a model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ WIDTH = 6
 
 
 def random_decision(seed: int = 0) -> FoldedDecision:
-    """Scores that change with every token: the newest token weighs as much as the mean."""
+    """Return a decision whose scores change with every token: the newest token weighs as much as the mean."""
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Small random models and artifacts: big enough to route, small enough to run in milliseconds.
+"""Makes small random models and artifacts: large enough to route, small enough to run in milliseconds.
 
-The weights are drawn wider than a trained model's initialisation, so that greedy decoding has clear gaps between
+The weights have a larger spread than a usual initialisation, so that greedy decoding has clear gaps between
 the best and the second token and every skipped layer changes the tokens.
 """
 
@@ -52,9 +52,9 @@ FAMILIES = tuple(_FAMILIES)
 
 
 def save_tiny_model(folder: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a random model of `family` ("llama", "qwen2", "qwen3") as a Hugging Face folder; returns `folder`.
+    """Write a random model of `family` ("llama", "qwen2", "qwen3") as a Hugging Face folder, and return `folder`.
 
-    There is no tokenizer and no end-of-sequence token: engines want `skip_tokenizer_init=True` and generate as many
+    There is no tokenizer and no end-of-sequence token: engines need `skip_tokenizer_init=True` and generate as many
     tokens as they are asked for.
     """
     config_class, model_class = _FAMILIES[family]
@@ -79,12 +79,12 @@ def save_tiny_model(folder: Path, family: str, seed: int = 0, dtype: torch.dtype
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The Hugging Face model in `folder`, for the reference."""
+    """Load the Hugging Face model in `folder`, for the reference."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 def random_prompts(num: int, seed: int = 0, min_tokens: int = 3, max_tokens: int = 40) -> list[list[int]]:
-    """Prompts of random token ids and lengths in [min_tokens, max_tokens]."""
+    """Draw prompts of random token ids with lengths in [min_tokens, max_tokens]."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(min_tokens, max_tokens + 1, num)
     return [rng.integers(0, VOCAB_SIZE, n).tolist() for n in lengths]
@@ -101,11 +101,11 @@ def random_artifact(
     lora_rank: int = 0,
     predictor_depths: Sequence[int] = (),
 ) -> Artifact:
-    """Write an artifact for the model in `model_dir` and return it as loaded from `folder`.
+    """Write an artifact for the model in `model_dir` into `folder`, and return it as loaded from there.
 
-    decision: with a random Decision Module, so wide that paths differ between prompts and along one decoding.
+    decision: add a random Decision Module, with weights so large that paths differ between prompts and in one decoding.
     paths_per_depth: size of the path library at every depth below full; 0 for none.
-    bypass_rank, lora_rank: with random bypasses, or changes of some weights, that change every token; 0 for none.
+    bypass_rank, lora_rank: rank of random bypasses, or of weight changes, that change every token; 0 for none.
     predictor_depths: grid of a random Budget Predictor; empty for none.
     """
     base = identify(model_dir)
@@ -164,7 +164,7 @@ def _random_predictor(values: torch.Tensor, depths: Sequence[int], num_layers: i
 
 
 def _randomise_decision(module: DecisionModule, values: torch.Tensor, seed: int) -> None:
-    # A mean over n tokens varies 1/sqrt(n) as much as one token: the context half gets the larger weight.
+    # A mean over n tokens varies 1/sqrt(n) as much as one token, so the context half gets the larger weight.
     scale = values.std(dim=0)
     value_dim = values.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -177,7 +177,7 @@ def _randomise_decision(module: DecisionModule, values: torch.Tensor, seed: int)
 
 
 def _random_bypass(model: nn.Module, rank: int, seed: int) -> Bypass:
-    """Bypasses whose contribution is of the size of a layer's."""
+    """Return bypasses whose contribution is about as large as a layer's."""
     generator = torch.Generator().manual_seed(seed)
     down = torch.randn(NUM_LAYERS - 2, rank, HIDDEN_SIZE, generator=generator) / HIDDEN_SIZE**0.5
     up = torch.randn(NUM_LAYERS - 2, HIDDEN_SIZE, rank, generator=generator) / rank**0.5
@@ -185,7 +185,7 @@ def _random_bypass(model: nn.Module, rank: int, seed: int) -> Bypass:
 
 
 def _random_lora(model: nn.Module, rank: int, seed: int) -> LoraDeltas:
-    """Changes of every projection of every other layer: of those that vLLM stacks, too."""
+    """Return changes of every projection of every other layer, including the projections that vLLM stacks."""
     generator = torch.Generator().manual_seed(seed)
     names = [n for n, m in model.model.layers.named_modules() if isinstance(m, nn.Linear) and int(n.split(".")[0]) % 2]
     a, b = {}, {}
@@ -200,7 +200,7 @@ def _random_library(rng: np.random.Generator, num_layers: int, paths_per_depth: 
     library: dict[int, list[list[int]]] = {}
     for depth in range(MIN_DEPTH, num_layers):
         sets: list[list[int]] = []
-        # Fewer paths than asked for exist near the ends: 6 middle layers have 6 sets of one.
+        # Near the ends there are fewer paths than asked for: 6 middle layers have only 6 sets of one.
         for _ in range(20 * paths_per_depth):
             layers = [0, *_sorted_sample(rng, num_layers, depth - 2), num_layers - 1]
             if layers not in sets:

@@ -1,4 +1,4 @@
-"""For all tests of kernels."""
+"""Fixtures of the kernel tests."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Memory that torch.empty gives is NaN, so that what a kernel leaves out shows."""
+    """Fills memory from torch.empty with NaN, so that elements a kernel does not write are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

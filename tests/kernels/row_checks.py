@@ -1,20 +1,20 @@
-"""What the tests of gather_rows and scatter_rows expect of a row: its sum, rounded as vLLM rounds it, and its norm."""
+"""Expected values of a row in the tests of gather_rows and scatter_rows: its sum and norm, rounded as in vLLM."""
 
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
-# Relative, of normed. fp32: sums of thousands of squares in another order. 16 bits: the definition does not round, the
-# op rounds twice, and each time by one unit of the last place at most, 2**-7 (bfloat16) or 2**-10 (float16).
+# Relative, for normed. fp32: sums of thousands of squares in another order. 16 bits: the definition does not round, the
+# op rounds twice, each time by at most one unit in the last place, 2**-7 (bfloat16) or 2**-10 (float16).
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-# Relative, of the state, one rounded sum: exact, but for Triton's interpreter, which cuts off where bfloat16 rounds.
+# Relative, for the state, one rounded sum: exact, except that Triton's interpreter truncates where bfloat16 rounds.
 STATE_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 2**-7 if DEVICE == "cpu" else 0.0, torch.float16: 0.0}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 def norm_of(state: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMSNorm by its definition, in float64."""
+    """Return the RMSNorm by its definition, in float64."""
     wide = state.double()
     return wide / (wide.square().mean(1, keepdim=True) + EPS).sqrt() * weight.double()
 

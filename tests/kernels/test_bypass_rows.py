@@ -1,4 +1,4 @@
-"""The low-rank repair of rows that skip a layer, in one launch."""
+"""Tests bypass_rows: the low-rank repair of rows that skip a layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +19,11 @@ from vllm_buddy_kernels.triton_import import KernelError, tl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
-# Of the largest change that the bypass makes. fp32: sums in another order. 16 bits: the kernel rounds the inner values
+# Relative to the largest change of the bypass. fp32: sums in another order. 16 bits: the kernel rounds the inner values
 # and the change; the reference also rounds the normed row, which the kernel never forms because it applies the norm's
-# factor behind the product, and that product. Each is 2**-8 (bfloat16) or 2**-11 (float16) at most, and they add up.
+# factor after the product, and that product. Each is at most 2**-8 (bfloat16) or 2**-11 (float16), and they add up.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-# Of the two terms of the last sum, for its rounding. Triton's interpreter cuts off where bfloat16 rounds, in the first
+# Relative to the two terms of the last sum, for its rounding. Triton's interpreter truncates bfloat16, in the first
 # sum as well.
 LAST_PLACE = {torch.float32: 2**-23, torch.bfloat16: 2**-6 if DEVICE == "cpu" else 2**-8, torch.float16: 2**-11}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -37,7 +37,7 @@ if DEVICE == "cuda":
 
 
 def make(num_tokens: int, hidden_size: int, rank: int, dtype: torch.dtype, share: float = 0.6) -> list[Any]:
-    """hidden, residual, skips, down, up; rows that do not skip are NaN. The change is about as large as the state."""
+    """Return hidden, residual, skips, down, up. Rows that run are NaN. The change is about as large as the state."""
     torch.manual_seed(num_tokens + hidden_size + rank)
     skips = torch.rand(num_tokens) < share
     skips[:1] = share > 0
@@ -51,14 +51,14 @@ def make(num_tokens: int, hidden_size: int, rank: int, dtype: torch.dtype, share
 def wanted(
     hidden: torch.Tensor, residual: torch.Tensor | None, skips: torch.Tensor, down: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """State before the layer, and the change: the definition in float64, of the rows that skip."""
+    """Return the state before the layer and its change for the rows that skip, by the definition in float64."""
     before = (hidden if residual is None else hidden + residual)[skips].double()
     inner = before / (before.square().mean(1, keepdim=True) + EPS).sqrt() @ down.double().T
     return before, (inner * torch.sigmoid(inner)) @ up.double().T
 
 
 def close(state: torch.Tensor, before: torch.Tensor, delta: torch.Tensor) -> bool:
-    """state: of the rows that skip."""
+    """Return whether the state of the rows that skip is right. state: of these rows."""
     most = delta.abs().max() if delta.numel() else 0.0
     bound = LAST_PLACE[state.dtype] * (before.abs() + delta.abs()) + TOLERANCE[state.dtype] * most
     return bool(((state.double() - before - delta).abs() <= bound).all())
@@ -82,7 +82,7 @@ def test_definition(
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_all_and_none(share: float) -> None:
-    """Fails if rows that nobody asked for are written, or rows are left out where all skip."""
+    """Fails if rows that run the layer are written, or rows are left out when all skip."""
     hidden, residual, skips, down, up = make(40, 64, 16, torch.float32, share)
     skips[BLOCK_ROWS : 2 * BLOCK_ROWS] = skips[5] = False
     state = bypass_rows(hidden, residual, skips, down, up, EPS)
@@ -92,7 +92,7 @@ def test_all_and_none(share: float) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter")
 def test_nothing_done_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a block of rows in which nobody skips the layer reads the weights all the same."""
+    """Fails if a block of rows that all run the layer reads the weights."""
 
     def dot(*_: Any, **__: Any) -> None:
         raise RuntimeError("a product")
@@ -117,7 +117,7 @@ def test_more_exact_than_the_reference() -> None:
 
 @DTYPES
 def test_independent_of_other_rows(dtype: torch.dtype) -> None:
-    """Fails if a row's result depends on the number of tokens, its place, or who skips beside it."""
+    """Fails if a row's result depends on the number of tokens, its place, or which other rows skip."""
     hidden, residual, skips, down, up = make(40, 300, 24, dtype, 1.0)
     together = bypass_rows(hidden, residual, skips, down, up, EPS)
     # The interpreter's products come from numpy, whose rows do depend on their place.
@@ -138,7 +138,7 @@ def test_wrong_answers_are_noticed(dtype: torch.dtype) -> None:
 
 
 def test_rows_of_wider_buffers() -> None:
-    """Fails if a row stride is taken for a width, or what lies beside the rows is read."""
+    """Fails if a row stride is mistaken for a width, or memory beside the rows is read."""
     hidden, residual, skips, down, up = make(7, 63, 5, torch.float32)
     wide: list[torch.Tensor] = []
     for tensor in (hidden, residual, down, up):
@@ -204,7 +204,7 @@ def test_op(with_residual: bool) -> None:
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="captures a CUDA graph")
 def test_captured() -> None:
-    """Fails if a replay takes the rows that skipped at the capture."""
+    """Fails if a replay repairs the rows that skipped at the capture."""
     hidden, residual, skips, down, up = make(64, 4096, 64, torch.bfloat16, 1.0)
     bypass_rows(hidden, residual, skips, down, up, EPS)
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""The rows that run a layer, with residual add and RMSNorm."""
+"""Tests gather_rows: the rows that run a layer, with residual add and RMSNorm."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ if DEVICE == "cuda":
 
 
 def make(num_tokens: int, hidden_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden, residual, weight."""
+    """Return hidden, residual and weight."""
     torch.manual_seed(num_tokens + hidden_size)
     sizes = torch.tensor([0.01, 1, 30]).repeat(num_tokens)[:num_tokens, None]  # small rows, where eps counts
     hidden, residual = (torch.randn(num_tokens, hidden_size) * sizes for _ in range(2))
@@ -34,7 +34,7 @@ def make(num_tokens: int, hidden_size: int, dtype: torch.dtype) -> tuple[torch.T
 def test_definition(
     op: Callable[..., Any], shape: tuple[int, int, int], with_residual: bool, dtype: torch.dtype
 ) -> None:
-    """Fails if a row is taken from elsewhere, not written, or normed of something other than the rounded sum."""
+    """Fails if a row is the wrong one, is not written, or its norm is not that of the rounded sum."""
     num_tokens, num_rows, hidden_size = shape
     hidden, residual, weight = make(num_tokens, hidden_size, dtype)
     rows = torch.randperm(max(num_tokens, 1)).repeat(3)[:num_rows].to(DEVICE, torch.int32 if num_rows % 2 else None)
@@ -69,7 +69,7 @@ def test_wrong_answers_are_noticed(dtype: torch.dtype) -> None:
 
 
 def test_rows_of_wider_buffers() -> None:
-    """Fails if a row stride is taken for hidden_size, or what lies beside the rows is read."""
+    """Fails if a row stride is mistaken for hidden_size, or memory beside the rows is read."""
     hidden, residual, weight = make(7, 63, torch.float32)
     rows = torch.tensor([6, 0, 3], device=DEVICE)
     wide, wider = (torch.full((7, width), float("nan"), device=DEVICE) for width in (70, 80))

@@ -1,4 +1,4 @@
-"""Slots and lengths of all views from the plan of a step."""
+"""Tests layer_slots: slots and lengths of all views from the plan of a step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from vllm_buddy_kernels.layer_slots import _layer_slots, layer_slots, layer_slot
 from vllm_buddy_kernels.triton_import import KernelError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IDLE_LENGTH = 7  # a length no run of the cases has by chance alone in a column it is not meant for
+IDLE_LENGTH = 7  # a length that no run of the cases has by chance
 POISON = -99
 Op = Callable[..., Any]
 OPS = pytest.mark.parametrize("op", [layer_slots, layer_slots_reference])
@@ -38,7 +38,7 @@ class Plan:
     block_size: int
 
     def arguments(self, columns: tuple[int, int]) -> tuple[Any, ...]:
-        """With outputs of so many columns for tokens and runs, poisoned."""
+        """Return the arguments, with poisoned outputs. columns: numbers of columns for tokens and for runs."""
         num_views = len(self.first_position)
         slots = torch.full((num_views, columns[0]), POISON, dtype=torch.int64, device=DEVICE)
         lengths = torch.full((num_views, columns[1]), POISON, dtype=torch.int32, device=DEVICE)
@@ -53,7 +53,7 @@ class Plan:
         return *(None if t is None else t.to(DEVICE) for t in given), self.block_size, IDLE_LENGTH, slots, lengths
 
     def wanted(self, columns: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots and lengths, token by token."""
+        """Return slots and lengths, computed token by token."""
         num_views, num_runs = self.first_position.shape
         slots = torch.full((num_views, columns[0]), -1, dtype=torch.int64)
         lengths = torch.full((num_views, columns[1]), IDLE_LENGTH, dtype=torch.int32)
@@ -86,7 +86,7 @@ def make_plan(name: str, block_size: int = 16, with_first_block: bool = True) ->
     num_blocks = 5 + -(-(100 + max(run_lengths)) // block_size)
     block_table = torch.randperm(num_reqs * num_blocks).int().view(num_reqs, num_blocks)
     token_run = torch.repeat_interleave(torch.arange(num_runs), torch.tensor(run_lengths)).int()
-    token_run = torch.cat([token_run, torch.full((9,), 2**30, dtype=torch.int32)])  # garbage behind the tokens
+    token_run = torch.cat([token_run, torch.full((9,), 2**30, dtype=torch.int32)])  # garbage after the tokens
     run_start = torch.tensor([0, *torch.tensor(run_lengths).cumsum(0)]).int()
     assert int(run_start[-1]) == num_tokens
     return Plan(block_table, token_run, run_request, run_start, first_position, first_block, block_size)
@@ -114,7 +114,7 @@ def test_token_by_token(op: Op, name: str, block_size: int, with_first_block: bo
 @pytest.mark.parametrize("more", [(9, 5), (300, 0), (0, 1100)])
 @pytest.mark.parametrize("name", ["one token", "prefill"])
 def test_wider_buffers(op: Op, name: str, more: tuple[int, int]) -> None:
-    """Fails if columns behind tokens and runs keep what a larger step left, or garbage in token_run is followed."""
+    """Fails if columns after the tokens and runs keep old values, or garbage in token_run is followed."""
     plan = make_plan(name)
     check(op, plan, (int(plan.run_start[-1]) + more[0], len(plan.run_request) + more[1]))
 
@@ -136,7 +136,7 @@ def test_padded_runs(op: Op) -> None:
 
 @OPS
 def test_slices_of_persistent_buffers(op: Op) -> None:
-    """Fails if strides are taken for widths, or anything beside the slices is written."""
+    """Fails if strides are mistaken for widths, or memory beside the slices is written."""
     plan = make_plan("prefill")
     num_views, num_runs = plan.first_position.shape
     num_tokens = int(plan.run_start[-1])
@@ -204,7 +204,7 @@ def test_op() -> None:
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="captures a CUDA graph")
 def test_captured() -> None:
-    """Fails if the launch reads the host's view of the plan, so that a replay serves the step of the capture."""
+    """Fails if the launch reads the plan on the host, so that a replay serves the step of the capture."""
     plan = make_plan("prefill")
     arguments = plan.arguments((300, 4))
     layer_slots(*arguments)

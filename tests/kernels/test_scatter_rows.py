@@ -1,4 +1,4 @@
-"""Rows that ran a layer merged with those that did not, with residual add and RMSNorm."""
+"""Tests scatter_rows: rows that ran a layer merged with those that skipped it, with residual add and RMSNorm."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ if DEVICE == "cuda":
 
 
 def make(num_tokens: int, num_rows: int, hidden_size: int, dtype: torch.dtype) -> list[Any]:
-    """hidden_rows, residual_rows, source, hidden, residual, weight; what must not be read is NaN."""
+    """Return hidden_rows, residual_rows, source, hidden, residual, weight. Rows that must not be read are NaN."""
     torch.manual_seed(num_tokens + hidden_size)
     rows = [torch.randn(num_rows + 1, hidden_size) for _ in range(2)]
     states = [torch.randn(num_tokens, hidden_size) for _ in range(2)]
@@ -41,7 +41,7 @@ def merged(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The state by its definition, token by token."""
+    """Return the state by its definition, token by token."""
     state = torch.empty_like(hidden)
     for token, row in enumerate(source.tolist()):
         if row >= 0:
@@ -58,7 +58,7 @@ def merged(
 def test_definition(
     op: Callable[..., Any], shape: tuple[int, int, int], with_residual: bool, dtype: torch.dtype
 ) -> None:
-    """Fails if a token gets another's row, the wrong pair is read (it is NaN), or a row is not written."""
+    """Fails if a token gets another token's row, the wrong pair is read (it is NaN), or a row is not written."""
     *inputs, residual, weight = make(*shape, dtype)
     inputs.append(residual if with_residual else None)
     normed, state = op(*inputs, weight, EPS)
@@ -70,7 +70,7 @@ def test_definition(
 
 @OPS
 def test_without_norm(op: Op) -> None:
-    """Fails if the state depends on whether a norm is asked for, or a norm is made up."""
+    """Fails if the state depends on whether a norm is asked for, or there is a norm without a weight."""
     *inputs, weight = make(9, 4, 64, torch.bfloat16)
     normed, state = op(*inputs, None, EPS)
     assert normed is None
@@ -103,7 +103,7 @@ def test_wrong_answers_are_noticed(dtype: torch.dtype) -> None:
 
 
 def test_rows_of_wider_buffers() -> None:
-    """Fails if a row stride is taken for hidden_size, or what lies beside the rows is read."""
+    """Fails if a row stride is mistaken for hidden_size, or memory beside the rows is read."""
     inputs = make(7, 3, 63, torch.float32)
     wide: list[Any] = []
     for tensor in inputs:
@@ -147,7 +147,7 @@ def test_op(with_residual: bool, with_weight: bool) -> None:
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="captures a CUDA graph")
 def test_captured() -> None:
-    """Fails if a replay divides the tokens as the capture did."""
+    """Fails if a replay divides the tokens as at the capture."""
     hidden_rows, residual_rows, source, hidden, residual, weight = make(64, 64, 4096, torch.bfloat16)
     hidden, residual = hidden.nan_to_num(1.0), residual.nan_to_num(2.0)
     arguments = hidden_rows, residual_rows, source, hidden, residual, weight, EPS

@@ -1,1 +1,1 @@
-"""The generated tables of README.md and docs/, from the results files."""
+"""Generates the tables of README.md and docs/ from the results files."""

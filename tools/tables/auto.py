@@ -1,4 +1,4 @@
-"""The tables on budget "auto": what choosing is worth, and what a price that follows the load does."""
+"""Generates the tables on budget "auto": what choosing a budget saves, and the effect of a price that follows load."""
 
 from tools.tables.results import Row, load_rows, number, rounds_note, section, spread, table
 
@@ -7,7 +7,7 @@ _LATENCIES = ("unloaded_p99_itl_ms", "p50_itl_ms", "p99_itl_ms")
 
 
 def auto_table() -> str:
-    """Budget auto against constant budgets: all data at the layers of each constant budget, and each kind of data."""
+    """Return budget auto against constant budgets, for all data at the layers of each and for each kind of data."""
     rows = load_rows("quality_auto.json")
     auto = [row for row in rows if row["series"] == "auto"]
     depths = sorted(row["layers"] for row in rows if row["series"] == "constant" and row["data_set"] == MIXED)[1:-1]
@@ -36,7 +36,7 @@ def _auto_line(row: Row) -> list[str]:
 
 
 def overload_table() -> str:
-    """Latency between tokens at 1.5 times the load that dense sustains."""
+    """Return the latency between tokens at 1.5 times the load that the full model sustains."""
     rows = [row for row in load_rows("cpu_overload.jsonl") if "metric" in row]
     found = {(row["variant"], row["metric"]): row for row in rows}
     names = list(dict.fromkeys(row["variant"] for row in rows if row["metric"] == "p99_itl_ms"))
@@ -69,7 +69,7 @@ def overload_table() -> str:
 
 
 def prices_table() -> str:
-    """What prices come to, from the shipped artifact's own configuration."""
+    """Return the mean budget at each price, from the shipped artifact's configuration."""
     from vllm_buddy.artifact import SHIPPED_DIR, load_artifact
     from vllm_buddy.models.embedded import DEFAULT_MODEL
 

@@ -1,10 +1,10 @@
-"""The tables of README.md and docs/benchmarks.md that say what else there is, from the results files."""
+"""Generates the tables that compare buddy with its peers."""
 
 from tools.tables.results import by_key, load_rows, rounds_note, section, spread, table
 
 
 def peers_summary() -> str:
-    """Medians of tokens/s over stock vLLM, by task and batch."""
+    """Return the medians of tokens/s over stock vLLM, by task and batch."""
     rows = [row for row in load_rows("cpu_peers.jsonl") if row["metric"] == "ratio_to_stock"]
     found = by_key(rows, "variant", "task", "batch")
     settings = list(dict.fromkeys((row["task"], row["batch"]) for row in rows))
@@ -23,7 +23,7 @@ def peers_summary() -> str:
 
 
 def peers_table() -> str:
-    """Tokens/s of all peers with their spread."""
+    """Return the tokens/s of all peers with their spread."""
     rows = [row for row in load_rows("cpu_peers.jsonl") if "task" in row]
     found = by_key(rows, "metric", "variant", "task", "batch")
     lines = []
@@ -37,7 +37,7 @@ def peers_table() -> str:
 
 
 def capabilities_table() -> str:
-    """What each system can do, with how it is known."""
+    """Return what each system can do, and how that is known."""
     rows = load_rows("cpu_peers.jsonl")
     can = [row for row in rows if row["metric"] == "can"]
     found = by_key(can, "capability", "variant")

@@ -1,27 +1,30 @@
-"""The tables of README.md and of the shipped artifact's card that say how good its text is, from the results files."""
+"""Generates the tables of perplexity and accuracy, for README.md, docs/ and the shipped artifact's model card."""
 
 from tools.tables.results import Row, by_key, load_rows, table
 
-CHANCE = 0.5  # of a PIQA question
+CHANCE = 0.5  # accuracy of guessing on PIQA
 
 
 def quality_table() -> str:
-    """The shipped artifact against the unrouted model."""
+    """Return the shipped artifact against the unrouted model."""
     return _quality(load_rows("quality_shipped.json"))
 
 
 def recipes_table() -> str:
-    """Every way to choose and repair a path, trained on as much."""
+    """Return every way to choose and repair a path, all trained on the same number of tokens."""
     return _quality(load_rows("quality_recipes.json"))
 
 
 def static_table() -> str:
-    """Static layer sets without any repair."""
+    """Return static layer sets without any repair."""
     return _quality(load_rows("quality_static.json"))
 
 
 def _quality(rows: list[Row]) -> str:
-    """A line per policy and depth: perplexity over dense, accuracy, and what is kept of dense's margin over chance."""
+    """Return a line per policy and depth: perplexity over dense, accuracy, and how much of dense's margin is kept.
+
+    The margin is the accuracy above chance.
+    """
     found = by_key(rows, "policy", "layers", "metric")
     dense = {metric: row for (policy, _, metric), row in found.items() if policy == "dense"}
     heads = ["layers", "policy", "perplexity", "over dense", "KL", "agreement", "PIQA acc", "margin kept", "acc_norm"]

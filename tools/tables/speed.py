@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/benchmarks.md that say how fast it is, from the results files."""
+"""Generates the tables of speed and memory."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from tools.tables.results import Row, by_key, load_rows, number, percent, rounds
 
 
 def decode_summary() -> str:
-    """Medians of tokens/s over stock vLLM and over the pruned checkpoint, by batch."""
+    """Return the medians of tokens/s over stock vLLM and over the pruned checkpoint, by batch."""
     rows = load_rows("cpu_decode.jsonl")
     found = by_key(rows, "metric", "variant", "batch")
     batches = sorted({row["batch"] for row in rows})
@@ -28,7 +28,7 @@ def decode_summary() -> str:
 
 
 def decode_table() -> str:
-    """Decode speed with p20 to p80."""
+    """Return the decode speed with p20 to p80."""
     rows = load_rows("cpu_decode.jsonl")
     found = by_key(rows, "metric", "variant", "batch")
     lines = []
@@ -43,7 +43,7 @@ def decode_table() -> str:
 
 
 def prefill_table() -> str:
-    """Time to the first token."""
+    """Return the time to the first token."""
     rows = load_rows("cpu_prefill.jsonl")
     found = by_key(rows, "metric", "variant", "prompt_tokens")
     lines = [
@@ -64,7 +64,7 @@ def prefill_table() -> str:
 
 
 def mixed_table() -> str:
-    """Budgets mixed in one batch."""
+    """Return the figures of budgets mixed in one batch."""
     rows = load_rows("cpu_mixed.jsonl")
     found = by_key(rows, "metric", "variant")
     meaning = {
@@ -90,7 +90,7 @@ def mixed_table() -> str:
 
 
 def serving_summary() -> str:
-    """Throughput over stock and what a user waits, at the highest rate, with all at once, and with a shared prefix."""
+    """Return throughput and latencies at the highest rate, with all requests at once, and with a shared prefix."""
     rows = load_rows("cpu_serving.jsonl")
     highest = max(row["rate"] for row in rows if row["rate"] != "inf" and row["workload"] == "unique")
     shown = [row for row in rows if row["workload"] != "unique" or row["rate"] in (highest, "inf")]
@@ -110,7 +110,7 @@ def serving_summary() -> str:
 
 
 def serving_table() -> str:
-    """All figures of the serving benchmark with their spread."""
+    """Return all figures of the serving benchmark with their spread."""
     return _serving(
         load_rows("cpu_serving.jsonl"),
         {
@@ -129,7 +129,7 @@ def serving_table() -> str:
 
 
 def memory_table() -> str:
-    """KV capacity and resident memory."""
+    """Return KV capacity and resident memory."""
     rows = load_rows("cpu_memory.jsonl")
     value = {(row["metric"], row["variant"]): row["value"] for row in rows}
     lines = []

@@ -1,10 +1,10 @@
-"""The tables of docs/benchmarks.md that say where a step's time goes, from the results files."""
+"""Generates the tables of where the time of a step goes, and of the union effect."""
 
 from tools.tables.results import by_key, load_rows, percent, rounds_note, section, spread, table
 
 
 def profile_table() -> str:
-    """The parts of a decode step in ms: medians over rounds."""
+    """Return the parts of a decode step in ms, as medians over rounds."""
     rows = load_rows("cpu_profile.jsonl")
     found = by_key([{"part": None, **row} for row in rows], "batch", "variant", "metric", "part")
     parts = list(dict.fromkeys(row["part"] for row in rows if "part" in row))
@@ -23,7 +23,7 @@ def profile_table() -> str:
 
 
 def union_table() -> str:
-    """What it costs that requests run different paths."""
+    """Return what it costs when requests of a batch run different paths."""
     rows = load_rows("cpu_union.jsonl")
     found = by_key([{"bound": None, **row} for row in rows], "variant", "metric", "bound")
     lines = []

@@ -1,4 +1,4 @@
-"""The check of everything that needs a GPU, with stubs for its parts."""
+"""Tests benchmarks.gpu.check, with stubs in place of its parts."""
 
 import os
 import subprocess
@@ -18,12 +18,12 @@ def stub(name: str, code: str, least_s: float = 0.0, most_s: float = 60.0) -> Pa
 
 
 def table_lines(out: Path) -> dict[str, str]:
-    """Lines of the written table, by part."""
+    """Return the lines of the written table, by part."""
     return {line.split()[0]: line for line in (out / TABLE).read_text().splitlines()[2:]}
 
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
-    """Fails if ten minutes on a GPU bring nothing because of the first failure, or the failure goes unnoticed."""
+    """Fails if the first failure keeps the other parts from running, or goes unnoticed."""
     wanted = [
         stub("good", "print('3 passed\\n')"),
         stub("bad", "import sys; print('1 failed', file=sys.stderr); sys.exit(4)"),
@@ -41,7 +41,7 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 def test_a_part_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
-    """Fails if an engine that hangs takes all the time, or stays in the memory of the GPU."""
+    """Fails if an engine that hangs takes all the time, or stays in GPU memory."""
     child = "import time; time.sleep(60)"
     code = (
         f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
@@ -119,7 +119,7 @@ def test_vllm_finds_the_plugin_of_a_checkout(tmp_path: Path, monkeypatch: pytest
 
 
 def test_without_a_gpu_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if parts are started where all of them must fail."""
+    """Fails if parts are started on a machine where all of them must fail."""
     monkeypatch.setattr(check_module, "device", lambda: "cpu")
     monkeypatch.setattr("sys.argv", ["check.py", str(tmp_path / "out")])
     with pytest.raises(Refused, match="no CUDA device is found"):
@@ -128,7 +128,7 @@ def test_without_a_gpu_there_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and is no zombie that waits for its parent."""
+    """Return whether a process exists and is not a zombie that waits for its parent."""
     try:
         return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""The decode benchmark of GPUs: what is asked of engines, what is shown of it, and a whole run on the CPU."""
+"""Tests the decode benchmark for GPUs: its engines, the figures that it shows, and a whole run on the CPU."""
 
 import argparse
 import json
@@ -84,7 +84,7 @@ def test_options_of_the_gpu_are_refused_on_the_cpu(capsys: pytest.CaptureFixture
 
 
 def test_without_a_gpu_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the want of a GPU shows only after a model has been made, or as a traceback of vLLM."""
+    """Fails if a missing GPU is noticed only after a model has been made, or as a traceback of vLLM."""
     monkeypatch.setattr(decode_steps, "device", lambda: "cpu")
     with pytest.raises(Refused, match="finds no CUDA device"):
         decode_steps.run(parsed())
@@ -94,7 +94,7 @@ def test_without_a_gpu_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_peers_have_the_layers_of_buddys_path(subject: Subject) -> None:
-    """Fails if the peer runs other layers, or other weights, than buddy is to."""
+    """Fails if the peer runs other layers, or other weights, than buddy."""
     buddy, stock, pruned = subject.jobs(PLAN)
     assert (buddy.name, stock.name, pruned.name) == ("buddy", *PEERS)
     router = subject.artifact.router()
@@ -111,7 +111,7 @@ def test_peers_have_the_layers_of_buddys_path(subject: Subject) -> None:
 
 
 def test_variants_are_named_as_engines_name_them(subject: Subject) -> None:
-    """Fails if figures are looked for under names that no engine gives, so that the table stays empty."""
+    """Fails if figures are looked up under names that no engine uses, so that the table stays empty."""
     assert [variant.name for variant in subject.variants(PLAN.budgets)] == [*PEERS, *BUDDIES]
 
 
@@ -149,7 +149,7 @@ def test_ratios_are_of_equal_repeats(subject: Subject) -> None:
 
 
 def test_a_failed_check_takes_figures_away(subject: Subject) -> None:
-    """Fails if a figure of a variant that computes something else is written, or nobody hears of it."""
+    """Fails if a figure of a variant that computes something else is written, or its refusal is not reported."""
     outputs = right_outputs()
     outputs.add("buddy 1.0", 1, found(50))
     figures = filled(subject, outputs)

@@ -1,4 +1,4 @@
-"""When engines in processes of their own are said to compute the same, and what is refused where they do not."""
+"""Tests when engines in separate processes count as computing the same, and what is refused if they do not."""
 
 import math
 from typing import Any
@@ -15,13 +15,13 @@ BUDDIES = ("buddy 1.0", "buddy 0.5", "buddy 0.5" + NO_BYPASS)
 
 
 def found(first_token: int, shift: float = 0.0) -> list[list[dict[str, float]]]:
-    """Outputs of two prompts whose likeliest tokens begin with `first_token`."""
+    """Return outputs of two prompts whose likeliest tokens begin with `first_token`."""
     likeliest = {str(first_token + i): -3.0 - 0.1 * i + shift for i in range(20)}
     return [[likeliest, likeliest] for _ in COMPARED]
 
 
 def right_outputs(batch: int = 1) -> Outputs:
-    """Such that everything agrees that should, and nothing else."""
+    """Return outputs in which everything agrees that should agree, and nothing else."""
     outputs = Outputs()
     for variant, first_token in {
         "stock": 0, "buddy 1.0": 0, "pruned 0.5": 100, "buddy 0.5" + NO_BYPASS: 100,
@@ -56,14 +56,14 @@ def test_equal_outputs_are_not_refused() -> None:
     ],
 )
 def test_wrong_outputs_refuse_what_rests_on_them(variant: str, wrong: Any, expected: set[str]) -> None:
-    """Fails if a variant that computes something else is timed all the same, or takes right ones with it."""
+    """Fails if a variant that computes something else is timed, or right ones are refused with it."""
     outputs = right_outputs()
     outputs.add(variant, 1, wrong)
     assert refused(outputs) == expected
 
 
 def test_one_wrong_row_is_enough() -> None:
-    """Fails if a mean over many prompts hides one whose rows were mixed up."""
+    """Fails if a mean over many prompts hides a prompt whose rows were mixed up."""
     right, wrong = found(0)[0][0], found(20 - MIN_COMMON + 1)[0][0]
     one, other = Outputs(), Outputs()
     one.add("a", 8, [[right] * 8, [right] * 8])
@@ -108,7 +108,7 @@ def test_the_reference_looks_behind_the_compared_tokens() -> None:
     refused = refusals_by_reference(outputs, 2, variants, reference, 512, 300)
     assert refused == {"wrong": "something else", "missing": "there are no outputs of 'missing'"}
     prompts = check_prompts(512, 2, 300)
-    # The reference appends the last token once more: of token n, n of them stand behind the prompt.
+    # The reference appends the last token once more: for token n, it stands n times after the prompt.
     assert [name for name, _ in asked] == ["right", "right", "wrong", "wrong"]
     for token, (_, looked_at) in zip(COMPARED, asked[:2], strict=True):
         assert looked_at == [[*prompt, *[prompt[-1]] * (token - 1)] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""What the process of one engine does: which runs fit, on which prompts, and how it switches graphs and bypass off."""
+"""Tests the process of one engine: which runs fit, on which prompts, and how it turns graphs and bypass off."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -53,34 +53,34 @@ class StubBypass:
     kernels: Any
 
 
-class StubSteps:
-    """What TimedEngine uses of RoutedSteps."""
+class StubState:
+    """Stands in for the part of WorkerState that TimedEngine uses."""
 
     def __init__(self) -> None:
         self.graphs: Any = "old graphs"
         self.kernels: Any = "triton"
         self._moves_rows: Any = "triton"
 
-    def capture_graphs(self, runner: Any) -> None:
+    def capture_graphs(self, backbone: Any) -> None:
         self.graphs = "new graphs"
 
 
 def stub_engine() -> Any:
     engine: Any = object.__new__(engine_process.TimedEngine)
     backbone = SimpleNamespace(bypasses=[None, StubBypass("triton"), None])
-    engine.runner = SimpleNamespace(buddy_steps=StubSteps(), model=SimpleNamespace(model=backbone))
+    engine.runner = SimpleNamespace(buddy_state=StubState(), model=SimpleNamespace(model=backbone))
     return engine
 
 
 def test_the_eager_form_uses_no_graph_and_no_kernel() -> None:
-    """Fails if the outputs that graphs are compared with come from the same graphs or kernels, or they stay off."""
+    """Fails if outputs of graphs are compared with outputs of the same graphs or kernels, or graphs stay off."""
     engine = stub_engine()
-    steps, backbone, plain = engine.runner.buddy_steps, engine.runner.model.model, KERNELS["reference"]
+    state, backbone, plain = engine.runner.buddy_state, engine.runner.model.model, KERNELS["reference"]
     with pytest.raises(ValueError), engine.eager():
-        assert steps.graphs is None
-        assert steps.kernels is steps._moves_rows is backbone.bypasses[1].kernels is plain
+        assert state.graphs is None
+        assert state.kernels is state._moves_rows is backbone.bypasses[1].kernels is plain
         raise ValueError
-    assert (steps.graphs, steps.kernels, steps._moves_rows) == ("old graphs", "triton", "triton")
+    assert (state.graphs, state.kernels, state._moves_rows) == ("old graphs", "triton", "triton")
     assert backbone.bypasses == [None, StubBypass("triton"), None]
 
 
@@ -89,4 +89,4 @@ def test_without_bypass_graphs_are_captured_anew() -> None:
     engine = stub_engine()
     engine.drop_bypass()
     assert engine.runner.model.model.bypasses is None
-    assert engine.runner.buddy_steps.graphs == "new graphs"
+    assert engine.runner.buddy_state.graphs == "new graphs"

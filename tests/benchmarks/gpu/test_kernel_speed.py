@@ -1,4 +1,4 @@
-"""The benchmark of the kernels, as far as it goes without a GPU: its inputs, its bytes, its checks and its rows."""
+"""Tests the kernel benchmark as far as possible without a GPU: its inputs, bytes, checks and rows."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vllm_buddy_kernels import paged_attention_reference
 
 from benchmarks.gpu import kernel_cases, kernel_speed
-from benchmarks.gpu.kernel_cases import BLOCK_SIZE, LAYER, MODELS, OPS, Case, Model, all_cases, attention_case
+from benchmarks.gpu.kernel_cases import MODELS, OPS, Case, Model, all_cases, slots_case
 from benchmarks.gpu.kernel_speed import (
-    FLASH,
     KERNEL,
     REFERENCE,
     TOLERANCE,
@@ -31,21 +29,19 @@ from benchmarks.gpu.kernel_timing import (
     num_launches,
     num_sets,
 )
-from benchmarks.gpu.packed_flash import pack
 from benchmarks.harness.rounds import Refused, Rounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TINY = Model("tiny", hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_size=16)
+TINY = Model("tiny", hidden_size=32, num_layers=4)
 
 
 def tiny_case(op: str, monkeypatch: pytest.MonkeyPatch) -> Case:
-    for name, value in {"BATCHES": (3,), "CONTEXTS": (64,), "ATTENTION_BATCH": 2, "VALID": ((0.5, "tokens"),)}.items():
-        monkeypatch.setattr(kernel_cases, name, value)
+    monkeypatch.setattr(kernel_cases, "BATCHES", (3,))
     return next(all_cases([op], [TINY]))
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *options: str) -> pytest.ExceptionInfo[SystemExit]:
-    """The benchmark, which must end before it looks for a device's name."""
+    """Run the benchmark, which must end before the measurement begins."""
 
     def start(**_: Any) -> None:
         raise AssertionError("the measurement begins")
@@ -69,12 +65,12 @@ def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize("options", [("--rounds", "0"), ("--ops", "attention")])
 def test_options_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]) -> None:
-    """Fails if an empty median, or an op that does not exist, ends it after minutes."""
+    """Fails if an empty median, or an unknown op, ends the benchmark after minutes."""
     assert run_main(monkeypatch, *options).value.code == 2
 
 
 def test_bytes_of_each_op() -> None:
-    """Fails if an op's GB/s counts what it does not need, or leaves out what it does: each sum is made by hand."""
+    """Fails if an op's GB/s counts what it does not need, or leaves out what it does. Each sum is made by hand."""
     # 3 tokens: run 4; 2 views: entry 4, slot 8. 3 runs: start, request 4 each; 2 views: position, length 4 each. End 4.
     assert kernel_cases.slots_bytes(2, 3, 3) == 3 * (4 + 2 * 12) + 3 * (8 + 2 * 8) + 4
     # 3 rows of 10 numbers of 2 bytes, four times; 3 row numbers of 8; the weight.
@@ -82,16 +78,12 @@ def test_bytes_of_each_op() -> None:
     assert kernel_cases.scatter_bytes(3, 10) == 3 * 4 * 20 + 12 + 20
     # 3 flags; three times 3 rows; two matrices of 4 x 10.
     assert kernel_cases.bypass_bytes(3, 10, 4) == 3 + 3 * 3 * 20 + 2 * 80
-    # Of 2 sequences: 16 valid tokens of K and V, 2 heads of 16 numbers; 32 words, 2 blocks; query, output; the length.
-    rest = 2 * 4 * 16 * 2 + 4
-    assert kernel_cases.attention_bytes(TINY, 2, 32, 16) == 2 * (16 * 2 * 2 * 16 * 2 + 32 * 8 + 2 * 4 + rest)
-    assert kernel_cases.attention_bytes(TINY, 2, 16, 16, validity=False) == 2 * (16 * 2 * 2 * 16 * 2 + 4 + rest)
 
 
 def test_every_op_is_measured_at_every_model() -> None:
-    """Fails if a shape is left out, or two have the same name and thus the same rows."""
+    """Fails if a shape is left out, or two shapes have the same name and so the same rows."""
     names = [case.name for case in all_cases(list(OPS))]
-    assert len(names) == len(set(names)) == len(MODELS) * (4 + 5 + 5 + 4 + 2 * 5)
+    assert len(names) == len(set(names)) == len(MODELS) * (4 + 5 + 5 + 4)
     assert {case.op for case in all_cases(["gather_rows"])} == {"gather_rows"}
 
 
@@ -101,7 +93,7 @@ def test_right_outputs_pass_and_wrong_ones_are_refused(op: str, monkeypatch: pyt
     case = tiny_case(op, monkeypatch)
     sets = [case.make(DEVICE)]
     rounds = Rounds(1)
-    check(case, sets, all_variants(case, sets, flash=False), rounds)
+    check(case, sets, all_variants(case, sets), rounds)
     rounds.add(0, KERNEL, us=1.0)
     assert rounds.values("us", KERNEL).tolist() == [1.0]
     kernel, reference = OPS[op]
@@ -115,7 +107,7 @@ def test_right_outputs_pass_and_wrong_ones_are_refused(op: str, monkeypatch: pyt
     for wrong in (spoilt, lambda *_: None) if op in kernel_cases.IN_PLACE else (spoilt,):
         monkeypatch.setitem(OPS, op, (wrong, reference))
         with pytest.raises(Refused, match=f"{case.name}: kernel is off"):
-            check(case, sets, all_variants(case, sets, flash=False), Rounds(1))
+            check(case, sets, all_variants(case, sets), Rounds(1))
 
 
 def test_a_difference_is_noticed() -> None:
@@ -127,55 +119,28 @@ def test_a_difference_is_noticed() -> None:
     assert difference(ones[:3], ones) == difference(ones.long(), ones.long() + 1) == float("inf")
 
 
-@pytest.mark.parametrize("form", ["blocks", "tokens"])
-def test_shares_of_valid_tokens(form: str) -> None:
-    """Fails if sequences have more or fewer valid tokens than their rows say, or whole blocks are not whole."""
-    *_, table, lengths, words, layer, _ = attention_case(TINY, 3, 128, 0.75, form).make("cpu")
-    valid = (words.view(-1, BLOCK_SIZE) >> layer & 1)[table.long()]
-    assert valid.flatten(1).sum(1).tolist() == [96] * 3
-    assert lengths.tolist() == [128] * 3
-    whole = {0, BLOCK_SIZE} >= set(valid.sum(2).flatten().tolist())
-    assert whole == (form == "blocks")
-
-
-def test_the_packed_cache_holds_the_valid_tokens() -> None:
-    """Fails if FlashAttention is given other tokens than the kernel attends to: outputs over both caches are equal."""
-    arguments = attention_case(TINY, 2, 64, 0.5, "tokens").make("cpu")
-    query, key_cache, value_cache, table, lengths, words, layer, scale = arguments
-    valid = (words.view(-1, BLOCK_SIZE)[table.long()].flatten(1) >> layer & 1).bool()
-    packed, packed_table = pack(key_cache, value_cache, table, valid)
-    assert packed.shape == (4, 2, BLOCK_SIZE, 32)
-    assert packed_table.shape == (2, 2)
-    keys, values = packed.transpose(1, 2).split(16, -1)
-    all_valid = torch.full((4 * BLOCK_SIZE,), 1 << LAYER)
-    found = paged_attention_reference(query, keys, values, packed_table, lengths // 2, all_valid, layer, scale)
-    torch.testing.assert_close(found, paged_attention_reference(*arguments), rtol=1e-2, atol=1e-2)
-
-
 def test_rows_of_a_case() -> None:
     """Fails if bandwidth, its share of the copy's, or a ratio is of another variant or upside down."""
-    case = attention_case(TINY, 2, 64, 0.5, "tokens")
-    variants = [Variant(KERNEL, [], 4000), Variant(REFERENCE, [], 4000, captured=False), Variant(FLASH, [], 2000)]
+    case = slots_case(TINY, 2)
+    variants = [Variant(KERNEL, [], 4000), Variant(REFERENCE, [], 4000, captured=False)]
     rounds = Rounds(2)
     rounds.mark_checked(variant.name for variant in variants)
     for index in range(2):
-        for name, us in ((KERNEL, 2.0), (REFERENCE, 10.0), (FLASH, 1.0)):
+        for name, us in ((KERNEL, 2.0), (REFERENCE, 10.0)):
             rounds.add(index, name, us=us)
     rows = rows_of(case, variants, rounds, copy_gb_per_s=4.0)
     found = {(row["variant"], row["metric"]): row for row in rows}
-    assert len(found) == len(rows) == 11
+    assert len(found) == len(rows) == 7
     figures = {key: row["p50"] for key, row in found.items()}
     assert figures[KERNEL, "gb_per_s"] == 2.0
     assert figures[KERNEL, "copy_share"] == 0.5
-    assert figures[FLASH, "gb_per_s"] == 2.0
     assert figures[REFERENCE, "gb_per_s"] == 0.4
     assert figures[KERNEL, "ratio_to_reference"] == 5.0
-    assert figures[KERNEL, "ratio_to_flash"] == 0.5
     assert found[REFERENCE, "us"]["timing"] == found[KERNEL, "ratio_to_reference"]["timing"] == "host"
     assert found[KERNEL, "us"]["timing"] == "graph"
     assert found[KERNEL, "us"]["n"] == 2
     assert {row["model"] for row in rows} == {"tiny"}
-    assert {row["form"] for row in rows} == {"tokens"}
+    assert {row["rows"] for row in rows} == {2}
 
 
 def test_a_case_is_measured_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +157,7 @@ def test_a_case_is_measured_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernel_speed, "Timed", Constant)
     monkeypatch.setattr(kernel_speed, "num_sets", lambda _: 2)
-    rows = kernel_speed.measure(on_device, 3, copy_gb_per_s=1.0, flash=True)
+    rows = kernel_speed.measure(on_device, 3, copy_gb_per_s=1.0)
     assert {row["n"] for row in rows} == {3}
     assert len(rows) == 7
     assert [row["p50"] for row in rows if row["metric"] in ("us", "ratio_to_reference")] == [2.0, 6.0, 3.0]
@@ -205,14 +170,14 @@ def test_launches_are_timed_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     once, often = Timed([copy]), Timed([lambda: [copy() for _ in range(10)]])
     assert 5 < often.us() / once.us() < 20
     assert 0 < Timed(empty_launches() * 256).us() < once.us()
-    rows = kernel_speed.measure(tiny_case("bypass_rows", monkeypatch), 2, copy_gb_per_s=1.0, flash=False)
+    rows = kernel_speed.measure(tiny_case("bypass_rows", monkeypatch), 2, copy_gb_per_s=1.0)
     assert {row["timing"] for row in rows if row["metric"] == "us"} == {"graph", "host"}
 
 
 def test_unchecked_or_slow_launches() -> None:
-    """Fails if an unchecked kernel has rows, sets stay in the cache, or a graph turns round a part of them."""
+    """Fails if an unchecked kernel has rows, sets stay in the cache, or a graph rotates through only some of them."""
     with pytest.raises(Refused, match="not checked"):
-        rows_of(attention_case(TINY, 2, 64, 0.5, "tokens"), [Variant(KERNEL, [], 1)], Rounds(1), 1.0)
+        rows_of(slots_case(TINY, 2), [Variant(KERNEL, [], 1)], Rounds(1), 1.0)
     assert num_sets(1) == MAX_SETS
     assert num_sets(2**30) == 1
     assert num_sets(2**20) == 192

@@ -1,4 +1,4 @@
-"""Shapes of real models, the artifact made for them, and weights by which layers can be told apart."""
+"""Tests the shapes of real models, the artifact made for them, and weights that tell layers apart."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ KV_BYTES_PER_TOKEN = {"Llama-3.1-8B": 131072, "Qwen2.5-7B-Instruct": 57344}
 
 @pytest.mark.parametrize("shape", MODEL_SHAPES.values(), ids=lambda shape: shape.name)
 def test_a_shape_has_the_size_of_its_model(shape: ModelShape, tmp_path: Path) -> None:
-    """Fails if a step reads other amounts of weights or cache than that of the model whose name it has."""
+    """Fails if a step reads more or less weights or KV cache than the model of that name."""
     config = AutoConfig.from_pretrained(shape.save(tmp_path / "model"))
     with torch.device("meta"):
         from transformers import AutoModelForCausalLM
@@ -33,7 +33,7 @@ def test_a_shape_has_the_size_of_its_model(shape: ModelShape, tmp_path: Path) ->
 
 
 def test_positions_are_those_of_the_models(tmp_path: Path) -> None:
-    """Fails if transformers does not understand what config.json says of rotary embeddings, and uses its defaults."""
+    """Fails if transformers does not understand the rotary embeddings in config.json and uses its defaults."""
     llama = AutoConfig.from_pretrained(LLAMA_8B.save(tmp_path / "llama"))
     assert llama.rope_parameters["rope_theta"] == 500000.0
     assert llama.rope_parameters["rope_type"] == "llama3"
@@ -54,7 +54,7 @@ def test_a_model_with_fewer_layers_differs_in_nothing_else(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("depth", [24, 16, 8])
 def test_the_prior_keeps_evenly_spaced_layers(depth: int) -> None:
-    """Fails if a path is a block of layers: what one layer hands to the next is then not what skipping does to it."""
+    """Fails if a path is one block of layers: its layers would not show what skipping between them does."""
     layers = np.array(layers_of(Router(32, evenly_spaced(30)).path(None, depth)))
     assert len(layers) == depth
     assert layers[0] == 0
@@ -83,7 +83,7 @@ def tiny_model(num_layers: int) -> nn.Module:
 
 
 def test_some_layers_of_a_model_have_its_weights() -> None:
-    """Fails if the pruned peer has other weights than the layers of buddy's path, so that nothing can be compared."""
+    """Fails if the pruned peer has other weights than the layers of buddy's path, so outputs cannot be compared."""
     whole, pruned = tiny_model(5), tiny_model(3)
     draw_weights(whole, range(5))
     draw_weights(pruned, [0, 3, 4])

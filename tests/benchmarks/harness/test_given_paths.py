@@ -1,4 +1,4 @@
-"""Batches on given paths: how paths are drawn, and which request gets which."""
+"""Tests benchmarks on given paths: how paths are drawn, and which request gets which path."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def _rng() -> np.random.Generator:
     ("num_paths", "union"), [(1, None), (1, 15), (2, None), (2, 22), (8, 18), (32, None), (32, 17), (32, 30)]
 )
 def test_drawn_paths_are_what_was_asked_for(num_paths: int, union: int | None) -> None:
-    """Figures of a batch with fewer paths, other depths or another union than its row says."""
+    """Fails if a batch has fewer paths, other depths or another union than its row says."""
     paths = draw_paths(_rng(), num_paths, 15, 30, union)
     assert len(set(paths)) == len(paths) == num_paths
     for path in paths:
@@ -31,19 +31,19 @@ def test_drawn_paths_are_what_was_asked_for(num_paths: int, union: int | None) -
 
 
 def test_the_same_seed_draws_the_same_paths() -> None:
-    """Two runs of a benchmark that time different batches under one name."""
+    """Fails if two runs of a benchmark time different batches under one name."""
     assert draw_paths(_rng(), 8, 15, 30, 20) == draw_paths(_rng(), 8, 15, 30, 20)
     assert draw_paths(_rng(), 8, 15, 30) != draw_paths(np.random.default_rng(2), 8, 15, 30)
 
 
 def test_paths_are_plain_integers() -> None:
-    """numpy's 64-bit integers lose the layers of models that have more of them."""
+    """Fails if a path is held in numpy's 64-bit integers, which lose layers of models that have more than 64."""
     assert layers_of(draw_paths(_rng(), 1, 100, 100)[0]) == list(range(100))
 
 
 @pytest.mark.parametrize(("num_paths", "union"), [(2, 15), (2, 29), (10_000_000_000, None)])
 def test_paths_that_do_not_exist_are_an_error(num_paths: int, union: int | None) -> None:
-    """A search without end: two distinct paths within one's layers, a union beyond all of them together."""
+    """Fails if the search never ends: two distinct paths in the layers of one, or a union that paths cannot reach."""
     with pytest.raises(ValueError, match="found no"):
         draw_paths(_rng(), num_paths, 15, 30, union)
 
@@ -58,7 +58,7 @@ def router() -> GivenPaths:
 
 
 def test_requests_get_their_paths_by_the_first_token_for_good(router: GivenPaths) -> None:
-    """A path that depends on what is decoded or on when it is asked for: the reference would check another one."""
+    """Fails if a path depends on decoded tokens or on when it is asked for: the reference would check another path."""
     schedule = PathSchedule(interval=2)
     for i in range(7):
         prompt = [50 + i, 3, 400]
@@ -71,7 +71,7 @@ def test_requests_get_their_paths_by_the_first_token_for_good(router: GivenPaths
 
 
 def test_the_decision_module_is_asked_all_the_same(router: GivenPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A router that costs nothing, in a benchmark of what routing costs."""
+    """Fails if the router costs nothing in a benchmark that measures the cost of routing."""
     asked = []
     scores = FoldedDecision.scores
     monkeypatch.setattr(FoldedDecision, "scores", lambda *args: asked.append(args) or scores(*args))
@@ -80,7 +80,7 @@ def test_the_decision_module_is_asked_all_the_same(router: GivenPaths, monkeypat
 
 
 def test_full_depth_and_a_depth_that_was_not_given(router: GivenPaths) -> None:
-    """A path of another depth than the request's budget pays for."""
+    """Fails if a path has another depth than the request's budget."""
     assert RequestRoute(router, PathSchedule(), NUM_LAYERS, [50]).first_path == router.full
     with pytest.raises(ValueError, match="5 layers is asked for, those given have 4"):
         RequestRoute(router, PathSchedule(), 5, [50])

@@ -1,4 +1,4 @@
-"""Runs of `vllm bench serve` with a budget per request, and what is made of them."""
+"""Tests runs of `vllm bench serve` with a budget per request, and the figures computed from them."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ def test_all_at_once_and_at_a_rate() -> None:
 
 
 class _Server:
-    """A server that is there until it dies."""
+    """Stands in for a server that runs until it dies."""
 
     name = "fake"
     model_dir = Path("model")
@@ -97,7 +97,7 @@ def test_every_run_starts_with_an_empty_prefix_cache(monkeypatch: pytest.MonkeyP
 
 
 def test_budgets_are_sent_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if vLLM's load generator stops sending what a request overrides, or the patch stays behind."""
+    """Fails if vLLM's load generator stops sending what a request overrides, or the patch is not undone."""
     from vllm.benchmarks import serve
 
     seen: list[Any] = []

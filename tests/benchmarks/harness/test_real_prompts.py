@@ -1,4 +1,4 @@
-"""Prompts cut from the documentation."""
+"""Tests the prompts that are cut from the documentation."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ class Letters:
 
 
 def test_passages_are_prose() -> None:
-    """Fails if tables, code or headings get in, of which no continuation means anything."""
+    """Fails if passages contain tables, code or headings, whose continuation would mean nothing."""
     for text in passages():
         assert len(text.split()) in PASSAGE_WORDS
         assert not text.startswith(("#", "|", "- ", "    "))
@@ -24,7 +24,7 @@ def test_passages_are_prose() -> None:
 
 
 def test_there_are_enough_passages_for_a_batch() -> None:
-    """Fails if the documentation shrinks so that a batch would repeat itself."""
+    """Fails if the documentation becomes so short that a batch would repeat prompts."""
     texts = passages()
     assert len(set(texts)) == len(texts) >= 2 * LARGEST_BATCH
 
@@ -39,7 +39,7 @@ def test_prompts_of_a_batch_differ_and_can_be_drawn_again() -> None:
 
 
 def test_only_one_task_brings_the_text_to_copy() -> None:
-    """Fails if there is nothing to copy where copying is the task, or much where it is not."""
+    """Fails if the copying task has nothing to copy, or the other task has much to copy."""
     texts = passages()[:1]
     prompts = {task: draw_prompts(Letters(), task, texts, np.random.default_rng(0), 1)[0] for task in TASKS}
     assert texts[0] in "".join(map(chr, prompts["proofread"]))

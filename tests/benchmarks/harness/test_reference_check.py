@@ -1,4 +1,4 @@
-"""The judge of distributions: what computes the right thing passes, a wrong layer or a missing repair does not."""
+"""Tests the check of distributions: right outputs pass, a wrong layer or a missing repair does not."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ class Setting:
         return Routing(name="buddy", layers=DEPTH, budget=DEPTH / NUM_LAYERS, router=self.router, bypass=bypass)
 
     def stock_logprobs(self, path: LayerPath) -> list[dict[int, float]]:
-        """Of transformers' own forward, on a checkpoint that has these layers only."""
+        """Distributions of transformers' own forward, on a checkpoint that has only these layers."""
         folder = self.folder
         if path != FULL:
             folder = save_pruned_checkpoint(self.folder, layers_of(path), self.root / f"pruned-{path:x}")
@@ -51,7 +51,7 @@ class Setting:
     def buddy_logprobs(
         self, *, path: LayerPath | None = None, bypass: bool = True, lora: bool = True
     ) -> list[dict[int, float]]:
-        """Of the artifact, or of one that lacks a part of it."""
+        """Distributions of the routed forward with the artifact, or with an artifact that lacks a part."""
         model = load_model(self.folder)
         if lora:
             self.artifact.lora.merge_into(model)
@@ -84,7 +84,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 def test_stock_is_compared_with_the_base_model_on_its_layers(setting: Setting) -> None:
-    """Fails if a correct engine is refused: the whole model, or a pruned checkpoint, which knows of no LoRA."""
+    """Fails if a correct engine is refused: the whole model, or a pruned checkpoint, which has no LoRA."""
     for path in (FULL, setting.path):
         setting.reference.check(setting.stock(path), PROMPTS, setting.stock_logprobs(path))
 
@@ -96,7 +96,7 @@ def test_buddy_is_compared_with_its_bypass_and_lora(setting: Setting) -> None:
 
 
 def test_a_layer_less_is_refused(setting: Setting) -> None:
-    """Fails if an engine that leaves out a layer, and is faster for it, is timed as if it ran all of its path."""
+    """Fails if an engine that leaves out a layer, and is faster for it, is timed as if it ran its whole path."""
     for path in (FULL, setting.path):
         with pytest.raises(Refused, match="stock does not compute what the reference computes"):
             setting.reference.check(setting.stock(path), PROMPTS, setting.stock_logprobs(shortened(path)))
@@ -107,19 +107,19 @@ def test_a_layer_less_is_refused(setting: Setting) -> None:
 
 @pytest.mark.parametrize("missing", ["bypass", "lora"])
 def test_a_part_of_the_artifact_that_is_left_out_is_refused(setting: Setting, missing: str) -> None:
-    """Fails if buddy's speed may be that of rows without their bypass, or of weights without the artifact's change."""
+    """Fails if buddy may be timed without the bypass of its rows, or without the artifact's change of the weights."""
     with pytest.raises(Refused):
         setting.reference.check(setting.buddy(), PROMPTS, setting.buddy_logprobs(**{missing: False}))
 
 
 def test_a_bypass_that_should_not_run_is_refused(setting: Setting) -> None:
-    """Fails if *no bypass* may be timed with it."""
+    """Fails if the variant *no bypass* may be timed with the bypass."""
     with pytest.raises(Refused):
         setting.reference.check(setting.buddy(bypass=False), PROMPTS, setting.buddy_logprobs())
 
 
 def test_other_tokens_and_far_logprobs_are_refused(setting: Setting) -> None:
-    """Fails if one of the two tolerances is not applied, or answers that have nothing in common are 0 nats apart."""
+    """Fails if one of the two tolerances is not applied, or answers with nothing in common count as 0 nats apart."""
     right = setting.stock_logprobs(FULL)
     far = [{token: value - 1.1 * MAX_DISTANCE for token, value in one.items()} for one in right]
     few = [dict(list(one.items())[: MIN_COMMON - 1]) for one in right]

@@ -1,4 +1,4 @@
-"""What is left of a benchmark: its results file, and what it prints."""
+"""Tests the results file of a benchmark and what it prints."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ ENV = {"commit": "abc", "date": "2026-01-01"}
 
 
 def test_a_report_is_written_whole_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if rows that are no figures are lost from the file or break the table, or a row has no origin."""
+    """Fails if rows without percentiles are lost from the file or break the table, or a row has no origin."""
     out = tmp_path / "results" / "cpu_any.jsonl"
     report(out, [FIGURE, NO_FIGURE], ENV)
     assert read_rows(out) == [{**FIGURE, **ENV}, {**NO_FIGURE, **ENV}]
@@ -22,7 +22,7 @@ def test_a_report_is_written_whole_and_printed(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_report_in_another_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a benchmark's own table is ignored, or printed beside the other."""
+    """Fails if a benchmark's own table is ignored, or printed in addition to the usual one."""
     report(tmp_path / "out.jsonl", [FIGURE], ENV, lambda rows: print(f"{len(rows)} of its own"))
     assert capsys.readouterr().out.splitlines() == ["1 of its own", f"written to {tmp_path / 'out.jsonl'}"]
     print_rows([NO_FIGURE])

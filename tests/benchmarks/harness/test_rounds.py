@@ -1,4 +1,4 @@
-"""A benchmark says nothing about what was not checked or did not finish."""
+"""Tests that a benchmark shows no figures of what was not checked or did not finish."""
 
 import numpy as np
 import pytest
@@ -16,12 +16,12 @@ def _filled(num_rounds: int = 3) -> Rounds:
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    """Fails if a ratio mixes rounds: the machine's speed differs between them, and the ratio must not."""
+    """Fails if a ratio mixes rounds: the machine's speed differs between them, and the ratio must not depend on it."""
     np.testing.assert_allclose(_filled().ratio("ms", "buddy", "stock"), [0.5, 0.5, 0.5])
 
 
 def test_unchecked_output_gives_no_figure() -> None:
-    """Fails if a variant whose outputs nobody compared can be reported."""
+    """Fails if a variant whose outputs were not compared can be reported."""
     rounds = _filled()
     for index in range(3):
         rounds.add(index, "new", ms=1.0)

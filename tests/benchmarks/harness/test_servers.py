@@ -1,4 +1,4 @@
-"""What a benchmark asks of a server, and which answers end it. The server here is a stand-in that answers by a list."""
+"""Tests a benchmark's requests to a server, and which answers end it. The server is a stand-in with fixed answers."""
 
 import http.server
 import json
@@ -26,7 +26,7 @@ BUDDY = Routing(name="buddy 0.5", layers=4, budget=0.5)
 
 
 class FakeServer:
-    """Answers each request with the next of `replies`, the last one for ever, and keeps what it was asked."""
+    """Answers each request with the next of `replies`, repeats the last one, and keeps the requests."""
 
     def __init__(self) -> None:
         self.replies: list[Reply] = [(200, {})]
@@ -79,13 +79,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def completion(*steps: dict[str, float]) -> dict[str, Any]:
-    """In the form of vLLM's answer with return_tokens_as_token_ids."""
+    """Return vLLM's form of an answer with return_tokens_as_token_ids."""
     named = [{f"token_id:{token}": value for token, value in step.items()} for step in steps]
     return {"choices": [{"logprobs": {"top_logprobs": named}}]}
 
 
 def test_an_error_is_no_answer(fake: FakeServer, server: Server) -> None:
-    """Fails if a request that the server refuses counts as served, or its reason is lost."""
+    """Fails if a request that the server refuses counts as served, or the reason is lost."""
     fake.replies = [(400, {"error": "budget 7 is not in (0, 1]"})]
     with pytest.raises(Refused, match=r"server 'fake' answers 400 to /v1/completions: .*budget 7"):
         server.second_token_logprobs([(BUDDY, [1, 2])])
@@ -116,21 +116,21 @@ def test_every_request_says_its_budget(fake: FakeServer, server: Server) -> None
 
 
 def test_a_cache_that_is_not_emptied_gives_no_figure(fake: FakeServer, server: Server, impatient: None) -> None:
-    """Fails if a run starts with the prompts of another in the cache: vLLM answers 200 and that it did not succeed."""
+    """Fails if a run finds the prompts of another in the cache: vLLM answers 200 even if the reset did not succeed."""
     fake.replies = [(200, {"success": False})]
     with pytest.raises(Refused, match="server 'fake' has not emptied its prefix cache"):
         server.reset_prefix_cache()
 
 
 def test_emptying_is_tried_again(fake: FakeServer, server: Server) -> None:
-    """Fails if blocks that the last request is about to give back end the benchmark."""
+    """Fails if the benchmark ends because the last request has not given back its blocks yet."""
     fake.replies = [(200, {"success": False}), (200, {"success": False}), (200, {"success": True})]
     server.reset_prefix_cache()
     assert [path for path, _ in fake.asked] == ["/reset_prefix_cache"] * 3
 
 
 def test_vllm_says_whether_it_emptied_the_cache() -> None:
-    """Fails if vLLM's answer has another form than the one read here."""
+    """Fails if vLLM's answer has another form than the one that the harness reads."""
     import asyncio
 
     from vllm.entrypoints.serve.dev.cache.api_router import reset_prefix_cache
@@ -154,9 +154,9 @@ def test_no_answer_says_whether_the_server_lives(fake: FakeServer) -> None:
 
 
 def test_servers_compute_in_the_dtype_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a checkpoint's own dtype decides: the reference would round its weights otherwise than the server."""
+    """Fails if the checkpoint's own dtype decides: reference and server would then round the weights differently."""
     for name in ("VLLM_SERVER_DEV_MODE", "VLLM_USE_AOT_COMPILE"):
-        monkeypatch.setenv(name, "0")  # put back afterwards
+        monkeypatch.setenv(name, "0")  # restored afterwards
     command = start_server("stock", tmp_path, tmp_path, ["--model-impl", "auto"])._command
     assert command[command.index("--dtype") + 1] == servers.DTYPE
     assert isinstance(getattr(torch, servers.DTYPE), torch.dtype)

@@ -1,4 +1,4 @@
-"""Claims about systems: each with a value, and with where it comes from."""
+"""Tests the list of capabilities: each entry has a value and a source that exists."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ FOLDERS = ("tests/", "docs/", "vllm_buddy/", "README.md")
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_nothing_is_said_of_one_system_only(capability: str) -> None:
-    """Fails if a weakness or strength is shown for some and kept silent for others."""
+    """Fails if a weakness or strength is listed for some systems and missing for others."""
     assert list(CAPABILITIES[capability]) == [BUDDY, NGRAM, PRUNED, ECONOMIZE]
 
 

@@ -1,4 +1,4 @@
-"""What is compared with buddy, and what is made of it."""
+"""Tests the comparison with peers: which systems it has, how they are checked, and its figures."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def peer(name: str, dense: str, **options: Any) -> Peer:
 
 
 class Lenient:
-    """Stands in for the checks of outputs: remembers what it was given, refuses what is said to be wrong."""
+    """Stands in for the checks of outputs: remembers its arguments, and refuses the peers that are named wrong."""
 
     def __init__(self, wrong: Sequence[str] = ()) -> None:
         self.wrong = wrong
@@ -91,7 +91,7 @@ def test_a_wrong_answer_gives_no_figure() -> None:
 
 
 def test_what_nothing_was_compared_with_gives_no_figure() -> None:
-    """Fails if a peer is timed that has neither layers to be judged by nor distributions to compare."""
+    """Fails if a peer is timed that can be checked neither by its layers nor by its distributions."""
     lenient = Lenient()
     routed = SimpleNamespace(name="buddy", budget=0.5)
     compared = [peer("stock", "stock"), peer("buddy", "stock", run=None, variant=routed)]
@@ -149,7 +149,7 @@ def test_lossless_is_what_runs_all_layers() -> None:
 
 
 def test_an_engine_is_timed_from_the_step_that_brought_all_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if prefill is in the figure, or a batch whose prompts took several steps gets one."""
+    """Fails if a figure includes prefill, or a batch whose prompts took several steps has a figure."""
     run = SimpleNamespace(
         token_ids=[[1, 2, 3]] * 2, all_ms=[900.0, 10.0, 30.0], token_steps=[[0, 1, 2], [0, 2]], step_ms=[]
     )

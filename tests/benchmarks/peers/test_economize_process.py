@@ -1,4 +1,4 @@
-"""A process that is asked line by line: what it answers, and what becomes of it when it does not."""
+"""Tests the process of economize: requests line by line, replies, and what happens without a reply."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def test_requests_and_replies_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_an_error_over_there_is_refused_here_and_the_process_lives(tmp_path: Path) -> None:
-    """Fails if a technique that cannot run is left out silently, or takes the others with it."""
+    """Fails if a technique that cannot run is left out silently, or ends the others."""
     with echo(tmp_path) as process:
         with pytest.raises(Refused, match="cannot 'unknown' lookup: KeyError"):
             process.ask("unknown", loop="lookup")

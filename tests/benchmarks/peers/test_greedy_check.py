@@ -1,4 +1,4 @@
-"""The judge of answers that are only tokens: strict with wrong layers and wrong tokens, lenient with rounding."""
+"""Tests the check of generated tokens: strict with wrong layers and wrong tokens, tolerant of rounding."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def greedy_answer(greedy: GreedyCheck, run: LayersRun = WHOLE, num_tokens: int =
 def test_it_computes_what_the_methods_reference_computes(
     greedy: GreedyCheck, skipped: tuple[int, ...], in_prompt: bool
 ) -> None:
-    """Fails if answers are judged by other layers than those said, or skipping begins at another token."""
+    """Fails if answers are judged by other layers than the loop names, or skipping begins at another token."""
     token_ids = [*PROMPT, *range(9)]
     first = 0 if in_prompt else len(PROMPT)
     without: LayerPath = FULL & ~sum(1 << layer for layer in skipped)
@@ -99,7 +99,7 @@ def test_agreement_ends_at_the_first_difference() -> None:
 
 
 def test_loading_takes_the_values_that_loops_have(tmp_path: Path) -> None:
-    """Fails if a float32 checkpoint is judged by values that no bf16 loop has."""
+    """Fails if a float32 checkpoint is judged by weights that no bf16 loop has."""
     folder = save_tiny_model(tmp_path, "llama")
     weight = GreedyCheck.load(folder)._model.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.float32

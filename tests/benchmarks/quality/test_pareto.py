@@ -1,4 +1,4 @@
-"""Which speed belongs to which quality."""
+"""Tests the pairing of quality and speed, and the picture of both."""
 
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ def _rows(**changes: Any) -> list[dict[str, Any]]:
         layers = 8 if variant == "stock" else 4
         row = {"metric": "ratio_to_stock", "variant": variant, "batch": BATCH, "layers": layers, "p50": p50}
         rows.append({**row, "p20": p50 - 0.1, "p80": p50 + 0.2, **changes})
-        # What else is in the file must not be taken for it.
+        # Other rows of the file must not be mistaken for it.
         rows += [{**rows[-1], "batch": 1, "p50": 99.0}, {**rows[-1], "metric": "ratio_to_pruned", "p50": 99.0}]
     return rows
 
 
 def _file(policies: dict[str, str], dense: float = 20.0, n: int = 100) -> list[Figure]:
-    """A results file with one perplexity and one accuracy for each policy. policies: name -> repair."""
+    """Return a results file with one perplexity and one accuracy for each policy. policies: name -> repair."""
     figures = []
     for metric, value, stderr in ((PERPLEXITY, dense, 2.0), (ACCURACY, 0.7, 0.02)):
         figures.append(Figure("dense", "none", 1.0, 8, metric, value, stderr, n))
@@ -36,7 +36,7 @@ def _file(policies: dict[str, str], dense: float = 20.0, n: int = 100) -> list[F
 
 
 def test_every_policy_is_drawn_at_the_speed_of_its_kind() -> None:
-    """Fails if a policy is drawn at the speed of what another has to compute."""
+    """Fails if a policy is drawn at the speed of a variant that computes something else."""
     policies = {"buddy": "bypass", "paper": "lora", "sleb": "none", "prior": "none", "bypass+sleb": "bypass"}
     found = {point.policy: point for point in points([_file(policies)], _rows(), BATCH, PERPLEXITY)}
     assert {name: (point.family, point.speed[1]) for name, point in found.items()} == {
@@ -78,7 +78,7 @@ def test_perplexity_is_over_that_of_its_own_file() -> None:
     ],
 )
 def test_a_missing_speed_is_an_error_that_names_it(rows: list[dict[str, Any]], message: str) -> None:
-    """Fails if a policy is missing in the picture and nobody is told, or has the speed of another depth."""
+    """Fails if a policy is silently missing in the picture, or has the speed of another depth."""
     with pytest.raises(Refused, match=message):
         points([_file({"paper": "lora"})], rows, BATCH, PERPLEXITY)
 
@@ -93,7 +93,7 @@ def test_a_file_without_the_unrouted_model() -> None:
 
 
 def test_front() -> None:
-    """Fails if a policy that another beats in both counts as worth taking."""
+    """Fails if a policy that another beats in both speed and quality is on the front."""
 
     def point(name: str, speed: float, quality: float) -> Point:
         return Point(name, "bypass", (speed, speed, speed), quality, 0.0)

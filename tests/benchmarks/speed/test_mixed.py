@@ -1,4 +1,4 @@
-"""What a step of mixed budgets is predicted to cost."""
+"""Tests the predicted cost of a step of mixed budgets."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The overload benchmark's own arithmetic, and its picture."""
+"""Tests the arithmetic of the overload benchmark, and its picture."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from benchmarks.speed.overload_plot import plot_overload
 
 
 class _Server:
-    """Answers /metrics."""
+    """Stands in for a server that answers /metrics."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -32,14 +32,14 @@ vllm_buddy:load{engine="0"} 0.25
 
 
 def test_budgets_and_load_are_read_from_the_metrics() -> None:
-    """A mean over buckets, or over requests of other runs, would be another number."""
+    """Fails if the mean budget is taken over buckets, or over requests of other runs."""
     server: Any = _Server(METRICS)
     assert auto_budgets(server) == (2.5, 4.0)
     assert metrics(server)["vllm_buddy:load"] == 0.25
 
 
 def test_a_latency_counts_in_the_second_in_which_its_token_came() -> None:
-    """Counted from the request's start, a late slow-down would be drawn at the beginning."""
+    """Fails if a latency is drawn at the start of its request: a late slow-down would appear at the beginning."""
     result = {
         "start_times": [100.0, 101.0],
         "ttfts": [0.5, 1.0],
@@ -51,7 +51,7 @@ def test_a_latency_counts_in_the_second_in_which_its_token_came() -> None:
 
 
 def test_a_picture_of_the_rows(tmp_path: Path) -> None:
-    """Drawn from the results file alone; without series there is nothing to draw."""
+    """Fails if the picture needs more than the results file, or rows without series end in an empty picture."""
     rows: list[dict[str, Any]] = []
     gauges = {"num_requests_running": 3.0, "num_requests_waiting": 1.0, "load": 0.5, "auto_price": 4.0}
     for name in ("auto, price 0", "auto, price follows load"):

@@ -1,4 +1,4 @@
-"""The split of a step: rows and figures."""
+"""Tests the rows and figures of the split of a step."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def _rounds(*, checked: bool = True) -> Rounds:
 
 
 def test_parts_of_a_round_sum_to_the_mean_step() -> None:
-    """Medians of parts, which do not sum to a step: the router, asked in one step of 16, would take no time."""
+    """Fails if parts are medians, which do not sum to a step: the router, asked every 16 steps, would take no time."""
     steps = [dict.fromkeys(PARTS, 1.0) for _ in range(16)]
     steps[7]["router"] = 17.0
     figures = split_figures([10.0, 20.0, 60.0], steps)
@@ -46,7 +46,7 @@ def test_parts_of_a_round_sum_to_the_mean_step() -> None:
 
 
 def test_rows_say_what_they_are_of() -> None:
-    """Rows that cannot be told apart, or shares that are not of the step."""
+    """Fails if rows cannot be told apart, or shares do not refer to the step."""
     rows = split_rows(_rounds(), FakeVariant(), 8, FakeLineup())
     assert len({(row["metric"], row.get("part")) for row in rows}) == len(rows) == 2 + 2 * len(PARTS)
     for row in rows:
@@ -59,13 +59,13 @@ def test_rows_say_what_they_are_of() -> None:
 
 
 def test_nothing_is_shown_that_was_not_checked() -> None:
-    """Figures of an engine that computes something else."""
+    """Fails if an engine that computes something else has figures."""
     with pytest.raises(Refused, match="not checked"):
         split_rows(_rounds(checked=False), FakeVariant(), 8, FakeLineup())
 
 
 def test_the_table_holds_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    """A part that is measured and not printed."""
+    """Fails if a part is measured and not printed."""
     print_split(split_rows(_rounds(), FakeVariant(), 8, FakeLineup()))
     printed = capsys.readouterr().out
     for name in (*PARTS, "buddy 1.0", "batch 8", "step_ms", "instrumented_ratio"):

@@ -1,4 +1,4 @@
-"""Splitting an engine step into parts by wrapping what the engine calls."""
+"""Tests how an engine step is split into parts by wrapping the functions that the engine calls."""
 
 import pytest
 
@@ -16,7 +16,7 @@ FIRST_TOKEN = 50
 
 
 class Hands:
-    """Time that passes only when it is told to, in ms."""
+    """A clock in ms that moves only when `work` is called."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ms = 0.0
@@ -27,7 +27,7 @@ class Hands:
 
 
 def test_time_goes_to_the_innermost_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time counted twice, in a part and in what it calls, or not at all: the parts would not sum to the step."""
+    """Fails if time counts twice, in a part and in a part that it calls, or not at all: parts must sum to the step."""
     hands, clock = Hands(monkeypatch), StepClock()
     layer = clock.timed("layers", lambda: hands.work(5))
 
@@ -53,7 +53,7 @@ def test_time_goes_to_the_innermost_part(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_time_outside_of_a_step_is_of_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The routing of a request that arrives between two steps added to the next step."""
+    """Fails if the routing of a request that arrives between two steps counts as time of the next step."""
     hands, clock = Hands(monkeypatch), StepClock()
     router = clock.timed("router", lambda: hands.work(7))
     router()
@@ -63,7 +63,7 @@ def test_time_outside_of_a_step_is_of_no_step(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_step_that_fails_leaves_no_part_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an error all time counted as the part that failed, or a step that has no end among the figures."""
+    """Fails if, after an error, all time counts as the failed part, or a step without an end is among the figures."""
     hands, clock = Hands(monkeypatch), StepClock()
 
     def fail() -> None:
@@ -82,7 +82,7 @@ class Owner:
 
 
 def test_what_was_wrapped_is_put_back_even_after_an_error() -> None:
-    """A wrapper left on an engine would slow down every later measurement of it."""
+    """Fails if a wrapper stays on an engine, where it would slow down every later measurement."""
     on_class, owner, with_own = Owner.method, Owner(), Owner()
     with_own.method = own = lambda: "own"  # type: ignore[method-assign]
     places = [(Owner, "method", "plan"), (owner, "method", "head"), (with_own, "method", "head")]
@@ -96,7 +96,7 @@ def test_what_was_wrapped_is_put_back_even_after_an_error() -> None:
 
 
 def test_a_place_that_is_gone_is_an_error_that_leaves_nothing_wrapped() -> None:
-    """vLLM renames a method: a part that is silently zero, or the places before it wrapped for good."""
+    """Fails if a method that vLLM renames makes a part silently zero, or leaves earlier places wrapped."""
     on_class = Owner.method
     with pytest.raises(AttributeError), timed_at(StepClock(), [(Owner, "method", "plan"), (Owner, "gone", "head")]):
         pass
@@ -110,7 +110,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 def test_a_real_engine_has_all_parts_and_is_left_as_it_was(engine: Engine) -> None:
-    """A part measured where the engine does not go any more, other tokens under the wrappers, wrappers that stay."""
+    """Fails if the engine does not call a wrapped place, wrappers change the tokens, or wrappers stay."""
     paths = [path_of([0, 1, 2, 7]), path_of([0, 2, 5, 7])]
     variant = Variant(
         name="tiny",
@@ -136,7 +136,7 @@ def test_a_real_engine_has_all_parts_and_is_left_as_it_was(engine: Engine) -> No
 
 
 def _wrapped_attributes(engine: Engine) -> list[object]:
-    """What instrumented() replaces, where it can be compared."""
+    """Return the attributes that instrumented() replaces and that can be compared."""
     runner, backbone = engine.runner, engine.runner.model.model
     own = [vars(o).keys() for o in (engine.scheduler, engine.scheduler._router, runner, runner.model)]
     classes = [vars(c).copy() for c in (step_parts.Scheduler, step_parts.GPUModelRunner, Context, BypassCall)]

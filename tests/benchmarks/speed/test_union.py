@@ -1,4 +1,4 @@
-"""The union effect: batches, bounds, rows and picture."""
+"""Tests the benchmark of the union effect: batches, bounds, rows and picture."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ COUNTS = (2, 8, 32)
 
 
 class FakeLineup:
-    """A model of 30 layers whose artifact keeps the first ones and the last."""
+    """Stands in for a model of 30 layers whose artifact keeps the first layers and the last."""
 
     num_layers = NUM_LAYERS
 
@@ -32,7 +32,7 @@ def _points(has_bypass: bool = True, batch: int = BATCH, counts: tuple[int, ...]
 
 
 def _rows(has_bypass: bool = True) -> list[dict]:
-    """Steps of 1 ms a layer of the union, 2 with bypass, and half as much again for more than one path."""
+    """Return steps of 1 ms per layer of the union, 2 with bypass, and 1.5 times as much for more than one path."""
     points, rounds = _points(has_bypass), Rounds(3)
     for point in points:
         for index in range(3):
@@ -43,14 +43,14 @@ def _rows(has_bypass: bool = True) -> list[dict]:
 
 
 def test_bounds_are_measured_from_the_depth_to_the_whole_model() -> None:
-    """A union outside of the depths measured, for which there is no bound."""
+    """Fails if a union lies outside of the measured depths, so that there is no bound for it."""
     assert bound_depths(15, 30) == [15, 18, 21, 24, 27, 30]
     assert bound_depths(6, 8) == [6, 7, 8]
     assert bound_depths(30, 30) == [30]
 
 
 def test_batches_span_unions_from_one_path_to_the_whole_model() -> None:
-    """A picture whose x axis has two places only, since the union of random paths grows so fast."""
+    """Fails if the picture's x axis has only two places, because the union of random paths grows so fast."""
     points = _points()
     series = {name: [p for p in points if p.series == name and p.bypass] for name in ("one path", "random", "pool")}
     assert [p.depth for p in series["one path"]] == [15, 18, 21, 24, 27, 30]
@@ -64,13 +64,13 @@ def test_batches_span_unions_from_one_path_to_the_whole_model() -> None:
 
 
 def test_no_more_paths_than_requests() -> None:
-    """A batch of 4 that is said to hold 32 paths."""
+    """Fails if a batch of 4 is said to hold 32 paths."""
     points = _points(has_bypass=False, batch=4, counts=(1, 2, 4, 32))
     assert [len(p.paths) for p in points if p.series == "random"] == [2, 4]
 
 
 def test_interpolation_is_within_each_round() -> None:
-    """A bound from another round, in which the machine was slower, or one made up beyond what was measured."""
+    """Fails if a bound is from another round, in which the machine was slower, or beyond the measured depths."""
     ms = {30: np.array([300.0, 3.0]), 15: np.array([150.0, 3.0]), 20: np.array([160.0, 3.0])}
     np.testing.assert_allclose(interpolated(15, ms), [150, 3])
     np.testing.assert_allclose(interpolated(18, ms), [156, 3])
@@ -81,7 +81,7 @@ def test_interpolation_is_within_each_round() -> None:
 
 
 def test_rows_compare_with_bounds_of_the_same_kind() -> None:
-    """A batch with bypass beside the bounds without, or a ratio upside down: above 1 is faster."""
+    """Fails if a batch with bypass has bounds without, or a ratio is upside down: above 1 is faster."""
     rows = _rows()
     for row in rows:
         if row["metric"] == "ratio_to_union":
@@ -96,7 +96,7 @@ def test_rows_compare_with_bounds_of_the_same_kind() -> None:
 
 @pytest.mark.parametrize("has_bypass", [True, False])
 def test_picture_from_rows_alone(has_bypass: bool, tmp_path: Path) -> None:
-    """No picture from a results file, or none for an artifact without a bypass."""
+    """Fails if a results file gives no picture, or none for an artifact without bypass."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "docs" / "union.png"
     plot_union(_rows(has_bypass), out)
@@ -104,6 +104,6 @@ def test_picture_from_rows_alone(has_bypass: bool, tmp_path: Path) -> None:
 
 
 def test_rows_of_something_else_are_not_drawn(tmp_path: Path) -> None:
-    """An empty picture."""
+    """Fails if rows without figures of a union give an empty picture."""
     with pytest.raises(SystemExit, match="nothing to draw"):
         plot_union([{"metric": "tokens_per_s", "variant": "stock"}], tmp_path / "union.png")

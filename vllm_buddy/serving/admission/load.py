@@ -1,13 +1,13 @@
-"""The price of compute, which budget "auto" follows, under load. Knows numbers only, nothing of vLLM.
+"""The price of compute for budget "auto" as a function of the server's load. Numbers only, nothing of vLLM.
 
-Each signal x (waiting requests, running requests, share of the KV cache in use) is put on a line that is 0 up to `low`
-and 1 from `high` on; the largest of them is the load. A load that wavers must not waver in the price, so there is a
-second line per signal for the way down: both ends lowered by hysteresis * (high - low), though not below 0. The level
-goes up with the first and down with the second, and stays between the two:
+Each signal x (waiting requests, running requests, share of the KV cache in use) is mapped to a line that is 0 up to
+`low` and 1 from `high` on. The largest of them is the load. So that a fluctuating load does not move the price, each
+signal has a second line for the way down, with both ends lowered by hysteresis * (high - low), though not below 0. The
+level follows the first line up and the second down, and stays where it is between the two:
 
     level = max(up, min(level, down)) ,  up <= down .
 
-At x = 0 both lines are 0, so a server without work is at level 0, whatever it was before.
+At x = 0 both lines are 0, so a server without work is at level 0, whatever its level was before.
 """
 
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ Range = tuple[float, float]
 
 
 class LoadPrice:
-    """Level of load, and the price that it makes of a price.
+    """The level of load, and the price that follows from it.
 
     load_price: at level 1, nats per token for all layers. waiting, running, kv_use: (low, high) of the signals,
-        0 <= low < high; running None: is not looked at. hysteresis: in [0, 1).
+        0 <= low < high; running None: this signal is ignored. hysteresis: in [0, 1).
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LoadPrice:
         return self.level
 
     def price(self, base: float) -> float:
-        """What the price `base` has become at the present level: never less than `base`."""
+        """The price `base` at the present level of load, never less than `base`."""
         return max(base, (1 - self.level) * base + self.level * self._load_price)
 
 

@@ -1,15 +1,15 @@
-"""The memory that captured decode steps read and write: what changes from step to step, at addresses that do not."""
+"""The buffers that captured decode steps read and write: their addresses are fixed, their contents change."""
 
 from functools import partial
 from typing import Any
 
 import torch
 
-ONE_TOKEN = 1  # what a row attends to that writes nowhere: its output is dropped, and no kernel sees a length of 0
+ONE_TOKEN = 1  # length of rows that skip a layer: their output is dropped, and no kernel sees a length of 0
 
 
 class DecodeBuffers:
-    """What all graphs read and write; a size uses the front of each.
+    """The buffers of all graphs; a batch size uses the front of each.
 
     Per layer and row: first_position and source as the op layer_slots and scatter_rows take them, slots, lengths; with
     `moves_first_blocks` also first_block, and a block table that begins there.
@@ -54,8 +54,8 @@ class DecodeBuffers:
         if first_block is None:
             self.tables[:, :num_rows, :width].copy_(block_table[:, :width])
             return
-        # A request has two tables: its own, and that from the first block on that it does not share (see masked.py).
-        # Behind the last block in use any entry will do.
+        # A request has two tables: its own, and the part of it from the first block that it does not share (see
+        # kv/masked.py). After the last block in use any entry will do.
         own = block_table[:, :width]
         entry = (first_block.amax(0)[:, None] + self._entries[:width]).clamp_(max=width - 1)
         torch.where(first_block[..., None] > 0, own.gather(1, entry.long()), own, out=self.tables[:, :num_rows, :width])

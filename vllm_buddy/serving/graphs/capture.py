@@ -16,18 +16,17 @@ class OutOfGraphMemory(RuntimeError):
 
 
 class Capture(Protocol):
-    """From functions without arguments, which read and write persistent buffers only, to what replays them.
+    """Turns functions without arguments, which read and write persistent buffers only, into replays.
 
-    Returns with them the device memory that they take, in bytes, the same on all tensor-parallel ranks.
-    warm_up: run each once before.
-    Raises OutOfGraphMemory.
+    Returns the replays and the device memory that they take, in bytes, the same on all tensor-parallel ranks.
+    warm_up: whether to run each function once before it is captured. Raises OutOfGraphMemory.
     """
 
     def __call__(self, bodies: Sequence[Callable[[], None]], warm_up: bool = False) -> tuple[list[Replay], int]: ...
 
 
 class CudaCapture:
-    """Captures CUDA graphs, all into vLLM's memory pool: they are never replayed at the same time."""
+    """Captures CUDA graphs, all into vLLM's memory pool, because no two are replayed at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -46,7 +45,7 @@ class CudaCapture:
         replays: list[Replay] = []
         try:
             with group.graph_capture(GraphCaptureContext(self._stream)):
-                # On this stream, since what a first call makes for its stream must not be made within a graph.
+                # On this stream, because a first call allocates things for its stream, which a graph must not.
                 for body in bodies if warm_up else ():
                     body()
                 for body in bodies:
@@ -68,13 +67,13 @@ class CudaCapture:
             try:
                 body()
             except BaseException:
-                with suppress(RuntimeError):  # the first error is the one to tell
+                with suppress(RuntimeError):  # the first error is the one to report
                     graph.capture_end()
                 raise
             graph.capture_end()
 
     def _most(self, num_bytes: int) -> int:
-        """Over the ranks, which must drop the same graphs: to capture one takes all of them."""
+        """The largest over the ranks, which must drop the same graphs: capturing one takes all ranks."""
         group = get_tp_group()
         if group.world_size == 1:
             return num_bytes

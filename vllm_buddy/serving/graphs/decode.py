@@ -1,11 +1,11 @@
-"""CUDA graphs around a path that changes: decode steps as replays, per layer or per path.
+"""Decode steps as CUDA graphs, although the layers that run change from step to step.
 
-vLLM's own graphs replay a fixed list of layers. Here each layer has a graph of its own for each batch size, attention
-included, so a step of any paths is a list of replays. A path that recurs gets one graph for all of it. Both read what a
-step is from persistent buffers, which one copy from the host and one kernel fill.
+vLLM's own graphs replay a fixed list of layers. Here each layer has a graph for each batch size, attention included, so
+that a step with any paths is a list of replays. Paths that recur get one graph for the whole step. All graphs read what
+differs between steps from persistent buffers, which one copy from the host and one kernel fill.
 
-Decoding is bound by reading weights, so rows that skip a layer which others run are not gathered away: they go through
-it, write to no slot (-1), attend to one token, and what comes out of it is replaced by what their bypass gives.
+Decoding is bound by reading weights. So rows that skip a layer are not gathered away where other rows run it: they go
+through it, write to no slot (-1) and attend to one token, and their bypass replaces the output.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-_CAPTURE_AFTER = 3  # steps of one path and size; a capture takes as long as some ten steps
+_CAPTURE_AFTER = 3  # steps with the same paths and size; a capture takes as long as about ten steps
 
 
 class Use(Enum):
@@ -52,7 +52,7 @@ Groups = tuple[int, ...]
 
 @dataclass
 class GraphedStep:
-    """A decode step whose buffers are filled, and which now has to be replayed.
+    """A decode step whose buffers are filled, ready to be replayed.
 
     uses: of each layer. groups: of each layer; those of one group hold equally many tokens of every row.
     mask: [num_layers, num_rows], bool: which rows run the layer.
@@ -113,8 +113,8 @@ class DecodeGraphs:
         moves_first_blocks = policy.moves_first_blocks and table_bytes <= memory_limit // 2
         if moves_first_blocks != policy.moves_first_blocks:
             logger.warning(
-                "vllm_buddy: block tables of each layer would take %d MiB, more than half of graph_memory_mib, so "
-                "steps of requests that left their first path run without graphs; lower --max-model-len or graph_sizes",
+                "vllm_buddy: block tables of each layer would take %d MiB, more than half of graphs.memory_mib, so "
+                "steps of requests that left their first path run without graphs; lower --max-model-len or graphs.sizes",
                 table_bytes >> 20,
             )
         self._buffers = DecodeBuffers(backbone, most_rows, num_blocks, moves_first_blocks)
@@ -124,8 +124,8 @@ class DecodeGraphs:
     # --- what a step is ----------------------------------------------------------------------------------------
 
     def step(self, batch: StepBatch, places: RunPlaces) -> GraphedStep | None:
-        """Fill the buffers for a decode step; None if the step is none, or too large, or layers have block tables of
-        their own and there is no room for these."""
+        """Fill the buffers for a decode step. None if it is no decode step, or too large, or its layers need their own
+        block tables and there is no room for these."""
         num_rows, buffers, shifted = batch.num_tokens, self._buffers, places.first_block is not None
         if num_rows != len(batch.plans) or num_rows > self.sizes[-1] or (shifted and buffers.tables is None):
             return None
@@ -181,13 +181,13 @@ class DecodeGraphs:
     # --- capturing ---------------------------------------------------------------------------------------------
 
     def capture_pieces(self) -> int:
-        """Capture the graphs of all layers, for every size; returns the memory they and the block tables of layers
-        take, in bytes, which graphs of paths then do not have.
+        """Capture the graphs of all layers for every size; returns the memory that they and the layers' block tables
+        take, in bytes. It is taken off the memory for graphs of whole paths.
 
-        Call at start, when nothing is in the buffers: each piece is run once before.
+        To be called at start, when the buffers are empty: each piece is run once before it is captured.
         """
         num_bytes = 0 if self._buffers.tables is None else self._buffers.tables.nbytes
-        for size in reversed(self.sizes):  # the largest first: the others find room in the memory that it took
+        for size in reversed(self.sizes):  # the largest first: the others fit into the memory that it took
             bodies = {piece: partial(self._piece, size, piece) for piece in self._all_pieces()}
             replays, taken = self._capture(list(bodies.values()), warm_up=True)
             self._pieces |= {(size, piece): replay for piece, replay in zip(bodies, replays, strict=True)}
@@ -204,7 +204,7 @@ class DecodeGraphs:
 
     @property
     def _leaves_something(self) -> bool:
-        """Whether a layer that no row runs does something all the same."""
+        """Whether a layer that no row runs has an effect all the same."""
         return self._bypasses is not None or self._policy.writes_skipped
 
     def _pieces_of(self, uses: Uses) -> list[tuple[int, Use]]:
@@ -223,7 +223,7 @@ class DecodeGraphs:
             self._end(size, hidden, residual)
 
     def _piece(self, size: int, piece: Any) -> None:
-        """One layer, or what comes before or after all; from the buffers to the buffers."""
+        """One layer, or what comes before or after all layers; it reads and writes the buffers."""
         hidden, residual = self._buffers.hidden[:size], self._buffers.residual[:size]
         if piece == "start":
             hidden.copy_(self._start(size))
@@ -269,10 +269,9 @@ class DecodeGraphs:
         normed: torch.Tensor | None,
         norm_of: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """State behind a layer: hidden and residual, whose sum it is, and the sum normalised for layer `norm_of`, if
-        that came for free.
+        """Run one layer; returns hidden, residual, and their sum normalised for layer `norm_of` where it was fused.
 
-        normed: what came so for this layer; hidden then is the whole state.
+        normed: the normalised input of this layer, where the layer before returned it; hidden is then the whole state.
         """
         layer, bypass, buffers = self._layers[index], self._bypasses and self._bypasses[index], self._buffers
         positions = buffers.positions[:size]
@@ -283,7 +282,7 @@ class DecodeGraphs:
             return *passed_by([bypass] if bypass else None, hidden, residual, buffers.everyone[:size]), None
         source = buffers.plan(size)[1, index]
         if use is Use.SOME:
-            # Before the layer, which overwrites its input.
+            # Computed first, because the layer overwrites its input.
             passed, rest = passed_by([bypass] if bypass else None, hidden, residual, source < 0)
             if not bypass:
                 passed = hidden.clone() if rest is None else hidden + rest

@@ -1,4 +1,4 @@
-"""Views for policies under which every position of every layer has an entry: vLLM's own slots and lengths."""
+"""Views on vLLM's own slots and lengths, for KV policies under which every position has an entry in every layer."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
 
 class Aligned(KVPolicy):
-    """Position p of a request is at position p of its block table in every layer; no state is kept."""
+    """Position p of a request lies at position p of its block table in every layer. No state is kept."""
 
     def places(self, batch: StepBatch) -> RunPlaces:
         return RunPlaces(np.broadcast_to(batch.run_position.astype(np.int32), batch.run_mask.T.shape))
@@ -29,8 +29,8 @@ class Aligned(KVPolicy):
         skipped_slots = batch.slot_mapping[skipped]
         if len(rows) == 0:
             return LayerView(rows_np=rows, skipped=skipped, skipped_slots=skipped_slots)
-        # A sequence per run: the queries of one attention sequence must be its last positions, and a run that is
-        # followed by a skipping one is not.
+        # One attention sequence per run: the queries of a sequence must be its last positions, which those of a run
+        # followed by a skipping run are not.
         reqs = batch.run_request[runs]
         seq_lens = (batch.run_position + batch.run_length)[runs]
         rows_device = batch.to_device(rows)

@@ -1,6 +1,6 @@
 """`kv_only`: a skipped layer still projects K and V from the hidden state that passes it.
 
-Every position stays attendable, at the price of two small projections per skipped layer.
+Every position stays visible to attention, at the cost of two small projections per skipped layer.
 """
 
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ class KVOnly(Aligned):
 
     def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
         attention, attn = layer.self_attn, layer.self_attn.attn
-        # Indexing copies, and the norm works in place on what it is given.
+        # Indexing makes copies, which the norm may overwrite.
         if residual is None:
             normed = layer.input_layernorm(hidden[view.skipped])
         else:
@@ -42,14 +42,14 @@ class KVOnly(Aligned):
         if hasattr(qkv_proj, "buddy_kv_weight"):
             bias = None if qkv_proj.bias is None else qkv_proj.bias[attention.q_size :]
             kv = torch.nn.functional.linear(normed, qkv_proj.buddy_kv_weight, bias)
-        else:  # quantised weights come in packed forms that cannot be cut
+        else:  # quantised weights are packed and cannot be cut
             kv = qkv_proj(normed)[0][:, attention.q_size :]
         key, value = kv.split([attention.kv_size, attention.kv_size], dim=-1)
         return key.contiguous(), value
 
 
 def keep_kv_weights(layer: Any) -> None:
-    """Keep the K and V rows of an unquantised layer's projection within reach. Call after loading its weights.
+    """Keep the K and V rows of an unquantised layer's projection at hand. To be called after its weights are loaded.
 
     A view on a GPU. On CPU vLLM packs the weight for its matrix product and drops the original, so the rows are
     copied: 2 * kv_size * hidden_size numbers a layer.

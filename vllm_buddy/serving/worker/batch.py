@@ -1,4 +1,4 @@
-"""One step of a worker, as both model runners describe it. Nothing behind it knows which runner ran."""
+"""One step of a worker as both model runners describe it. KV policies and graphs see this and no runner."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ _BLOCKS_STEP = 16
 class RunPlaces:
     """Where the runs of a step write their K and V, in some or all layers.
 
-    A position is one within what a layer's cache holds of the request; it lies in the request's block table, from the
-    entry `first_block` on.
+    Positions count what a layer's cache holds of a request. They lie in the request's block table from the entry
+    `first_block` on.
 
-    first_position: [num_layers, num_runs] int32, of each run's first token; -1: it writes nothing.
+    first_position: [num_layers, num_runs] int32, the position of each run's first token; -1: the run writes nothing.
     first_block: [num_layers, num_runs] int32; None: 0 everywhere.
     """
 
@@ -32,21 +32,21 @@ class RunPlaces:
     first_block: np.ndarray | None = None
 
     def of(self, layers: Sequence[int]) -> "RunPlaces":
-        """Those of some of the layers."""
+        """The places in some of the layers."""
         first_block = None if self.first_block is None else self.first_block[layers]
         return RunPlaces(self.first_position[layers], first_block)
 
 
 @dataclass
 class StepBatch:
-    """The rows of one step, on the host, but for the block table and the slots, which are where the model runs.
+    """The rows of one step. All is on the host, except for the block table and the slots, which are on the device.
 
     req_ids: [num_reqs], in row order.
     query_start_loc: [num_reqs + 1]; tokens of request i are rows query_start_loc[i] to query_start_loc[i + 1].
     num_computed_tokens: [num_reqs], tokens in the KV cache before this step.
     block_table: [num_reqs, max_num_blocks], int32, blocks of block_size tokens.
-    slot_mapping: [num_tokens], the position-aligned slots of vLLM's own metadata.
-    build_metadata: from CommonAttentionMetadata to what the attention backend reads.
+    slot_mapping: [num_tokens], the slots of vLLM's own metadata, one per position.
+    build_metadata: makes what the attention backend reads of CommonAttentionMetadata.
     kernels: Triton's, or their references.
     """
 
@@ -71,7 +71,7 @@ class StepBatch:
 
     @cached_property
     def run_request(self) -> np.ndarray:
-        """[num_runs], the row of the request each run belongs to."""
+        """[num_runs], the row of the request that each run belongs to."""
         return np.repeat(np.arange(len(self.plans)), [len(plan.runs) for plan in self.plans])
 
     @cached_property
@@ -101,7 +101,7 @@ class StepBatch:
         return np.stack([path_mask(run.path, self.num_layers) for plan in self.plans for run in plan.runs])
 
     def token_rows(self, runs: np.ndarray) -> np.ndarray:
-        """Rows of the tokens of `runs`, ascending. runs: [num_runs], bool."""
+        """Token rows of the chosen runs, ascending. runs: [num_runs], bool."""
         return np.flatnonzero(np.repeat(runs, self.run_length))
 
     @cached_property
@@ -135,7 +135,7 @@ class StepBatch:
 
     def tables(self, reqs: np.ndarray, most_tokens: int, first_block: np.ndarray | None = None) -> torch.Tensor:
         """Block tables of rows `reqs` from their first blocks on: [len(reqs), blocks of most_tokens or more], int32."""
-        # In steps: Triton's attention is compiled for what divides the width of the table.
+        # In steps of _BLOCKS_STEP: Triton's attention is compiled for each divisor of the table's width.
         num_blocks = min(-(-most_tokens // (_BLOCKS_STEP * self.block_size)) * _BLOCKS_STEP, self.block_table.shape[1])
         if first_block is None or not first_block.any():
             if len(reqs) == len(self.block_table) and np.array_equal(reqs, np.arange(len(reqs))):
@@ -174,14 +174,14 @@ class StepBatch:
         )
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        """The array as a tensor where the model runs, without waiting for it."""
+        """The array as a tensor on the device, without waiting for the copy."""
         if self.device.type == "cpu":
             return torch.from_numpy(np.ascontiguousarray(array))
         return async_tensor_h2d(np.ascontiguousarray(array), device=self.device)
 
 
 def check_plan(plans: Sequence[RequestPlan], num_scheduled: Sequence[int], req_ids: Sequence[str]) -> None:
-    """Every scheduled token has a path. Anything else is a bug, and would serve wrong tokens silently."""
+    """Raise RuntimeError unless every scheduled token has a path: wrong tokens would be served silently."""
     for plan, num_tokens, req_id in zip(plans, num_scheduled, req_ids, strict=True):
         planned = sum(run.num_tokens for run in plan.runs)
         if planned != num_tokens:
