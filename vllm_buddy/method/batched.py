@@ -147,7 +147,7 @@ def dense_layer(layer: Any, hidden: torch.Tensor, rotary: Rotary) -> torch.Tenso
     mixed = nn.functional.scaled_dot_product_attention(
         queries, keys, _heads(attention, normed, "v"), is_causal=True, scale=attention.scaling, enable_gqa=True
     )
-    return _behind_attention(layer, hidden, mixed)
+    return _after_attention(layer, hidden, mixed)
 
 
 def _sparse_layer(
@@ -168,10 +168,10 @@ def _sparse_layer(
     mixed = nn.functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=visible[:, None], scale=attention.scaling, enable_gqa=True
     )
-    return _behind_attention(layer, inputs, mixed)
+    return _after_attention(layer, inputs, mixed)
 
 
-def _behind_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+def _after_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     """The output projection and the MLP. mixed: attention output, [batch, num_heads, rows, head_dim]."""
     hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
     return hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))

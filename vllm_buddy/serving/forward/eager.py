@@ -103,9 +103,10 @@ class RoutedStep:
         eps = norm.variance_epsilon
         normed, state = self.kernels.gather_rows(hidden, residual, rows, norm.weight, eps)
         positions_rows = positions.index_select(0, rows)
-        ran = _call(others, positions_rows, *after_norm(first, positions_rows, normed, state))
+        ran, ran_residual = _call(others, positions_rows, *after_norm(first, positions_rows, normed, state))
+        assert ran_residual is not None  # every layer returns one
         passed = passed_by(skipping, hidden, residual, source < 0)
-        return self.kernels.scatter_rows(*ran, source, *passed, None, eps)[1], None
+        return self.kernels.scatter_rows(ran, ran_residual, source, *passed, None, eps)[1], None
 
     def _span_end(self, start: int) -> int:
         """One past the last layer that the same rows run, without other rows or a write of skipped rows in between.

@@ -114,7 +114,8 @@ class DecodeGraphs:
         if moves_first_blocks != policy.moves_first_blocks:
             logger.warning(
                 "vllm_buddy: block tables of each layer would take %d MiB, more than half of graphs.memory_mib, so "
-                "steps of requests that left their first path run without graphs; lower --max-model-len or graphs.sizes",
+                "steps of requests that left their first path run without graphs; lower --max-model-len or "
+                "graphs.sizes",
                 table_bytes >> 20,
             )
         self._buffers = DecodeBuffers(backbone, most_rows, num_blocks, moves_first_blocks)
