@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig
 from vllm_buddy.artifact.tensors import ArtifactParts, pack_tensors, parse_tensors
 from vllm_buddy.errors import ArtifactError
-from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, Router, path_of
+from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, Router, TokenRouter, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.lora import LoraDeltas
 
@@ -44,6 +44,7 @@ class Artifact:
     bypass: Bypass | None = None
     lora: LoraDeltas | None = None
     predictor: FoldedPredictor | None = None
+    token: TokenRouter | None = None
 
     @property
     def repair(self) -> RepairKind:
@@ -60,7 +61,9 @@ class Artifact:
     def digest(self) -> str:
         """Sixteen hex digits that change with everything that can change a path or its results."""
         # Without the format version: an artifact that a later version saves again keeps its digest.
-        h = hashlib.sha256(self.config.model_dump_json(exclude={"format_version"}).encode())
+        # Nor does a field that later versions added, and that it does not use, change it.
+        unused = {"token"} if self.config.token is None else set()
+        h = hashlib.sha256(self.config.model_dump_json(exclude={"format_version", *unused}).encode())
         for _, array in sorted(pack_tensors(self._parts).items()):
             h.update(np.ascontiguousarray(array).tobytes())
         return h.hexdigest()[:16]
@@ -120,7 +123,7 @@ class Artifact:
 
     @property
     def _parts(self) -> ArtifactParts:
-        return ArtifactParts(self.prior, self.decision, self.bypass, self.lora, self.predictor)
+        return ArtifactParts(self.prior, self.decision, self.bypass, self.lora, self.predictor, self.token)
 
 
 def load_artifact(folder: Path) -> Artifact:
@@ -140,7 +143,7 @@ def load_artifact(folder: Path) -> Artifact:
         raise ArtifactError(f"{weights} is not a complete safetensors file ({error}); get the artifact again") from None
     _check_library(config, folder)
     parts = parse_tensors(config, tensors, str(weights))
-    return Artifact(config, parts.prior, parts.decision, parts.bypass, parts.lora, parts.predictor)
+    return Artifact(config, parts.prior, parts.decision, parts.bypass, parts.lora, parts.predictor, parts.token)
 
 
 def _read_config(folder: Path) -> BuddyConfig:

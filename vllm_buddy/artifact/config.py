@@ -8,7 +8,7 @@ from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.router import OMEGA
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class PriorConfig(BaseModel):
@@ -60,6 +60,28 @@ class PredictorConfig(BaseModel):
         return depths
 
 
+class TokenConfig(BaseModel):
+    """The nested paths of schedule `token`, and the prices at which tokens choose among them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    paths: tuple[tuple[int, ...], ...] = Field(
+        min_length=2, description="layer sets, each a subset of the next; the last is the whole model"
+    )
+    prices: tuple[PricePoint, ...] = Field(
+        min_length=2, description="mean budgets of prices where no account limits the choice, ascending in budget"
+    )
+
+    @model_validator(mode="after")
+    def _nested(self) -> "TokenConfig":
+        for shallow, deep in zip(self.paths, self.paths[1:]):
+            if not set(shallow) < set(deep):
+                raise ValueError(f"each path must be a subset of the next; {shallow} is not one of {deep}")
+        if any(list(path) != sorted(set(path)) for path in self.paths):
+            raise ValueError("the layers of a path must ascend")
+        return self
+
+
 class BuddyConfig(BaseModel):
     """The content of `buddy_config.json`."""
 
@@ -91,7 +113,22 @@ class BuddyConfig(BaseModel):
     lora: LoraConfig | None = Field(
         default=None, description="the change of base weights, which applies at every budget; absent: there is none"
     )
+    token: TokenConfig | None = Field(
+        default=None, description="routing of single tokens; absent: the artifact has no schedule `token`"
+    )
     predictor: PredictorConfig | None = Field(default=None, description="absent: there is no budget `auto`")
+
+    @model_validator(mode="after")
+    def _token_paths_fit(self) -> "BuddyConfig":
+        if self.token is not None:
+            last = self.base_model.num_layers - 1
+            shallowest, deepest = self.token.paths[0], self.token.paths[-1]
+            if deepest != tuple(range(last + 1)) or not {0, last} <= set(shallowest) or len(shallowest) < MIN_DEPTH:
+                raise ValueError(
+                    f"the paths of schedule token must hold layers 0 and {last} and at least {MIN_DEPTH} layers, the "
+                    "last one all layers"
+                )
+        return self
 
     @model_validator(mode="after")
     def _grid_fits(self) -> "BuddyConfig":

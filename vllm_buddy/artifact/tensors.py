@@ -7,6 +7,7 @@
 | `decision.table_context_scale`, `decision.table_newest_scale` | [r], float32, one per column |
 | `decision.b1`, `decision.w2`, `decision.b2` | [r], [num_middle, r], [num_middle], float32 |
 | `predictor.*` | as `decision.*`, with one output per step of the predictor's grid instead of num_middle |
+| `token.*` | as `decision.*`, with one output per step between the nested paths of schedule `token` |
 | `bypass.down`, `bypass.up` | [num_middle, rank, hidden_size], [num_middle, hidden_size, rank], int8 |
 | `bypass.down_scale`, `bypass.up_scale` | [num_middle * rank], [num_middle * hidden_size], float32, one per row |
 | `lora.NAME.a`, `lora.NAME.b` | [rank, in], [out, rank], float16; NAME is Hugging Face's, without `.weight` |
@@ -23,12 +24,12 @@ import torch
 
 from vllm_buddy.artifact.config import BuddyConfig
 from vllm_buddy.errors import ArtifactError
-from vllm_buddy.method import FoldedDecision, FoldedPredictor
+from vllm_buddy.method import FoldedDecision, FoldedPredictor, TokenRouter, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import byte_grid
 from vllm_buddy.method.lora import LoraDeltas
 
-_DECISION, _PREDICTOR = "decision", "predictor"
+_DECISION, _PREDICTOR, _TOKEN = "decision", "predictor", "token"
 _TABLES = ("table_context", "table_newest")
 _DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
 _BYPASS_TENSORS = ("down", "up")
@@ -50,6 +51,7 @@ class ArtifactParts:
     bypass: Bypass | None
     lora: LoraDeltas | None
     predictor: FoldedPredictor | None
+    token: TokenRouter | None = None
 
     @property
     def constants(self) -> tuple[float | None, float | None, tuple[int, ...] | None]:
@@ -65,7 +67,8 @@ def pack_tensors(parts: ArtifactParts) -> dict[str, np.ndarray]:
     """Return the named tensors that store `parts`."""
     tensors = {"prior": parts.prior.astype(np.float32)}
     predictor = None if parts.predictor is None else parts.predictor.decision
-    for part, folded in ((_DECISION, parts.decision), (_PREDICTOR, predictor)):
+    token = None if parts.token is None else parts.token.predictor.decision
+    for part, folded in ((_DECISION, parts.decision), (_PREDICTOR, predictor), (_TOKEN, token)):
         for name in () if folded is None else _DECISION_TENSORS:
             array = getattr(folded, name)
             tensors |= _in_bytes(f"{part}.{name}", array, array) if name in _TABLES else {f"{part}.{name}": array}
@@ -89,19 +92,24 @@ def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: s
     """
     lora_names = _lora_names(config, tensors, source)
     _check_tensors(config, tensors, _expected_shapes(config, tensors, lora_names), source)
-    decision = bypass = lora = predictor = None
+    decision = bypass = lora = predictor = token = None
     if config.has_decision_module:
         decision = _decision(_DECISION, tensors, source)
     if config.predictor is not None:
         folded = _decision(_PREDICTOR, tensors, source)
         predictor = FoldedPredictor(folded, config.predictor.depths, config.base_model.num_layers)
+    if config.token is not None:
+        paths = tuple(path_of(layers) for layers in config.token.paths)
+        depths = tuple(path.bit_count() for path in paths)
+        excess = FoldedPredictor(_decision(_TOKEN, tensors, source), depths, config.base_model.num_layers)
+        token = TokenRouter(excess, paths, tuple((point.budget, point.price) for point in config.token.prices))
     if config.bypass_rank:
         down, up = (_bypass_weight(tensors, f"bypass.{name}") for name in _BYPASS_TENSORS)
         bypass = Bypass(down, up, config.bypass_eps)
     if config.lora is not None:
         a, b = ({name: _float32(tensors[f"lora.{name}.{part}"]) for name in lora_names} for part in _LORA_TENSORS)
         lora = LoraDeltas(a, b, config.lora.alpha)
-    return ArtifactParts(tensors["prior"].astype(np.float32), decision, bypass, lora, predictor)
+    return ArtifactParts(tensors["prior"].astype(np.float32), decision, bypass, lora, predictor, token)
 
 
 def _lora_names(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> list[str]:
@@ -122,6 +130,8 @@ def _expected_shapes(config: BuddyConfig, tensors: dict[str, np.ndarray], lora_n
         shapes |= _decision_shapes(_DECISION, base.vocab_size, num_middle, tensors)
     if config.predictor is not None:
         shapes |= _decision_shapes(_PREDICTOR, base.vocab_size, len(config.predictor.depths) - 1, tensors)
+    if config.token is not None:
+        shapes |= _decision_shapes(_TOKEN, base.vocab_size, len(config.token.paths) - 1, tensors)
     if config.bypass_rank:
         shapes["bypass.down"] = (num_middle, config.bypass_rank, base.hidden_size)
         shapes["bypass.up"] = (num_middle, base.hidden_size, config.bypass_rank)

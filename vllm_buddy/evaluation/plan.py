@@ -1,7 +1,7 @@
 """Plans an evaluation: reads and checks data, artifacts and budgets before any model is loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,22 @@ from vllm_buddy.errors import BaselineError, EvaluationError
 from vllm_buddy.evaluation.choices import ChoiceRow, read_choices
 from vllm_buddy.evaluation.engine import Report, Variant
 from vllm_buddy.evaluation.eval_settings import EvalSettings
-from vllm_buddy.evaluation.policy import DENSE, FROZEN, PROMPT_ONLY, Policy, PolicySpec, dense_policy, static_policy
+from vllm_buddy.evaluation.policy import (
+    DENSE,
+    FROZEN,
+    PROMPT_ONLY,
+    SHUFFLED,
+    TOKEN,
+    Policy,
+    PolicySpec,
+    dense_policy,
+    static_policy,
+)
 from vllm_buddy.evaluation.sample import Sample
 from vllm_buddy.evaluation.windows import text_samples
 from vllm_buddy.importance import CalibrationText
-from vllm_buddy.method import depth_for_budget
+from vllm_buddy.method import TokenSchedule, depth_for_budget
+from vllm_buddy.method.kv_policy import ZERO
 from vllm_buddy.models.folder import load_tokenizer
 
 
@@ -79,6 +90,8 @@ def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIden
         )
     schedule = artifact.schedule(0 if spec.variant == PROMPT_ONLY else settings.route_every)
     policy = Policy(spec.name, artifact, schedule, settings.library)
+    if spec.variant in (TOKEN, SHUFFLED):
+        return _token_policy(policy, settings, depths, shuffled=spec.variant == SHUFFLED)
     allowed = policy.router.depths
     for budget, depth in zip(settings.budgets, depths):
         if allowed is not None and depth not in (*allowed, base.num_layers):
@@ -87,6 +100,20 @@ def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIden
                 f"it has paths of {', '.join(map(str, allowed))} layers"
             )
     return policy
+
+
+def _token_policy(policy: Policy, settings: EvalSettings, depths: list[int], *, shuffled: bool) -> Policy:
+    """The policy with a path for each token."""
+    router = policy.artifact.token
+    if router is None:
+        raise EvaluationError(f"policy '{policy.name}': the artifact has no nested paths for the schedule token")
+    if low := [depth for depth in depths if depth < router.depths[0]]:
+        raise EvaluationError(
+            f"policy '{policy.name}': a mean of {low[0]} layers is below its shallowest path, {router.depths[0]} layers"
+        )
+    if settings.kv_policy == ZERO:
+        raise EvaluationError(f"policy '{policy.name}': the schedule token needs the KV policy kv_only or masked")
+    return replace(policy, tokens=TokenSchedule(), shuffled=shuffled)
 
 
 def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> list[Sample]:

@@ -8,27 +8,33 @@
 | `NAME=DIR` | the artifact in folder DIR under the name NAME |
 
 `:frozen` after the name of an artifact (`buddy:frozen`, `NAME:frozen=DIR`) gives every token the router's most common
-path at its depth; `:prompt_only` switches re-routing off.
+path at its depth; `:prompt_only` switches re-routing off. `:token` chooses the path of each token (schedule `token`),
+so that a budget is a mean; `:shuffled` deals the same paths to the tokens of each sample at random.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.baselines import STATIC_METHODS, bare_artifact, static_artifact, with_fixed_paths
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.sample import Sample
-from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router, Run
+from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router, Run, TokenRoute, TokenSchedule
 
 DENSE = "dense"
 BUDDY = "buddy"
 FROZEN = "frozen"
 PROMPT_ONLY = "prompt_only"
-VARIANTS = (FROZEN, PROMPT_ONLY)
+TOKEN = "token"
+SHUFFLED = "shuffled"
+VARIANTS = (FROZEN, PROMPT_ONLY, TOKEN, SHUFFLED)
 
 
 @dataclass(frozen=True)
@@ -82,15 +88,32 @@ class Policy:
     artifact: Artifact
     schedule: PathSchedule
     library: bool | None = None  # see Artifact.router
+    tokens: TokenSchedule | None = None  # of schedule `token`; None: each request has one depth
+    shuffled: bool = False  # whether the paths of a sample's tokens are dealt at random
 
     @cached_property
     def router(self) -> Router:
         return self.artifact.router(library=self.library)
 
     def route(self, sample: Sample, depth: int) -> list[Run]:
-        """Return the runs of the sample's inputs. Decisions see the context, and later tokens as they are run."""
+        """Return the runs of the sample's inputs. Decisions see the context, and later tokens as they are run.
+
+        depth: of every token, or on average over the tokens under schedule `token`.
+        """
+        if self.tokens is not None:
+            return self._token_runs(sample, depth, self.tokens)
         route = RequestRoute(self.router, self.schedule, depth, sample.inputs, sample.num_context)
         return route.runs(0, len(sample.inputs), sample.inputs)
+
+    def _token_runs(self, sample: Sample, depth: int, schedule: TokenSchedule) -> list[Run]:
+        assert self.artifact.token is not None  # checked where the policy is made
+        route = TokenRoute(self.artifact.token, schedule, depth / self.router.num_layers, sample.inputs)
+        runs = route.runs(0, len(sample.inputs), sample.inputs)
+        if not self.shuffled:
+            return runs
+        paths = [run.path for run in runs for _ in range(run.num_tokens)]
+        seed = zlib.crc32(np.array(sample.inputs, dtype=np.int64).tobytes())
+        return [Run(1, paths[i]) for i in np.random.default_rng(seed).permutation(len(paths))]
 
     def path_counts(self, samples: Sequence[Sample], depth: int) -> Counter[LayerPath]:
         """Return the number of tokens that run each path."""

@@ -72,14 +72,20 @@ def distillation_loss(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tenso
 
 
 @torch.no_grad()
+def token_divergence(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """Return the divergence of `distillation_loss` of each token of one sequence, without a gradient: [length], nats.
+
+    hidden: [length, hidden_size]. ids, log_p: [length, top]. head: as in `distillation_loss`.
+    """
+    logits = torch.nn.functional.linear(hidden, head)
+    return _divergence(log_p, logits.gather(1, ids).float() - logits.float().logsumexp(dim=-1, keepdim=True))
+
+
+@torch.no_grad()
 def divergence(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """Return `distillation_loss` of each sequence without a gradient: [batch], nats per token. Same arguments."""
-    rows = []
-    for row, row_ids, row_log_p in zip(hidden, ids, log_p, strict=True):
-        logits = torch.nn.functional.linear(row, head)
-        log_q = logits.gather(1, row_ids).float() - logits.float().logsumexp(dim=-1, keepdim=True)
-        rows.append(_divergence(row_log_p, log_q).mean())
-    return torch.stack(rows)
+    rows = zip(hidden, ids, log_p, strict=True)
+    return torch.stack([token_divergence(row, head, row_ids, row_log_p).mean() for row, row_ids, row_log_p in rows])
 
 
 @torch.no_grad()

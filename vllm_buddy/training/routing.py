@@ -1,4 +1,4 @@
-"""Chooses the layers that each training sequence runs: from a library, at random, or by a trained Decision Module."""
+"""Chooses the layers that each training sequence, or each of its tokens, runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,13 @@ from torch import nn
 from vllm_buddy.method import DecisionModule, LayerPath, path_of
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.method.router import OMEGA
+from vllm_buddy.method.token_router import TokenRoute, TokenRouter, TokenSchedule
 
 FIRST_SHARE = 0.6  # share of the sequences that run the first path of their depth; the others draw one of the rest
 SWITCHED = 0.25  # share of the sequences whose path changes midway, as it may when a request is routed again
 SHORTEST_CONTEXT = 16  # tokens that a path is decided from, at least
+CONSTANT_SHARE = 0.2  # share of the sequences of schedule `token` that run one path
+SHUFFLED_SHARE = 0.15  # share of those whose depths are dealt to tokens at random
 FREE_NATS = 0.05  # a layer that costs this many nats is skipped half as often as one that costs nothing
 
 
@@ -139,6 +142,45 @@ class LearnedRouting:
             gates[row, 1:-1] = hard + soft - soft.detach()
         masks = (gates.detach() > 0.5)[:, None].expand(-1, length, -1)
         return Routed(masks, gates)
+
+
+class TokenRouting:
+    """Gives each token of a sequence a path of its own, as the schedule `token` does; `depths` are means then.
+
+    Some sequences run a constant path all the same, so that the bypasses stay good for requests of one path. The choice
+    of some others ignores the router, so that every token is met at every depth.
+
+    constant: what draws the paths of sequences that run one path.
+    """
+
+    def __init__(self, router: TokenRouter, schedule: TokenSchedule, constant: LibraryRouting) -> None:
+        self.router = router
+        self._schedule = schedule
+        self._constant = constant
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def route(self, token_ids: torch.Tensor, depths: Sequence[int], rng: np.random.Generator) -> Routed:
+        num_layers, length = self.router.num_layers, token_ids.shape[1]
+        by_path = np.stack([path_mask(path, num_layers) for path in self.router.paths])
+        masks = []
+        for row, depth in zip(token_ids, depths):
+            draw = rng.random()
+            if draw < CONSTANT_SHARE or depth < self.router.depths[0]:
+                masks.append(self._constant.route(row[None], [depth], rng).masks[0].numpy())
+            elif draw < CONSTANT_SHARE + SHUFFLED_SHARE:
+                masks.append(by_path[rng.permutation(self._choices(row, depth))])
+            else:
+                masks.append(by_path[self._choices(row, depth)])
+        assert all(mask.shape == (length, num_layers) for mask in masks)
+        return Routed(torch.from_numpy(np.stack(masks)))
+
+    def _choices(self, token_ids: torch.Tensor, depth: int) -> np.ndarray:
+        ids = token_ids.tolist()
+        route = TokenRoute(self.router, self._schedule, depth / self.router.num_layers, ids)
+        route.decide(len(ids), ids)
+        return route.choices
 
 
 def draw_depths(num_layers: int, smallest: int, count: int, rng: np.random.Generator, *, full: bool) -> list[int]:

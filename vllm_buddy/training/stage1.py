@@ -11,13 +11,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_buddy.artifact import Artifact
-from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, LoraConfig, PriorConfig
+from vllm_buddy.artifact import Artifact, load_artifact, resolve_artifact
+from vllm_buddy.artifact.config import (
+    FORMAT_VERSION,
+    BuddyConfig,
+    LoraConfig,
+    PricePoint,
+    PriorConfig,
+    TokenConfig,
+)
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.baselines import check_static_method, layer_order, static_path, static_prior
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.importance.library import nested_library
-from vllm_buddy.method import DecisionModule, FoldedDecision, layers_of
+from vllm_buddy.method import (
+    DecisionModule,
+    FoldedDecision,
+    LayerPath,
+    TokenRouter,
+    TokenSchedule,
+    full_path,
+    layers_of,
+    path_of,
+)
 from vllm_buddy.method.budget import depth_for_budget
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
@@ -31,9 +47,10 @@ from vllm_buddy.training.path_search import removal_order, single_divergences
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
-from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, RandomRouting, Routing
+from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, RandomRouting, Routing, TokenRouting
 from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.teacher import Teacher
+from vllm_buddy.training.token_fit import TokenFit, fit_tokens, measure_tokens
 
 SEARCHED, LEARNED = "searched", "learned"
 EXPLORE_DIR = "explore"
@@ -48,18 +65,22 @@ class Start:
     """The start of training: the orders in which layers are removed, and the initial bypass.
 
     order: for all text. by_source: for each source of text; empty unless a Decision Module is fitted to choose paths.
-    bypass: None for the recipes that train LoRA.
+    bypass: None for the recipes that train LoRA. artifact: the one that training starts from (`start_from`).
     """
 
     order: list[int]
     by_source: list[list[int]]
     bypass: Bypass | None
+    artifact: Artifact | None = None
 
     def library(self, paths_per_depth: int, smallest: int) -> dict[int, list[list[int]]]:
         """Return up to `paths_per_depth` paths for each depth: of `order`, of each source's order, then variants.
 
         Depths below `smallest` are not trained and get the path of `order` alone.
         """
+        if self.artifact is not None:
+            assert self.artifact.config.library is not None
+            return dict(self.artifact.config.library)
         variants = nested_library(static_prior(self.order), paths_per_depth)
         library = {}
         for depth, nested in variants.items():
@@ -120,7 +141,13 @@ def run_stage1(
     repair, frozen = _repair(settings, model, start)
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
     library = start.library(settings.library if settings.router_windows else 1, smallest)
-    routing: Routing = LibraryRouting(base.num_layers, library, settings.route_every)
+    constant = LibraryRouting(base.num_layers, library, settings.route_every)
+    routing: Routing = constant
+    fit: Callable[[Bypass | None], TokenFit] | None = None
+    if settings.schedule == "token":
+        assert teacher is not None
+        fit = _token_fit(settings, model, corpus, teacher, _nested_paths(settings, library, base.num_layers), note)
+        routing = TokenRouting(fit(start.bypass).router, TokenSchedule(), constant)
     if settings.paths == LEARNED:
         values = value_table(model)
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
@@ -134,6 +161,11 @@ def run_stage1(
         trained = {depth: paths for depth, paths in library.items() if depth >= smallest}
         folded = _fit_router(run, trained, static_prior(start.order), note)
     artifact = _artifact(settings, base, start, repair, folded, library)
+    if fit is not None:
+        with torch.no_grad():
+            trained_fit = fit(artifact.bypass)
+        run.router_figures = {"explained": dict(zip(map(str, settings.token_depths), trained_fit.explained))}
+        artifact = with_token_router(artifact, trained_fit.router)
     return artifact, run
 
 
@@ -173,6 +205,9 @@ def _start(
             )
         return Start(state["order"], state["by_source"], Bypass(**state["bypass"]) if state["bypass"] else None)
     bypass, by_source = None, []
+    if settings.start_from is not None:
+        artifact = load_artifact(resolve_artifact(settings.start_from, lambda: base))
+        return Start(_order_of(artifact, base), [], artifact.bypass, artifact)
     if settings.recipe == "bypass":
         bypass = _starting_bypass(settings, base, model, corpus, note)
     if settings.explore_tokens:
@@ -255,6 +290,63 @@ def _fit_router(
     return FoldedDecision.fold(fit.decision, values)
 
 
+def _order_of(artifact: Artifact, base: BaseModelIdentity) -> list[int]:
+    """The order in which the first paths of an artifact's library lose their layers."""
+    library = artifact.config.library
+    if artifact.bypass is None or not library or not artifact.config.base_model.same_model(base):
+        raise TrainingError(
+            f"start_from: artifact '{artifact.config.name}' must have a bypass and a path library, and be made for "
+            f"{base.summary()}"
+        )
+    order: list[int] = []
+    layers = set(range(base.num_layers))
+    for depth in sorted(library, reverse=True):
+        gone = layers - set(library[depth][0])
+        if len(layers) - len(gone) != depth or len(gone) != 1:
+            raise TrainingError(f"start_from: the first paths of '{artifact.config.name}' are not nested")
+        order += gone
+        layers -= gone
+    return [*order, *sorted(layers - {0, base.num_layers - 1})]
+
+
+def _nested_paths(
+    settings: Stage1Settings, library: Mapping[int, list[list[int]]], num_layers: int
+) -> tuple[LayerPath, ...]:
+    """The paths of schedule token: the first of each of `token_depths`, and the whole model."""
+    if missing := sorted(set(settings.token_depths) - set(library)):
+        raise TrainingError(f"there is no path of {missing} layers; known depths are {sorted(library)}")
+    return (*(path_of(library[depth][0]) for depth in settings.token_depths), full_path(num_layers))
+
+
+def _token_fit(
+    settings: Stage1Settings, model: Any, corpus: Corpus, teacher: Teacher, paths: tuple[LayerPath, ...], note: Note
+) -> Callable[[Bypass | None], TokenFit]:
+    """What measures the divergence of each token under a bypass, and fits the router of tokens to it."""
+    values = value_table(model).cpu()
+    windows = np.unique(corpus.order)
+    windows = np.random.default_rng(settings.seed).permutation(windows)[: settings.token_windows]
+
+    def fit(bypass: Bypass | None) -> TokenFit:
+        note(f"measuring the divergence of each token on {len(paths) - 1} paths, {len(windows)} sequences")
+        measured = measure_tokens(model, bypass, teacher, corpus.sequences, windows, paths)
+        found = fit_tokens(measured, values, paths, model.config.num_hidden_layers, settings.seed)
+        means = measured.divergences.mean(axis=(0, 1))
+        for depth, mean, explained in zip(settings.token_depths, means, found.explained):
+            note(f"  {depth} layers: {mean:.4f} nats per token, {explained:.0%} of the variance over tokens explained")
+        return found
+
+    return fit
+
+
+def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
+    """The artifact with schedule `token`."""
+    config = TokenConfig(
+        paths=tuple(tuple(layers_of(path)) for path in router.paths),
+        prices=tuple(PricePoint(price=price, budget=budget) for budget, price in router.prices),
+    )
+    return dataclasses.replace(artifact, config=artifact.config.model_copy(update={"token": config}), token=router)
+
+
 def _artifact(
     settings: Stage1Settings,
     base: BaseModelIdentity,
@@ -285,4 +377,9 @@ def _artifact(
         bypass_eps=bypass.eps if bypass is not None else 0.0,
         lora=LoraConfig(rank=deltas.rank, alpha=deltas.alpha) if deltas is not None else None,
     )
-    return Artifact(config, static_prior(start.order), folded, None if bypass is None else bypass.rounded(), deltas)
+    rounded = None if bypass is None else bypass.rounded()
+    if start.artifact is None:
+        return Artifact(config, static_prior(start.order), folded, rounded, deltas)
+    # All that is not trained here stays as it was.
+    known = start.artifact.config.model_copy(update={"name": config.name, "budgets": config.budgets, "token": None})
+    return dataclasses.replace(start.artifact, config=known, bypass=rounded, token=None)

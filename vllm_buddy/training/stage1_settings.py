@@ -85,6 +85,22 @@ class Stage1Settings(BaseModel):
     kv_policy: str = Field(
         default="masked", description="what a skipped layer leaves in the KV cache: masked, kv_only or zero"
     )
+    schedule: Literal["request", "token"] = Field(
+        default="request",
+        description="request: all tokens of a sequence run its depth. token: the depth is a mean over tokens, each of "
+        "which runs one of a few nested paths",
+    )
+    token_depths: tuple[int, ...] = Field(
+        default=(), description="depths of the nested paths of schedule token, ascending, without the full depth"
+    )
+    token_windows: int = Field(
+        default=256, ge=10, description="sequences on which the router of schedule token is fitted"
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="artifact with a bypass, by folder or name, whose paths and bypass training starts from; absent: "
+        "they are computed",
+    )
     route_every: int = Field(
         default=16, ge=0, description="tokens between two changes of a path, as in serving; 0: paths do not change"
     )
@@ -115,6 +131,14 @@ class Stage1Settings(BaseModel):
             raise ValueError(f"a bypass starts as pairs of units: rank must be even, not {self.rank}")
         if self.recipe == "paper" and self.paths != "learned":
             raise ValueError("recipe `paper` trains the Decision Module: set paths to learned")
+        if (self.schedule == "token") != bool(self.token_depths):
+            raise ValueError("token_depths go with schedule token, which needs them")
+        if list(self.token_depths) != sorted(set(self.token_depths)):
+            raise ValueError(f"token_depths must ascend: {self.token_depths}")
+        if self.schedule == "token" and (self.recipe != "bypass" or self.kv_policy != "kv_only"):
+            raise ValueError("schedule token needs recipe bypass and kv_policy kv_only")
+        if self.start_from is not None and (self.explore_tokens or self.recipe != "bypass"):
+            raise ValueError("start_from is for recipe bypass, and leaves nothing to explore")
         if self.tokens - self.explore_tokens < self.batch * self.length:
             raise ValueError(
                 f"{self.tokens} tokens, {self.explore_tokens} of them for random paths, leave less than one batch of "

@@ -1,0 +1,227 @@
+"""Depth chosen per token: which of a few nested paths each token of a request runs, so that the mean is the budget.
+
+BUDDY gives every token of a request the same number of layers. Tokens differ far more than requests do: a tenth of them
+holds four tenths of what skipping costs. Here a request's budget is a mean over its tokens. For each token the router
+estimates the excess, the KL divergence from the full model that each shallower path costs at that position, and takes
+
+    argmin over d of  excess_d + price * d / num_layers ,  among the depths that the account allows.
+
+The account makes the mean strict: at every position the layers executed so far are at most b * L * tokens. Layers that
+a token does not use are saved, up to a limit, and none are borrowed. The price follows the account, so that savings are
+spent: it is the price of the budget, lower while the account is full and higher while it is empty.
+
+The choice depends on token ids and settings alone, and for a position on the tokens up to it alone. So neither chunks
+nor batch-mates nor preemption change it, and two requests of one budget with a common beginning run it alike.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from vllm_buddy.method.path import LayerPath
+from vllm_buddy.method.predictor import FoldedPredictor
+from vllm_buddy.method.schedule import Run
+
+_ROUNDING = 1e-6  # of a budget that is not a binary fraction, as in budget.py
+_SWING = 1.0  # the price at an empty account is exp(_SWING) of the usual one, at a full account exp(-_SWING)
+
+
+@dataclass(frozen=True)
+class TokenRouter:
+    """The nested paths, and the estimate of what each costs at a token.
+
+    predictor: its context is the running mean over the tokens so far, its newest token that of the position. Its grid
+        are the depths of `paths`, the last of which is the whole model.
+    paths: one per depth of the grid, each a subset of the next.
+    prices: (mean budget, price) points, ascending in budget: the price at which tokens have that mean.
+    """
+
+    predictor: FoldedPredictor
+    paths: tuple[LayerPath, ...]
+    prices: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        depths, num_layers = self.predictor.depths, self.predictor.num_layers
+        if tuple(path.bit_count() for path in self.paths) != depths or depths[-1] != num_layers:
+            raise ValueError(f"the paths must have the depths {depths}, the last of all {num_layers} layers")
+        if any(shallow & ~deep for shallow, deep in pairwise(self.paths)):
+            raise ValueError("each path must be a subset of the next")
+
+    @property
+    def num_layers(self) -> int:
+        return self.predictor.num_layers
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return self.predictor.depths
+
+    def price(self, budget: float) -> float:
+        """The price at which tokens run `budget` of the layers on average, in nats for all layers."""
+        budgets, prices = zip(*self.prices)
+        return float(np.interp(budget, budgets, prices))
+
+
+@dataclass(frozen=True)
+class TokenSchedule:
+    """How tokens are routed one by one.
+
+    saved: the largest number of layers that the account holds.
+    lag: the decision for the token at position p sees tokens up to p - lag; see PathSchedule.
+    """
+
+    saved: int = 480
+    lag: int = 0
+
+    def __post_init__(self) -> None:
+        if self.saved < 0 or self.lag < 0:
+            raise ValueError(f"saved and lag must not be negative: {self}")
+
+
+@dataclass
+class _Sums:
+    """The running sum of context rows. Added in order of position, so that it is the same for every chunking."""
+
+    table: np.ndarray
+    total: np.ndarray = field(init=False)
+    num_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = np.zeros(self.table.shape[1], dtype=np.float64)
+
+    def means(self, token_ids: Sequence[int]) -> np.ndarray:
+        """[n, r], the mean up to each of the next tokens."""
+        rows = np.concatenate([self.total[None], self.table[np.asarray(token_ids)]], dtype=np.float64)
+        sums = rows.cumsum(axis=0)[1:]
+        counts = np.arange(self.num_tokens + 1, self.num_tokens + len(token_ids) + 1)
+        self.total, self.num_tokens = sums[-1], self.num_tokens + len(token_ids)
+        return sums / counts[:, None]
+
+
+class TokenRoute:
+    """The paths of one request whose tokens are routed one by one, decided in order of position and never revised.
+
+    Has the interface of RequestRoute. budget: of the request, at least that of the shallowest path.
+    """
+
+    def __init__(
+        self, router: TokenRouter, schedule: TokenSchedule, budget: float, prompt_token_ids: Sequence[int]
+    ) -> None:
+        self.router = router
+        self.depth = math.floor(budget * router.num_layers + _ROUNDING)
+        if self.depth < router.depths[0]:
+            raise ValueError(f"budget {budget:g} is below {router.depths[0]} layers, the shallowest path")
+        self.num_context_tokens = len(prompt_token_ids)
+        self.lowered: list[tuple[int, int]] = []
+        self._schedule = schedule
+        self._sums = _Sums(router.predictor.decision.table_context)
+        self._excess = np.empty((0, len(router.depths)))  # of the tokens seen so far
+        self._balance = 0.0
+        self._set_budget(budget)
+        self._choices: list[int] = []  # index of the path of each position
+        self.decide(1, prompt_token_ids)
+        self.first_path = router.paths[self._choices[0]]
+
+    def _set_budget(self, budget: float) -> None:
+        self._rate = budget * self.router.num_layers
+        self._price = self.router.price(budget)
+
+    @property
+    def choices(self) -> np.ndarray:
+        """[number of positions decided], the index of each position's path."""
+        return np.array(self._choices)
+
+    @property
+    def excess(self) -> np.ndarray:
+        """[number of tokens seen, len(depths)], the expected excess of each path at each token, in nats."""
+        return self._excess
+
+    @property
+    def num_decisions(self) -> int:
+        return len(self._choices)
+
+    @property
+    def num_reroutes(self) -> int:
+        """How often the path changed from one token to the next."""
+        return int(np.count_nonzero(np.diff(self._choices)))
+
+    @property
+    def num_distinct_paths(self) -> int:
+        return len(set(self._choices))
+
+    @property
+    def uniform_length(self) -> int | None:
+        """Tokens whose paths follow from their ids and the request's first budget alone; None: all so far."""
+        return self.lowered[0][0] if self.lowered else None
+
+    def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
+        """Spend `depth` layers a token on average from `position` on, which no run was asked for yet.
+
+        Returns False, and nothing changes, below the shallowest path.
+        """
+        del token_ids
+        if depth >= self.depth:
+            raise ValueError(f"{depth} layers are not less than {self.depth}")
+        if depth < self.router.depths[0] or position < len(self._choices):
+            return False
+        self.depth = depth
+        self.lowered.append((position, depth))
+        self._set_budget(depth / self.router.num_layers)
+        return True
+
+    def decide(self, end: int, token_ids: Sequence[int]) -> None:
+        """Make all decisions for positions below `end`. token_ids: the request's, prompt first."""
+        start = len(self._choices)
+        if end <= start:
+            return
+        seen = max(1, end - self._schedule.lag)
+        if seen > len(token_ids):
+            raise RuntimeError(f"the path at position {end - 1} needs {seen} tokens, {len(token_ids)} are known")
+        if seen > len(self._excess):
+            new = token_ids[len(self._excess) : seen]
+            self._excess = np.concatenate([self._excess, self._excess_of(new)])
+        rows = np.maximum(np.arange(start, end) - self._schedule.lag, 0)
+        self._spend(self._excess[rows].tolist())
+
+    def _excess_of(self, token_ids: Sequence[int]) -> np.ndarray:
+        """[n, len(depths)], the expected excess of each path at each of the next tokens, in nats."""
+        decision = self.router.predictor.decision
+        half = self._sums.means(token_ids)
+        half += decision.table_newest[np.asarray(token_ids)]
+        half += decision.b1
+        half *= 0.5
+        half += half * np.tanh(half)  # SiLU of 2 * half, as in FoldedDecision.scores
+        # Not a matrix product, whose rounding depends on the number of rows.
+        scores = (half[:, None, :] * decision.w2).sum(axis=-1) + decision.b2
+        above = np.logaddexp(0.0, scores)[:, ::-1].cumsum(axis=1)[:, ::-1]
+        return np.concatenate([above, np.zeros((len(above), 1))], axis=1)
+
+    def _spend(self, excess: Sequence[Sequence[float]]) -> None:
+        """Choose a path for each row of `excess`, and keep the account."""
+        depths, num_layers = self.router.depths, self.router.num_layers
+        balance, rate, saved = self._balance, self._rate, float(self._schedule.saved)
+        for row in excess:
+            fill = balance / saved if saved else 0.0
+            per_layer = self._price * math.exp(_SWING * (1.0 - 2.0 * fill)) / num_layers
+            balance += rate
+            best, least = 0, math.inf
+            for index, depth in enumerate(depths):
+                if depth > balance + _ROUNDING:
+                    break
+                cost = row[index] + per_layer * depth
+                if cost <= least:  # of equal costs the deeper one
+                    best, least = index, cost
+            balance = min(balance - depths[best], saved)
+            self._choices.append(best)
+        self._balance = balance
+
+    def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
+        """The runs that cover positions [start, start + num_tokens)."""
+        end = start + num_tokens
+        self.decide(end, token_ids)
+        choices = np.asarray(self._choices[start:end])
+        changes = np.flatnonzero(np.diff(choices)) + 1
+        bounds = [0, *changes.tolist(), num_tokens]
+        return [Run(b - a, self.router.paths[choices[a]]) for a, b in pairwise(bounds)]
