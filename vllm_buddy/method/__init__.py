@@ -13,7 +13,7 @@ from vllm_buddy.method.decision import DecisionModule, FoldedDecision
 from vllm_buddy.method.path import LayerPath, full_path, layers_of, path_of, top_k_path
 from vllm_buddy.method.predictor import BudgetPredictor, FoldedPredictor
 from vllm_buddy.method.router import Router
-from vllm_buddy.method.schedule import PathSchedule, RequestRoute, Run
+from vllm_buddy.method.schedule import PathSchedule, RequestRoute, Route, Run, SplitRoute
 from vllm_buddy.method.token_router import TokenRoute, TokenRouter, TokenSchedule
 
 __all__ = [
@@ -25,8 +25,10 @@ __all__ = [
     "LayerPath",
     "PathSchedule",
     "RequestRoute",
+    "Route",
     "Router",
     "Run",
+    "SplitRoute",
     "TokenRoute",
     "TokenRouter",
     "TokenSchedule",

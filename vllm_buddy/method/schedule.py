@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.router import Router
@@ -34,6 +34,101 @@ class PathSchedule:
     def __post_init__(self) -> None:
         if self.interval < 0 or self.lag < 0:
             raise ValueError(f"interval and lag must not be negative: {self}")
+
+
+class Route(Protocol):
+    """The paths of one request, decided in order of position and never revised.
+
+    depth: layers of each token, or of the mean token. first_path: of the first token. lowered: (position, depth from
+    there on), see `lower`. num_context_tokens: tokens of the prompt that budget "auto" is decided from.
+    """
+
+    depth: int
+    lowered: list[tuple[int, int]]
+    first_path: LayerPath
+    num_context_tokens: int
+
+    @property
+    def cache_key(self) -> str | None:
+        """What the paths depend on beside the token ids; requests with equal keys may share KV. None: full depth."""
+        ...
+
+    @property
+    def uniform_length(self) -> int | None:
+        """Number of tokens whose paths follow from their ids and `cache_key`; None: all tokens so far."""
+        ...
+
+    @property
+    def num_decisions(self) -> int: ...
+
+    @property
+    def num_reroutes(self) -> int: ...
+
+    @property
+    def num_distinct_paths(self) -> int: ...
+
+    def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool: ...
+
+    def decide(self, end: int, token_ids: Sequence[int]) -> None: ...
+
+    def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]: ...
+
+
+class SplitRoute:
+    """A route of the prompt, and another one of the tokens after it.
+
+    decoded: its positions are those of the request; it is asked for none below the prompt's length.
+    """
+
+    def __init__(self, prompt: Route, decoded: Route, num_prompt_tokens: int) -> None:
+        self._prompt, self._decoded, self._split = prompt, decoded, num_prompt_tokens
+        self.first_path, self.num_context_tokens = prompt.first_path, prompt.num_context_tokens
+
+    @property
+    def depth(self) -> int:
+        return self._decoded.depth
+
+    @property
+    def lowered(self) -> list[tuple[int, int]]:
+        return self._decoded.lowered
+
+    @property
+    def cache_key(self) -> str | None:
+        return self._prompt.cache_key
+
+    @property
+    def uniform_length(self) -> int | None:
+        return min(self._prompt.uniform_length or self._split, self._split)
+
+    @property
+    def num_decisions(self) -> int:
+        return self._prompt.num_decisions + self._decoded.num_decisions
+
+    @property
+    def num_reroutes(self) -> int:
+        return self._prompt.num_reroutes + self._decoded.num_reroutes
+
+    @property
+    def num_distinct_paths(self) -> int:
+        return max(self._prompt.num_distinct_paths, self._decoded.num_distinct_paths)
+
+    def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
+        """See RequestRoute.lower; a position within the prompt is not lowered."""
+        return position >= self._split and self._decoded.lower(depth, position, token_ids)
+
+    def decide(self, end: int, token_ids: Sequence[int]) -> None:
+        """Make all decisions for positions below `end`."""
+        self._prompt.decide(min(end, self._split), token_ids)
+        if end > self._split:
+            self._decoded.decide(end, token_ids)
+
+    def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
+        """Return the runs that cover positions [start, start + num_tokens)."""
+        inside = max(0, min(start + num_tokens, self._split) - start)
+        runs = self._prompt.runs(start, inside, token_ids) if inside else []
+        if num_tokens > inside:
+            runs += self._decoded.runs(start + inside, num_tokens - inside, token_ids)
+        return runs
 
 
 class RequestRoute:
@@ -73,6 +168,11 @@ class RequestRoute:
         self.num_decisions = 1
         interval = schedule.interval if self._context is not None else 0
         self._next_decision: int | None = num_context_tokens if interval else None
+
+    @property
+    def cache_key(self) -> str | None:
+        """The first path; None at full depth."""
+        return None if self.first_path == self._router.full else f"{self.first_path:x}"
 
     @property
     def num_reroutes(self) -> int:

@@ -103,11 +103,17 @@ class _Sums:
 class TokenRoute:
     """The paths of one request whose tokens are routed one by one, decided in order of position and never revised.
 
-    Has the interface of RequestRoute. budget: of the request, at least that of the shallowest path.
+    A Route. budget: of the request, at least that of the shallowest path. start: the first position that is routed so;
+    those before it are part of the context, and of no account.
     """
 
     def __init__(
-        self, router: TokenRouter, schedule: TokenSchedule, budget: float, prompt_token_ids: Sequence[int]
+        self,
+        router: TokenRouter,
+        schedule: TokenSchedule,
+        budget: float,
+        prompt_token_ids: Sequence[int],
+        start: int = 0,
     ) -> None:
         self.router = router
         self.depth = math.floor(budget * router.num_layers + _ROUNDING)
@@ -120,9 +126,13 @@ class TokenRoute:
         self._excess = np.empty((0, len(router.depths)))  # of the tokens seen so far
         self._balance = 0.0
         self._set_budget(budget)
-        self._choices: list[int] = []  # index of the path of each position
-        self.decide(1, prompt_token_ids)
-        self.first_path = router.paths[self._choices[0]]
+        self._start = start
+        self._choices: list[int] = []  # index of the path of each position from `start` on
+        self.first_path = router.paths[0]
+        if start == 0:
+            self.decide(1, prompt_token_ids)
+            self.first_path = router.paths[self._choices[0]]
+        self._key = f"token {budget!r} {schedule.saved} {schedule.lag}" if budget < 1.0 else None
 
     def _set_budget(self, budget: float) -> None:
         self._rate = budget * self.router.num_layers
@@ -139,6 +149,11 @@ class TokenRoute:
         return self._excess
 
     @property
+    def cache_key(self) -> str | None:
+        """Budget and schedule; None at full depth."""
+        return self._key
+
+    @property
     def num_decisions(self) -> int:
         return len(self._choices)
 
@@ -153,7 +168,7 @@ class TokenRoute:
 
     @property
     def uniform_length(self) -> int | None:
-        """Tokens whose paths follow from their ids and the request's first budget alone; None: all so far."""
+        """Number of tokens before the budget was lowered; None while it was not."""
         return self.lowered[0][0] if self.lowered else None
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
@@ -164,7 +179,7 @@ class TokenRoute:
         del token_ids
         if depth >= self.depth:
             raise ValueError(f"{depth} layers are not less than {self.depth}")
-        if depth < self.router.depths[0] or position < len(self._choices):
+        if depth < self.router.depths[0] or position < self._start + len(self._choices):
             return False
         self.depth = depth
         self.lowered.append((position, depth))
@@ -173,7 +188,7 @@ class TokenRoute:
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
         """Make all decisions for positions below `end`. token_ids: the request's, prompt first."""
-        start = len(self._choices)
+        start = self._start + len(self._choices)
         if end <= start:
             return
         seen = max(1, end - self._schedule.lag)
@@ -221,7 +236,7 @@ class TokenRoute:
         """The runs that cover positions [start, start + num_tokens)."""
         end = start + num_tokens
         self.decide(end, token_ids)
-        choices = np.asarray(self._choices[start:end])
+        choices = np.asarray(self._choices[start - self._start : end - self._start])
         changes = np.flatnonzero(np.diff(choices)) + 1
         bounds = [0, *changes.tolist(), num_tokens]
         return [Run(b - a, self.router.paths[choices[a]]) for a, b in pairwise(bounds)]

@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from vllm_buddy.errors import BudgetError, SettingsError
 from vllm_buddy.method import parse_budget
-from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
+from vllm_buddy.method.kv_policy import KVPolicyName
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -160,6 +160,28 @@ class GraphSettings(_Section):
         return sizes
 
 
+class ScheduleSettings(_Section):
+    """Whether all tokens of a request run one depth, or each a depth of its own."""
+
+    prefill: Literal["request", "token"] = Field(
+        default="request",
+        description=(
+            "Depth of the tokens of a prompt. request: all run floor(budget * L) layers; token: each runs one of the "
+            "artifact's nested paths, and the budget is a strict mean over the tokens."
+        ),
+    )
+    decode: Literal["request", "token"] = Field(default="request", description="The same for decoded tokens.")
+    saved_layers: _Count = Field(
+        default=480,
+        description="Layers that a request saves up at most on shallow tokens, for deeper ones later (token).",
+    )
+
+    @property
+    def by_token(self) -> bool:
+        """Whether any token may have a depth of its own."""
+        return "token" in (self.prefill, self.decode)
+
+
 class BuddySettings(_Section):
     """All server settings. The table of settings in the documentation is generated from this schema."""
 
@@ -177,11 +199,12 @@ class BuddySettings(_Section):
     min_budget: _Budget | None = Field(
         default=None, description="Smallest budget that a request may ask for. Default: three layers' worth."
     )
-    kv_policy: KVPolicyName = Field(
-        default=MASKED,
+    kv_policy: KVPolicyName | None = Field(
+        default=None,
         description=(
             "What a token leaves in the KV cache of a layer that it skips. masked: no entry, nothing attends to it; "
-            "kv_only: keys and values projected from the hidden state that passes; zero: zeros, as in the paper."
+            "kv_only: keys and values projected from the hidden state that passes; zero: zeros, as in the paper. "
+            "Default: masked, or kv_only where tokens have depths of their own."
         ),
     )
     paths: Literal["free", "library"] | None = Field(
@@ -212,6 +235,7 @@ class BuddySettings(_Section):
             "slower. Default: triton on a GPU, vLLM's compiled layers on CPU."
         ),
     )
+    schedule: ScheduleSettings = ScheduleSettings()
     auto: AutoSettings = AutoSettings()
     load: LoadSettings | None = None
     graphs: GraphSettings = GraphSettings()
