@@ -5,6 +5,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("vllm_buddy", "kernels/vllm_buddy_kernels")
@@ -53,9 +55,10 @@ def test_every_module_is_listed_once() -> None:
     assert sorted(listed) == sorted(modules)
 
 
-def test_every_file_that_is_named_exists() -> None:
-    """Fails if the page sends a reader to a file that has moved."""
-    named = {path_of(name) for name in re.findall(r"`([\w/]+\.(?:py|md|json))`", PAGE.read_text()) if "/" in name}
+@pytest.mark.parametrize("page", [PAGE, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    """Fails if a page sends a reader to a file that has moved."""
+    named = {path_of(name) for name in re.findall(r"`([\w/-]+\.(?:py|md|json))`", page.read_text()) if "/" in name}
     assert sorted(name for name in named if not (ROOT / name).is_file()) == []
 
 
