@@ -11,13 +11,11 @@ MODULES = [path.relative_to(ROOT / "vllm_buddy") for path in sorted((ROOT / "vll
 REPEATED = {
     "__init__": "Python's name",
     "base": "the interface, or the table by name, of what its folder has one file each of",
-    "plan": "of an evaluation in evaluation/, of an engine step in serving/schedule/",
 }
 # Pairs that differ by one character, and why.
 SIMILAR = {
     ("artifact", "artifacts"): "cli/artifacts.py has the name of its command",
     ("runner_v1", "runner_v2"): "vLLM's names of its two model runners",
-    ("schedule", "scheduler"): "the routing schedule of one request, and vLLM's scheduler",
     ("stage1", "stage2"): "the two stages of training",
     ("stage1_record", "stage2_record"): "the two stages of training",
     ("stage1_settings", "stage2_settings"): "the two stages of training",
