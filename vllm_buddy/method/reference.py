@@ -17,7 +17,7 @@ from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, check_kv_policy
 from vllm_buddy.method.path import LayerPath
-from vllm_buddy.method.route import PathSchedule, RequestRoute
+from vllm_buddy.method.request_route import PathSchedule, RequestRoute
 from vllm_buddy.method.router import Router
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
