@@ -1,8 +1,8 @@
 """Runs an evaluation plan on an engine and computes figures from the scores."""
 
 from vllm_buddy.evaluation.engine import Engine, Report, Task
+from vllm_buddy.evaluation.eval_plan import EvalPlan
 from vllm_buddy.evaluation.figures import Figure, choice_figures, path_figures, text_figures
-from vllm_buddy.evaluation.plan import EvalPlan
 
 
 def evaluate(plan: EvalPlan, engine: Engine, report: Report) -> list[Figure]:

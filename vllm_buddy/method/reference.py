@@ -17,8 +17,8 @@ from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, check_kv_policy
 from vllm_buddy.method.path import LayerPath
+from vllm_buddy.method.request_route import PathSchedule, RequestRoute
 from vllm_buddy.method.router import Router
-from vllm_buddy.method.schedule import PathSchedule, RequestRoute
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 

@@ -11,7 +11,7 @@
     Remove when: plugins can register a validator of `extra_args`.
 
 `InputProcessor.process_inputs` validates the options that depend on the prompt.
-    Why, nearest hook: as above; the prompt is not tokenized yet in `SamplingParams.verify`.
+    Why, nearest hook: as above; `SamplingParams.verify` does not get the prompt.
     Remove when: that validator gets the tokenized prompt.
 
 All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_patches.py fails
