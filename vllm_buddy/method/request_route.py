@@ -43,10 +43,17 @@ class Route(Protocol):
     there on), see `lower`. num_context_tokens: tokens of the prompt that budget "auto" is decided from.
     """
 
-    depth: int
-    lowered: list[tuple[int, int]]
-    first_path: LayerPath
-    num_context_tokens: int
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def lowered(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def first_path(self) -> LayerPath: ...
+
+    @property
+    def num_context_tokens(self) -> int: ...
 
     @property
     def cache_key(self) -> str | None:

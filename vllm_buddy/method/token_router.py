@@ -23,7 +23,7 @@ import numpy as np
 
 from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.predictor import FoldedPredictor
-from vllm_buddy.method.schedule import Run
+from vllm_buddy.method.request_route import Run
 
 _ROUNDING = 1e-6  # of a budget that is not a binary fraction, as in budget.py
 _SWING = 1.0  # the price at an empty account is exp(_SWING) of the usual one, at a full account exp(-_SWING)

@@ -104,7 +104,7 @@ class _Routed(_CausalLM):
         backbone.do_not_compile = True  # not as a whole; see compiled.py
         settings = engine_settings(vllm_config)
         backbone.buddy_kernels = None if settings.kernels is None else KERNELS[settings.kernels]
-        self._keeps_kv_weights = settings.kv_policy == KV_ONLY
+        self._keeps_kv_weights = settings.kv == KV_ONLY
         assert settings.artifact is not None  # the config hook resolved it to a folder
         artifact = load_artifact(Path(settings.artifact))
         self._lora = artifact.lora

@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from vllm_buddy.method import RequestRoute
+from vllm_buddy.method import Route
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import Executed
 
@@ -71,7 +71,7 @@ class EngineMetrics:
         limits = vllm_config.model_config.buddy_limits
         return cls(limits.num_layers, engine, export_to, has_auto=limits.auto is not None)
 
-    def observe_request(self, outcome: Outcome, route: RequestRoute) -> None:
+    def observe_request(self, outcome: Outcome, route: Route) -> None:
         """Count a request that has ended, whether it finished or was aborted."""
         self._budget.observe(outcome.budget)
         if outcome.price is not None:

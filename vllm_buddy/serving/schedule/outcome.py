@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_buddy.method import RequestRoute
+from vllm_buddy.method import Route
 from vllm_buddy.serving.schedule.plan import Executed
 
 
@@ -33,7 +33,7 @@ class Outcome:
         """Layers executed per token; None before the first token."""
         return self._total / self.num_tokens if self.num_tokens else None
 
-    def as_dict(self, route: RequestRoute) -> dict[str, Any]:
+    def as_dict(self, route: Route) -> dict[str, Any]:
         """The form it has in the response, under kv_transfer_params["buddy"]."""
         return {
             "budget": self.budget,

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
-from vllm_buddy.method import RequestRoute
+from vllm_buddy.method import Route
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import context_tokens
@@ -24,6 +24,7 @@ from vllm_buddy.serving.schedule.metrics import EngineMetrics
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.schedule.prefix_cache import end_hash_chain, limit_publishing, salt
+from vllm_buddy.serving.schedule.routes import RouteMaker
 from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class RoutedRequest:
     price: the highest at which "auto" was decided for it so far.
     """
 
-    route: RequestRoute
+    route: Route
     outcome: Outcome
     asked: AutoBudget | None = None
     price: float = 0.0
@@ -56,9 +57,8 @@ class _Routing(_Base):
         assert settings.artifact is not None  # the config hook resolved it to a folder
         artifact = load_artifact(Path(settings.artifact))
         self._limits: RequestLimits = vllm_config.model_config.buddy_limits
-        self._router = artifact.router(library=settings.library)
-        self._schedule = artifact.schedule(settings.route_every, _decision_lag(settings, vllm_config))
-        self._salt_prefix = f"{artifact.digest}:{settings.kv_policy}"
+        self._salt_prefix = f"{artifact.digest}:{settings.kv}"
+        self._routes = RouteMaker(settings, artifact, _decision_lag(settings, vllm_config))
         self._routed: dict[str, RoutedRequest] = {}  # by request id
         self._routing_seconds = 0.0  # of the current step
         self._metrics = EngineMetrics.for_engine(vllm_config)
@@ -75,8 +75,8 @@ class _Routing(_Base):
         if request.request_id not in self.requests:
             started = time.perf_counter()
             routed = self._routed[request.request_id] = self._route(request)
-            if routed.route.first_path != self._router.full:
-                salt(request, f"{self._salt_prefix}:{routed.route.first_path:x}")
+            if (key := routed.route.cache_key) is not None:
+                salt(request, f"{self._salt_prefix}:{key}")
                 # If the path changes within the prompt, the request must not look up blocks after the change.
                 self._publishable_tokens(request, request.num_tokens)
             self._metrics.observe_routing(time.perf_counter() - started)
@@ -88,21 +88,21 @@ class _Routing(_Base):
         if request.resumable:
             # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by. One that
             # asks for a budget was refused.
-            depth = self._limits.num_layers
-            return RoutedRequest(self._new_route(request, depth, None), Outcome(1.0, depth))
+            return RoutedRequest(self._new_route(request, 1.0, None), Outcome(1.0, self._limits.num_layers))
         extra_args = request.sampling_params.extra_args
         asked = self._limits.resolve(extra_args)
         num_context = context_tokens(extra_args)
         if isinstance(asked, FixedBudget):
-            return RoutedRequest(self._new_route(request, asked.depth, num_context), Outcome(asked.budget, asked.depth))
+            route = self._new_route(request, asked.budget, num_context)
+            return RoutedRequest(route, Outcome(asked.budget, asked.depth))
         assert self._chooser is not None  # "auto" was refused otherwise
         self._observe_load()
         choice = self._chooser.choose(asked, request.all_token_ids[:num_context])
-        route = self._new_route(request, choice.depth, num_context)
+        route = self._new_route(request, choice.budget, num_context)
         return RoutedRequest(route, Outcome(*choice), asked, choice.price)
 
-    def _new_route(self, request: Request, depth: int, num_context: int | None) -> RequestRoute:
-        return RequestRoute(self._router, self._schedule, depth, request.all_token_ids, num_context)
+    def _new_route(self, request: Request, budget: float, num_context: int | None) -> Route:
+        return self._routes.route(budget, request.all_token_ids, request.num_prompt_tokens, num_context)
 
     def _publishable_tokens(self, request: Request, num_tokens: int) -> int:
         """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""

@@ -60,8 +60,8 @@ def _why_no_graphs(settings: BuddySettings, kernels: str | None, vllm_config: "V
         return "--enforce-eager forbids them"
     if kernels != "triton":
         return 'they are made of the kernels "triton"'
-    if not POLICIES[settings.kv_policy].in_graphs:
-        return f"KV policy {settings.kv_policy} cannot be captured"
+    if not POLICIES[settings.kv].in_graphs:
+        return f"KV policy {settings.kv} cannot be captured"
     return None
 
 

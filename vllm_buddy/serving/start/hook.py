@@ -12,6 +12,7 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
 from vllm_buddy.serving.schedule import SCHEDULER, metrics
+from vllm_buddy.serving.schedule.routes import check_schedule
 from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
 from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.refusals import refuse_unsupported
@@ -51,6 +52,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
                 artifact.config.name,
                 trained[0],
             )
+        check_schedule(settings, artifact)
         limits = RequestLimits.from_settings(settings, artifact)
         # Attributes of the config objects travel with them to every process; additional_config alone is hashed.
         vllm_config.model_config.buddy_limits = limits
@@ -67,7 +69,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             "vllm_buddy: artifact %s (%s), KV policy %s, kernels %s, CUDA graphs %s, default budget %s, smallest %g%s",
             artifact.config.name,
             artifact.digest,
-            settings.kv_policy,
+            settings.kv,
             settings.kernels or "none",
             "on" if settings.graphs.enabled else "off",
             limits.default_budget,

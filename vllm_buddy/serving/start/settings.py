@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from vllm_buddy.errors import BudgetError, SettingsError
 from vllm_buddy.method import parse_budget
-from vllm_buddy.method.kv_policy import KVPolicyName
+from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, KVPolicyName
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -239,6 +239,11 @@ class BuddySettings(_Section):
     auto: AutoSettings = AutoSettings()
     load: LoadSettings | None = None
     graphs: GraphSettings = GraphSettings()
+
+    @property
+    def kv(self) -> KVPolicyName:
+        """`kv_policy`, or the default that fits the schedule."""
+        return self.kv_policy or (KV_ONLY if self.schedule.by_token else MASKED)
 
     @property
     def library(self) -> bool | None:

@@ -49,7 +49,7 @@ class WorkerState:
         self._vllm_config = vllm_config
         self._settings = settings = engine_settings(vllm_config)
         self.num_layers: int = vllm_config.model_config.hf_text_config.num_hidden_layers
-        self.policy: KVPolicy = POLICIES[settings.kv_policy](
+        self.policy: KVPolicy = POLICIES[settings.kv](
             self.num_layers, shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching)
         )
         # Between compiled layers torch moves the rows. Slots are computed by an op of `kernels` in either case.

@@ -1,0 +1,66 @@
+"""Makes the route of an arriving request, by the schedules of prompts and of decoded tokens."""
+
+from collections.abc import Sequence
+
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.errors import SettingsError
+from vllm_buddy.method import RequestRoute, Route, SplitRoute, TokenRoute, TokenSchedule, depth_for_budget
+from vllm_buddy.method.kv_policy import ZERO
+from vllm_buddy.serving.start.settings import BuddySettings
+
+
+class RouteMaker:
+    """Routers and schedules of one server.
+
+    router, schedule: of requests that run one depth. token_schedule: of tokens with depths of their own.
+    lag: see PathSchedule.
+    """
+
+    def __init__(self, settings: BuddySettings, artifact: Artifact, lag: int) -> None:
+        self.router = artifact.router(library=settings.library)
+        self.schedule = artifact.schedule(settings.route_every, lag)
+        self.token_schedule = TokenSchedule(settings.schedule.saved_layers, lag)
+        self._by_token = settings.schedule.prefill == "token", settings.schedule.decode == "token"
+        self._tokens = artifact.token
+
+    def route(self, budget: float, token_ids: Sequence[int], num_prompt_tokens: int, num_context: int | None) -> Route:
+        """The route of a request. num_context: prompt tokens that decide the path of a request of one depth."""
+        depth = depth_for_budget(budget, self.router.num_layers)
+        by_token = self._by_token
+        # Below the shallowest of the nested paths there is nothing to choose.
+        if self._tokens is None or depth < self._tokens.depths[0] or depth == self.router.num_layers:
+            by_token = (False, False)
+        prompt, decoded = by_token
+        if not prompt and not decoded:
+            return self._of_request(depth, token_ids, num_context)
+        assert self._tokens is not None
+        if prompt and decoded:
+            return TokenRoute(self._tokens, self.token_schedule, budget, token_ids)
+        if prompt:
+            in_prompt: Route = TokenRoute(self._tokens, self.token_schedule, budget, token_ids)
+            return SplitRoute(in_prompt, self._of_request(depth, token_ids, num_context), num_prompt_tokens)
+        after = TokenRoute(self._tokens, self.token_schedule, budget, token_ids, start=num_prompt_tokens)
+        return SplitRoute(self._of_request(depth, token_ids, num_context), after, num_prompt_tokens)
+
+    def _of_request(self, depth: int, token_ids: Sequence[int], num_context: int | None) -> RequestRoute:
+        return RequestRoute(self.router, self.schedule, depth, token_ids, num_context)
+
+
+def check_schedule(settings: BuddySettings, artifact: Artifact) -> None:
+    """Refuse depths per token where they cannot be had.
+
+    Raises:
+        SettingsError: the artifact has no nested paths, or the KV policy is `zero`.
+    """
+    if not settings.schedule.by_token:
+        return
+    if artifact.token is None:
+        raise SettingsError(
+            f"schedule \"token\": artifact '{artifact.config.name}' has no nested paths to choose from for each token; "
+            'train one with `schedule: token`, or set prefill and decode to "request"'
+        )
+    if settings.kv == ZERO:
+        raise SettingsError(
+            'schedule "token" cannot be had with kv_policy "zero": deep tokens would attend to the zeros that shallow '
+            'tokens leave; use "kv_only"'
+        )
