@@ -26,7 +26,7 @@ class Variant(Routing):
         """Set the engine's router, schedule and bypasses. Several variants share an engine."""
         if self.router is not None:
             scheduler = core(self.llm).scheduler
-            scheduler._router, scheduler._schedule = self.router, self.schedule
+            scheduler._routes.router, scheduler._routes.schedule = self.router, self.schedule
             _use_bypass(self.llm, self.bypass)
 
 

@@ -138,7 +138,7 @@ def _places_of_buddy(variant: Variant) -> list[Place]:
     scheduler, runner = engines.core(variant.llm).scheduler, engines.model_runner(variant.llm)
     return [
         (scheduler, "schedule", "plan"),
-        (scheduler._router, "path", "router"),
+        (scheduler._routes.router, "path", "router"),
         (Context, "extend", "router"),
         (scheduler, "update_from_output", "count"),
         (runner, "sample_tokens", "count"),

@@ -6,18 +6,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from tests.harness.tiny_models import PREDICTOR_DEPTHS, load_model, random_artifact, save_tiny_model
+from tests.harness.tiny_models import PREDICTOR_DEPTHS, TOKEN_DEPTHS, load_model, random_artifact, save_tiny_model
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.method import PathSchedule, depth_for_budget
+from vllm_buddy.method import (
+    PathSchedule,
+    RequestRoute,
+    Route,
+    SplitRoute,
+    TokenRoute,
+    TokenSchedule,
+    depth_for_budget,
+)
 from vllm_buddy.method.reference import GeneratedSequence, generate
 
 BLOCK_SIZE = 32
 MAX_MODEL_LEN = 512
 MAX_TOKENS_PER_STEP = 8192
-USUAL_PARTS = {"bypass_rank": 4, "predictor_depths": PREDICTOR_DEPTHS}
+USUAL_PARTS = {"bypass_rank": 4, "predictor_depths": PREDICTOR_DEPTHS, "token_depths": TOKEN_DEPTHS}
+SAVED_LAYERS = 12  # of a token schedule: so few that the account is full at times, and empty at others
+
+ByToken = tuple[bool, bool]  # whether tokens of the prompt, and decoded ones, have depths of their own
 MAX_STEPS = 5000  # so that a request that never ends fails its test instead of hanging it
 
 # The first engine that vLLM ends takes down state that all engines of the process share, so all live until its end.
@@ -53,28 +65,43 @@ class Tiny:
     known: dict[Any, GeneratedSequence] = field(default_factory=dict)
 
     def expected(
-        self, ask: Ask, policy: str, schedule: PathSchedule, *, library: bool = False, bypass: bool = True
+        self,
+        ask: Ask,
+        policy: str,
+        schedule: PathSchedule,
+        *,
+        library: bool = False,
+        bypass: bool = True,
+        by_token: ByToken = (False, False),
     ) -> GeneratedSequence:
         """Return what the reference generates for `ask`."""
-        depth = depth_for_budget(ask.budget or 1.0, self.artifact.config.base_model.num_layers)
         # In greedy decoding a shorter answer is the beginning of a longer one, so one run serves several lengths.
         length = -(-ask.max_tokens // 8) * 8
-        key = (ask.prompt, depth, policy, schedule, library, bypass, length, ask.context)
+        key = (ask.prompt, ask.budget, policy, schedule, library, bypass, length, ask.context, by_token)
         if key not in self.known:
-            self.known[key] = generate(
-                self.model,
-                self.artifact.router(library=library),
-                schedule,
-                depth,
-                ask.prompt,
-                length,
-                policy,
-                self.artifact.bypass if bypass else None,
-                ask.context,
-            )
+            route = self.route(ask, schedule, library=library, by_token=by_token)
+            repair = self.artifact.bypass if bypass else None
+            self.known[key] = generate(self.model, route, ask.prompt, length, policy, repair)
         whole = self.known[key]
         positions = len(ask.prompt) + ask.max_tokens - 1
         return GeneratedSequence(whole.token_ids[: ask.max_tokens], whole.paths[:positions])
+
+    def route(
+        self, ask: Ask, schedule: PathSchedule, *, library: bool = False, by_token: ByToken = (False, False)
+    ) -> Route:
+        """Return the route of a request, put together here and not by the code that serves."""
+        budget, num_layers = ask.budget or 1.0, self.artifact.config.base_model.num_layers
+        depth = depth_for_budget(budget, num_layers)
+        router, tokens = self.artifact.router(library=library), self.artifact.token
+        whole = RequestRoute(router, schedule, depth, ask.prompt, ask.context)
+        if by_token == (False, False) or tokens is None or not tokens.depths[0] <= depth < num_layers:
+            return whole
+        in_prompt, in_decode = by_token
+        start = 0 if in_prompt else len(ask.prompt)
+        single = TokenRoute(tokens, TokenSchedule(SAVED_LAYERS, schedule.lag), budget, ask.prompt, start)
+        if in_prompt and in_decode:
+            return single
+        return SplitRoute(*((single, whole) if in_prompt else (whole, single)), len(ask.prompt))
 
 
 def make_tiny(root: Path, family: str, **parts: Any) -> Tiny:
@@ -134,6 +161,7 @@ class Engine:
         self.schedule = PathSchedule(16)
         self.library = False
         self.bypass = True
+        self.by_token: ByToken = (False, False)
         self.finished: dict[str, Any] = {}
         self._cuda_capture: Any = None
         self._num_requests = 0
@@ -152,6 +180,7 @@ class Engine:
         *,
         library: bool = False,
         bypass: bool = True,
+        by_token: ByToken = (False, False),
     ) -> None:
         """Set KV policy, schedule, bypass and tokens per step, and empty the prefix cache."""
         from vllm_buddy.serving.kv import POLICIES
@@ -164,8 +193,9 @@ class Engine:
         self._backbone.bypasses = self._bypasses if bypass else None
         self.state.policy = POLICIES[policy](self.state.num_layers)
         self.scheduler._salt_prefix = f"{artifact.digest}:{policy}"
-        self.scheduler._schedule = self.schedule
-        self.scheduler._router = artifact.router(library=library)
+        routes = self.scheduler._routes
+        routes.schedule, routes.router, self.by_token = self.schedule, artifact.router(library=library), by_token
+        routes.token_schedule, routes._by_token = TokenSchedule(SAVED_LAYERS, lag), by_token
         self.scheduler.max_num_scheduled_tokens = chunk
         self.empty_prefix_cache()
 
@@ -311,17 +341,22 @@ class Engine:
 
     def expected(self, ask: Ask) -> GeneratedSequence:
         """Return what the reference generates for `ask` under the current settings."""
-        return self.tiny.expected(ask, self.policy, self.schedule, library=self.library, bypass=self.bypass)
+        return self.tiny.expected(
+            ask, self.policy, self.schedule, library=self.library, bypass=self.bypass, by_token=self.by_token
+        )
 
     def check(self, asks: Sequence[Ask], outputs: Sequence[Any]) -> None:
         """Fail unless the tokens and layers of every request are the reference's."""
         for ask, output in zip(asks, outputs, strict=True):
             expected = self.expected(ask)
             assert list(output.outputs[0].token_ids) == expected.token_ids, _describe(self, ask, output, expected)
-            depth = expected.paths[0].bit_count()
+            depths = [path.bit_count() for path in expected.paths]
             outcome = output.kv_transfer_params["buddy"]
-            assert outcome["layers_executed_min"] == outcome["layers_executed_max"] == depth
-            assert outcome["distinct_paths"] == len(set(expected.paths))
+            assert (outcome["layers_executed_min"], outcome["layers_executed_max"]) == (min(depths), max(depths))
+            if outcome["tokens"] == len(depths):  # tokens that are computed again are counted again
+                assert outcome["layers_executed_mean"] == pytest.approx(sum(depths) / len(depths))
+            if True not in self.by_token:
+                assert outcome["distinct_paths"] == len(set(expected.paths))
 
 
 def _describe(engine: Engine, ask: Ask, output: Any, expected: GeneratedSequence) -> str:

@@ -20,10 +20,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from vllm_buddy.artifact import Artifact, load_artifact
+from vllm_buddy.artifact import Artifact, load_artifact, with_token_router
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, LoraConfig, PredictorConfig, PriorConfig
 from vllm_buddy.artifact.fingerprint import identify
-from vllm_buddy.method import BudgetPredictor, DecisionModule, FoldedDecision, FoldedPredictor
+from vllm_buddy.method import (
+    BudgetPredictor,
+    DecisionModule,
+    FoldedDecision,
+    FoldedPredictor,
+    TokenRouter,
+    path_of,
+)
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
@@ -36,6 +43,7 @@ HEAD_DIM = 32  # the smallest that vLLM's CPU attention accepts
 VOCAB_SIZE = 512
 
 PREDICTOR_DEPTHS = (3, 4, 6, 8)
+TOKEN_DEPTHS = (4, 6)
 PREDICTOR_PRICE = 8.0  # at which random prompts take every depth of the grid
 
 _MATRIX_STD = 0.08
@@ -100,6 +108,7 @@ def random_artifact(
     bypass_rank: int = 0,
     lora_rank: int = 0,
     predictor_depths: Sequence[int] = (),
+    token_depths: Sequence[int] = (),
 ) -> Artifact:
     """Write an artifact for the model in `model_dir` into `folder`, and return it as loaded from there.
 
@@ -107,6 +116,7 @@ def random_artifact(
     paths_per_depth: size of the path library at every depth below full; 0 for none.
     bypass_rank, lora_rank: rank of random bypasses, or of weight changes, that change every token; 0 for none.
     predictor_depths: grid of a random Budget Predictor; empty for none.
+    token_depths: depths of nested random paths, without the full depth, and a random router of tokens; empty for none.
     """
     base = identify(model_dir)
     num_middle = base.num_layers - 2
@@ -117,6 +127,7 @@ def random_artifact(
     bypass = _random_bypass(model, bypass_rank, seed) if bypass_rank else None
     lora = _random_lora(model, lora_rank, seed) if lora_rank else None
     predictor = _random_predictor(values, predictor_depths, base.num_layers, seed) if predictor_depths else None
+    token = random_token_router(values, token_depths, base.num_layers, seed) if token_depths else None
     config = BuddyConfig(
         format_version=FORMAT_VERSION,
         name=folder.name,
@@ -130,7 +141,8 @@ def random_artifact(
         predictor=None if predictor is None else PredictorConfig(depths=predictor.depths, price=PREDICTOR_PRICE),
     )
     prior = rng.standard_normal(num_middle).astype(np.float32)
-    Artifact(config, prior, folded, bypass, lora, predictor).save(folder)
+    artifact = Artifact(config, prior, folded, bypass, lora, predictor)
+    (artifact if token is None else with_token_router(artifact, token)).save(folder)
     return load_artifact(folder)
 
 
@@ -155,6 +167,15 @@ def _random_decision(values: torch.Tensor, num_middle: int, seed: int) -> Folded
     module = DecisionModule(values.shape[1], num_middle, hidden=16)
     _randomise_decision(module, values, seed)
     return FoldedDecision.fold(module, values)
+
+
+def random_token_router(values: torch.Tensor, depths: Sequence[int], num_layers: int, seed: int) -> TokenRouter:
+    """Return a router over nested random paths, at whose prices tokens differ in depth."""
+    grid = (*depths, num_layers)
+    middle = np.random.default_rng(seed).permutation(np.arange(1, num_layers - 1)).tolist()
+    paths = tuple(path_of([0, num_layers - 1, *middle[: depth - 2]]) for depth in grid)
+    predictor = _random_predictor(values, grid, num_layers, seed + 1)
+    return TokenRouter(predictor, paths, ((grid[0] / num_layers, 12.0), (1.0, 0.0)))
 
 
 def _random_predictor(values: torch.Tensor, depths: Sequence[int], num_layers: int, seed: int) -> FoldedPredictor:

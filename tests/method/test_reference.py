@@ -133,7 +133,9 @@ def test_generation_equals_computing_from_scratch(tiny: Tiny, kv_policy: str, in
     router = tiny.artifact.router()
     for prompt in random_prompts(3, seed=8):
         for depth in (4, 6, NUM_LAYERS):
-            sequence = generate(tiny.model, router, PathSchedule(interval), depth, prompt, 20, kv_policy)
+            sequence = generate(
+                tiny.model, RequestRoute(router, PathSchedule(interval), depth, prompt), prompt, 20, kv_policy
+            )
             assert len(sequence.token_ids) == len(sequence.logprobs) == 20
             token_ids = prompt + sequence.token_ids
             assert len(sequence.paths) == len(token_ids) - 1
@@ -148,7 +150,7 @@ def test_generated_paths_are_the_schedulers(tiny: Tiny) -> None:
     router, schedule = tiny.artifact.router(), PathSchedule(interval=1)
     distinct = set()
     for prompt in random_prompts(4, seed=9):
-        sequence = generate(tiny.model, router, schedule, 4, prompt, 24, MASKED)
+        sequence = generate(tiny.model, RequestRoute(router, schedule, 4, prompt), prompt, 24, MASKED)
         token_ids = prompt + sequence.token_ids[:-1]
         runs = RequestRoute(router, schedule, 4, prompt).runs(0, len(token_ids), token_ids)
         assert sequence.paths == [run.path for run in runs for _ in range(run.num_tokens)]
@@ -164,7 +166,9 @@ def test_full_depth_generation_is_greedy_decoding_of_the_model(tiny: Tiny) -> No
     with torch.no_grad():
         for _ in range(16):
             token_ids.append(int(tiny.model(torch.tensor([token_ids])).logits[0, -1].argmax()))
-    sequence = generate(tiny.model, tiny.artifact.router(), PathSchedule(1), NUM_LAYERS, prompt, 16, MASKED)
+    sequence = generate(
+        tiny.model, RequestRoute(tiny.artifact.router(), PathSchedule(1), NUM_LAYERS, prompt), prompt, 16, MASKED
+    )
     assert prompt + sequence.token_ids == token_ids
 
 

@@ -14,7 +14,7 @@ from tests.training.conftest import run
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.cli import main
 from vllm_buddy.errors import BuddyError, DataError, TrainingError
-from vllm_buddy.method import PathSchedule, layers_of
+from vllm_buddy.method import PathSchedule, RequestRoute, layers_of
 from vllm_buddy.method.reference import generate, routed_logits
 from vllm_buddy.training import checkpoint
 from vllm_buddy.training.loop import LOG_FILE
@@ -49,7 +49,8 @@ def test_every_recipe_makes_an_artifact_that_loads_and_routes(settings: dict[str
     model = load_model(settings["model"])
     if loaded.lora is not None:
         loaded.lora.merge_into(model)
-    done = generate(model, loaded.router(), PathSchedule(4), 5, [5, 6, 7], 9, "masked", bypass=loaded.bypass)
+    route = RequestRoute(loaded.router(), PathSchedule(4), 5, [5, 6, 7])
+    done = generate(model, route, [5, 6, 7], 9, "masked", bypass=loaded.bypass)
     assert {len(layers_of(path)) for path in done.paths} == {5}
 
 

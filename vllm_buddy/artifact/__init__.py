@@ -5,7 +5,14 @@ of its configuration, `fingerprint.py` the identity of its base model, `shipped.
 are found, `provenance.py` the record of how an artifact was made.
 """
 
-from vllm_buddy.artifact.artifact import CONFIG_FILE, WEIGHTS_FILE, Artifact, RepairKind, load_artifact
+from vllm_buddy.artifact.artifact import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Artifact,
+    RepairKind,
+    load_artifact,
+    with_token_router,
+)
 from vllm_buddy.artifact.config import (
     FORMAT_VERSION,
     BuddyConfig,
@@ -55,4 +62,5 @@ __all__ = [
     "source_commit",
     "to_yaml",
     "weight_fingerprint",
+    "with_token_router",
 ]

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig
+from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PricePoint, TokenConfig
 from vllm_buddy.artifact.tensors import ArtifactParts, pack_tensors, parse_tensors
 from vllm_buddy.errors import ArtifactError
-from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, Router, TokenRouter, path_of
+from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, Router, TokenRouter, layers_of, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.lora import LoraDeltas
 
@@ -124,6 +124,15 @@ class Artifact:
     @property
     def _parts(self) -> ArtifactParts:
         return ArtifactParts(self.prior, self.decision, self.bypass, self.lora, self.predictor, self.token)
+
+
+def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
+    """Return the artifact with schedule `token`, whose tokens `router` routes."""
+    config = TokenConfig(
+        paths=tuple(tuple(layers_of(path)) for path in router.paths),
+        prices=tuple(PricePoint(price=price, budget=budget) for budget, price in router.prices),
+    )
+    return replace(artifact, config=artifact.config.model_copy(update={"token": config}), token=router)
 
 
 def load_artifact(folder: Path) -> Artifact:

@@ -17,8 +17,7 @@ from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, check_kv_policy
 from vllm_buddy.method.path import LayerPath
-from vllm_buddy.method.request_route import PathSchedule, RequestRoute
-from vllm_buddy.method.router import Router
+from vllm_buddy.method.request_route import Route
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
@@ -93,24 +92,19 @@ def routed_logits(
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    router: Router,
-    schedule: PathSchedule,
-    depth: int,
+    route: Route,
     prompt: Sequence[int],
     max_new_tokens: int,
     kv_policy: str,
     bypass: Bypass | None = None,
-    num_context_tokens: int | None = None,
 ) -> GeneratedSequence:
-    """Decode greedily with the paths that the scheduler would choose for this request.
+    """Decode greedily along the paths of a route.
 
-    depth: layers per token, first and last included. prompt: at least one token id.
-    max_new_tokens: tokens to generate; no token ends the sequence early.
-    bypass: see routed_logits. num_context_tokens: see RequestRoute.
+    route: new, made for this prompt. prompt: at least one token id.
+    max_new_tokens: tokens to generate; no token ends the sequence early. bypass: see routed_logits.
     """
     caches = _empty_cache(model, kv_policy)
     bypass = _like(model, bypass)
-    route = RequestRoute(router, schedule, depth, prompt, num_context_tokens)
     token_ids = list(prompt)
     paths: list[LayerPath] = []
     logprobs: list[float] = []

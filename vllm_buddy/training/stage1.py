@@ -11,14 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_buddy.artifact import Artifact, load_artifact, resolve_artifact
+from vllm_buddy.artifact import Artifact, load_artifact, resolve_artifact, with_token_router
 from vllm_buddy.artifact.config import (
     FORMAT_VERSION,
     BuddyConfig,
     LoraConfig,
-    PricePoint,
     PriorConfig,
-    TokenConfig,
 )
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.baselines import check_static_method, layer_order, static_path, static_prior
@@ -28,7 +26,6 @@ from vllm_buddy.method import (
     DecisionModule,
     FoldedDecision,
     LayerPath,
-    TokenRouter,
     TokenSchedule,
     full_path,
     layers_of,
@@ -336,15 +333,6 @@ def _token_fit(
         return found
 
     return fit
-
-
-def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
-    """The artifact with schedule `token`."""
-    config = TokenConfig(
-        paths=tuple(tuple(layers_of(path)) for path in router.paths),
-        prices=tuple(PricePoint(price=price, budget=budget) for budget, price in router.prices),
-    )
-    return dataclasses.replace(artifact, config=artifact.config.model_copy(update={"token": config}), token=router)
 
 
 def _artifact(

@@ -138,7 +138,7 @@ def test_a_real_engine_has_all_parts_and_is_left_as_it_was(engine: Engine) -> No
 def _wrapped_attributes(engine: Engine) -> list[object]:
     """Return the attributes that instrumented() replaces and that can be compared."""
     runner, backbone = engine.runner, engine.runner.model.model
-    own = [vars(o).keys() for o in (engine.scheduler, engine.scheduler._router, runner, runner.model)]
+    own = [vars(o).keys() for o in (engine.scheduler, engine.scheduler._routes.router, runner, runner.model)]
     classes = [vars(c).copy() for c in (step_parts.Scheduler, step_parts.GPUModelRunner, Context, BypassCall)]
     routed_step = (RoutedStep.run, RoutedStep._forward_context)
     functions = (list(backbone.functions), list(backbone.bypasses))

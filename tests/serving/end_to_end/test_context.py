@@ -78,7 +78,7 @@ def test_blocks_beyond_a_change_of_path_in_the_prompt_are_not_published(llama: E
 def same_first_path(engine: Engine) -> tuple[Ask, Ask, int]:
     """A prompt with and without a shorter context, on the same first path, and where the latter leaves it: beyond the
     first block and within the prompt."""
-    router = engine.scheduler._router
+    router = engine.scheduler._routes.router
     for seed in range(300):
         prompt = tuple(random_prompts(1, seed=seed, min_tokens=110, max_tokens=110)[0])
         depth = depth_for_budget(0.4, router.num_layers)

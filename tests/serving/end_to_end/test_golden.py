@@ -54,7 +54,7 @@ def test_tokens_with_the_path_library_equal_the_reference(engine: Engine) -> Non
     asks = batch(seed=2)
     library = {path_of(layers) for sets in engine.tiny.artifact.config.library.values() for layers in sets}
     for ask in asks:
-        assert set(engine.expected(ask).paths) <= library | {engine.scheduler._router.full}
+        assert set(engine.expected(ask).paths) <= library | {engine.scheduler._routes.router.full}
     engine.check(asks, engine.run(asks))
 
 

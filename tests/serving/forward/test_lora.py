@@ -8,7 +8,7 @@ from tests.harness.engine import Ask, Engine, Tiny, make_tiny, start_engine
 from tests.harness.tiny_models import load_model, random_prompts
 from tests.serving.end_to_end.test_golden import batch
 from tests.serving.start.test_hook import configure, refusal
-from vllm_buddy.method import PathSchedule
+from vllm_buddy.method import PathSchedule, RequestRoute
 from vllm_buddy.method.kv_policy import KV_POLICIES
 from vllm_buddy.method.reference import generate
 
@@ -40,7 +40,9 @@ def test_the_whole_model_is_changed_too(engine: Engine, merged: Tiny) -> None:
     (output,) = engine.run([ask])
     engine.check([ask], [output])
     base, router = load_model(merged.folder), merged.artifact.router()
-    unchanged = generate(base, router, PathSchedule(4), router.num_layers, ask.prompt, 16, "masked")
+    unchanged = generate(
+        base, RequestRoute(router, PathSchedule(4), router.num_layers, ask.prompt), ask.prompt, 16, "masked"
+    )
     assert list(output.outputs[0].token_ids) != unchanged.token_ids
 
 

@@ -11,8 +11,8 @@ ROUTED_BUDGETS = (0.5, 0.75, 0.4, 0.625)
 
 
 def prompt_path(engine: Engine, prompt: tuple[int, ...], budget: float) -> LayerPath:
-    depth = depth_for_budget(budget, engine.scheduler._router.num_layers)
-    return RequestRoute(engine.scheduler._router, engine.schedule, depth, prompt).first_path
+    depth = depth_for_budget(budget, engine.scheduler._routes.router.num_layers)
+    return RequestRoute(engine.scheduler._routes.router, engine.schedule, depth, prompt).first_path
 
 
 def random_tokens(num: int, seed: int) -> tuple[int, ...]:

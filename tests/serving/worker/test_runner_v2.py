@@ -27,7 +27,7 @@ def test_the_engine_runs_on_it(llama: Engine) -> None:
     assert isinstance(llama.scheduler, AsyncScheduler) == (RUNNER == "v2-async")
     if RUNNER == "v2-async":
         assert llama.core.batch_queue_size == 2
-        assert llama.scheduler._schedule.lag == 1
+        assert llama.scheduler._routes.schedule.lag == 1
 
 
 def test_vllms_warm_up_without_a_plan_runs_before_serving_and_not_after(
