@@ -35,7 +35,8 @@ class TrainingRun:
 
     teacher: None if the loss is cross-entropy. accelerator: accelerate's Accelerator, for one or several processes.
     frozen: a context manager inside which the model is the unchanged base model, which the teacher needs.
-    report: called with the log row of each step. router_figures: results of the router fit, for the record of the run.
+    report: called with the log row of each step. For the record of the run: router_figures, the results of the router
+    fit; started_from, name and digest of the artifact whose bypass was trained on.
     """
 
     settings: Stage1Settings
@@ -48,6 +49,7 @@ class TrainingRun:
     frozen: Callable[[], AbstractContextManager[Any]]
     report: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
     router_figures: dict[str, Any] = field(default_factory=dict)
+    started_from: str | None = None
 
     @property
     def folder(self) -> Path:

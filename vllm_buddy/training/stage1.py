@@ -125,7 +125,10 @@ def run_stage1(
     base = identify(model_dir, settings.base_model_id)
     tokenizer = load_tokenizer(model_dir)
     used = settings.tokens // settings.length
-    corpus = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, used, settings.seed)
+    drawn = max(used, settings.token_windows) if settings.schedule == "token" else used
+    corpus = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, drawn, settings.seed)
+    token_windows = np.unique(corpus.order[: settings.token_windows])
+    corpus = dataclasses.replace(corpus, order=corpus.order[:used])
     model: Any = load_model(model_dir, getattr(torch, settings.dtype)).to(accelerator.device).requires_grad_(False)
     if settings.length > model.config.max_position_embeddings:
         raise TrainingError(f"length {settings.length} is beyond the model's {model.config.max_position_embeddings}")
@@ -143,13 +146,16 @@ def run_stage1(
     fit: Callable[[Bypass | None], TokenFit] | None = None
     if settings.schedule == "token":
         assert teacher is not None
-        fit = _token_fit(settings, model, corpus, teacher, _nested_paths(settings, library, base.num_layers), note)
-        routing = TokenRouting(fit(start.bypass).router, TokenSchedule(), constant)
+        fit = _token_fit(settings, model, corpus, token_windows, teacher, library, note)
+        found = fit(start.bypass)
+        routing = TokenRouting(found.router, TokenSchedule(), constant)
     if settings.paths == LEARNED:
         values = value_table(model)
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
         routing = LearnedRouting(decision, values, static_prior(start.order))
     run = TrainingRun(*main, model, repair, routing, teacher, accelerator, frozen, report)
+    if start.artifact is not None:
+        run.started_from = f"{start.artifact.config.name} {start.artifact.digest}"
     run.train()
     folded = None
     if isinstance(routing, LearnedRouting):
@@ -159,10 +165,9 @@ def run_stage1(
         folded = _fit_router(run, trained, static_prior(start.order), note)
     artifact = _artifact(settings, base, start, repair, folded, library)
     if fit is not None:
-        with torch.no_grad():
-            trained_fit = fit(artifact.bypass)
-        run.router_figures = {"explained": dict(zip(map(str, settings.token_depths), trained_fit.explained))}
-        artifact = with_token_router(artifact, trained_fit.router)
+        found = fit(artifact.bypass)  # the one before the training was for another bypass
+        run.router_figures = {"explained": dict(zip(map(str, settings.token_depths), found.explained))}
+        artifact = with_token_router(artifact, found.router)
     return artifact, run
 
 
@@ -316,12 +321,21 @@ def _nested_paths(
 
 
 def _token_fit(
-    settings: Stage1Settings, model: Any, corpus: Corpus, teacher: Teacher, paths: tuple[LayerPath, ...], note: Note
+    settings: Stage1Settings,
+    model: Any,
+    corpus: Corpus,
+    windows: np.ndarray,
+    teacher: Teacher,
+    library: Mapping[int, list[list[int]]],
+    note: Note,
 ) -> Callable[[Bypass | None], TokenFit]:
-    """What measures the divergence of each token under a bypass, and fits the router of tokens to it."""
+    """What measures the divergence of each token under a bypass, and fits the router of tokens to it.
+
+    windows: [n], the sequences to measure on.
+    """
     values = value_table(model).cpu()
-    windows = np.unique(corpus.order)
-    windows = np.random.default_rng(settings.seed).permutation(windows)[: settings.token_windows]
+    paths = _nested_paths(settings, library, model.config.num_hidden_layers)
+    windows = np.random.default_rng(settings.seed).permutation(windows)
 
     def fit(bypass: Bypass | None) -> TokenFit:
         note(f"measuring the divergence of each token on {len(paths) - 1} paths, {len(windows)} sequences")

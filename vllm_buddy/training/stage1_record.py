@@ -39,12 +39,25 @@ def finish_run(
             }
             for source in settings.data
         },
+        "started_from": run.started_from,
         "base_model": artifact.config.base_model.model_dump(),
         "last_loss": round(sum(row["loss"] for row in log[-20:]) / len(log[-20:]), 4),
         "training_seconds": log[-1]["seconds"],
         "router_fit": run.router_figures,
     }
     (settings.out / RUN_FILE).write_text(to_yaml(record))
+
+
+def _token_lines(artifact: Artifact) -> list[str]:
+    """What the model card says of schedule `token`."""
+    if artifact.token is None:
+        return []
+    depths = ", ".join(map(str, artifact.token.depths))
+    return [
+        "",
+        f"With the schedule `token` each token runs {depths} layers, chosen from the token and those before it; the "
+        "budget is a mean over the tokens of a request then.",
+    ]
 
 
 def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> str:
@@ -65,6 +78,7 @@ def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> st
         f"{settings.min_budget:g} to 1.",
         "",
         f"{_REPAIRS[settings.recipe].format(rank=settings.rank)} {routed}",
+        *_token_lines(artifact),
         "",
         f"Trained on {settings.tokens:,} tokens of "
         f"{', '.join(source.file.name for source in settings.data)}. With the least budget the static path runs layers "

@@ -1,0 +1,105 @@
+"""Training of depths per token: from measured divergences to an artifact that is better than chance."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.conftest import run
+from vllm_buddy.artifact import load_artifact
+from vllm_buddy.errors import TrainingError
+from vllm_buddy.method import TokenRoute, TokenSchedule, full_path, path_of
+from vllm_buddy.training.stage1_record import finish_run
+from vllm_buddy.training.stage1_settings import Stage1Settings
+from vllm_buddy.training.token_fit import TokenDivergences, fit_tokens
+
+VOCAB, LENGTH = 64, 40
+PATHS = (path_of([0, 2, 4, 7]), path_of([0, 1, 2, 4, 5, 7]), full_path(8))
+
+
+def drawn(num_sequences: int, rng: np.random.Generator) -> TokenDivergences:
+    """Sequences in which a token costs more the larger its id, and half of that at six layers."""
+    tokens = rng.integers(0, VOCAB, (num_sequences, LENGTH))
+    cost = tokens / VOCAB * 2.0 * rng.exponential(1.0, tokens.shape)
+    return TokenDivergences(tokens, np.stack([cost, cost / 2, np.zeros_like(cost)], axis=-1).astype(np.float32))
+
+
+def test_the_fit_finds_which_tokens_need_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the router's depths have nothing to do with what depths cost, or its prices miss the budgets."""
+    monkeypatch.setattr("vllm_buddy.training.token_fit.STEPS", 400)
+    rng = np.random.default_rng(0)
+    values = torch.randn(VOCAB, 12, generator=torch.Generator().manual_seed(0))
+    fit = fit_tokens(drawn(60, rng), values, PATHS, 8, seed=0)
+    # Two thirds of the variance is that of the exponential, which nobody can know.
+    assert all(0.1 < explained < 0.5 for explained in fit.explained)
+    tokens = rng.integers(0, VOCAB, 2000).tolist()
+    for budget in (0.625, 0.75, 0.875):
+        route = TokenRoute(fit.router, TokenSchedule(48), budget, tokens)
+        route.decide(len(tokens), tokens)
+        depths = np.array(fit.router.depths)[route.choices]
+        assert 0.93 * budget * 8 < depths.mean() <= budget * 8
+        costly, cheap = (depths[np.array(tokens) >= 48].mean(), depths[np.array(tokens) < 16].mean())
+        assert costly > cheap + 0.5
+    budgets, prices = zip(*fit.router.prices)
+    assert list(budgets) == sorted(budgets)
+    assert list(prices) == sorted(prices, reverse=True)
+
+
+@pytest.fixture
+def token_settings(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run that starts from the artifact of another one."""
+    first, stage, _ = run(settings | {"out": tmp_path / "first"})
+    finish_run(first, stage, Stage1Settings(**settings | {"out": tmp_path / "first"}), "vllm-buddy train", None)
+    token = {"schedule": "token", "token_depths": (4, 6), "kv_policy": "kv_only", "token_windows": 12}
+    return settings | token | {"start_from": str(tmp_path / "first"), "out": tmp_path / "token"}
+
+
+def test_training_writes_an_artifact_with_nested_paths(
+    token_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if schedule token cannot be trained, or what it does not train is lost."""
+    monkeypatch.setattr("vllm_buddy.training.token_fit.STEPS", 50)
+    artifact, stage, losses = run(token_settings)
+    finish_run(artifact, stage, Stage1Settings(**token_settings), "vllm-buddy train", None)
+    assert np.isfinite(losses).all()
+    loaded, first = load_artifact(token_settings["out"]), load_artifact(Path(token_settings["start_from"]))
+    assert loaded.digest == artifact.digest != first.digest
+    assert loaded.token is not None
+    assert loaded.token.depths == (4, 6, 8)
+    assert loaded.config.library == first.config.library
+    assert not torch.equal(loaded.bypass.down, first.bypass.down)
+    assert "schedule `token`" in (token_settings["out"] / "README.md").read_text()
+    assert f"run {first.digest}" in (token_settings["out"] / "run.yaml").read_text()
+    again, _, same = run(token_settings | {"out": token_settings["out"].parent / "again", "name": "token"})
+    assert same == losses
+    assert again.digest == artifact.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"token_depths": ()}, "token_depths go with schedule token"),
+        ({"schedule": "request"}, "token_depths go with schedule token"),
+        ({"token_depths": (6, 4)}, "must ascend"),
+        ({"kv_policy": "masked"}, "needs recipe bypass and kv_policy kv_only"),
+        ({"token_depths": (2, 6)}, "no path of"),
+        ({"start_from": "/no/such/artifact"}, "no artifact at"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    token_settings: dict[str, Any], changes: dict[str, Any], problem: str
+) -> None:
+    """Fails if a run of hours ends in an artifact without the schedule that was asked for."""
+    with pytest.raises(ValueError, match=problem):
+        run(token_settings | changes)
+
+
+def test_an_artifact_without_bypass_or_library_is_no_start(token_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if training starts from nothing where it was told to start from an artifact."""
+    first = load_artifact(Path(token_settings["start_from"]))
+    config = first.config.model_copy(update={"library": None})
+    type(first)(config, first.prior, bypass=first.bypass).save(tmp_path / "bare")
+    with pytest.raises(TrainingError, match="must have a bypass and a path library"):
+        run(token_settings | {"start_from": str(tmp_path / "bare")})
