@@ -300,6 +300,32 @@ def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asy
     assert made.generated[follow_up] == made.expected(made.asks[follow_up])
 
 
+@both
+def test_a_request_that_is_computed_again_is_lowered_once_it_is_done(
+    tiny: Callable[[str], Tiny], asynchronous: bool
+) -> None:
+    """Fails if a rising load lowers a request between two chunks of tokens that it has generated before a preemption:
+    they ran at its old depth, and positions would be out of order."""
+    load = {"price": LOAD_PRICE, "waiting": [0, 2], "lowers_running": True}
+    made = pretend(tiny, asynchronous=asynchronous, chunk=16, load=load, auto={"price": 0.0})
+    prompt, others = PROMPTS[0], PROMPTS[1:5]
+    first = made.add(auto(prompt, 120), runs_as=fixed(auto(prompt, 120), NUM_LAYERS))
+    while len(made.generated[first]) < 60:
+        made.step()
+    made.scheduler.reset_prefix_cache(reset_running_requests=True)
+    request, route = made.scheduler.requests[first], made.scheduler._routed[first].route
+    while not len(prompt) < request.num_computed_tokens < len(prompt) + 50:
+        made.step()
+    for other in others:
+        made.add(Ask(other[:3], 0.5, 100))
+    while not route.lowered:
+        made.step()
+    assert route.lowered[0][0] >= len(prompt) + 59
+    while not made.idle:
+        made.step()
+    assert len(made.generated[first]) == 120
+
+
 # --- a real engine -----------------------------------------------------------------------------------------------
 
 
