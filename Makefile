@@ -1,6 +1,7 @@
 # Everything runs in .venv, which `make setup` makes and which the other targets check first.
 PYTHON ?= python3
 DEVICE ?= auto
+JOBS ?= 2
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -11,6 +12,7 @@ help:  ## this list
 	@echo
 	@echo "  PYTHON=python3.12    the interpreter .venv is made with (3.11 or later)"
 	@echo "  DEVICE=cpu|cuda      which vLLM to install; auto: cuda where nvidia-smi finds a GPU"
+	@echo "  JOBS=2                processes that run tests side by side; 0: in this one"
 	@echo "  PIP_EXTRA_INDEX_URL  read by pip; where it finds no CPU torch, setup tries"
 	@echo "                       https://download.pytorch.org/whl/cpu, or the index you name here"
 
@@ -24,7 +26,7 @@ doctor: setup  ## check that the installation works, and say what to do where it
 	@$(VENV)/vllm-buddy doctor
 
 test: setup  ## the fast tests
-	@$(VENV)/python -m pytest
+	@$(VENV)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## all tests, also those that start engines
 	@$(VENV)/python -m pytest -m "slow or not slow"

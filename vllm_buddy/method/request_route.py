@@ -207,10 +207,12 @@ class RequestRoute:
             False if the new path is not a subset of the current one; nothing changes then.
 
         Raises:
-            ValueError: `depth` is not below the current depth.
+            ValueError: `depth` is not below the current depth, or the path changes after `position` already.
         """
         if depth >= self.depth:
             raise ValueError(f"{depth} layers are not less than {self.depth}")
+        if position < self._starts[-1]:
+            raise ValueError(f"the path changes at position {self._starts[-1]}, which is after {position}")
         if self._context is None:
             self._context = self._router.new_context()
             if self._context is not None:

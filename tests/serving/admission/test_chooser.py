@@ -126,6 +126,15 @@ def outcome(engine: PretendEngine, request_id: str) -> tuple[int, float | None]:
     return found.depth, found.price
 
 
+def step_until(engine: PretendEngine, done: Callable[[], bool]) -> None:
+    """Step until `done`, at most some thousand times."""
+    for _ in range(3000):
+        if done():
+            return
+        engine.step()
+    raise AssertionError("it does not happen")
+
+
 def finish(engine: PretendEngine) -> None:
     """Serve what there is; every request must get what it gets alone, at the budget it is said to run at."""
     while not engine.idle:
@@ -298,6 +307,28 @@ def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asy
     while not made.idle:
         made.step()
     assert made.generated[follow_up] == made.expected(made.asks[follow_up])
+
+
+@both
+def test_a_request_that_is_computed_again_is_lowered_once_it_is_done(
+    tiny: Callable[[str], Tiny], asynchronous: bool
+) -> None:
+    """Fails if a rising load lowers a request between two chunks of tokens that it has generated before a preemption:
+    they ran at its old depth, and positions would be out of order."""
+    load = {"price": LOAD_PRICE, "running": [1, 3], "waiting": [0, 2], "lowers_running": True}
+    made = pretend(tiny, asynchronous=asynchronous, chunk=16, load=load, auto={"price": 0.0})
+    prompt, others = PROMPTS[0], PROMPTS[1:5]
+    first = made.add(auto(prompt, 120), runs_as=fixed(auto(prompt, 120), NUM_LAYERS))
+    step_until(made, lambda: len(made.generated[first]) >= 60)
+    made.scheduler.reset_prefix_cache(reset_running_requests=True)
+    request, route = made.scheduler.requests[first], made.scheduler._routed[first].route
+    step_until(made, lambda: len(prompt) < request.num_computed_tokens < len(prompt) + 50)
+    for other in others:
+        made.add(Ask(other[:3], 0.5, 100))
+    step_until(made, lambda: bool(route.lowered))
+    assert route.lowered[0][0] >= len(prompt) + 59
+    step_until(made, lambda: made.idle)
+    assert len(made.generated[first]) == 120
 
 
 # --- a real engine -----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ PROMPTS = [tuple(p) for p in random_prompts(4, seed=71, min_tokens=5, max_tokens
 NUM_TOKENS = 12
 LOAD_PRICE = 40.0
 # One request that runs is a full load, so it would lower itself.
-LOAD = {"load": {"price": LOAD_PRICE, "running": [0, 1], "lowers_running": False}}
+LOAD = {"load": {"price": LOAD_PRICE, "running": [0, 1], "waiting": [50, 60], "lowers_running": False}}
 
 
 class Server:

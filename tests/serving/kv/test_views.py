@@ -190,8 +190,10 @@ def test_a_plan_that_continues_elsewhere_than_the_cache_is_refused() -> None:
 
 def test_a_plan_that_does_not_cover_its_tokens_is_refused() -> None:
     """Fails if a token without a path is served."""
-    with pytest.raises(RuntimeError, match="4 tokens scheduled, 3 planned"):
-        check_plan([RequestPlan((Run(3, PATHS[0]),), None)], [4], ["r"])
+    for lengths in ([3], [3, 2, -1], [4, 0]):
+        plan = RequestPlan(tuple(Run(length, PATHS[0]) for length in lengths), None)
+        with pytest.raises(RuntimeError, match=r"request r: 4 tokens scheduled, runs of .* tokens planned"):
+            check_plan([plan], [4], ["r"])
 
 
 def test_slots_of_finished_requests_are_used_again() -> None:

@@ -40,12 +40,14 @@ class RoutedRequest:
 
     asked: what it lets "auto" choose; None for a budget that is a number.
     price: the highest at which "auto" was decided for it so far.
+    planned: number of tokens that were planned so far. A request that is computed again stands before it.
     """
 
     route: Route
     outcome: Outcome
     asked: AutoBudget | None = None
     price: float = 0.0
+    planned: int = 0
 
 
 class _Routing(_Base):
@@ -151,7 +153,9 @@ class _Routing(_Base):
         for request in self.running:
             routed, position = self._routed[request.request_id], request.num_computed_tokens
             asked, route = routed.asked, routed.route
-            if asked is None or position < request.num_prompt_tokens or chooser.price_of(asked) <= routed.price:
+            if asked is None or chooser.price_of(asked) <= routed.price:
+                continue
+            if position < max(request.num_prompt_tokens, routed.planned):  # tokens that ran, or will run, at its depth
                 continue
             choice = chooser.choose(asked, request.all_token_ids[: route.num_context_tokens])
             routed.price = choice.price
@@ -164,10 +168,12 @@ class _Routing(_Base):
         starting |= output.scheduled_cached_reqs.resumed_req_ids
         plan: StepPlan = {}
         for req_id, num_tokens in output.num_scheduled_tokens.items():
-            request, route = self.requests[req_id], self._routed[req_id].route
+            request, routed = self.requests[req_id], self._routed[req_id]
             # vLLM has already advanced num_computed_tokens to the end of this step.
-            runs = route.runs(request.num_computed_tokens - num_tokens, num_tokens, request.all_token_ids)
-            plan[req_id] = RequestPlan(tuple(runs), route.first_path if req_id in starting else None)
+            end = request.num_computed_tokens
+            runs = routed.route.runs(end - num_tokens, num_tokens, request.all_token_ids)
+            routed.planned = max(routed.planned, end)
+            plan[req_id] = RequestPlan(tuple(runs), routed.route.first_path if req_id in starting else None)
         return plan
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:

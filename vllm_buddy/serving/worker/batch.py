@@ -183,6 +183,6 @@ class StepBatch:
 def check_plan(plans: Sequence[RequestPlan], num_scheduled: Sequence[int], req_ids: Sequence[str]) -> None:
     """Raise RuntimeError unless every scheduled token has a path: wrong tokens would be served silently."""
     for plan, num_tokens, req_id in zip(plans, num_scheduled, req_ids, strict=True):
-        planned = sum(run.num_tokens for run in plan.runs)
-        if planned != num_tokens:
-            raise RuntimeError(f"request {req_id}: {num_tokens} tokens scheduled, {planned} planned")
+        lengths = [run.num_tokens for run in plan.runs]
+        if sum(lengths) != num_tokens or min(lengths) < 1:
+            raise RuntimeError(f"request {req_id}: {num_tokens} tokens scheduled, runs of {lengths} tokens planned")
