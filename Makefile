@@ -28,7 +28,7 @@ doctor: setup  ## check that the installation works, and say what to do where it
 test: setup  ## the fast tests
 	@$(VENV)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test-all: setup  ## all tests, also those that start engines
+test-all: setup  ## all tests, also the slow ones
 	@$(VENV)/python -m pytest -m "slow or not slow"
 
 lint: setup  ## ruff and mypy

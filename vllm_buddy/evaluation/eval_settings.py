@@ -9,6 +9,7 @@ from vllm_buddy.errors import BudgetError, EvaluationError
 from vllm_buddy.evaluation.policy import PolicySpec
 from vllm_buddy.evaluation.windows import check_window
 from vllm_buddy.method import parse_budget
+from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
 
 
 def _budgets(value: Any) -> Any:
@@ -57,8 +58,8 @@ class EvalSettings(BaseModel):
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="dtype of the model: bfloat16 or float32"
     )
-    kv_policy: Literal["masked", "kv_only", "zero"] = Field(
-        default="masked", description="what a skipped layer leaves in the KV cache: masked, kv_only or zero"
+    kv_policy: KVPolicyName = Field(
+        default=MASKED, description="what a skipped layer leaves in the KV cache: masked, kv_only or zero"
     )
     paths: Literal["free", "library"] | None = Field(
         default=None,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, check_kv_policy
+from vllm_buddy.method.kv_policy import MASKED, ZERO, check_kv_policy
 from vllm_buddy.method.reference import check_config
 
 
@@ -162,7 +162,7 @@ def _sparse_layer(
     normed = _norm(layer.input_layernorm, hidden)
     queries = rotary.at(columns).apply(_heads(attention, _norm(layer.input_layernorm, inputs), "q"))
     keys, values = rotary.apply(_heads(attention, normed, "k")), _heads(attention, normed, "v")
-    if kv_policy != KV_ONLY:
+    if kv_policy == ZERO:
         keys, values = keys * runs[:, None, :, None], values * runs[:, None, :, None]
     visible = torch.arange(hidden.shape[1], device=hidden.device) <= columns[..., None]
     mixed = nn.functional.scaled_dot_product_attention(

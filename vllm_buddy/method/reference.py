@@ -15,7 +15,7 @@ from torch import nn
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.method.kv_policy import KV_ONLY, MASKED, check_kv_policy
+from vllm_buddy.method.kv_policy import MASKED, ZERO, check_kv_policy
 from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.request_route import Route
 
@@ -174,7 +174,7 @@ def _layer(
     normed = layer.input_layernorm(hidden)
     keys = _rotate(_heads(attention, normed[entries], "k"), cos[entries], sin[entries])
     values = _heads(attention, normed[entries], "v")
-    if kv_policy not in (MASKED, KV_ONLY):
+    if kv_policy == ZERO:
         keys[~runs], values[~runs] = 0.0, 0.0
     kv_positions, keys, values = cache.append(positions[entries], keys, values)
     hidden = hidden.clone()

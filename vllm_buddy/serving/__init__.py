@@ -1,1 +1,1 @@
-"""The vLLM plugin. Only this package and the command line import vllm; nothing is imported from here by default."""
+"""The vLLM plugin. Nothing is imported here, so that a process that needs one part loads no other."""

@@ -1,4 +1,4 @@
-"""What a server allows its requests, and what a request's options come to within that."""
+"""What a server allows its requests, and which budget and depth a request therefore gets."""
 
 import sys
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any, Literal
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import BudgetError, SettingsError
 from vllm_buddy.method import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
+from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.serving.admission.options import (
     AUTO_KEYS,
     AUTO_MAX_KEY,
@@ -171,12 +172,17 @@ class RequestLimits:
         """What the settings and the artifact allow.
 
         Raises:
-            SettingsError, BudgetError, OptionError: settings that contradict each other or the artifact; a default
-                budget that no request could ask for.
+            SettingsError, BudgetError: settings that contradict each other or the artifact; a default budget that no
+                request could ask for.
         """
         num_layers = artifact.config.base_model.num_layers
         floor = smallest_budget(num_layers)
-        min_budget = max(settings.min_budget or floor, floor)
+        if settings.min_budget is not None and settings.min_budget < floor:
+            raise SettingsError(
+                f"min_budget {settings.min_budget:g} leaves fewer than {MIN_DEPTH} of {num_layers} layers; the "
+                f"smallest budget is {floor:g}"
+            )
+        min_budget = settings.min_budget or floor
         depths = artifact.router(library=settings.library).depths
         limits = cls(
             num_layers=num_layers,
@@ -185,7 +191,10 @@ class RequestLimits:
             depths=None if depths is None else tuple(depths),
             auto=AutoLimits.from_settings(settings, artifact, min_budget),
         )
-        limits.resolve(None)
+        try:
+            limits.resolve(None)
+        except OptionError as error:
+            raise SettingsError(f"default_budget: {error}") from None
         return limits
 
     def resolve(self, extra_args: Mapping[str, Any] | None) -> FixedBudget | AutoBudget:

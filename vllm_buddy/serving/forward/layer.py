@@ -1,4 +1,4 @@
-"""A decoder layer in pieces, for kernels that fuse its first norm with the movement of rows, and its bypass.
+"""Decoder layers and bypasses in the form that the kernels take: in pieces, because a kernel computes the first norm.
 
 The layers of vLLM's Llama, Qwen2 and Qwen3 are all input_layernorm -> self_attn -> post_attention_layernorm -> mlp.
 """

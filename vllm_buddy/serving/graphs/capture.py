@@ -1,4 +1,4 @@
-"""How functions are captured as CUDA graphs, and what replays them."""
+"""Captures functions as CUDA graphs; what replays a graph is a function without arguments."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""The interface of a KV policy: what it says of each step, and the view of the KV cache that a layer gets from it."""
+"""The interface of a KV policy: where each run writes, and the view of the KV cache that each layer gets."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

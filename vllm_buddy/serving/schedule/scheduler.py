@@ -1,4 +1,4 @@
-"""vLLM's scheduler with routing: decides which layers each token of the next step executes.
+"""vLLM's scheduler with routing: asks each request's route which layers its tokens of the next step execute.
 
 The router reads token ids only, so all decisions are made here, on the host, before the step. The plan goes to the
 workers with vLLM's SchedulerOutput, and the layers executed come back with its ModelRunnerOutput.

@@ -123,7 +123,7 @@ class LoadSettings(_Section):
     @classmethod
     def _ascending(cls, pair: tuple[float, float] | None) -> tuple[float, float] | None:
         if pair is not None and not pair[0] < pair[1]:
-            raise ValueError("the first of the two must be the smaller")
+            raise ValueError(f"the first of the two must be the smaller, found {list(pair)}")
         return pair
 
 
@@ -156,7 +156,9 @@ class GraphSettings(_Section):
     @classmethod
     def _growing(cls, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if sizes is not None and (not sizes or list(sizes) != sorted(set(sizes))):
-            raise ValueError("sizes must be at least one, in ascending order and without repetition")
+            raise ValueError(
+                f"sizes must be one or more, in ascending order without repetition, found {list(sizes)}"
+            )
         return sizes
 
 
@@ -308,6 +310,8 @@ def _problem(details: Any) -> str:
     name = ".".join(map(str, details["loc"]))
     if details["type"] == "missing":
         return f"'{name}' is required (found {details['input']!r})"
+    if (own := details.get("ctx", {}).get("error")) is not None:  # raised by a validator above, and says what was found
+        return f"'{name}': {own}"
     return f"'{name}': {details['msg']} (found {details['input']!r})"
 
 

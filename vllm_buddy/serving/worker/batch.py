@@ -1,4 +1,4 @@
-"""One step of a worker as both model runners describe it. KV policies and graphs see this and no runner."""
+"""One step of a worker, described alike by both model runners. KV policies and graphs work on this description."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
