@@ -156,9 +156,7 @@ class GraphSettings(_Section):
     @classmethod
     def _growing(cls, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if sizes is not None and (not sizes or list(sizes) != sorted(set(sizes))):
-            raise ValueError(
-                f"sizes must be one or more, in ascending order without repetition, found {list(sizes)}"
-            )
+            raise ValueError(f"sizes must be one or more, in ascending order without repetition, found {list(sizes)}")
         return sizes
 
 
