@@ -32,8 +32,8 @@ def test_the_fit_finds_which_tokens_need_depth(monkeypatch: pytest.MonkeyPatch) 
     rng = np.random.default_rng(0)
     values = torch.randn(VOCAB, 12, generator=torch.Generator().manual_seed(0))
     fit = fit_tokens(drawn(60, rng), values, PATHS, 8, seed=0)
-    # Two thirds of the variance is that of the exponential, which nobody can know.
-    assert all(0.1 < explained < 0.5 for explained in fit.explained)
+    # A fifth of the variance follows from the id; the rest is that of the exponential, which nobody can know.
+    assert all(explained > 0.05 for explained in fit.explained), fit.explained
     tokens = rng.integers(0, VOCAB, 2000).tolist()
     for budget in (0.625, 0.75, 0.875):
         route = TokenRoute(fit.router, TokenSchedule(48), budget, tokens)
@@ -71,7 +71,7 @@ def test_training_writes_an_artifact_with_nested_paths(
     assert loaded.config.library == first.config.library
     assert not torch.equal(loaded.bypass.down, first.bypass.down)
     assert "schedule `token`" in (token_settings["out"] / "README.md").read_text()
-    assert f"run {first.digest}" in (token_settings["out"] / "run.yaml").read_text()
+    assert f"first {first.digest}" in (token_settings["out"] / "run.yaml").read_text()
     again, _, same = run(token_settings | {"out": token_settings["out"].parent / "again", "name": "token"})
     assert same == losses
     assert again.digest == artifact.digest

@@ -24,7 +24,7 @@ from vllm_buddy.serving.schedule.metrics import EngineMetrics
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.schedule.prefix_cache import end_hash_chain, limit_publishing, salt
-from vllm_buddy.serving.schedule.routes import RouteMaker
+from vllm_buddy.serving.schedule.route_maker import RouteMaker
 from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
 from vllm_buddy.serving.schedule import SCHEDULER, metrics
-from vllm_buddy.serving.schedule.routes import check_schedule
+from vllm_buddy.serving.schedule.route_maker import check_schedule
 from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
 from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.refusals import refuse_unsupported
