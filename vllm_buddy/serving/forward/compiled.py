@@ -160,10 +160,13 @@ def _bind(pattern: nn.Module, call: DirectCall, layer: nn.Module, vllm_config: V
 
     Checked against the layer itself: a constant of `pattern` that was compiled into the code would give another result.
     """
+    bound, why = None, "another rank's layers differ"
     try:
         bound = call.bound_to(LayerConstants.of(pattern), LayerConstants.of(layer))
     except ValueError as error:
-        logger.warning_once("layers are compiled one by one, which takes seconds each: %s", error)
+        why = str(error)
+    if not _on_all_ranks(bound is not None) or bound is None:
+        logger.warning_once("layers are compiled one by one, which takes seconds each: %s", why)
         return None
     positions, hidden, residual = _layer_inputs(vllm_config, 11, with_residual=True)
     # Small states: the layer normalises them, and what it adds is then all that is compared.
