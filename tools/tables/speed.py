@@ -139,6 +139,44 @@ def memory_table() -> str:
     return "\n".join(table([where(rows[0]), "stock", "buddy", "ratio"], lines))
 
 
+def start_table() -> str:
+    """Return the time from a server's command line to its first answer, beside stock vLLM."""
+    rows = load_rows("cpu_start.jsonl")
+    found = by_key(rows, "metric", "cache", "variant")
+    lines = [
+        [
+            {"cold": "empty (cold)", "warm": "of an earlier start (warm)"}[cache],
+            spread(found["start_s", cache, "stock"]),
+            spread(found["start_s", cache, "buddy"]),
+            spread(found["start_over_stock", cache, "buddy"]),
+        ]
+        for cache in ("cold", "warm")
+    ]
+    return section(rounds_note(rows), ["caches of compiled code", "stock, s", "buddy, s", "ratio"], lines)
+
+
+def layer_calls_table() -> str:
+    """Return what direct calls of generated code gain in a step, and what sharing it between layers gains at start."""
+    rows = load_rows("cpu_layer_calls.jsonl")
+    alone, shared = (
+        row["value"] for name in ("each layer alone", "shared code") for row in rows if row["variant"] == name
+    )
+    steps = [row for row in rows if row["metric"] == "ms_per_step"]
+    gains = {
+        row["batch"]: row for row in rows if row["metric"] == "speed_over_wrappers" if row["variant"] == "direct calls"
+    }
+    found = by_key(steps, "variant", "batch")
+    lines = [
+        [str(batch), spread(found["torch's wrappers", batch]), spread(found["direct calls", batch]), spread(gain)]
+        for batch, gain in gains.items()
+    ]
+    note = (
+        f"{rounds_note(steps)} All layers are made in {number(shared)} s where those that are alike share code, and "
+        f"in {number(alone)} s where each is compiled alone (once each, the compiler's caches on disk are warm)."
+    )
+    return section(note, ["batch", "torch's wrappers, ms/step", "direct calls, ms/step", "speed-up"], lines)
+
+
 _RATIOS = ("ratio_to_stock", "ratio_to_pruned")
 
 

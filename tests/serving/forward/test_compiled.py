@@ -1,6 +1,6 @@
 """Layers compiled one by one: the same tokens, and nothing compiled again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,9 +14,27 @@ ATOL = 1e-5
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny: Callable[[str], Tiny]) -> Iterator[Engine]:
-    """A routed engine with vLLM's default compilation mode."""
+def compiled(tiny: Callable[[str], Tiny]) -> Engine:
+    """A routed Llama engine with vLLM's default compilation mode."""
     return start_engine(tiny("llama"), enforce_eager=False)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_layers_with_biases_and_norms_share_their_code_too(tiny: Callable[[str], Tiny], family: str) -> None:
+    """Fails if what only some families have, a bias of K or a norm per head, is bound to another layer's."""
+    engine = start_engine(tiny(family), enforce_eager=False)
+    engine.configure("masked", 4)
+    asks = batch(seed=8)
+    engine.check(asks, engine.run(asks))
+    _, *others = engine.runner.model.model.functions
+    assert len({function._code for function in others}) == 1
+
+
+def test_layers_in_bf16_share_their_code_too(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if rounding hides that layers are alike, or vLLM packs such weights in a form that is not found."""
+    engine = start_engine(tiny("llama"), enforce_eager=False, dtype="bfloat16")
+    _, *others = engine.runner.model.model.functions
+    assert len({function._code for function in others}) == 1
 
 
 @pytest.mark.parametrize("bypass", [False, True], ids=("bare", "bypass"))

@@ -135,7 +135,7 @@ def test_tokens_of_triton_kernels_equal_the_reference(engines: Callable[[str, st
     """Fails if serving gives a kernel something else than its reference, or expects something else of it."""
     engine = engines("llama", "triton")
     engine.configure(policy, 4)
-    asks = [Ask(ask.prompt[:40], ask.budget, 6) for ask in batch(seed=4)]
+    asks = [Ask(ask.prompt[:24], ask.budget, 6) for ask in batch(seed=4)[:4]]  # the interpreter is slow
     engine.check(asks, engine.run(asks))
     engine.configure(policy, 0)
     engine.capture((1, 4, 8))

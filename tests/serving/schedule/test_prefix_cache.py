@@ -65,22 +65,22 @@ def test_one_prompt_at_many_budgets_shares_nothing_between_paths(llama: Engine, 
 @pytest.mark.parametrize("policy", KV_POLICIES)
 @pytest.mark.parametrize("interval", [1, 4])
 def test_requests_that_share_blocks_may_leave_their_path_at_the_same_time(
-    engine: Engine, policy: str, interval: int
+    llama: Engine, policy: str, interval: int
 ) -> None:
     """Fails if a layer outside the shared path starts at the beginning of the block table: sharers overwrite it.
 
     That is what `first_block` of the masked policy prevents.
     """
-    engine.configure(policy, interval)
+    llama.configure(policy, interval)
     budget = 0.5
-    prompts = same_path_prompts(engine, random_tokens(2 * BLOCK_SIZE, seed=1), budget, 12)
+    prompts = same_path_prompts(llama, random_tokens(2 * BLOCK_SIZE, seed=1), budget, 12)
     asks = [Ask(prompt, budget, 24) for prompt in prompts]
-    asks = [ask for ask in asks if len(set(engine.expected(ask).paths[: 2 * BLOCK_SIZE + 5 + 20])) > 1]
+    asks = [ask for ask in asks if len(set(llama.expected(ask).paths[: 2 * BLOCK_SIZE + 5 + 20])) > 1]
     assert len(asks) >= 4, "requests must leave the path while all are running"
-    engine.check(asks[:1], engine.run(asks[:1]))
-    outputs = engine.run(asks)
+    llama.check(asks[:1], llama.run(asks[:1]))
+    outputs = llama.run(asks)
     assert [output.num_cached_tokens for output in outputs] == [2 * BLOCK_SIZE] * len(asks)
-    engine.check(asks, outputs)
+    llama.check(asks, outputs)
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)

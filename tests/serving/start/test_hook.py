@@ -185,6 +185,11 @@ def test_an_artifact_without_a_budget_predictor_is_served(llama_model: Tiny, wit
     assert config.model_config.buddy_limits.auto is None
 
 
+def test_a_dotted_setting_is_answered_with_the_nested_form(llama_model: Tiny) -> None:
+    """Fails if the name that documentation and messages use for a setting is unknown without a way out."""
+    assert '{"buddy": {"auto": {"min": ...}}}' in refusal(llama_model, {"auto.min": 0.5})
+
+
 @pytest.mark.parametrize(
     ("old", "value", "new"),
     [
@@ -349,6 +354,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
     "pooling": ({"runner": "pooling", "convert": "embed"}, "text generation"),
     "prefetch": ({"offload_group_size": 2, "offload_num_in_group": 1}, "--cpu-offload-gb"),
+    "weight transfer": ({"weight_transfer_config": {"backend": "nccl"}}, "weight transfer"),
     "dual batch": ({"enable_dbo": True}, "--enable-dbo"),
     "whole compilation": ({"enforce_eager": False, "compilation_config": {"mode": 1}}, "STOCK_TORCH_COMPILE"),
 }

@@ -47,13 +47,14 @@ def test_llama_on_v2() -> None:
     run_on(
         "v2",
         ("end_to_end/test_golden", "end_to_end/test_preemption"),
-        "llama and (masked or lag or chunk) and not bare",
+        "llama and (4-masked-bypass or 1-kv_only-bypass or kv_only-7 or masked-33) or masked and lag",
     )
 
 
 def test_llama_on_v2_with_asynchronous_scheduling() -> None:
     """Fails if a plan made before the last token is known reaches the wrong step, or its count does."""
-    run_on("v2-async", ("end_to_end/test_golden", "graphs/test_decode"), "llama and masked and not bare and not False")
+    names = ("end_to_end/test_golden", "graphs/test_decode")
+    run_on("v2-async", names, "llama and (1-masked-bypass or masked-33 or masked-0-True)")
 
 
 @pytest.mark.slow

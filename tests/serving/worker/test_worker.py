@@ -17,7 +17,7 @@ STATES = 4 * 8192 * 64 * 2  # of [8192 tokens, 64] in 16 bits
 
 def worker(buddy: dict[str, Any], kv_cache_memory_bytes: int | None = None) -> Any:
     made: Any = object.__new__(BuddyGPUWorker)
-    made.cache_config = SimpleNamespace(kv_cache_memory_bytes=kv_cache_memory_bytes)
+    made.cache_config = SimpleNamespace(kv_cache_memory_bytes=kv_cache_memory_bytes, num_gpu_blocks_override=None)
     made.scheduler_config = SimpleNamespace(max_num_batched_tokens=8192)
     made.model_config = SimpleNamespace(get_hidden_size=lambda: 64, dtype=torch.bfloat16)
     made.vllm_config = SimpleNamespace(additional_config={"buddy": buddy})
@@ -55,6 +55,24 @@ def test_a_size_of_graphs_that_leaves_no_kv_cache_is_refused_by_name(
     with pytest.raises(SettingsError, match=r"no memory is left for the KV cache.*raise --gpu-memory-util") as caught:
         worker({"graphs": graphs}).determine_available_memory()
     assert ("graphs.memory_mib" in str(caught.value)) == graphs["enabled"]
+
+
+@pytest.mark.parametrize(("available", "override"), [(-5, None), (1, 100)])
+def test_what_vllm_decides_itself_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch, available: int, override: int | None
+) -> None:
+    """Fails if weights that do not fit are blamed on graphs, or a number of blocks that the user gave is refused."""
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: available)
+    made = worker({"graphs": {"enabled": True}})
+    made.cache_config.num_gpu_blocks_override = override
+    assert made.determine_available_memory() <= available
+
+
+def test_weights_are_not_loaded_again() -> None:
+    """Fails if compiled layers go on with weights, or memory, that vLLM has replaced."""
+    assert hasattr(Worker, "reload_weights")
+    with pytest.raises(UnsupportedError, match="restart the server"):
+        worker({}).reload_weights()
 
 
 def test_graphs_are_captured_before_vllm_ends_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

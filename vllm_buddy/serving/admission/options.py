@@ -51,7 +51,8 @@ def verify_with_prompt(params: SamplingParams, num_prompt_tokens: int, *, is_str
     """Raise vLLM's validation error for options that do not fit the prompt.
 
     is_streaming_input: whether the request is a session whose prompt grows while it runs (vLLM's `resumable`). There is
-        no prompt to route by, so it runs at full depth and may not ask for anything else.
+        no prompt to route by, so it runs at full depth and may not ask for anything else. vLLM checks each chunk of a
+        session so, and the opening of one as an ordinary request of one token.
     """
     extra_args = params.extra_args or {}
     if is_streaming_input:

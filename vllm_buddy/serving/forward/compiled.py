@@ -16,17 +16,23 @@ import torch
 from torch import nn
 from vllm import _custom_ops as ops
 from vllm.config import CompilationMode, VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import create_forward_context, override_forward_context
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_buddy.method.bypass import Bypass, Product, bypass_delta
-from vllm_buddy.serving.forward.direct_call import DirectCall, constants_of
+from vllm_buddy.serving.forward.direct_call import DirectCall, LayerConstants
+
+logger = init_logger(f"vllm.{__name__}")
 
 # (positions, hidden_states, residual) -> (hidden_states, residual)
 LayerFn = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 NormFn = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 _ONEDNN_PRIMITIVES = 32  # numbers of rows for which a packed weight keeps a prepared product, as in vLLM
+
+_SMALL = 0.01  # size of the states on which a bound layer is checked
 
 # Between a compiled layer and the same layer uncompiled, relative to the norm of the output: they round differently.
 _MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -154,16 +160,36 @@ def _bind(pattern: nn.Module, call: DirectCall, layer: nn.Module, vllm_config: V
 
     Checked against the layer itself: a constant of `pattern` that was compiled into the code would give another result.
     """
-    bound = call.bound_to(constants_of(pattern), constants_of(layer))
-    if bound is None:
+    bound, why = None, "another rank's layers differ"
+    try:
+        bound = call.bound_to(LayerConstants.of(pattern), LayerConstants.of(layer))
+    except ValueError as error:
+        why = str(error)
+    if not _on_all_ranks(bound is not None) or bound is None:
+        logger.warning_once("layers are compiled one by one, which takes seconds each: %s", why)
         return None
     positions, hidden, residual = _layer_inputs(vllm_config, 11, with_residual=True)
+    # Small states: the layer normalises them, and what it adds is then all that is compared.
+    hidden, residual = hidden * _SMALL, residual * _SMALL
     with _without_cache(layer, vllm_config):
         got = bound(positions, hidden.clone(), residual.clone())
         wanted = layer(positions, hidden.clone(), residual.clone())
     tolerance = _MOST_DIFFERENCE[vllm_config.model_config.dtype]
     alike = all((a - b).norm() <= tolerance * b.norm() for a, b in zip(got, wanted, strict=True))
-    return bound if alike else None
+    if _on_all_ranks(alike):
+        return bound
+    logger.warning_once("layers are compiled one by one, which takes seconds each: their code holds constants")
+    return None
+
+
+def _on_all_ranks(alike: bool) -> bool:
+    """Whether all tensor-parallel ranks say so: a layer's all-reduces take all of them."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return alike
+    every = torch.tensor(int(alike))
+    torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(every)
 
 
 def _layer_inputs(vllm_config: VllmConfig, num_tokens: int, *, with_residual: bool) -> tuple[Any, ...]:
@@ -173,7 +199,7 @@ def _layer_inputs(vllm_config: VllmConfig, num_tokens: int, *, with_residual: bo
 
 @contextmanager
 def _without_cache(layer: Any, vllm_config: VllmConfig) -> Iterator[None]:
-    """Let a layer run while there is no KV cache; attention then returns the query."""
+    """Let a layer run while there is no KV cache; attention then returns a mixture of query, key and value."""
     # Without metadata attention neither writes to the cache nor reads it, but leaves its output uninitialised.
     with (
         override_forward_context(create_forward_context(None, vllm_config)),
@@ -202,9 +228,16 @@ def _compile(
         return ahead
 
 
-def _attend_to_itself(_layer: Any, query: torch.Tensor, *_: Any, output: torch.Tensor, **__: Any) -> torch.Tensor:
-    """Stands in for the attention of one layer: its output is its query."""
-    return output.copy_(query)
+def _attend_to_itself(
+    _layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, output: torch.Tensor, **__: Any
+) -> torch.Tensor:
+    """Stands in for the attention of one layer: each token sees itself alone, and its query and key.
+
+    query, output: [num_tokens, num_heads, head_size]; key, value: [num_tokens, num_kv_heads, head_size].
+    """
+    group = query.shape[1] // key.shape[1]
+    mixed = query + 2 * key.repeat_interleave(group, dim=1) + 3 * value.repeat_interleave(group, dim=1)
+    return output.copy_(mixed.view_as(output))
 
 
 def _states(vllm_config: VllmConfig, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

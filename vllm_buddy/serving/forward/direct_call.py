@@ -6,7 +6,8 @@ although the generated code takes all that differs between layers as arguments. 
 one recorded call as a template. Per call only the inputs change; for another layer only the weights do.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 from unittest.mock import patch
@@ -53,20 +54,31 @@ class DirectCall:
         result = self._code(flat)
         return result[self._outputs[0]], result[self._outputs[1]]
 
-    def bound_to(self, own: Mapping[str, Any], others: Mapping[str, Any]) -> "DirectCall | None":
-        """The same code on another layer's constants; None if a constant is not found there in the same form.
+    def bound_to(self, own: "LayerConstants", others: "LayerConstants") -> "DirectCall":
+        """The same code on another layer's arguments.
 
-        own, others: constants_of the layer that was compiled and of the other one.
+        own, others: the constants of the layer that was compiled and of the other one.
+
+        Raises:
+            ValueError: the other layer differs in something that the code was generated for.
         """
-        names = {_identity(value): name for name, value in own.items()}
+        if different := sorted(name for name, value in own.scalars.items() if others.scalars.get(name) != value):
+            raise ValueError(f"{different[0]} is {others.scalars.get(different[0])}, not {own.scalars[different[0]]}")
+        names = {_identity(value): name for name, value in own.arguments.items()}
         template = list(self._template)
         for place, value in enumerate(template):
-            if not isinstance(value, (torch.Tensor, LayerName)):
+            if value is None or isinstance(value, int):  # an input, or a size
                 continue
-            other = others.get(names.get(_identity(value), ""))
+            if not isinstance(value, (torch.Tensor, LayerName)):
+                raise ValueError(f"the code takes a {type(value).__name__}, which is none of its weights")
+            name = names.get(_identity(value), "")
+            other = others.arguments.get(name)
             if other is None or _form(other) != _form(value):
-                return None
+                raise ValueError(f"the argument {name or _form(value)} has no counterpart of the same form")
             template[place] = other
+        if not any(isinstance(value, LayerName) for value in template):
+            # Attention would find the layer that was compiled, and its KV cache.
+            raise ValueError("the layer's name is compiled into its code (VLLM_USE_LAYERNAME=0)")
         return DirectCall(self._code, template, self._inputs, self._sizes, self._outputs)
 
     @classmethod
@@ -109,24 +121,34 @@ class DirectCall:
         return cls(graph.current_callable, template, inputs, sizes, outputs)
 
 
-def constants_of(layer: nn.Module) -> dict[str, Any]:
-    """Everything of a layer that its generated code takes as an argument, by where the layer keeps it.
+@dataclass(frozen=True)
+class LayerConstants:
+    """What tells one layer from another, by where the layer keeps it.
 
-    These are parameters and buffers, tensors in plain attributes or in closures of its modules (vLLM packs weights on
-    CPU and keeps the handle so), and the names by which vLLM's attention op finds its layer.
+    arguments: what its generated code takes as arguments: parameters and buffers, tensors in attributes or in closures
+        of its modules (vLLM packs weights on CPU and keeps the handle there), and the names by which vLLM's attention
+        op finds its layer. scalars: numbers in the same places, which are compiled into the code.
     """
-    constants: dict[str, Any] = {}
-    for name, module in layer.named_modules():
-        for path, value in _reachable(module, name, _DEEPEST):
-            constants.setdefault(path, value)
-        if isinstance(layer_name := getattr(module, "layer_name", None), str):
-            constants[f"{name}.layer_name"] = LayerName(layer_name)
-    return constants
+
+    arguments: dict[str, Any]
+    scalars: dict[str, float]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "LayerConstants":
+        """The constants of a vLLM decoder layer."""
+        arguments: dict[str, Any] = {}
+        scalars: dict[str, float] = {}
+        for name, module in layer.named_modules():
+            for path, value in _reachable(module, name, _DEEPEST):
+                (arguments if isinstance(value, torch.Tensor) else scalars).setdefault(path, value)
+            if isinstance(layer_name := getattr(module, "layer_name", None), str):
+                arguments[f"{name}.layer_name"] = LayerName(layer_name)
+        return cls(arguments, scalars)
 
 
-def _reachable(owner: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in an object's attributes and in closures, but not in submodules."""
-    if isinstance(owner, torch.Tensor):
+def _reachable(owner: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """Tensors and numbers in an object's attributes and in closures, but not in submodules."""
+    if isinstance(owner, (torch.Tensor, int, float)):
         yield path, owner
         return
     if depth == 0:
@@ -154,8 +176,8 @@ def _content(cell: Any) -> Any:
 
 
 def _identity(value: Any) -> Any:
-    """What tells an argument of generated code apart: the memory of a tensor, the value of anything else."""
-    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+    """What tells an argument of generated code apart: memory and form of a tensor, the value of anything else."""
+    return (value.data_ptr(), *_form(value)) if isinstance(value, torch.Tensor) else value
 
 
 def _form(value: Any) -> Any:

@@ -67,6 +67,11 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         lambda c: c.offload_config.offload_backend == "prefetch" or c.offload_config.prefetch.offload_group_size > 0,
         "a layer that is skipped would not ask for the weights of the next; use --cpu-offload-gb",
     ),
+    (
+        "weight transfer",
+        lambda c: c.weight_transfer_config is not None,
+        "compiled layers and the bypass belong to the weights loaded at start",
+    ),
     ("an encoder-cache connector", lambda c: c.ec_transfer_config is not None, "only text models are routed"),
     (
         "pipeline parallelism",

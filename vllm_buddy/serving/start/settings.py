@@ -281,10 +281,12 @@ def parse_settings(additional_config: Any) -> BuddySettings:
     known = ", ".join(known_settings())
     if not isinstance(raw, Mapping):
         raise SettingsError(f"additional_config['{CONFIG_KEY}'] is {raw!r}; expected an object with keys {known}")
-    if moved := [f"'{key}' is now '{_MOVED[key]}'" for key in raw if key in _MOVED]:
-        section, name = _MOVED[next(key for key in raw if key in _MOVED)].split(".")
+    dotted = {str(key): str(key) for key in raw if key in known_settings() and "." in key}
+    if moved := dotted | {key: name for key, name in _MOVED.items() if key in raw}:
+        told = "; ".join(f"'{key}' is now '{name}'" for key, name in moved.items() if key != name)
+        section, name = next(iter(moved.values())).split(".")
         raise SettingsError(
-            f"additional_config['{CONFIG_KEY}']: {'; '.join(moved)}. Write it as "
+            f"additional_config['{CONFIG_KEY}']: {told or 'settings of a section are nested'}. Write "
             f'{{"{CONFIG_KEY}": {{"{section}": {{"{name}": ...}}}}}}. Known keys: {known}'
         )
     try:

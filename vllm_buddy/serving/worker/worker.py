@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -35,7 +37,16 @@ class _BuddyWorker:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's; then the functions of layers and bypasses are made, on the weights in their final form."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        self._backbone.prepare()
+        with set_current_vllm_config(self.model_runner.vllm_config), torch.inference_mode():
+            self._backbone.prepare()
+
+    def reload_weights(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refuse to load weights again: compiled layers, the bypass and merged LoRA hold the ones loaded at start.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("--model-impl buddy cannot load weights again; restart the server with the new ones")
 
     @property
     def _backbone(self) -> Any:
@@ -56,14 +67,15 @@ class BuddyGPUWorker(_BuddyWorker, Worker):
         """
         given = self.cache_config.kv_cache_memory_bytes is not None
         available = super().determine_available_memory()
-        if given:
+        if given or available <= 0:  # vLLM says itself that the weights leave nothing
             return available
         graphs = engine_settings(self.vllm_config).graphs
         states = self.scheduler_config.max_num_batched_tokens * self.model_config.get_hidden_size()
         reserved = _STATES_AROUND_A_LAYER * states * self.model_config.dtype.itemsize
         if graphs.enabled:
             reserved += graphs.memory_mib << 20
-        if reserved >= available:
+        # With --num-gpu-blocks-override vLLM does not look at what is left.
+        if reserved >= available and self.cache_config.num_gpu_blocks_override is None:
             what = f"graphs.memory_mib {graphs.memory_mib} and " if graphs.enabled else ""
             raise SettingsError(
                 f"no memory is left for the KV cache: {available >> 20} MiB are free beside the weights, and {what}"
