@@ -81,7 +81,7 @@ def test_a_good_configuration_gets_our_scheduler_and_worker(llama_model: Tiny) -
         {"decision_lag": -1},
         {"decision_lag": 0.5},
         {"kv_policy": "mask"},
-        {"kv_policy": None},
+        {"kv_policy": 1},
         {"paths": "some"},
         {"artifact": 3},
         {"default_budget": 0},
