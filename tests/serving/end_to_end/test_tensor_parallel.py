@@ -19,9 +19,9 @@ import json, sys
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
 
-    model, artifact, asks = json.load(sys.stdin)
+    model, artifact, asks, eager = json.load(sys.stdin)
     llm = LLM(
-        model, model_impl="buddy", dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=512,
+        model, model_impl="buddy", dtype="float32", skip_tokenizer_init=True, enforce_eager=eager, max_model_len=512,
         kv_cache_memory_bytes=32 << 20, tensor_parallel_size=2, distributed_executor_backend="mp",
         additional_config={"buddy": {"artifact": artifact, "paths": "free", "route_every": 4}},
     )
@@ -35,19 +35,22 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_reference_tokens(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
-    """Fails if ranks run different rows of a layer, or if sharded heads are read as whole ones."""
+@pytest.mark.parametrize("eager", [True, False], ids=("eager", "compiled"))
+def test_two_ranks_give_the_reference_tokens(tiny: Callable[[str], Tiny], tmp_path: Path, eager: bool) -> None:
+    """Fails if ranks run different rows of a layer, read sharded heads as whole ones, or disagree on compiled code."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two ranks need two cores")
     llama = tiny("llama")
     asks = batch(seed=11)
     script = tmp_path / "serve.py"
     script.write_text(_SERVE)
-    request = [str(llama.folder), str(llama.artifact_folder), [(a.prompt, a.budget, a.max_tokens) for a in asks]]
+    wanted = [(a.prompt, a.budget, a.max_tokens) for a in asks]
+    request = [str(llama.folder), str(llama.artifact_folder), wanted, eager]
     env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     done = subprocess.run(
         [sys.executable, str(script)], input=json.dumps(request), env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     tokens = json.loads(next(li for li in done.stdout.splitlines() if li.startswith("TOKENS ")).removeprefix("TOKENS "))
+    assert "compiled one by one" not in done.stdout + done.stderr
     assert tokens == [llama.expected(ask, "masked", PathSchedule(4)).token_ids for ask in asks]
