@@ -1,6 +1,7 @@
 """Layers compiled one by one: the same tokens, and nothing compiled again."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +114,16 @@ def test_paths_and_batch_sizes_compile_nothing_new(compiled: Engine) -> None:
     for num_requests in (1, 3, 8):
         compiled.run(batch(seed=num_requests, max_prompt=30 * num_requests)[:num_requests])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def test_ranks_decide_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a rank binds a layer that another one compiles alone: their all-reduces would wait for each other."""
+    from vllm_buddy.serving.forward import compiled as compiled_module
+
+    def another_refuses(tensor: torch.Tensor, op: object, group: object) -> None:
+        assert (op, group) == (torch.distributed.ReduceOp.MIN, "ranks")
+        tensor.clamp_(max=0)
+
+    monkeypatch.setattr(compiled_module, "get_tp_group", lambda: SimpleNamespace(world_size=2, cpu_group="ranks"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", another_refuses)
+    assert not compiled_module._on_all_ranks(True)

@@ -99,6 +99,9 @@ def test_a_good_configuration_gets_our_scheduler_and_worker(llama_model: Tiny) -
         {"auto": {"mim": 0.5}},
         {"auto": None},
         {"auto": 0.5},
+        {"schedule": "token"},
+        {"schedule": {"decode": "tokens"}},
+        {"schedule": {"saved_layers": -1}},
         {"graphs": True},
         {"graphs": {"sizes": [2, 1]}},
         {"load": {}},
@@ -183,6 +186,25 @@ def test_an_artifact_without_a_budget_predictor_is_served(llama_model: Tiny, wit
     """Fails if the settings of "auto" are in the way of those who do not use it."""
     config = configure(llama_model, {"artifact": without_predictor, "load": None, "auto": {"min": None}})
     assert config.model_config.buddy_limits.auto is None
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode"])
+def test_depths_per_token_need_an_artifact_with_nested_paths(
+    llama_model: Tiny, without_predictor: str, part: str
+) -> None:
+    """Fails if a server that cannot choose depths per token starts, and serves one depth in silence."""
+    message = refusal(llama_model, {"artifact": without_predictor, "schedule": {part: "token"}})
+    assert "no nested paths" in message
+    assert '"request"' in message
+
+
+def test_depths_per_token_are_refused_under_zero_and_bring_kv_only(llama_model: Tiny) -> None:
+    """Fails if deep tokens attend to zeros of shallow ones, or the default leaves them nothing to attend to."""
+    schedule = {"prefill": "token", "decode": "token"}
+    assert '"kv_only"' in refusal(llama_model, {"schedule": schedule, "kv_policy": "zero"})
+    assert engine_settings(configure(llama_model, {"schedule": schedule})).kv == "kv_only"
+    assert engine_settings(configure(llama_model, {"schedule": schedule, "kv_policy": "masked"})).kv == "masked"
+    assert engine_settings(configure(llama_model)).kv == "masked"
 
 
 def test_a_dotted_setting_is_answered_with_the_nested_form(llama_model: Tiny) -> None:
