@@ -44,9 +44,9 @@ class LayerLog:
             bypassed = bypasses and [self._watched(self.bypassed, i, f) for i, f in enumerate(bypasses)]
             return run(step, layers, ran, tagged, hidden, residual, bypassed)
 
-        def logged_write(layer: Any, view: Any, positions: torch.Tensor, *state: Any) -> None:
-            self._count(self.wrote, positions[view.skipped], layers.index(layer))
-            write(layer, view, positions & _POSITION, *state)
+        def logged_write(layer: Any, positions: torch.Tensor, *others: Any) -> None:
+            self._count(self.wrote, positions, layers.index(layer))
+            write(layer, positions & _POSITION, *others)
 
         if not hasattr(self._engine.runner, "input_batch"):
             state = self._engine.runner.model_state
@@ -67,10 +67,13 @@ class LayerLog:
         self._patch.undo()
 
     def _watched(self, counter: Counter[tuple[str, int, int]], index: int, function: Any) -> Any:
-        def layer(positions: torch.Tensor, *state: Any) -> Any:
+        def layer(positions: torch.Tensor, *state: Any, **slots: Any) -> Any:
             self._count(counter, positions, index)
-            return function(positions & _POSITION, *state)
+            if slots:
+                self._count(self.wrote, positions, index)
+            return function(positions & _POSITION, *state, **slots)
 
+        layer.writes_kv = getattr(function, "writes_kv", False)  # type: ignore[attr-defined]
         return layer
 
     def _count(self, counter: Counter[tuple[str, int, int]], tagged: torch.Tensor, layer: int) -> None:

@@ -11,19 +11,25 @@ from tests.training.conftest import run
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import TokenRoute, TokenSchedule, full_path, path_of
+from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.stage1_record import finish_run
 from vllm_buddy.training.stage1_settings import Stage1Settings
-from vllm_buddy.training.token_fit import TokenDivergences, fit_tokens
+from vllm_buddy.training.token_fit import fit_tokens
 
 VOCAB, LENGTH = 64, 40
 PATHS = (path_of([0, 2, 4, 7]), path_of([0, 1, 2, 4, 5, 7]), full_path(8))
 
 
-def drawn(num_sequences: int, rng: np.random.Generator) -> TokenDivergences:
-    """Sequences in which a token costs more the larger its id, and half of that at six layers."""
+FLOOR = 0.1  # what a token costs at full depth, because of shallower ones before it
+
+
+def drawn(num_sequences: int, rng: np.random.Generator) -> tuple[Observations, np.ndarray]:
+    """Sequences in which a token costs more the larger its id, and half of that at six layers, on paths at random."""
     tokens = rng.integers(0, VOCAB, (num_sequences, LENGTH))
     cost = tokens / VOCAB * 2.0 * rng.exponential(1.0, tokens.shape)
-    return TokenDivergences(tokens, np.stack([cost, cost / 2, np.zeros_like(cost)], axis=-1).astype(np.float32))
+    choices = rng.integers(0, len(PATHS), tokens.shape).astype(np.int8)
+    divergences = FLOOR + cost * np.array([1.0, 0.5, 0.0])[choices]
+    return Observations(np.arange(num_sequences), choices, divergences.astype(np.float16)), tokens
 
 
 def test_the_fit_finds_which_tokens_need_depth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +37,7 @@ def test_the_fit_finds_which_tokens_need_depth(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("vllm_buddy.training.token_fit.STEPS", 400)
     rng = np.random.default_rng(0)
     values = torch.randn(VOCAB, 12, generator=torch.Generator().manual_seed(0))
-    fit = fit_tokens(drawn(60, rng), values, PATHS, 8, seed=0)
+    fit = fit_tokens(*drawn(150, rng), values, PATHS, 8, seed=0)
     # A fifth of the variance follows from the id; the rest is that of the exponential, which nobody can know.
     assert all(explained > 0.05 for explained in fit.explained), fit.explained
     tokens = rng.integers(0, VOCAB, 2000).tolist()

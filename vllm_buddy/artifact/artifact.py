@@ -131,6 +131,7 @@ def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
     config = TokenConfig(
         paths=tuple(tuple(layers_of(path)) for path in router.paths),
         prices=tuple(PricePoint(price=price, budget=budget) for budget, price in router.prices),
+        decay=router.decay,
     )
     return replace(artifact, config=artifact.config.model_copy(update={"token": config}), token=router)
 

@@ -71,6 +71,7 @@ class TokenConfig(BaseModel):
     prices: tuple[PricePoint, ...] = Field(
         min_length=2, description="mean budgets of prices where no account limits the choice, ascending in budget"
     )
+    decay: float = Field(ge=0, lt=1, description="of the mean over recent tokens that the router sees, per token")
 
     @model_validator(mode="after")
     def _nested(self) -> "TokenConfig":

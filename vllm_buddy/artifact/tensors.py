@@ -102,7 +102,8 @@ def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: s
         paths = tuple(path_of(layers) for layers in config.token.paths)
         depths = tuple(path.bit_count() for path in paths)
         excess = FoldedPredictor(_decision(_TOKEN, tensors, source), depths, config.base_model.num_layers)
-        token = TokenRouter(excess, paths, tuple((point.budget, point.price) for point in config.token.prices))
+        prices = tuple((point.budget, point.price) for point in config.token.prices)
+        token = TokenRouter(excess, paths, prices, config.token.decay)
     if config.bypass_rank:
         down, up = (_bypass_weight(tensors, f"bypass.{name}") for name in _BYPASS_TENSORS)
         bypass = Bypass(down, up, config.bypass_eps)

@@ -26,6 +26,7 @@ from vllm_buddy.method.predictor import FoldedPredictor
 from vllm_buddy.method.request_route import Run
 
 _ROUNDING = 1e-6  # of a budget that is not a binary fraction, as in budget.py
+DECAY = 0.5  # measured: with a mean over all tokens, mean divergence at 26 of 30 layers is 18% higher
 _SWING = 1.0  # the price at an empty account is exp(_SWING) of the usual one, at a full account exp(-_SWING)
 
 
@@ -33,17 +34,21 @@ _SWING = 1.0  # the price at an empty account is exp(_SWING) of the usual one, a
 class TokenRouter:
     """The nested paths, and the estimate of what each costs at a token.
 
-    predictor: its context is the running mean over the tokens so far, its newest token that of the position. Its grid
-        are the depths of `paths`, the last of which is the whole model.
+    predictor: its context is the mean over the tokens so far, weighted by decay to the power of their distance; its
+        newest token is that of the position. Its grid are the depths of `paths`, the last of which is the whole model.
     paths: one per depth of the grid, each a subset of the next.
     prices: (mean budget, price) points, ascending in budget: the price at which tokens have that mean.
+    decay: in [0, 1). What a token needs follows from the few before it, not from a mean over all.
     """
 
     predictor: FoldedPredictor
     paths: tuple[LayerPath, ...]
     prices: tuple[tuple[float, float], ...]
+    decay: float = DECAY
 
     def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), not {self.decay}")
         depths, num_layers = self.predictor.depths, self.predictor.num_layers
         if tuple(path.bit_count() for path in self.paths) != depths or depths[-1] != num_layers:
             raise ValueError(f"the paths must have the depths {depths}, the last of all {num_layers} layers")
@@ -81,23 +86,24 @@ class TokenSchedule:
 
 
 @dataclass
-class _Sums:
-    """The running sum of context rows. Added in order of position, so that it is the same for every chunking."""
+class _RecentMean:
+    """The decaying mean of context rows. Updated token by token, so that it is the same for every chunking."""
 
     table: np.ndarray
-    total: np.ndarray = field(init=False)
-    num_tokens: int = 0
+    decay: float
+    mean: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.total = np.zeros(self.table.shape[1], dtype=np.float64)
+        self.mean = np.zeros(self.table.shape[1], dtype=np.float64)
 
-    def means(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[n, r], the mean up to each of the next tokens."""
-        rows = np.concatenate([self.total[None], self.table[np.asarray(token_ids)]], dtype=np.float64)
-        sums = rows.cumsum(axis=0)[1:]
-        counts = np.arange(self.num_tokens + 1, self.num_tokens + len(token_ids) + 1)
-        self.total, self.num_tokens = sums[-1], self.num_tokens + len(token_ids)
-        return sums / counts[:, None]
+    def after(self, token_ids: Sequence[int]) -> np.ndarray:
+        """[n, r], the mean after each of the next tokens."""
+        rows = self.table[np.asarray(token_ids)] * np.float64(1 - self.decay)
+        for row in rows:
+            row += self.decay * self.mean
+            self.mean = row
+        self.mean = self.mean.copy()  # the caller may overwrite the rows
+        return rows
 
 
 class TokenRoute:
@@ -122,7 +128,7 @@ class TokenRoute:
         self.num_context_tokens = len(prompt_token_ids)
         self.lowered: list[tuple[int, int]] = []
         self._schedule = schedule
-        self._sums = _Sums(router.predictor.decision.table_context)
+        self._recent = _RecentMean(router.predictor.decision.table_context, router.decay)
         self._excess = np.empty((0, len(router.depths)))  # of the tokens seen so far
         self._balance = 0.0
         self._set_budget(budget)
@@ -203,7 +209,7 @@ class TokenRoute:
     def _excess_of(self, token_ids: Sequence[int]) -> np.ndarray:
         """[n, len(depths)], the expected excess of each path at each of the next tokens, in nats."""
         decision = self.router.predictor.decision
-        half = self._sums.means(token_ids)
+        half = self._recent.after(token_ids)
         half += decision.table_newest[np.asarray(token_ids)]
         half += decision.b1
         half *= 0.5

@@ -20,6 +20,7 @@ from vllm_buddy.method.budget import depth_for_budget
 from vllm_buddy.training.checkpoint import CHECKPOINT_FILE, load_state, save_state
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.objective import distillation_loss, divergence, next_token_loss
+from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.repair import Repair
 from vllm_buddy.training.routing import Routing, draw_depths
 from vllm_buddy.training.stage1_settings import Stage1Settings
@@ -35,7 +36,9 @@ class TrainingRun:
 
     teacher: None if the loss is cross-entropy. accelerator: accelerate's Accelerator, for one or several processes.
     frozen: a context manager inside which the model is the unchanged base model, which the teacher needs.
-    report: called with the log row of each step. For the record of the run: router_figures, the results of the router
+    report: called with the log row of each step. observations: what tokens cost, for a routing that chooses their
+    depths one by one; refit: called with the number of steps done, every `settings.refit_steps` steps, to fit that
+    routing to them. For the record of the run: router_figures, the results of the router
     fit; started_from, name and digest of the artifact whose bypass was trained on.
     """
 
@@ -50,6 +53,8 @@ class TrainingRun:
     report: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
     router_figures: dict[str, Any] = field(default_factory=dict)
     started_from: str | None = None
+    observations: Observations | None = None
+    refit: Callable[[int], None] | None = None
 
     @property
     def folder(self) -> Path:
@@ -62,18 +67,19 @@ class TrainingRun:
             TrainingError: the loss is not finite, or a checkpoint has other settings or cannot be written.
         """
         settings = self.settings
-        groups = [
-            {"params": self.repair.parameters(), "lr": settings.learning_rate},
-            {"params": self.routing.parameters(), "lr": settings.router_learning_rate},
-        ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        start, seconds = self._resume(optimizer, parameters)
+        optimizers = self._optimizers()
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        start, seconds = self._resume(optimizers, parameters)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        if self.refit is not None and start % settings.refit_steps:  # as it was when the run stopped
+            self.refit(start - start % settings.refit_steps)
         for step in range(start, settings.num_steps):
+            if self.refit is not None and step % settings.refit_steps == 0:
+                self.accelerator.wait_for_everyone()
+                self.refit(step)
             began = time.perf_counter()
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * self._rate(step)
+            for group in groups:
+                group["lr"] = group["peak"] * self._rate(step)
             row = self._step(step, parameters)
             norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
             if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
@@ -81,18 +87,37 @@ class TrainingRun:
                     f"step {step}: the loss is {row['loss']} and the gradient's norm {norm}; nothing of this step is "
                     "kept. Lower learning_rate, or look at the sequences of this step"
                 )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             seconds += time.perf_counter() - began
             done = step + 1
             tokens = settings.batch * settings.length
-            row |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2)}
+            row |= {"grad_norm": norm, "learning_rate": groups[0]["lr"], "seconds": round(seconds, 2)}
             row["tokens_per_second"] = round(tokens / (time.perf_counter() - began), 1)
             if self.accelerator.is_main_process:
                 self._log(row)
                 self.report(row)
                 if done % settings.save_every == 0 or done == settings.num_steps:
-                    save_state(self.folder / CHECKPOINT_FILE, self._state(done, seconds, optimizer, parameters))
+                    save_state(self.folder / CHECKPOINT_FILE, self._state(done, seconds, optimizers, parameters))
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizers: of the repair, and of the routing where that is trained. `peak`: the peak of `lr`."""
+        settings, decay = self.settings, self.settings.weight_decay
+        repair, routing = self.repair.parameters(), self.routing.parameters()
+        if settings.optimizer == "muon":
+            first: torch.optim.Optimizer = torch.optim.Muon(
+                repair, lr=settings.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+            )
+        else:
+            first = torch.optim.AdamW(repair, lr=settings.learning_rate, weight_decay=decay)
+        optimizers = [first]
+        if routing:
+            optimizers.append(torch.optim.AdamW(routing, lr=settings.router_learning_rate, weight_decay=decay))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["peak"] = group["lr"]
+        return optimizers
 
     def _step(self, step: int, parameters: list[nn.Parameter]) -> dict[str, Any]:
         """Compute the gradients of one optimizer step, summed over processes; returns the log row."""
@@ -110,7 +135,7 @@ class TrainingRun:
         losses = torch.zeros(len(seeds), device=self.accelerator.device)
         for number in range(self.accelerator.process_index, len(seeds), self.accelerator.num_processes):
             rows = slice(number * settings.micro_batch, (number + 1) * settings.micro_batch)
-            loss = self._loss(indices[rows], depths[rows], np.random.default_rng(seeds[number]))
+            loss = self._loss(indices[rows], depths[rows], np.random.default_rng(seeds[number]), step, rows)
             (loss / len(seeds)).backward()
             losses[number] = loss.detach()
         losses = self.accelerator.reduce(losses, "sum")
@@ -128,8 +153,10 @@ class TrainingRun:
             "losses": [[float(d), round(float(v), 6)] for d, v in zip(per_pass, losses)],
         }
 
-    def _loss(self, indices: np.ndarray, depths: list[int], rng: np.random.Generator) -> torch.Tensor:
-        """Return the loss of one micro-batch in nats per token."""
+    def _loss(
+        self, indices: np.ndarray, depths: list[int], rng: np.random.Generator, step: int, rows: slice
+    ) -> torch.Tensor:
+        """Return the loss of one micro-batch in nats per token. rows: of the batch of this step."""
         device = self.accelerator.device
         token_ids = torch.from_numpy(self.corpus.sequences[indices].astype(np.int64)).to(device)
         routed = self.routing.route(token_ids, depths, rng)
@@ -142,7 +169,14 @@ class TrainingRun:
             return next_token_loss(hidden, head, token_ids)
         with self.frozen():
             ids, log_p = self.teacher.top_log_probs(indices)
-        return distillation_loss(hidden, head, ids.to(device), log_p.to(device))
+        if routed.choices is None:
+            return distillation_loss(hidden, head, ids.to(device), log_p.to(device))
+        divergences = torch.empty(token_ids.shape, device=device)
+        loss = distillation_loss(hidden, head, ids.to(device), log_p.to(device), divergences)
+        assert self.observations is not None
+        first = step * self.settings.batch
+        self.observations.add(slice(first + rows.start, first + rows.stop), indices, routed.choices, divergences)
+        return loss
 
     def path_losses(self, indices: np.ndarray, mask: torch.Tensor) -> np.ndarray:
         """Return the KL divergence from the full model of each sequence on one path: [len(indices)], nats per token.
@@ -179,14 +213,14 @@ class TrainingRun:
         return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2
 
     def _state(
-        self, step: int, seconds: float, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
+        self, step: int, seconds: float, optimizers: list[torch.optim.Optimizer], parameters: list[nn.Parameter]
     ) -> dict[str, Any]:
         return {
             "step": step,
             "seconds": seconds,
             "digest": self._digest,
             "parameters": [parameter.detach() for parameter in parameters],
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
 
     @property
@@ -194,7 +228,7 @@ class TrainingRun:
         order = hashlib.sha256(self.corpus.order.tobytes()).hexdigest()[:16]
         return f"{self.settings.digest}-{self.corpus.digest}-{order}"
 
-    def _resume(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> tuple[int, float]:
+    def _resume(self, optimizers: list[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> tuple[int, float]:
         """Load the checkpoint, if there is one; returns (first step to run, seconds spent so far)."""
         log = self.folder / LOG_FILE
         if not (self.folder / CHECKPOINT_FILE).is_file():
@@ -209,7 +243,8 @@ class TrainingRun:
         with torch.no_grad():
             for parameter, saved in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if self.accelerator.is_main_process and log.is_file():  # steps after the checkpoint are run again
             kept = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] < state["step"]]
             log.write_text("".join(f"{line}\n" for line in kept))

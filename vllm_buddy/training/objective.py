@@ -8,7 +8,7 @@ import torch
 _SMALLEST_REST = 1e-6  # probability of all tokens outside the top, at least
 RowLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 
-_ROWS = 512  # hidden states whose logits are in memory at once
+_ROWS = 128  # hidden states whose logits are in memory at once
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -25,8 +25,8 @@ class _HeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), _ROWS):
             part = slice(start, start + _ROWS)
-            log_q = torch.nn.functional.linear(hidden[part], head).float()
-            log_q -= log_q.logsumexp(dim=-1, keepdim=True)
+            logits = torch.nn.functional.linear(hidden[part], head)
+            log_q = torch.nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32)
             total += row_loss(log_q, part)
             gradient[part] = log_q.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
@@ -51,22 +51,32 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return (p * (log_p - log_q)).sum(dim=-1) + (p_rest * (p_rest / q_rest).log())[:, 0]
 
 
-def distillation_loss(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+def distillation_loss(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    ids: torch.Tensor,
+    log_p: torch.Tensor,
+    per_token: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the KL divergence from the full model in nats per token.
 
     It is computed over the teacher's top tokens, with all other tokens as one more outcome.
 
     hidden: [batch, length, hidden_size], after the final norm. head: [vocab, hidden_size], frozen.
-    ids, log_p: [batch, length, top], see Teacher.
+    ids, log_p: [batch, length, top], see Teacher. per_token: [batch, length], filled with the divergence of each token.
     """
     ids, log_p = ids.flatten(0, 1), log_p.flatten(0, 1)
+    rows = None if per_token is None else per_token.view(-1)
 
     def row_loss(log_q: torch.Tensor, part: slice) -> torch.Tensor:
         top = log_q.gather(1, ids[part])
         p, p_rest, q_rest = _masses(log_p[part], top)
         # d KL / d logit is q - p for a top token, and q (1 - p_rest / q_rest) for any other.
         log_q.exp_().mul_(1 - p_rest / q_rest).scatter_(1, ids[part], top.exp() - p)
-        return _divergence(log_p[part], top).sum()
+        divergences = _divergence(log_p[part], top)
+        if rows is not None:
+            rows[part] = divergences
+        return divergences.sum()
 
     return _HeadLoss.apply(hidden.flatten(0, 1), head, row_loss)
 

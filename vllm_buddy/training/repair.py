@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from vllm_buddy.errors import TrainingError
@@ -30,19 +31,22 @@ class Repair(Protocol):
 
 
 class BypassRepair:
-    """A low-rank bypass for each middle layer. The base model is not changed."""
+    """A low-rank bypass for each middle layer. The base model is not changed.
+
+    Each matrix is a parameter of its own, because Muon works on matrices.
+    """
 
     exact_at_full_depth = True
 
     def __init__(self, start: Bypass) -> None:
-        self._down, self._up = nn.Parameter(start.down.clone()), nn.Parameter(start.up.clone())
+        self._down, self._up = ([nn.Parameter(part.clone()) for part in parts] for parts in (start.down, start.up))
         self._eps = start.eps
 
     def parameters(self) -> list[nn.Parameter]:
-        return [self._down, self._up]
+        return [*self._down, *self._up]
 
     def bypass(self) -> Bypass:
-        return Bypass(self._down, self._up, self._eps)
+        return Bypass(torch.stack([*self._down]), torch.stack([*self._up]), self._eps)
 
     def deltas(self) -> None:
         return None

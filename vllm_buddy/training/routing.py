@@ -12,6 +12,7 @@ from vllm_buddy.method import DecisionModule, LayerPath, path_of
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.method.router import OMEGA
 from vllm_buddy.method.token_router import TokenRoute, TokenRouter, TokenSchedule
+from vllm_buddy.training.observations import UNROUTED
 
 FIRST_SHARE = 0.6  # share of the sequences that run the first path of their depth; the others draw one of the rest
 SWITCHED = 0.25  # share of the sequences whose path changes midway, as it may when a request is routed again
@@ -27,10 +28,13 @@ class Routed:
 
     masks: [batch, length, num_layers], bool: which token runs which layer.
     gates: [batch, num_layers], 0 or 1 with a gradient for the scores; None if scores are not trained.
+    choices: [batch, length], int8, index of each token's path, or UNROUTED in sequences on one path; None: depths are
+        not chosen per token.
     """
 
     masks: torch.Tensor
     gates: torch.Tensor | None = None
+    choices: np.ndarray | None = None
 
 
 class Routing(Protocol):
@@ -164,17 +168,18 @@ class TokenRouting:
     def route(self, token_ids: torch.Tensor, depths: Sequence[int], rng: np.random.Generator) -> Routed:
         num_layers, length = self.router.num_layers, token_ids.shape[1]
         by_path = np.stack([path_mask(path, num_layers) for path in self.router.paths])
-        masks = []
-        for row, depth in zip(token_ids, depths):
+        masks = np.empty((len(depths), length, num_layers), dtype=bool)
+        choices = np.full((len(depths), length), UNROUTED, dtype=np.int8)
+        for row, depth in enumerate(depths):
             draw = rng.random()
             if draw < CONSTANT_SHARE or depth < self.router.depths[0]:
-                masks.append(self._constant.route(row[None], [depth], rng).masks[0].numpy())
-            elif draw < CONSTANT_SHARE + SHUFFLED_SHARE:
-                masks.append(by_path[rng.permutation(self._choices(row, depth))])
-            else:
-                masks.append(by_path[self._choices(row, depth)])
-        assert all(mask.shape == (length, num_layers) for mask in masks)
-        return Routed(torch.from_numpy(np.stack(masks)))
+                masks[row] = self._constant.route(token_ids[row][None], [depth], rng).masks[0].numpy()
+                continue
+            choices[row] = self._choices(token_ids[row], depth)
+            if draw < CONSTANT_SHARE + SHUFFLED_SHARE:
+                rng.shuffle(choices[row])
+            masks[row] = by_path[choices[row]]
+        return Routed(torch.from_numpy(masks), choices=choices)
 
     def _choices(self, token_ids: torch.Tensor, depth: int) -> np.ndarray:
         ids = token_ids.tolist()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.checkpoint import START_FILE, load_state, save_state
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.loop import TrainingRun
+from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.path_search import removal_order, single_divergences
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
@@ -143,12 +145,14 @@ def run_stage1(
     library = start.library(settings.library if settings.router_windows else 1, smallest)
     constant = LibraryRouting(base.num_layers, library, settings.route_every)
     routing: Routing = constant
-    fit: Callable[[Bypass | None], TokenFit] | None = None
+    observations, fit, refit = None, None, None
     if settings.schedule == "token":
         assert teacher is not None
-        fit = _token_fit(settings, model, corpus, token_windows, teacher, library, note)
-        found = fit(start.bypass)
-        routing = TokenRouting(found.router, TokenSchedule(), constant)
+        observations = Observations.open(settings.out, settings.num_steps * settings.batch, settings.length)
+        fit = _TokenFitter(settings, model, corpus, library, observations, note)
+        router = fit.measured(start.bypass, teacher, token_windows).router
+        by_token = TokenRouting(router, TokenSchedule(), constant)
+        routing, refit = by_token, partial(_refit, fit, by_token)
     if settings.paths == LEARNED:
         values = value_table(model)
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
@@ -156,6 +160,7 @@ def run_stage1(
     run = TrainingRun(*main, model, repair, routing, teacher, accelerator, frozen, report)
     if start.artifact is not None:
         run.started_from = f"{start.artifact.config.name} {start.artifact.digest}"
+    run.observations, run.refit = observations, refit
     run.train()
     folded = None
     if isinstance(routing, LearnedRouting):
@@ -165,7 +170,7 @@ def run_stage1(
         folded = _fit_router(run, trained, static_prior(start.order), note)
     artifact = _artifact(settings, base, start, repair, folded, library)
     if fit is not None:
-        found = fit(artifact.bypass)  # the one before the training was for another bypass
+        found = fit.observed(settings.num_steps)
         run.router_figures = {"explained": dict(zip(map(str, settings.token_depths), found.explained))}
         artifact = with_token_router(artifact, found.router)
     return artifact, run
@@ -320,33 +325,49 @@ def _nested_paths(
     return (*(path_of(library[depth][0]) for depth in settings.token_depths), full_path(num_layers))
 
 
-def _token_fit(
-    settings: Stage1Settings,
-    model: Any,
-    corpus: Corpus,
-    windows: np.ndarray,
-    teacher: Teacher,
-    library: Mapping[int, list[list[int]]],
-    note: Note,
-) -> Callable[[Bypass | None], TokenFit]:
-    """What measures the divergence of each token under a bypass, and fits the router of tokens to it.
+class _TokenFitter:
+    """Fits the router of single tokens: to a measurement before training, to what training observes after that."""
 
-    windows: [n], the sequences to measure on.
-    """
-    values = value_table(model).cpu()
-    paths = _nested_paths(settings, library, model.config.num_hidden_layers)
-    windows = np.random.default_rng(settings.seed).permutation(windows)
+    def __init__(
+        self,
+        settings: Stage1Settings,
+        model: Any,
+        corpus: Corpus,
+        library: Mapping[int, list[list[int]]],
+        observations: Observations,
+        note: Note,
+    ) -> None:
+        self._settings, self._model, self._note = settings, model, note
+        self._corpus, self._observations = corpus, observations
+        self._num_layers = model.config.num_hidden_layers
+        self._values = value_table(model).cpu()
+        self._paths = _nested_paths(settings, library, self._num_layers)
 
-    def fit(bypass: Bypass | None) -> TokenFit:
-        note(f"measuring the divergence of each token on {len(paths) - 1} paths, {len(windows)} sequences")
-        measured = measure_tokens(model, bypass, teacher, corpus.sequences, windows, paths)
-        found = fit_tokens(measured, values, paths, model.config.num_hidden_layers, settings.seed)
-        means = measured.divergences.mean(axis=(0, 1))
-        for depth, mean, explained in zip(settings.token_depths, means, found.explained):
-            note(f"  {depth} layers: {mean:.4f} nats per token, {explained:.0%} of the variance over tokens explained")
+    def measured(self, bypass: Bypass | None, teacher: Teacher, windows: np.ndarray) -> TokenFit:
+        """Run every path over the sequences `windows`, [n]."""
+        self._note(f"measuring the divergence of each token on {len(self._paths) - 1} paths, {len(windows)} sequences")
+        windows = np.random.default_rng(self._settings.seed).permutation(windows)
+        return self._fit(measure_tokens(self._model, bypass, teacher, self._corpus.sequences, windows, self._paths))
+
+    def observed(self, num_steps: int) -> TokenFit:
+        """Take what was observed in the second half of the first `num_steps` steps."""
+        rows = slice(num_steps // 2 * self._settings.batch, num_steps * self._settings.batch)
+        observed = self._observations.routed(rows)
+        self._note(f"fitting the router to {observed.choices.size} tokens that were observed in training")
+        return self._fit(observed)
+
+    def _fit(self, observed: Observations) -> TokenFit:
+        settings = self._settings
+        found = fit_tokens(observed, self._corpus.sequences, self._values, self._paths, self._num_layers, settings.seed)
+        for number, (depth, explained) in enumerate(zip(settings.token_depths, found.explained)):
+            mean = float(observed.divergences[observed.choices == number].mean(dtype=np.float64))
+            self._note(f"  {depth} layers: {mean:.4f} nats per token, {explained:.0%} of the variance explained")
         return found
 
-    return fit
+
+def _refit(fit: _TokenFitter, routing: TokenRouting, num_steps: int) -> None:
+    if num_steps:
+        routing.router = fit.observed(num_steps).router
 
 
 def _artifact(

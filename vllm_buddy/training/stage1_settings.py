@@ -75,6 +75,11 @@ class Stage1Settings(BaseModel):
     learning_rate: float = Field(
         default=1e-3, gt=0, allow_inf_nan=False, description="peak learning rate of the bypass or of LoRA"
     )
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="of the bypass; the Decision Module and LoRA always take adamw. muon's updates have the size of "
+        "adamw's, so learning_rate is that of adamw",
+    )
     router_learning_rate: float = Field(
         default=1e-3, gt=0, allow_inf_nan=False, description="peak learning rate of the Decision Module"
     )
@@ -94,7 +99,13 @@ class Stage1Settings(BaseModel):
         default=(), description="depths of the nested paths of schedule token, ascending, without the full depth"
     )
     token_windows: int = Field(
-        default=256, ge=10, description="sequences on which the router of schedule token is fitted"
+        default=256, ge=10, description="sequences on which the router of schedule token is fitted first"
+    )
+    refit_tokens: int = Field(
+        default=256_000,
+        ge=1,
+        description="training tokens after which the router of schedule token is fitted again, to what tokens cost in "
+        "the second half of training so far",
     )
     start_from: str | None = Field(
         default=None,
@@ -139,6 +150,8 @@ class Stage1Settings(BaseModel):
             raise ValueError("schedule token needs recipe bypass and kv_policy kv_only")
         if self.start_from is not None and (self.explore_tokens or self.recipe != "bypass"):
             raise ValueError("start_from is for recipe bypass, and leaves nothing to explore")
+        if self.optimizer == "muon" and self.recipe != "bypass":
+            raise ValueError("optimizer muon is for recipe bypass")
         if self.tokens - self.explore_tokens < self.batch * self.length:
             raise ValueError(
                 f"{self.tokens} tokens, {self.explore_tokens} of them for random paths, leave less than one batch of "
@@ -151,6 +164,11 @@ class Stage1Settings(BaseModel):
     @property
     def num_steps(self) -> int:
         return self.tokens // (self.batch * self.length)
+
+    @property
+    def refit_steps(self) -> int:
+        """Optimizer steps between two fits of the router of schedule token."""
+        return max(1, self.refit_tokens // (self.batch * self.length))
 
     @property
     def router_context(self) -> int:

@@ -1,7 +1,5 @@
 """Computes the full model's top logits once per sequence and caches them on disk, for all epochs and runs."""
 
-import contextlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from torch import nn
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.mapped import open_array
 from vllm_buddy.training.objective import top_log_probs
 
 BYTES_PER_LOGIT = np.dtype(np.int32).itemsize + np.dtype(np.float16).itemsize
@@ -34,9 +33,9 @@ class Teacher:
         shape = (*corpus.sequences.shape, top)
         folder.mkdir(parents=True, exist_ok=True)
         _check_room(folder, len(np.unique(corpus.order)) * int(np.prod(shape[1:])) * BYTES_PER_LOGIT)
-        self._ids = _open(folder / "ids.npy", np.int32, shape)
-        self._log_probs = _open(folder / "log_probs.npy", np.float16, shape)
-        self._known = _open(folder / "known.npy", np.bool_, shape[:1])
+        self._ids = open_array(folder / "ids.npy", np.int32, shape)
+        self._log_probs = open_array(folder / "log_probs.npy", np.float16, shape)
+        self._known = open_array(folder / "known.npy", np.bool_, shape[:1])
 
     def top_log_probs(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (token ids int64, log p float32) of the sequences at `indices`, each [batch, length, top]."""
@@ -57,17 +56,6 @@ class Teacher:
             hidden = dense_layer(layer, hidden, rotary)
         ids, log_probs = top_log_probs(model.model.norm(hidden), model.lm_head.weight, self._ids.shape[-1])
         return ids.cpu().numpy(), log_probs.cpu().numpy()
-
-
-def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Map the array in `path`, created as zeros if it is missing. The file is sparse: only written parts take space."""
-    if not path.is_file():
-        own = path.with_name(f"{path.name}.{os.getpid()}")
-        np.lib.format.open_memmap(own, mode="w+", dtype=dtype, shape=shape)
-        with contextlib.suppress(FileExistsError):  # another process created it first
-            os.link(own, path)
-        own.unlink()
-    return np.lib.format.open_memmap(path, mode="r+")
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:

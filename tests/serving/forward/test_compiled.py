@@ -50,8 +50,8 @@ def test_compiled_layers_give_the_reference_tokens(compiled: Engine, policy: str
 
 def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Engine) -> None:
     """Fails if the bypasses run uncompiled, unpacked or through torch's wrappers, or a layer gets another one's."""
-    from vllm_buddy.serving.forward.compiled import bypass_functions
     from vllm_buddy.serving.forward.direct_call import DirectCall
+    from vllm_buddy.serving.forward.skipped import bypass_functions
 
     bypass = compiled.tiny.artifact.bypass
     functions = bypass_functions(bypass, compiled.core.vllm_config)

@@ -2,35 +2,29 @@
 
 vLLM compiles the whole model as one graph, which fixes the list of layers. A graph per layer serves every path and
 batch size. Layers that are alike share one graph: it is compiled for one of them and bound to the weights of each of
-the others (direct_call.py). The bypasses share one as well, which takes their weights as arguments.
+the others (direct_call.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
-from vllm import _custom_ops as ops
 from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
-from vllm_buddy.method.bypass import Bypass, Product, bypass_delta
 from vllm_buddy.serving.forward.direct_call import DirectCall, LayerConstants
 
 logger = init_logger(f"vllm.{__name__}")
 
 # (positions, hidden_states, residual) -> (hidden_states, residual)
-LayerFn = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-NormFn = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-_ONEDNN_PRIMITIVES = 32  # numbers of rows for which a packed weight keeps a prepared product, as in vLLM
+LayerFn = Callable[..., Any]
+NormFn = Callable[[torch.Tensor, torch.Tensor], Any]
 
 _SMALL = 0.01  # size of the states on which a bound layer is checked
 
@@ -45,7 +39,7 @@ def layer_functions(layers: Sequence[nn.Module], vllm_config: VllmConfig) -> lis
 
     layers: vLLM decoder layers, from the first of the model on, which gets no residual.
     """
-    if not _compiles(vllm_config):
+    if not compiles(vllm_config):
         return list(layers)
     first, *others = layers
     functions = [_compile_layer(first, vllm_config, with_residual=False)]
@@ -66,83 +60,14 @@ def norm_function(norm: nn.Module, vllm_config: VllmConfig) -> NormFn:
 
     norm: a vLLM RMSNorm. Uncompiled it is half a dozen small torch operations.
     """
-    if not _compiles(vllm_config):
+    if not compiles(vllm_config):
         return norm.forward  # not the module: the model that keeps it would take it for one of its own
-    compiled = _compile(norm.forward, _states(vllm_config, _most_tokens(vllm_config)), vllm_config)
-    return DirectCall.of(partial(compiled, norm), partial(_states, vllm_config))
+    compiled = compile_ahead(norm.forward, example_states(vllm_config, most_tokens(vllm_config)), vllm_config)
+    return DirectCall.of(partial(compiled, norm), partial(example_states, vllm_config))
 
 
-def bypass_functions(bypass: Bypass, vllm_config: VllmConfig) -> list[LayerFn]:
-    """For each layer the function of its bypass, called like a layer; compiled where layers are.
-
-    bypass: of a whole model, in its dtype. The first and the last layer are never skipped and have none: calling their
-        entries is an error.
-    """
-    weights = [(_weight(down), _weight(up)) for down, up in zip(bypass.down.unbind(), bypass.up.unbind())]
-    products = (weights[0][0].product, weights[0][1].product)
-
-    def step(hidden: Any, residual: Any, down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # A row's state is their sum, rounded. The bypass returns its own part and the state apart, so that the next
-        # layer adds and rounds them, as the reference does.
-        state = hidden + residual
-        return bypass_delta(state, down, up, bypass.eps, products), state
-
-    if _compiles(vllm_config):
-        down, up = (weight.tensor for weight in weights[0])
-        step = DirectCall.of(
-            _compile(step, _states(vllm_config, _most_tokens(vllm_config)), vllm_config, down, up),
-            lambda num_tokens: (*_states(vllm_config, num_tokens), down, up),
-        )
-
-    return [_never_skipped, *(BypassCall(step, down, up) for down, up in weights), _never_skipped]
-
-
-@dataclass(frozen=True)
-class BypassCall:
-    """One layer's bypass, called like a layer: the function that all bypasses share, on its own weights."""
-
-    step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    down: "_Weight"
-    up: "_Weight"
-
-    def __call__(
-        self, _positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.step(hidden, residual, self.down.tensor, self.up.tensor)
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A matrix of a bypass. tensor: second argument of `product`, after the rows. owner: keeps its memory alive."""
-
-    tensor: torch.Tensor
-    product: Product
-    owner: Any = None
-
-
-def _weight(matrix: torch.Tensor) -> _Weight:
-    """The matrix [out, in], on CPU in the packed form that vLLM uses for its linear layers.
-
-    torch's own product of a few rows takes two to three times as long, nearly all of it preparation.
-    """
-    if not (current_platform.is_cpu() and ops._supports_onednn):
-        # A copy: DirectCall tells the inputs of a compiled function apart by their memory.
-        return _Weight(matrix.clone(), nn.functional.linear)
-    packed, num_out = ops.create_onednn_mm(matrix.t(), _ONEDNN_PRIMITIVES), matrix.shape[0]
-
-    def product(rows: torch.Tensor, handler: torch.Tensor) -> torch.Tensor:
-        output = rows.new_empty(rows.shape[0], num_out)
-        torch.ops._C.onednn_mm(output, rows, None, handler)
-        return output
-
-    return _Weight(packed.handler_tensor, product, packed)
-
-
-def _never_skipped(*_: Any) -> Any:
-    raise RuntimeError("the first and the last layer are never skipped")
-
-
-def _compiles(vllm_config: VllmConfig) -> bool:
+def compiles(vllm_config: VllmConfig) -> bool:
+    """Whether layers are compiled one by one."""
     config = vllm_config.compilation_config
     # vLLM's CI setting (backend "eager") traces without a compiler: then the layers run as they are.
     return config.mode == CompilationMode.DYNAMO_TRACE_ONCE and config.backend != "eager"
@@ -151,7 +76,7 @@ def _compiles(vllm_config: VllmConfig) -> bool:
 def _compile_layer(layer: Any, vllm_config: VllmConfig, *, with_residual: bool) -> LayerFn:
     example = partial(_layer_inputs, vllm_config, with_residual=with_residual)
     with _without_cache(layer, vllm_config):
-        function = _compile(layer.forward, example(_most_tokens(vllm_config)), vllm_config)
+        function = compile_ahead(layer.forward, example(most_tokens(vllm_config)), vllm_config)
         return DirectCall.of(partial(function, layer), example)
 
 
@@ -193,7 +118,7 @@ def _on_all_ranks(alike: bool) -> bool:
 
 
 def _layer_inputs(vllm_config: VllmConfig, num_tokens: int, *, with_residual: bool) -> tuple[Any, ...]:
-    hidden, residual = _states(vllm_config, num_tokens)
+    hidden, residual = example_states(vllm_config, num_tokens)
     return torch.arange(num_tokens), hidden, residual if with_residual else None
 
 
@@ -208,7 +133,7 @@ def _without_cache(layer: Any, vllm_config: VllmConfig) -> Iterator[None]:
         yield
 
 
-def _compile(
+def compile_ahead(
     function: Callable[..., Any], rows: tuple[Any, ...], vllm_config: VllmConfig, *others: torch.Tensor
 ) -> Callable[..., Any]:
     """Compile a function ahead of its first use, as vLLM compiles a model: one trace, no guards.
@@ -240,13 +165,13 @@ def _attend_to_itself(
     return output.copy_(mixed.view_as(output))
 
 
-def _states(vllm_config: VllmConfig, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def example_states(vllm_config: VllmConfig, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random hidden states and residual: each [num_tokens, hidden_size]."""
     model = vllm_config.model_config
     hidden, residual = torch.randn(2, num_tokens, model.get_hidden_size(), dtype=model.dtype).unbind()
     return hidden, residual
 
 
-def _most_tokens(vllm_config: VllmConfig) -> int:
+def most_tokens(vllm_config: VllmConfig) -> int:
     """The largest number of tokens in a step, at least two: a trace on one row would hold for one row only."""
     return max(2, vllm_config.scheduler_config.max_num_batched_tokens)

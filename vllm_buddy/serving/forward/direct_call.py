@@ -27,7 +27,7 @@ class DirectCall:
     """The generated code of a compiled function with its arguments.
 
     template: flat arguments of the code. inputs: the places of the function's tensor arguments in it. sizes: the places
-    of the number of tokens. outputs: the places of hidden states and residual in what the code returns.
+    of the number of tokens. outputs: the places of the function's results in what the code returns.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class DirectCall:
         template: list[Any],
         inputs: list[int],
         sizes: list[int],
-        outputs: tuple[int, int] = (0, 1),
+        outputs: tuple[int, ...],
     ) -> None:
         self._code = code
         self._template = template
@@ -44,7 +44,7 @@ class DirectCall:
         self._sizes = sizes
         self._outputs = outputs
 
-    def __call__(self, *arguments: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, *arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         flat = self._template.copy()
         for place, tensor in zip(self._inputs, arguments):
             flat[place] = tensor
@@ -52,7 +52,7 @@ class DirectCall:
         for place in self._sizes:
             flat[place] = num_tokens
         result = self._code(flat)
-        return result[self._outputs[0]], result[self._outputs[1]]
+        return tuple([result[place] for place in self._outputs])
 
     def bound_to(self, own: "LayerConstants", others: "LayerConstants") -> "DirectCall":
         """The same code on another layer's arguments.
@@ -117,7 +117,7 @@ class DirectCall:
         inputs = [_place(flat, tensor) for tensor in example if tensor is not None]
         sizes = [i for i, value in enumerate(flat) if isinstance(value, int) and value == len(example[0])]
         template = [None if i in inputs else value for i, value in enumerate(flat)]
-        outputs = _place(result, expected[0]), _place(result, expected[1])
+        outputs = tuple(_place(result, tensor) for tensor in expected)
         return cls(graph.current_callable, template, inputs, sizes, outputs)
 
 

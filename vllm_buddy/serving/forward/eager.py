@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,34 +64,52 @@ class RoutedStep:
             index = 0
             while index < len(layers):
                 view = self.views[index]
-                if view.skipped_slots is not None:
-                    self.policy.write_skipped(layers[index], view, positions, hidden, residual)
                 span = range(index, index + 1 if view.is_empty else self._span_end(index))
                 num_run = sum(not self.views[i].is_empty for i in span)
-                chain = [
-                    bypasses[i] if bypasses and self.views[i].is_empty else functions[i]
-                    for i in span
-                    if bypasses or not self.views[i].is_empty
-                ]
+                skips = [self._skip(layers[i], self.views[i], bypasses[i] if bypasses else None) for i in span]
+                chain = [skip if self.views[i].is_empty else functions[i] for i, skip in zip(span, skips)]
                 if view.rows is None:  # one chain for all rows
                     hidden, residual = _call(chain, positions, hidden, residual)
                     self.executed += num_run
                 else:
-                    skipping = bypasses[span.start : span.stop] if bypasses else None
                     if self.kernels:
-                        first = layers[index]
-                        hidden, residual = self._fused(view, first, chain[1:], skipping, positions, hidden, residual)
+                        if view.skipped_slots is not None:
+                            self._write_skipped(layers[index], view, positions, hidden, residual)
+                        passing = bypasses[span.start : span.stop] if bypasses else None
+                        hidden, residual = self._fused(
+                            view, layers[index], chain[1:], passing, positions, hidden, residual
+                        )
                     else:
-                        hidden, residual = _indexed(view, chain, skipping, positions, hidden, residual)
+                        hidden, residual = _indexed(view, chain, skips, positions, hidden, residual)
                     self.executed[view.rows_np] += num_run
                 index = span.stop
         return hidden, residual
+
+    def _skip(self, layer: Any, view: LayerView, bypass: Any) -> LayerFn | None:
+        """What the rows that skip a layer go through, called like a layer on them alone; None: nothing."""
+        if view.skipped_slots is None:
+            return bypass
+        if getattr(bypass, "writes_kv", False):
+            return partial(bypass, slots=view.skipped_slots)
+
+        def write_and_pass(positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None) -> Pair:
+            self.policy.write_skipped(layer, positions, hidden, residual, view.skipped_slots)
+            return (hidden, residual) if bypass is None else bypass(positions, hidden, residual)
+
+        return write_and_pass
+
+    def _write_skipped(
+        self, layer: Any, view: LayerView, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> None:
+        rows = view.skipped_rows(hidden)
+        states = [None if state is None else state.index_select(0, rows) for state in (hidden, residual)]
+        self.policy.write_skipped(layer, positions.index_select(0, rows), *states, slots=view.skipped_slots)
 
     def _fused(
         self,
         view: LayerView,
         first: Any,
-        others: Sequence[LayerFn],
+        others: Sequence[LayerFn | None],
         skipping: Sequence[FusedBypass | None] | None,
         positions: torch.Tensor,
         hidden: torch.Tensor,
@@ -109,15 +128,17 @@ class RoutedStep:
         return self.kernels.scatter_rows(ran, ran_residual, source, *passed, None, eps)[1], None
 
     def _span_end(self, start: int) -> int:
-        """One past the last layer that the same rows run, without other rows or a write of skipped rows in between.
+        """One past the last layer that the same rows run, without other rows in between.
 
-        Over a span rows are gathered once and scattered once. Layers that no row runs do not end it.
+        Over a span rows are gathered once and scattered once. Layers that no row runs do not end it, unless they leave
+        something in the cache: then all rows go through them at once. Kernels run the rows that skip apart, which
+        would be too late for what a later layer of the span reads in the cache.
         """
         rows = self.views[start].rows_np
         end = start + 1
         for index in range(start + 1, len(self.views)):
             view = self.views[index]
-            if view.skipped_slots is not None:
+            if view.skipped_slots is not None and (self.kernels or view.is_empty):
                 break
             if not view.is_empty:
                 if not _same_rows(rows, view.rows_np):
@@ -147,22 +168,28 @@ def _same_rows(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 def _indexed(
     view: LayerView,
-    chain: Sequence[LayerFn],
-    skipping: Sequence[LayerFn] | None,
+    chain: Sequence[LayerFn | None],
+    skips: Sequence[LayerFn | None],
     positions: torch.Tensor,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> Pair:
-    """Run `chain` on the rows of a view and `skipping` on the other rows, in place."""
+    """Run `chain` on the rows of a view and `skips` on the other rows, in place.
+
+    Layer by layer, and the rows that skip first: what they leave in a layer's cache is read by those that run it.
+    """
     assert residual is not None  # layer 0, the only one without, runs on all rows
     assert view.rows is not None
-    parts: list[tuple[torch.Tensor, Sequence[LayerFn]]] = [(view.rows, chain)]
-    if skipping:
-        parts.append((view.skipped_rows(hidden), skipping))
-    for rows, part in parts:
-        # Indexing would take twice as long on the few rows of a decode step.
-        before = [state.index_select(0, rows) for state in (positions, hidden, residual)]
-        hidden_rows, residual_rows = _call(part, *before)
+    groups = [(view.rows, chain)]
+    if any(skips):
+        groups.insert(0, (view.skipped_rows(hidden), skips))
+    # Indexing would take twice as long on the few rows of a decode step.
+    places = [positions.index_select(0, rows) for rows, _ in groups]
+    states: list[Pair] = [(hidden.index_select(0, rows), residual.index_select(0, rows)) for rows, _ in groups]
+    for functions in zip(*(functions for _, functions in groups)):
+        for number, function in enumerate(functions):
+            states[number] = _call([function], places[number], *states[number])
+    for (rows, _), (hidden_rows, residual_rows) in zip(groups, states):
         assert residual_rows is not None
         hidden.index_copy_(0, rows, hidden_rows)
         residual.index_copy_(0, rows, residual_rows)
@@ -170,8 +197,10 @@ def _indexed(
 
 
 def _call(
-    functions: Sequence[LayerFn], positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    functions: Sequence[LayerFn | None], positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
 ) -> Pair:
+    """Chain functions; rows pass unchanged where there is None."""
     for function in functions:
-        hidden, residual = function(positions, hidden, residual)
+        if function is not None:
+            hidden, residual = function(positions, hidden, residual)
     return hidden, residual

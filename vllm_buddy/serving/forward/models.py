@@ -15,8 +15,9 @@ from vllm_buddy_kernels import KERNELS, Kernels
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY
-from vllm_buddy.serving.forward.compiled import LayerFn, NormFn, bypass_functions, layer_functions, norm_function
+from vllm_buddy.serving.forward.compiled import LayerFn, NormFn, layer_functions, norm_function
 from vllm_buddy.serving.forward.layer import fused_bypasses
+from vllm_buddy.serving.forward.skipped import bypass_functions, kv_bypass_functions
 from vllm_buddy.serving.kv.kv_only import keep_kv_weights
 from vllm_buddy.serving.schedule import SCHEDULER
 from vllm_buddy.serving.start.settings import engine_settings
@@ -49,6 +50,7 @@ class RoutedBackbone(_Backbone):
 
     # Not a torch module: vLLM would look for its weights in the checkpoint.
     buddy_bypass: Bypass | None = None
+    buddy_writes_kv = False  # whether skipped rows write K and V, as under `kv_only`
     # What moves rows where layers are not compiled one by one; None where they are.
     buddy_kernels: Kernels | None = None
     bypasses: list[Any] | None = None  # one per layer, called like a layer
@@ -64,7 +66,9 @@ class RoutedBackbone(_Backbone):
             return
         self.functions = layer_functions(list(self.layers), self.vllm_config)
         self.last_norm = norm_function(self.norm, self.vllm_config)
-        self.bypasses = bypass_functions(bypass, self.vllm_config) if bypass else None
+        if bypass is not None:
+            kv = kv_bypass_functions(list(self.layers), bypass, self.vllm_config) if self.buddy_writes_kv else None
+            self.bypasses = kv or bypass_functions(bypass, self.vllm_config)
 
     def forward(
         self,
@@ -104,7 +108,7 @@ class _Routed(_CausalLM):
         backbone.do_not_compile = True  # not as a whole; see compiled.py
         settings = engine_settings(vllm_config)
         backbone.buddy_kernels = None if settings.kernels is None else KERNELS[settings.kernels]
-        self._keeps_kv_weights = settings.kv == KV_ONLY
+        backbone.buddy_writes_kv = settings.kv == KV_ONLY
         assert settings.artifact is not None  # the config hook resolved it to a folder
         artifact = load_artifact(Path(settings.artifact))
         self._lora = artifact.lora
@@ -138,7 +142,7 @@ class _Routed(_CausalLM):
             # In the dtype that is served, as if merged into a loaded model.
             weights = self._lora.merge_all((name, weight.to(self._dtype)) for name, weight in weights)
         loaded = super().load_weights(weights)
-        if self._keeps_kv_weights:
+        if self.model.buddy_writes_kv:
             for layer in self.model.layers:
                 keep_kv_weights(layer)
         return loaded

@@ -26,7 +26,7 @@ from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.graphs.buffers import ONE_TOKEN, DecodeBuffers
 from vllm_buddy.serving.graphs.cache import GraphCache
 from vllm_buddy.serving.graphs.capture import Capture, OutOfGraphMemory, Replay
-from vllm_buddy.serving.kv import KVPolicy, LayerView
+from vllm_buddy.serving.kv import KVPolicy
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
 if TYPE_CHECKING:
@@ -278,8 +278,7 @@ class DecodeGraphs:
         positions = buffers.positions[:size]
         if use is Use.NONE:
             if self._policy.writes_skipped:
-                view = LayerView(skipped=buffers.rows[:size], skipped_slots=buffers.slots(size)[index])
-                self._policy.write_skipped(layer, view, positions, hidden, residual)
+                self._policy.write_skipped(layer, positions, hidden, residual, buffers.slots(size)[index])
             return *passed_by([bypass] if bypass else None, hidden, residual, buffers.everyone[:size]), None
         source = buffers.plan(size)[1, index]
         if use is Use.SOME:

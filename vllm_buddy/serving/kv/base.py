@@ -90,10 +90,10 @@ class KVPolicy(ABC):
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
         """One view per layer of the model. places: of this step."""
 
-    def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
-        """Write what the skipped rows leave in this layer's cache, before the other rows attend to it.
+    def write_skipped(self, layer: Any, positions: Any, hidden: Any, residual: Any, slots: Any) -> None:
+        """Write what rows that skip a layer leave in its cache, before other rows attend to it.
 
-        layer: the vLLM decoder layer. positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], of the
-        whole batch. The state of a row is hidden + residual, or hidden where residual is None.
+        layer: the vLLM decoder layer. positions, slots: [num_rows]; hidden, residual: [num_rows, hidden_size], which
+        are not changed. The state of a row is hidden + residual, or hidden where residual is None.
         """
         raise NotImplementedError(f"KV policy {self.name} writes nothing for skipped layers")

@@ -11,7 +11,6 @@ from vllm.platforms import current_platform
 
 from vllm_buddy.method.kv_policy import KV_ONLY, KVPolicyName
 from vllm_buddy.serving.kv.aligned import Aligned
-from vllm_buddy.serving.kv.base import LayerView
 
 
 class KVOnly(Aligned):
@@ -21,20 +20,22 @@ class KVOnly(Aligned):
     writes_skipped: ClassVar[bool] = True
     in_graphs: ClassVar[bool] = True
 
-    def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:
+    def write_skipped(
+        self, layer: Any, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, slots: Any
+    ) -> None:
         attention, attn = layer.self_attn, layer.self_attn.attn
-        # Indexing makes copies, which the norm may overwrite.
+        # Of copies, because vLLM's norms work in place.
         if residual is None:
-            normed = layer.input_layernorm(hidden[view.skipped])
+            normed = layer.input_layernorm(hidden.clone())
         else:
-            normed, _ = layer.input_layernorm(hidden[view.skipped], residual[view.skipped])
+            normed, _ = layer.input_layernorm(hidden.clone(), residual.clone())
         key, value = self._project(attention, normed)
         if hasattr(attention, "k_norm"):
             key = attention.k_norm(key.view(-1, attn.num_kv_heads, attn.head_size)).view(key.shape)
-        key, _ = attention.rotary_emb(positions[view.skipped], key)
+        key, _ = attention.rotary_emb(positions, key)
         key = key.view(-1, attn.num_kv_heads, attn.head_size)
         value = value.reshape(-1, attn.num_kv_heads, attn.head_size)
-        attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, view.skipped_slots)
+        attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, slots)
 
     @staticmethod
     def _project(attention: Any, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,3 +60,11 @@ def keep_kv_weights(layer: Any) -> None:
     if isinstance(qkv_proj.quant_method, UnquantizedLinearMethod):
         rows = qkv_proj.weight.data[attention.q_size :]
         qkv_proj.buddy_kv_weight = rows.clone() if current_platform.is_cpu() else rows
+
+
+def take_kv_weights(layer: Any) -> torch.Tensor:
+    """What `keep_kv_weights` kept, [2 * kv_size, hidden_size], for one who keeps it in another form."""
+    qkv_proj = layer.self_attn.qkv_proj
+    rows = qkv_proj.buddy_kv_weight
+    del qkv_proj.buddy_kv_weight
+    return rows

@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 from vllm_buddy.method.kv_policy import ZERO, KVPolicyName
 from vllm_buddy.serving.kv.aligned import Aligned
-from vllm_buddy.serving.kv.base import LayerView
 
 
 class Zero(Aligned):
@@ -14,7 +13,7 @@ class Zero(Aligned):
     writes_skipped: ClassVar[bool] = True
     in_graphs: ClassVar[bool] = False  # a row that ran through the layer would leave what it computed
 
-    def write_skipped(self, layer: Any, view: LayerView, positions: Any, hidden: Any, residual: Any) -> None:  # noqa: ARG002
+    def write_skipped(self, layer: Any, positions: Any, hidden: Any, residual: Any, slots: Any) -> None:  # noqa: ARG002
         attn = layer.self_attn.attn
-        zeros = hidden.new_zeros(len(view.skipped_slots), attn.num_kv_heads, attn.head_size)  # type: ignore[arg-type]
-        attn.impl.do_kv_cache_update(attn, zeros, zeros, attn.kv_cache, view.skipped_slots)
+        zeros = hidden.new_zeros(len(slots), attn.num_kv_heads, attn.head_size)
+        attn.impl.do_kv_cache_update(attn, zeros, zeros, attn.kv_cache, slots)

@@ -1,0 +1,47 @@
+"""What each token cost in training: the depth it ran, and its divergence from the full model there.
+
+A training step measures this anyway. It is what the router of schedule `token` has to predict, on the mixtures of
+depths that it makes itself, and of far more tokens than a measurement of its own could afford.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vllm_buddy.training.mapped import open_array
+
+UNROUTED = -1  # the choice of tokens of a sequence on one path
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Arrays on disk, one row per sequence that training runs.
+
+    sequences: [rows], int32, index of the sequence in the corpus. choices: [rows, length], int8, index of each token's
+    path, or UNROUTED. divergences: [rows, length], float16, nats.
+    """
+
+    sequences: np.ndarray
+    choices: np.ndarray
+    divergences: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path, num_rows: int, length: int) -> "Observations":
+        """Open the arrays in a folder, or create them."""
+        return cls(
+            open_array(folder / "observed_sequences.npy", np.int32, (num_rows,)),
+            open_array(folder / "observed_choices.npy", np.int8, (num_rows, length)),
+            open_array(folder / "observed_divergences.npy", np.float16, (num_rows, length)),
+        )
+
+    def add(self, rows: slice, sequences: np.ndarray, choices: np.ndarray, divergences: torch.Tensor) -> None:
+        """Keep what a micro-batch cost, in rows that follow from the step alone."""
+        self.sequences[rows], self.choices[rows] = sequences, choices
+        self.divergences[rows] = divergences.cpu().numpy().astype(np.float16)
+
+    def routed(self, rows: slice) -> "Observations":
+        """Those of `rows` whose tokens had depths of their own, in memory."""
+        kept = np.flatnonzero((self.choices[rows] != UNROUTED).all(axis=1)) + rows.start
+        return Observations(self.sequences[kept], self.choices[kept], self.divergences[kept])
