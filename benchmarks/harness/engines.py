@@ -26,7 +26,8 @@ class Variant(Routing):
         """Set the engine's router, schedule and bypasses. Several variants share an engine."""
         if self.router is not None:
             scheduler = core(self.llm).scheduler
-            scheduler._routes.router, scheduler._routes.schedule = self.router, self.schedule
+            routes = scheduler._routes
+            routes.router, routes.schedule, routes._by_token = self.router, self.schedule, self.by_token
             _use_bypass(self.llm, self.bypass)
 
 

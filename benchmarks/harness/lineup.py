@@ -30,6 +30,7 @@ from vllm_buddy.method import (
     depth_for_budget,
     layers_of,
 )
+from vllm_buddy.method.kv_policy import KV_ONLY
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
 
@@ -72,6 +73,13 @@ class Lineup:
         options = {"artifact": str(self._work / "artifact")}
         return engines.start_engine(str(self.model), model_impl="buddy", additional_config={"buddy": options})
 
+    @cached_property
+    def by_token(self) -> LLM:
+        """The routed engine in which tokens have depths of their own, under `kv_only`."""
+        self.artifact.save(self._work / "artifact-token")
+        options = {"artifact": str(self._work / "artifact-token"), "schedule": {"prefill": "token", "decode": "token"}}
+        return engines.start_engine(str(self.model), model_impl="buddy", additional_config={"buddy": options})
+
     def path(self, depth: int) -> LayerPath:
         """Return the one path of `depth` layers."""
         return replace(self._one_path, decision=None).router().path(None, depth)
@@ -107,6 +115,19 @@ class Lineup:
             router=self.artifact.router() if own_paths else self.router,
             schedule=schedule or PathSchedule(),
             bypass=bypass,
+        )
+
+    def routed_by_token(self, budget: float, *, decode: bool = True, note: str = "token") -> Variant:
+        """Return buddy with schedule `token`. decode: False gives depths per token to the prompt alone."""
+        return Variant(
+            name=f"buddy {budget}, {note}",
+            layers=self.depth(budget),
+            llm=self.by_token,
+            budget=budget,
+            router=self.router,
+            tokens=self.artifact.token,
+            by_token=(True, decode),
+            kv_policy=KV_ONLY,
         )
 
     def draw_prompts(self, rng: np.random.Generator, num_prompts: int, num_tokens: int) -> list[list[int]]:

@@ -11,9 +11,10 @@ from torch import nn
 
 from benchmarks.harness.rounds import Refused
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router
+from vllm_buddy.method import LayerPath, PathSchedule, Route, Router, TokenRouter, TokenSchedule
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
+from vllm_buddy.serving.schedule.route_maker import RouteMaker
 
 NUM_LIKELIEST = 20  # compared tokens of a distribution; vLLM returns no more
 NUM_CHECKED = 8  # compared prompts of a batch: the plain forward takes most of a second for each
@@ -31,6 +32,8 @@ class Routing:
 
     layers: number per token. path: the layers of the whole model that stock vLLM runs; None for buddy.
     budget, router, schedule: of buddy. bypass: whether rows that skip a layer go through its bypass.
+    tokens: chooses the depths of single tokens; None: those of a request have the same. by_token: whether it does so
+        in prompts, and in decoded tokens.
     """
 
     name: str
@@ -40,6 +43,16 @@ class Routing:
     router: Router | None = None
     schedule: PathSchedule = field(default_factory=PathSchedule)
     bypass: bool = True
+    tokens: TokenRouter | None = None
+    by_token: tuple[bool, bool] = (False, False)
+    kv_policy: str = MASKED
+
+    def route(self, prompt: Sequence[int]) -> Route:
+        """The route of one of its requests."""
+        assert self.router is not None
+        maker = RouteMaker(self.router, self.schedule, TokenSchedule(), self.tokens, self.by_token)
+        assert self.budget is not None
+        return maker.route(self.budget, prompt, len(prompt), None)
 
     @property
     def extra_args(self) -> dict[str, Any] | None:
@@ -94,11 +107,11 @@ class Reference:
         token_ids = [*prompt, prompt[-1]]
         paths = _paths(variant, prompt, token_ids)
         routed = variant.path is None
-        key = (tuple(token_ids), tuple(paths), routed, variant.bypass)
+        key = (tuple(token_ids), tuple(paths), routed, variant.bypass, variant.kv_policy)
         if key not in self._known:
             model = self._changed if routed else self._base
             bypass = self._bypass if routed and variant.bypass else None
-            logprobs = routed_logits(model, token_ids, paths, MASKED, bypass)[-1].log_softmax(dim=-1)
+            logprobs = routed_logits(model, token_ids, paths, variant.kv_policy, bypass)[-1].log_softmax(dim=-1)
             values, tokens = logprobs.topk(NUM_LIKELIEST)
             self._known[key] = dict(zip(tokens.tolist(), values.tolist()))
         return self._known[key]
@@ -107,8 +120,7 @@ class Reference:
 def _paths(variant: Routing, prompt: list[int], token_ids: list[int]) -> list[LayerPath]:
     if variant.path is not None:
         return [variant.path] * len(token_ids)
-    assert variant.router is not None
-    route = RequestRoute(variant.router, variant.schedule, variant.layers, prompt)
+    route = variant.route(prompt)
     return [run.path for run in route.runs(0, len(token_ids), token_ids) for _ in range(run.num_tokens)]
 
 

@@ -83,9 +83,9 @@ def wrapped(variant: Variant) -> list[Any]:
     vllm_config = engines.core(variant.llm).vllm_config
     functions = []
     for index, layer in enumerate(engines.backbone(variant.llm).layers):
-        rows = compiled._layer_inputs(vllm_config, compiled._most_tokens(vllm_config), with_residual=index > 0)
+        rows = compiled._layer_inputs(vllm_config, compiled.most_tokens(vllm_config), with_residual=index > 0)
         with override_forward_context(create_forward_context(None, vllm_config)):
-            functions.append(partial(compiled._compile(layer.forward, rows, vllm_config), layer))
+            functions.append(partial(compiled.compile_ahead(layer.forward, rows, vllm_config), layer))
     return functions
 
 

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
 from vllm_buddy.method import Context
-from vllm_buddy.serving.forward.compiled import BypassCall
+from vllm_buddy.serving.forward.bypasses import BypassCall, KVBypassCall
 from vllm_buddy.serving.forward.eager import RoutedStep
 
 REST = "rest"
@@ -146,4 +146,5 @@ def _places_of_buddy(variant: Variant) -> list[Place]:
         (RoutedStep, "_forward_context", "views"),
         (RoutedStep, "run", "gather"),
         (BypassCall, "__call__", "bypass"),
+        (KVBypassCall, "__call__", "bypass"),
     ]

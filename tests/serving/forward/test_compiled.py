@@ -24,9 +24,11 @@ def compiled(tiny: Callable[[str], Tiny]) -> Engine:
 def test_layers_with_biases_and_norms_share_their_code_too(tiny: Callable[[str], Tiny], family: str) -> None:
     """Fails if what only some families have, a bias of K or a norm per head, is bound to another layer's."""
     engine = start_engine(tiny(family), enforce_eager=False)
-    engine.configure("masked", 4)
-    asks = batch(seed=8)
-    engine.check(asks, engine.run(asks))
+    for policy in ("masked", "kv_only"):
+        engine.configure(policy, 4)
+        asks = batch(seed=8)
+        engine.check(asks, engine.run(asks))
+    check_skipped_rows(engine)
     _, *others = engine.runner.model.model.functions
     assert len({function._code for function in others}) == 1
 
@@ -50,8 +52,8 @@ def test_compiled_layers_give_the_reference_tokens(compiled: Engine, policy: str
 
 def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Engine) -> None:
     """Fails if the bypasses run uncompiled, unpacked or through torch's wrappers, or a layer gets another one's."""
+    from vllm_buddy.serving.forward.bypasses import bypass_functions
     from vllm_buddy.serving.forward.direct_call import DirectCall
-    from vllm_buddy.serving.forward.skipped import bypass_functions
 
     bypass = compiled.tiny.artifact.bypass
     functions = bypass_functions(bypass, compiled.core.vllm_config)
@@ -62,6 +64,29 @@ def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Eng
         assert functions[layer].up.owner is not None
         added, state = functions[layer](torch.arange(5), hidden, residual)
         torch.testing.assert_close(added + state, bypass.apply(layer, hidden + residual), atol=ATOL, rtol=0)
+
+
+def check_skipped_rows(engine: Engine) -> None:
+    """Compare K and V that come with the bypass with those of the KV policy."""
+    from vllm_buddy.serving.forward.direct_call import DirectCall
+    from vllm_buddy.serving.kv.kv_only import KVOnly
+
+    backbone, bypass = engine.runner.model.model, engine.tiny.artifact.bypass
+    hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
+    positions, slots = torch.tensor([3, 9, 0, 40, 7]), torch.arange(5)
+    for index in range(1, NUM_LAYERS - 1):
+        call, layer = backbone.bypasses[index], backbone.layers[index]
+        assert isinstance(call.step, DirectCall)
+        added, state = call(positions, hidden, residual, slots)
+        torch.testing.assert_close(added + state, bypass.apply(index, hidden + residual), atol=ATOL, rtol=0)
+        written = layer.self_attn.attn.kv_cache.clone()
+        KVOnly.write_skipped(engine.state.policy, layer, positions, hidden, residual, slots)
+        torch.testing.assert_close(written, layer.self_attn.attn.kv_cache, atol=ATOL, rtol=0)
+
+
+def test_k_and_v_of_skipped_rows_come_with_the_bypass(compiled: Engine) -> None:
+    """Fails if the one function for bypass, K and V leaves out a rotation or a norm's weight, or runs uncompiled."""
+    check_skipped_rows(compiled)
 
 
 def test_the_last_norm_is_called_directly(compiled: Engine) -> None:

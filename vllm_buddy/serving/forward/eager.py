@@ -102,8 +102,10 @@ class RoutedStep:
         self, layer: Any, view: LayerView, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> None:
         rows = view.skipped_rows(hidden)
-        states = [None if state is None else state.index_select(0, rows) for state in (hidden, residual)]
-        self.policy.write_skipped(layer, positions.index_select(0, rows), *states, slots=view.skipped_slots)
+        rest = None if residual is None else residual.index_select(0, rows)
+        self.policy.write_skipped(
+            layer, positions.index_select(0, rows), hidden.index_select(0, rows), rest, view.skipped_slots
+        )
 
     def _fused(
         self,

@@ -15,9 +15,9 @@ from vllm_buddy_kernels import KERNELS, Kernels
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY
+from vllm_buddy.serving.forward.bypasses import bypass_functions, kv_bypass_functions
 from vllm_buddy.serving.forward.compiled import LayerFn, NormFn, layer_functions, norm_function
 from vllm_buddy.serving.forward.layer import fused_bypasses
-from vllm_buddy.serving.forward.skipped import bypass_functions, kv_bypass_functions
 from vllm_buddy.serving.kv.kv_only import keep_kv_weights
 from vllm_buddy.serving.schedule import SCHEDULER
 from vllm_buddy.serving.start.settings import engine_settings

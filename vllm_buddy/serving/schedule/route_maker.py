@@ -4,7 +4,17 @@ from collections.abc import Sequence
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import SettingsError
-from vllm_buddy.method import RequestRoute, Route, SplitRoute, TokenRoute, TokenSchedule, depth_for_budget
+from vllm_buddy.method import (
+    PathSchedule,
+    RequestRoute,
+    Route,
+    Router,
+    SplitRoute,
+    TokenRoute,
+    TokenRouter,
+    TokenSchedule,
+    depth_for_budget,
+)
 from vllm_buddy.method.kv_policy import ZERO
 from vllm_buddy.serving.start.settings import BuddySettings
 
@@ -12,16 +22,34 @@ from vllm_buddy.serving.start.settings import BuddySettings
 class RouteMaker:
     """Routers and schedules of one server.
 
-    router, schedule: of requests that run one depth. token_schedule: of tokens with depths of their own.
-    lag: see PathSchedule.
+    router, schedule: of requests that run one depth. tokens, token_schedule: of tokens with depths of their own; None
+        if the artifact has none. by_token: whether prompts, and decoded tokens, have depths per token.
     """
 
-    def __init__(self, settings: BuddySettings, artifact: Artifact, lag: int) -> None:
-        self.router = artifact.router(library=settings.library)
-        self.schedule = artifact.schedule(settings.route_every, lag)
-        self.token_schedule = TokenSchedule(settings.schedule.saved_layers, lag)
-        self._by_token = settings.schedule.prefill == "token", settings.schedule.decode == "token"
-        self._tokens = artifact.token
+    def __init__(
+        self,
+        router: Router,
+        schedule: PathSchedule,
+        token_schedule: TokenSchedule,
+        tokens: TokenRouter | None,
+        by_token: tuple[bool, bool],
+    ) -> None:
+        self.router = router
+        self.schedule = schedule
+        self.token_schedule = token_schedule
+        self._tokens = tokens
+        self._by_token = by_token
+
+    @classmethod
+    def of(cls, settings: BuddySettings, artifact: Artifact, lag: int) -> "RouteMaker":
+        """The one that the settings ask for. lag: see PathSchedule."""
+        return cls(
+            artifact.router(library=settings.library),
+            artifact.schedule(settings.route_every, lag),
+            TokenSchedule(settings.schedule.saved_layers, lag),
+            artifact.token,
+            (settings.schedule.prefill == "token", settings.schedule.decode == "token"),
+        )
 
     def route(self, budget: float, token_ids: Sequence[int], num_prompt_tokens: int, num_context: int | None) -> Route:
         """The route of a request. num_context: prompt tokens that decide the path of a request of one depth."""

@@ -60,7 +60,7 @@ class _Routing(_Base):
         artifact = load_artifact(Path(settings.artifact))
         self._limits: RequestLimits = vllm_config.model_config.buddy_limits
         self._salt_prefix = f"{artifact.digest}:{settings.kv}"
-        self._routes = RouteMaker(settings, artifact, _decision_lag(settings, vllm_config))
+        self._routes = RouteMaker.of(settings, artifact, _decision_lag(settings, vllm_config))
         self._routed: dict[str, RoutedRequest] = {}  # by request id
         self._routing_seconds = 0.0  # of the current step
         self._metrics = EngineMetrics.for_engine(vllm_config)
