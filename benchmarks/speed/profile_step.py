@@ -4,7 +4,8 @@
 
 *Split*: the time of a decode step by part (see step_parts.PARTS), for stock vLLM, buddy at budget 1.0, and buddy at
 --budget with one or more distinct paths in the batch. The paths are random and given to the requests in turn. A
-Decision Module of the real size is evaluated all the same, every 16 tokens. A part is the mean over a run's steps and
+Decision Module of the real size is evaluated all the same, every 16 tokens. With an artifact that can, the schedule
+`token` is measured too, which decides for every token. A part is the mean over a run's steps and
 not the median: only means sum to the step, and all requests ask the Decision Module in the same step, which is one of
 16. The step that ends the requests is left out. Every run is repeated without the wrappers that take the time:
 `step_ms` is from that run, and `instrumented_ratio` shows what the wrappers cost. It runs on CPU, where calls return
@@ -94,6 +95,8 @@ def split_variants(lineup: Lineup, batch: int, budget: float, path_counts: Seque
         if count <= batch:
             noun = "path" if count == 1 else "paths"
             variants.append(on_paths(lineup, drawn[:count], f"buddy {budget}, {count} {noun}"))
+    if lineup.artifact.token is not None:
+        variants.append(lineup.routed_by_token(budget))
     return variants
 
 

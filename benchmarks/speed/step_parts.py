@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
-from vllm_buddy.method import Context
+from vllm_buddy.method import Context, TokenRoute
 from vllm_buddy.serving.forward.bypasses import BypassCall, KVBypassCall
 from vllm_buddy.serving.forward.eager import RoutedStep
 
@@ -140,6 +140,7 @@ def _places_of_buddy(variant: Variant) -> list[Place]:
         (scheduler, "schedule", "plan"),
         (scheduler._routes.router, "path", "router"),
         (Context, "extend", "router"),
+        (TokenRoute, "decide", "router"),
         (scheduler, "update_from_output", "count"),
         (runner, "sample_tokens", "count"),
         (runner, "_model_forward", "views"),

@@ -20,6 +20,7 @@ from vllm_buddy.method import (
     full_path,
     path_of,
 )
+from vllm_buddy.method.token_router import see_newest
 
 ROUTER = random_token_router(torch.randn(VOCAB_SIZE, 12, generator=torch.Generator().manual_seed(3)), (4, 6), 8, 5)
 TOKENS = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=120)
@@ -127,14 +128,37 @@ def test_lowering_spends_less_from_a_position_on() -> None:
         route.lower(5, 400, tokens)
 
 
+def test_seeing_tokens_together_is_seeing_them_one_by_one() -> None:
+    """Fails if a batch of decisions differs from the same decisions alone, to the last bit of an estimate."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, VOCAB_SIZE, (5, 90)).tolist()
+    alone = [TokenRoute(ROUTER, TokenSchedule(12), 0.75, row[:40]) for row in tokens]
+    together = [TokenRoute(ROUTER, TokenSchedule(12), 0.75, row[:40]) for row in tokens]
+    for route, row in zip([*alone, *together], [*tokens, *tokens]):
+        route.decide(40, row)
+    for position in range(40, 90):
+        assert all(route.sees_next(row[: position + 1]) for route, row in zip(together, tokens))
+        see_newest(together, [row[position] for row in tokens])
+        for one, other, row in zip(alone, together, tokens):
+            one.decide(position + 1, row)
+            other.decide(position + 1, row)
+            assert one._recent.mean.tolist() == other._recent.mean.tolist()
+    assert [route.choices.tolist() for route in alone] == [route.choices.tolist() for route in together]
+
+
 def test_positions_before_the_start_are_context_alone() -> None:
     """Fails if a prompt of one depth is charged to the account of the decoded tokens, or they do not see it."""
     tokens = np.random.default_rng(2).integers(0, VOCAB_SIZE, 60).tolist()
     route = TokenRoute(ROUTER, TokenSchedule(12), 0.75, tokens[:20], start=20)
     depths = [run.path.bit_count() for run in route.runs(20, 40, tokens) for _ in range(run.num_tokens)]
     assert (np.cumsum(depths) <= 6 * np.arange(1, 41) + 1e-3).all()
-    other = TokenRoute(ROUTER, TokenSchedule(12), 0.75, tokens[20:21])
-    assert route.excess[20].tolist() != other.excess[0].tolist()
+
+    def context_after(token: int) -> list[float]:
+        route = TokenRoute(ROUTER, TokenSchedule(), 0.75, [token], start=1)
+        route.decide(2, [token, 7])
+        return route._recent.mean.tolist()
+
+    assert context_after(3) != context_after(4)
 
 
 @pytest.mark.parametrize(

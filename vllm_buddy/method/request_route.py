@@ -88,16 +88,16 @@ class SplitRoute:
     """
 
     def __init__(self, prompt: Route, decoded: Route, num_prompt_tokens: int) -> None:
-        self._prompt, self._decoded, self._split = prompt, decoded, num_prompt_tokens
+        self._prompt, self.decoded, self._split = prompt, decoded, num_prompt_tokens
         self.first_path, self.num_context_tokens = prompt.first_path, prompt.num_context_tokens
 
     @property
     def depth(self) -> int:
-        return self._decoded.depth
+        return self.decoded.depth
 
     @property
     def lowered(self) -> list[tuple[int, int]]:
-        return self._decoded.lowered
+        return self.decoded.lowered
 
     @property
     def cache_key(self) -> str | None:
@@ -109,32 +109,32 @@ class SplitRoute:
 
     @property
     def num_decisions(self) -> int:
-        return self._prompt.num_decisions + self._decoded.num_decisions
+        return self._prompt.num_decisions + self.decoded.num_decisions
 
     @property
     def num_reroutes(self) -> int:
-        return self._prompt.num_reroutes + self._decoded.num_reroutes
+        return self._prompt.num_reroutes + self.decoded.num_reroutes
 
     @property
     def num_distinct_paths(self) -> int:
-        return max(self._prompt.num_distinct_paths, self._decoded.num_distinct_paths)
+        return max(self._prompt.num_distinct_paths, self.decoded.num_distinct_paths)
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
         """See RequestRoute.lower; a position within the prompt is not lowered."""
-        return position >= self._split and self._decoded.lower(depth, position, token_ids)
+        return position >= self._split and self.decoded.lower(depth, position, token_ids)
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
         """Make all decisions for positions below `end`."""
         self._prompt.decide(min(end, self._split), token_ids)
         if end > self._split:
-            self._decoded.decide(end, token_ids)
+            self.decoded.decide(end, token_ids)
 
     def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
         """Return the runs that cover positions [start, start + num_tokens)."""
         inside = max(0, min(start + num_tokens, self._split) - start)
         runs = self._prompt.runs(start, inside, token_ids) if inside else []
         if num_tokens > inside:
-            runs += self._decoded.runs(start + inside, num_tokens - inside, token_ids)
+            runs += self.decoded.runs(start + inside, num_tokens - inside, token_ids)
         return runs
 
 

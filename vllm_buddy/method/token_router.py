@@ -63,6 +63,31 @@ class TokenRouter:
     def depths(self) -> tuple[int, ...]:
         return self.predictor.depths
 
+    def excess(self, recent: "RecentMean", token_ids: Sequence[int]) -> np.ndarray:
+        """The expected excess of each path at each of the next tokens, in nats: [n, len(depths)].
+
+        recent: of the tokens before; the new ones are added to it.
+        """
+        return self.excess_at(recent.after(token_ids), token_ids)
+
+    def excess_at(self, means: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:
+        """The same where the recent means are known. means: [n, r], float64, overwritten."""
+        decision = self.predictor.decision
+        half = means
+        half += decision.table_newest[np.asarray(token_ids)]
+        half += decision.b1
+        half *= 0.5
+        half += half * np.tanh(half)  # SiLU of 2 * half, as in FoldedDecision.scores
+        # Not a matrix product, whose rounding depends on the number of rows.
+        scores = (half[:, None, :] * decision.w2).sum(axis=-1) + decision.b2
+        result = np.zeros((len(scores), len(self.depths)))
+        result[:, :-1] = np.logaddexp(0.0, scores)[:, ::-1].cumsum(axis=1)[:, ::-1]
+        return result
+
+    def recent_mean(self) -> "RecentMean":
+        """What `excess` knows of a request at its beginning."""
+        return RecentMean(self.predictor.decision.table_context, self.decay)
+
     def price(self, budget: float) -> float:
         """The price at which tokens run `budget` of the layers on average, in nats for all layers."""
         budgets, prices = zip(*self.prices)
@@ -86,7 +111,7 @@ class TokenSchedule:
 
 
 @dataclass
-class _RecentMean:
+class RecentMean:
     """The decaying mean of context rows. Updated token by token, so that it is the same for every chunking."""
 
     table: np.ndarray
@@ -128,8 +153,9 @@ class TokenRoute:
         self.num_context_tokens = len(prompt_token_ids)
         self.lowered: list[tuple[int, int]] = []
         self._schedule = schedule
-        self._recent = _RecentMean(router.predictor.decision.table_context, router.decay)
-        self._excess = np.empty((0, len(router.depths)))  # of the tokens seen so far
+        self._recent = router.recent_mean()
+        self._excess: list[list[float]] = []  # of the tokens that decisions still to be made see
+        self._num_seen = 0
         self._balance = 0.0
         self._set_budget(budget)
         self._start = start
@@ -148,11 +174,6 @@ class TokenRoute:
     def choices(self) -> np.ndarray:
         """[number of positions decided], the index of each position's path."""
         return np.array(self._choices)
-
-    @property
-    def excess(self) -> np.ndarray:
-        """[number of tokens seen, len(depths)], the expected excess of each path at each token, in nats."""
-        return self._excess
 
     @property
     def cache_key(self) -> str | None:
@@ -200,24 +221,14 @@ class TokenRoute:
         seen = max(1, end - self._schedule.lag)
         if seen > len(token_ids):
             raise RuntimeError(f"the path at position {end - 1} needs {seen} tokens, {len(token_ids)} are known")
-        if seen > len(self._excess):
-            new = token_ids[len(self._excess) : seen]
-            self._excess = np.concatenate([self._excess, self._excess_of(new)])
-        rows = np.maximum(np.arange(start, end) - self._schedule.lag, 0)
-        self._spend(self._excess[rows].tolist())
-
-    def _excess_of(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[n, len(depths)], the expected excess of each path at each of the next tokens, in nats."""
-        decision = self.router.predictor.decision
-        half = self._recent.after(token_ids)
-        half += decision.table_newest[np.asarray(token_ids)]
-        half += decision.b1
-        half *= 0.5
-        half += half * np.tanh(half)  # SiLU of 2 * half, as in FoldedDecision.scores
-        # Not a matrix product, whose rounding depends on the number of rows.
-        scores = (half[:, None, :] * decision.w2).sum(axis=-1) + decision.b2
-        above = np.logaddexp(0.0, scores)[:, ::-1].cumsum(axis=1)[:, ::-1]
-        return np.concatenate([above, np.zeros((len(above), 1))], axis=1)
+        if seen > self._num_seen:
+            self._excess += self.router.excess(self._recent, token_ids[self._num_seen : seen]).tolist()
+            self._num_seen = seen
+        # The row of position p is that of token p - lag, and of token 0 before there is one.
+        first = self._num_seen - len(self._excess)
+        lag = self._schedule.lag
+        self._spend([self._excess[max(position - lag, 0) - first] for position in range(start, end)])
+        del self._excess[: max(0, max(end - lag, 0) - first)]
 
     def _spend(self, excess: Sequence[Sequence[float]]) -> None:
         """Choose a path for each row of `excess`, and keep the account."""
@@ -238,11 +249,34 @@ class TokenRoute:
             self._choices.append(best)
         self._balance = balance
 
+    def sees_next(self, token_ids: Sequence[int]) -> bool:
+        """Whether one token is known that no decision has seen, and no more."""
+        return len(token_ids) == self._num_seen + 1
+
     def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
         """The runs that cover positions [start, start + num_tokens)."""
         end = start + num_tokens
         self.decide(end, token_ids)
+        if num_tokens == 1:
+            return [Run(1, self.router.paths[self._choices[start - self._start]])]
         choices = np.asarray(self._choices[start - self._start : end - self._start])
         changes = np.flatnonzero(np.diff(choices)) + 1
         bounds = [0, *changes.tolist(), num_tokens]
         return [Run(b - a, self.router.paths[choices[a]]) for a, b in pairwise(bounds)]
+
+
+def see_newest(routes: Sequence[TokenRoute], token_ids: Sequence[int]) -> None:
+    """Let each route see its next token: the same as one by one, at the cost of one.
+
+    routes: of one router. token_ids: [len(routes)].
+    """
+    router = routes[0].router
+    means = np.stack([route._recent.mean for route in routes])
+    means *= router.decay
+    means += router.predictor.decision.table_context[np.asarray(token_ids)] * np.float64(1 - router.decay)
+    kept = means.copy()
+    rows = router.excess_at(means, token_ids).tolist()
+    for route, mean, row in zip(routes, kept, rows):
+        route._recent.mean = mean
+        route._excess.append(row)
+        route._num_seen += 1

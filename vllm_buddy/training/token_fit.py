@@ -17,7 +17,7 @@ from torch import nn
 from vllm_buddy.method import BudgetPredictor, FoldedPredictor, LayerPath
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.forked import forked_hidden
-from vllm_buddy.method.token_router import DECAY, TokenRoute, TokenRouter, TokenSchedule
+from vllm_buddy.method.token_router import DECAY, TokenRouter
 from vllm_buddy.training.objective import token_divergence
 from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.teacher import Teacher
@@ -111,16 +111,13 @@ def price_points(router: TokenRouter, token_ids: np.ndarray) -> tuple[tuple[floa
     token_ids: [num_sequences, length].
     """
     depths, num_layers = np.array(router.depths), router.num_layers
-    excess = []
-    for row in token_ids:
-        route = TokenRoute(router, TokenSchedule(), 1.0, row.tolist())
-        route.decide(len(row), row.tolist())
-        excess.append(route.excess)
-    costs = np.concatenate(excess)
-    points: dict[float, float] = {depths[0] / num_layers: float(_PRICES[-1]), 1.0: 0.0}
+    costs = np.concatenate([router.excess(router.recent_mean(), row.tolist()) for row in token_ids])
+    lowest = depths[0] / num_layers
+    points = {lowest: float(_PRICES[-1]), 1.0: 0.0}
     for price in _PRICES:
-        chosen = depths[(costs + price * depths / num_layers).argmin(axis=1)]
-        points[round(float(chosen.mean()) / num_layers, 6)] = float(price)
+        mean = float(depths[(costs + price * depths / num_layers).argmin(axis=1)].mean()) / num_layers
+        if lowest < mean < 1.0:
+            points[round(mean, 6)] = float(price)
     return tuple(sorted(points.items()))
 
 

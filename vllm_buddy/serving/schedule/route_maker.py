@@ -1,6 +1,6 @@
 """Makes the route of an arriving request, by the schedules of prompts and of decoded tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import SettingsError
@@ -16,6 +16,7 @@ from vllm_buddy.method import (
     depth_for_budget,
 )
 from vllm_buddy.method.kv_policy import ZERO
+from vllm_buddy.method.token_router import see_newest
 from vllm_buddy.serving.start.settings import BuddySettings
 
 
@@ -69,6 +70,21 @@ class RouteMaker:
             return SplitRoute(in_prompt, self._of_request(depth, token_ids, num_context), num_prompt_tokens)
         after = TokenRoute(self._tokens, self.token_schedule, budget, token_ids, start=num_prompt_tokens)
         return SplitRoute(self._of_request(depth, token_ids, num_context), after, num_prompt_tokens)
+
+    def see_newest(self, asked: Iterable[tuple[Route, Sequence[int]]]) -> None:
+        """Let routes of single tokens see the tokens that the last step sampled, all at once.
+
+        Each would do so when it is asked for its runs, at many times the cost. asked: routes with their token ids.
+        """
+        if not any(self._by_token):
+            return
+        found = []
+        for route, token_ids in asked:
+            single = route.decoded if isinstance(route, SplitRoute) else route
+            if isinstance(single, TokenRoute) and single.sees_next(token_ids):
+                found.append((single, token_ids[-1]))
+        if len(found) > 1:
+            see_newest(*zip(*found))
 
     def _of_request(self, depth: int, token_ids: Sequence[int], num_context: int | None) -> RequestRoute:
         return RequestRoute(self.router, self.schedule, depth, token_ids, num_context)

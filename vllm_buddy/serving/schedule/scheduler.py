@@ -132,6 +132,9 @@ class _Routing(_Base):
         """vLLM's step, with the plan attached."""
         self._routing_seconds = 0.0
         self._lower_running()
+        started = time.perf_counter()
+        self._routes.see_newest((self._routed[r.request_id].route, r.all_token_ids) for r in self.running)
+        self._routing_seconds += time.perf_counter() - started
         output = super().schedule(*args, **kwargs)
         started = time.perf_counter()
         setattr(output, PLAN_ATTRIBUTE, self._plan(output))
