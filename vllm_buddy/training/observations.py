@@ -4,6 +4,7 @@ A training step measures this anyway. It is what the router of schedule `token` 
 depths that it makes itself, and of far more tokens than a measurement of its own could afford.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,22 @@ class Observations:
             open_array(folder / "observed_choices.npy", np.int8, (num_rows, length)),
             open_array(folder / "observed_divergences.npy", np.float16, (num_rows, length)),
         )
+
+    @classmethod
+    def load(cls, file: Path, digest: str) -> "Observations | None":
+        """What `save` wrote; None if there is nothing, or it belongs to a run with another digest."""
+        if not file.is_file():
+            return None
+        with np.load(file) as arrays:
+            if str(arrays["digest"]) != digest:
+                return None
+            return cls(arrays["sequences"], arrays["choices"], arrays["divergences"])
+
+    def save(self, file: Path, digest: str) -> None:
+        """Write the arrays to one file. digest: of the settings and data that they follow from."""
+        partial = file.with_suffix(f".{os.getpid()}.npz")
+        np.savez(partial, digest=digest, sequences=self.sequences, choices=self.choices, divergences=self.divergences)
+        os.replace(partial, file)
 
     def add(self, rows: slice, sequences: np.ndarray, choices: np.ndarray, divergences: torch.Tensor) -> None:
         """Keep what a micro-batch cost, in rows that follow from the step alone."""

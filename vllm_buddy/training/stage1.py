@@ -53,6 +53,7 @@ from vllm_buddy.training.token_fit import TokenFit, fit_tokens, measure_tokens
 
 SEARCHED, LEARNED = "searched", "learned"
 EXPLORE_DIR = "explore"
+MEASURED_FILE = "measured.npz"
 DECISION_WIDTH = 32
 ROUTER_DEPTHS = 5  # about as many depths are used to compare paths
 
@@ -344,10 +345,15 @@ class _TokenFitter:
         self._paths = _nested_paths(settings, library, self._num_layers)
 
     def measured(self, bypass: Bypass | None, teacher: Teacher, windows: np.ndarray) -> TokenFit:
-        """Run every path over the sequences `windows`, [n]."""
+        """Run every path over the sequences `windows`, [n]; a run that goes on takes what it measured before."""
+        file, digest = self._settings.out / MEASURED_FILE, f"{self._settings.digest}-{self._corpus.digest}"
+        if (known := Observations.load(file, digest)) is not None:
+            return self._fit(known)
         self._note(f"measuring the divergence of each token on {len(self._paths) - 1} paths, {len(windows)} sequences")
         windows = np.random.default_rng(self._settings.seed).permutation(windows)
-        return self._fit(measure_tokens(self._model, bypass, teacher, self._corpus.sequences, windows, self._paths))
+        found = measure_tokens(self._model, bypass, teacher, self._corpus.sequences, windows, self._paths)
+        found.save(file, digest)
+        return self._fit(found)
 
     def observed(self, num_steps: int) -> TokenFit:
         """Take what was observed in the second half of the first `num_steps` steps."""

@@ -1,0 +1,112 @@
+"""Measures what choosing depths per token is worth, on text that training has not seen, one kind of text at a time.
+
+    python -m benchmarks.quality.routing_worth RECIPE --data-dir DATA      # about 10 minutes on 2 cores
+
+RECIPE is the recipe of the artifact's training: from each of its files it takes windows that training did not use. The
+divergence from the full model is measured with depths chosen per token (`token`), with the same depths dealt to the
+tokens of each window at random (`shuffled`), and with one depth for all tokens, on the paths of the artifact's router
+(`constant`), all with the same bypasses and under `kv_only`. Rows of `gain` are the difference to `token` in nats per
+token. Its standard error is over windows, of the differences within each window.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness.result_rows import RESULTS_DIR, environment, write_rows
+from benchmarks.harness.rounds import Refused, at_least
+from vllm_buddy.artifact import SHIPPED_DIR, load_artifact
+from vllm_buddy.evaluation import HfEngine, Policy, Sample, Task, Variant
+from vllm_buddy.method import PathSchedule, TokenSchedule, depth_for_budget
+from vllm_buddy.method.kv_policy import KV_ONLY
+from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
+from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.stage1_settings import Stage1Settings
+
+BUDGETS = (0.875, 0.75, 0.5)
+CONTEXT = 64  # tokens of a window that are not scored
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.routing_worth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--artifact", type=Path, default=SHIPPED_DIR / DEFAULT_MODEL)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--windows", type=at_least(2), default=24, help="of each kind of text")
+    parser.add_argument("--skip", nargs="*", default=["sampled.jsonl"], help="files that are not measured on")
+    parser.add_argument("--out", type=Path, default=RESULTS_DIR / "quality_routing.jsonl")
+    args = parser.parse_args()
+    env = environment("cpu")
+    rows = measure(args)
+    write_rows(args.out, rows, env)
+    for row in rows:
+        print("  ".join(str(value) for value in row.values()))
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return one row per kind of text, depth, policy and figure."""
+    artifact = load_artifact(args.artifact)
+    if artifact.token is None:
+        raise Refused(f"artifact '{artifact.config.name}' has no schedule `token`")
+    engine = HfEngine(load_model(fetch(), torch.bfloat16), KV_ONLY)
+    policies = [
+        Policy("token", artifact, PathSchedule(0), tokens=TokenSchedule()),
+        Policy("shuffled", artifact, PathSchedule(0), tokens=TokenSchedule(), shuffled=True),
+        Policy("constant", artifact, PathSchedule(0)),
+    ]
+    num_layers = artifact.config.base_model.num_layers
+    variants = [Variant(p, b, depth_for_budget(b, num_layers)) for b in args.budgets for p in policies]
+    rows = []
+    for kind, windows in unseen(args.recipe, args.data_dir, args.windows).items():
+        if kind in args.skip:
+            continue
+        samples = [Sample(window.tolist(), CONTEXT) for window in windows]
+        task = Task(kind, samples, compare=True)
+        (scores,) = engine.score([task], variants, lambda *_: None)
+        means = {}
+        for variant, found in zip(variants, scores):
+            assert found.kl is not None
+            means[variant.depth, variant.policy.name] = np.array([kl.mean(dtype=np.float64) for kl in found.kl])
+        for (depth, name), kl in means.items():
+            about = {"text": kind, "layers": depth, "policy": name, "windows": len(samples)}
+            rows.append(about | {"metric": "kl", **_with_error(kl)})
+            if name != "token":
+                rows.append(about | {"metric": "gain", **_with_error(kl - means[depth, "token"])})
+    return rows
+
+
+def unseen(recipe: Path, data_dir: Path, count: int) -> dict[str, np.ndarray]:
+    """Return up to `count` windows that training by a recipe does not use, of each of its files: [n, length]."""
+    settings = Stage1Settings.read(recipe, {"data_dir": str(data_dir), "out": "unused"})
+    tokenizer = load_tokenizer(fetch())
+    used = settings.tokens // settings.length
+    seen = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, used, settings.seed)
+    whole = tuple(source.model_copy(update={"share": 1.0}) for source in settings.data)
+    every = Corpus.read(whole, settings.data_dir, tokenizer, settings.length, 0, settings.seed)
+    trained = {row.tobytes() for row in seen.sequences[np.unique(seen.order)]}
+    found = {}
+    for source, start, end in zip(settings.data, every.starts[:-1], every.starts[1:]):
+        fresh = [row for row in every.sequences[start:end] if row.tobytes() not in trained]
+        if source.share < 1:  # what training leaves of such a file is kept for development
+            kept = {row.tobytes() for row in seen.sequences}
+            fresh = [row for row in fresh if row.tobytes() not in kept]
+        found[source.file.name] = np.array(fresh[:count])
+    return found
+
+
+def _with_error(values: np.ndarray) -> dict[str, float]:
+    error = float(values.std(ddof=1) / len(values) ** 0.5)
+    return {"value": round(float(values.mean()), 5), "stderr": round(error, 5)}
+
+
+if __name__ == "__main__":
+    main()
