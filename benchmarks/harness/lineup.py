@@ -168,13 +168,13 @@ class Lineup:
         return Variant(name=name, layers=layers, path=path, llm=self._stock_engines[path])
 
 
-def add_lineup_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model and --artifact."""
+def add_lineup_options(parser: argparse.ArgumentParser, artifact: str = DEFAULT_MODEL) -> None:
+    """Add --model and --artifact. artifact: the shipped one that is taken if none is named."""
     parser.add_argument("--model", type=Path, help="folder of a model; default: the embedded one")
     parser.add_argument(
         "--artifact",
         type=Path,
-        default=SHIPPED_DIR / DEFAULT_MODEL,
+        default=SHIPPED_DIR / artifact,
         help="artifact of the model, with its bypass or LoRA; default: the shipped one",
     )
 

@@ -52,7 +52,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path, help="Markdown file to write")
-    parser.add_argument("--artifact", type=Path, default=SHIPPED_DIR / DEFAULT_MODEL)
+    parser.add_argument("--artifact", type=Path, default=SHIPPED_DIR / f"{DEFAULT_MODEL}-token")
     parser.add_argument("--before", type=Path, help="another artifact, served with one depth per request")
     args = parser.parse_args()
     by_token = {"schedule": {"prefill": "token", "decode": "token"}}

@@ -25,6 +25,7 @@ from benchmarks.harness.real_prompts import passages
 from benchmarks.harness.reference_check import NUM_CHECKED
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
 from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, positive_int
+from vllm_buddy.models.embedded import DEFAULT_MODEL
 from vllm_buddy.models.folder import load_tokenizer
 
 BUDGETS = (0.75, 0.5)
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 4, 16, 64])
     add_rounds_option(parser, 3)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_schedules.jsonl")
-    add_lineup_options(parser)
+    add_lineup_options(parser, artifact=f"{DEFAULT_MODEL}-token")
     args = parser.parse_args()
     env = environment()
     with open_lineup(args) as lineup:

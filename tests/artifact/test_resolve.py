@@ -59,6 +59,13 @@ def test_without_a_name_the_shipped_artifact_of_the_model_is_taken(changes: dict
     assert resolve_artifact(None, lambda: _shipped_base(**changes)) == shipped_artifacts()[SHIPPED]
 
 
+def test_without_a_name_the_schedule_decides_among_those_that_fit() -> None:
+    """Fails if a server whose tokens have depths of their own must name the artifact that is made for it."""
+    folder = resolve_artifact(None, _shipped_base, by_token=True)
+    assert load_artifact(folder).token is not None
+    assert load_artifact(resolve_artifact(None, _shipped_base)).token is None
+
+
 @pytest.mark.parametrize("changes", [{"fingerprint": "0" * 16}, {"vocab_size": 7, "fingerprint": NO_WEIGHTS}])
 def test_without_a_name_a_model_without_a_shipped_artifact_is_refused(changes: dict[str, object]) -> None:
     """Fails if a model runs with the artifact of another one, or the user is not told how to get an artifact."""

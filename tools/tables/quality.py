@@ -1,6 +1,6 @@
 """Generates the tables of perplexity and accuracy, for README.md, docs/ and the shipped artifact's model card."""
 
-from tools.tables.results import Row, by_key, load_rows, table
+from tools.tables.results import Row, by_key, load_rows, section, table, where
 
 CHANCE = 0.5  # accuracy of guessing on PIQA
 
@@ -8,6 +8,29 @@ CHANCE = 0.5  # accuracy of guessing on PIQA
 def quality_table() -> str:
     """Return the shipped artifact against the unrouted model."""
     return _quality(load_rows("quality_shipped.json"))
+
+
+def token_table() -> str:
+    """Return the shipped artifact whose tokens have depths of their own."""
+    return _quality(load_rows("quality_token.json"))
+
+
+def routing_table() -> str:
+    """Return what choosing depths per token is worth on each kind of text."""
+    rows = load_rows("quality_routing.jsonl")
+    found = by_key(rows, "metric", "policy", "text", "layers")
+    lines = []
+    for text, layers in dict.fromkeys((row["text"], row["layers"]) for row in rows):
+        gains = [found["gain", policy, text, layers] for policy in ("shuffled", "constant")]
+        cells = [f"{gain['value']:.3f} ± {gain['stderr']:.3f}" for gain in gains]
+        lines.append([text, str(layers), f"{found['kl', 'token', text, layers]['value']:.3f}", *cells])
+    note = (
+        f"`python -m benchmarks.quality.routing_worth`: KL from the full model in nats per token, on "
+        f"{rows[0]['windows']} windows of each kind of text that training has not seen, and how much more it is with the "
+        "same depths dealt at random and with one depth for all tokens (± standard error of the difference); "
+        f"{where(rows[0])}."
+    )
+    return section(note, ["text", "mean layers", "per token", "at random", "one depth"], lines)
 
 
 def recipes_table() -> str:

@@ -63,6 +63,26 @@ def prefill_table() -> str:
     return section(note, ["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines)
 
 
+def schedules_table() -> str:
+    """Return both schedules beside stock vLLM: time to first token and decode speed, by prompt and batch."""
+    rows = load_rows("cpu_schedules.jsonl")
+    found = by_key(rows, "metric", "variant", "prompt_tokens", "batch")
+    variants = [variant for variant in _variants(rows) if variant != "stock"]
+    metrics = ("over_stock", "decode_over_stock")
+    lines = []
+    for length, batch in dict.fromkeys((row["prompt_tokens"], row["batch"]) for row in rows):
+        for variant in variants:
+            cells = [spread(found[metric, variant, length, batch]) for metric in metrics]
+            layers = found[metrics[0], variant, length, batch]["layers"]
+            lines.append([f"{length:,}", str(batch), variant, str(layers), *cells])
+    note = (
+        "`python -m benchmarks.speed.schedules`: mean time to first token over that of stock vLLM (below 1 is sooner), "
+        "and tokens/s of steps in which all requests decode over stock vLLM's. *layers*: of every token, or the mean "
+        f"that no request exceeds. {rounds_note(rows)}"
+    )
+    return section(note, ["prompt", "batch", "variant", "layers", "first token", "tokens/s"], lines)
+
+
 def mixed_table() -> str:
     """Return the figures of budgets mixed in one batch."""
     rows = load_rows("cpu_mixed.jsonl")

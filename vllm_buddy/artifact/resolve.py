@@ -9,7 +9,7 @@ from vllm_buddy.artifact.shipped import shipped_artifacts
 from vllm_buddy.errors import ArtifactError
 
 
-def resolve_artifact(name: str | None, base_model: Callable[[], BaseModelIdentity]) -> Path:
+def resolve_artifact(name: str | None, base_model: Callable[[], BaseModelIdentity], *, by_token: bool = False) -> Path:
     """Return the folder of artifact `name`; None stands for the shipped artifact that fits the base model.
 
     A shipped artifact's name is tried first, then a folder, then a hub id (OWNER/NAME), which is downloaded. The
@@ -17,13 +17,14 @@ def resolve_artifact(name: str | None, base_model: Callable[[], BaseModelIdentit
 
     base_model: identifies the model that the artifact is for. It is called only where `name` is None, because it may
         download the model.
+    by_token: whether the one that is taken without a name has the schedule `token`, if there is such a one.
 
     Raises:
         ArtifactError: no shipped artifact fits the base model, or there is no artifact of that name.
     """
     shipped = shipped_artifacts()
     if name is None:
-        return _shipped_for(base_model(), shipped)
+        return _shipped_for(base_model(), shipped, by_token)
     if name in shipped:
         return shipped[name]
     folder = Path(name)
@@ -42,10 +43,11 @@ def resolve_artifact(name: str | None, base_model: Callable[[], BaseModelIdentit
         ) from None
 
 
-def _shipped_for(model: BaseModelIdentity, shipped: dict[str, Path]) -> Path:
-    for folder in shipped.values():
-        if load_artifact(folder).config.base_model.same_model(model):
-            return folder
+def _shipped_for(model: BaseModelIdentity, shipped: dict[str, Path], by_token: bool) -> Path:
+    found = {folder: load_artifact(folder) for folder in shipped.values()}
+    fitting = [folder for folder, artifact in found.items() if artifact.config.base_model.same_model(model)]
+    if fitting:
+        return next((folder for folder in fitting if (found[folder].token is not None) == by_token), fitting[0])
     raise ArtifactError(
         f"no shipped artifact fits the model {model.summary()}; shipped are: {', '.join(shipped) or 'none'}. "
         'Name one (a server takes it with --additional-config \'{"buddy": {"artifact": FOLDER_OR_HUB_ID}}\'), or make '

@@ -38,6 +38,8 @@ def _trained(config: BuddyConfig) -> str:
         parts.append(f"bypass of rank {config.bypass_rank}")
     if config.lora is not None:
         parts.append(f"LoRA of rank {config.lora.rank}, merged")
+    if config.token is not None:
+        parts.append(f"depths per token: {', '.join(str(len(path)) for path in config.token.paths)}")
     if config.predictor is not None:
         parts.append(f"budget auto among {len(config.predictor.depths)} depths")
     if config.budgets is not None:

@@ -82,7 +82,8 @@ def make_plan(settings: EvalSettings, model_dir: Path, report: Report) -> EvalPl
 
 
 def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIdentity, depths: list[int]) -> Policy:
-    artifact = load_artifact(spec.folder or resolve_artifact(settings.artifact, lambda: base))
+    by_token = spec.variant in (TOKEN, SHUFFLED)
+    artifact = load_artifact(spec.folder or resolve_artifact(settings.artifact, lambda: base, by_token=by_token))
     if not artifact.config.base_model.same_model(base):
         raise EvaluationError(
             f"policy '{spec.name}': artifact '{artifact.config.name}' was made for "
@@ -90,7 +91,7 @@ def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIden
         )
     schedule = artifact.schedule(0 if spec.variant == PROMPT_ONLY else settings.route_every)
     policy = Policy(spec.name, artifact, schedule, settings.library)
-    if spec.variant in (TOKEN, SHUFFLED):
+    if by_token:
         return _token_policy(policy, settings, depths, shuffled=spec.variant == SHUFFLED)
     allowed = policy.router.depths
     for budget, depth in zip(settings.budgets, depths):

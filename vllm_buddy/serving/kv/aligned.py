@@ -26,7 +26,7 @@ class Aligned(KVPolicy):
         if runs.all():
             return LayerView()
         rows, skipped = batch.token_rows(runs), batch.to_device(batch.token_rows(~runs))
-        skipped_slots = batch.slot_mapping[skipped]
+        skipped_slots = batch.slot_mapping.index_select(0, skipped)
         if len(rows) == 0:
             return LayerView(rows_np=rows, skipped=skipped, skipped_slots=skipped_slots)
         # One attention sequence per run: the queries of a sequence must be its last positions, which those of a run
@@ -34,7 +34,7 @@ class Aligned(KVPolicy):
         reqs = batch.run_request[runs]
         seq_lens = (batch.run_position + batch.run_length)[runs]
         rows_device = batch.to_device(rows)
-        slot_mapping = batch.slot_mapping[rows_device]
+        slot_mapping = batch.slot_mapping.index_select(0, rows_device)
         tables = batch.tables(reqs, int(seq_lens.max()))
         metadata = batch.metadata(batch.run_length[runs], seq_lens, tables, slot_mapping)
         return LayerView(rows, rows_device, metadata, slot_mapping, skipped, skipped_slots)

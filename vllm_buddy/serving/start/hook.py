@@ -41,7 +41,8 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             logger.warning("vllm_buddy was tested with vLLM %s, this is %s", ", ".join(TESTED_VLLM), vllm_version())
         settings = with_device_settings(parse_settings(vllm_config.additional_config), vllm_config)
         refuse_unsupported(vllm_config)
-        folder = resolve_artifact(settings.artifact, lambda: identify_served_model(vllm_config))
+        by_token = settings.schedule.by_token
+        folder = resolve_artifact(settings.artifact, lambda: identify_served_model(vllm_config), by_token=by_token)
         artifact = load_artifact(folder)
         check_base_model(artifact, vllm_config)
         check_lora(artifact, vllm_config)

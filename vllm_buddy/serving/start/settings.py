@@ -187,7 +187,8 @@ class BuddySettings(_Section):
 
     artifact: str | None = Field(
         default=None,
-        description="Folder, hub id or name of a shipped artifact. Default: the shipped artifact that fits the model.",
+        description="Folder, hub id or name of a shipped artifact. Default: the shipped artifact that fits the model "
+        "and the schedule.",
     )
     default_budget: _BudgetOrAuto = Field(
         default=1.0,
