@@ -180,14 +180,16 @@ def add_lineup_options(parser: argparse.ArgumentParser, artifact: str = DEFAULT_
 
 
 @contextmanager
-def open_lineup(args: argparse.Namespace) -> Iterator[Lineup]:
+def open_lineup(args: argparse.Namespace, *, on_gpu: bool = False) -> Iterator[Lineup]:
     """Make the line-up that the options ask for, and remove its files afterwards.
+
+    on_gpu: whether the benchmark can run there too: it must take no bypass away and time whole steps alone.
 
     Raises:
         Refused: there is a GPU. There, captured steps keep the bypasses that they were captured with, and the parts of
             a step cannot be told apart from outside.
     """
-    if device() == "cuda":
+    if device() == "cuda" and not on_gpu:
         raise Refused(
             "this compares engines side by side on a CPU; on a GPU run python -m benchmarks.speed.decode --device cuda"
         )

@@ -1,6 +1,8 @@
 """Measures when depths per token pay, beside one depth per request and stock vLLM.
 
-    python -m benchmarks.speed.schedules            # SmolLM2-135M, CPU, about 20 minutes on 2 cores
+    python -m benchmarks.speed.schedules            # SmolLM2-135M; CPU: about 15 minutes on 2 cores
+
+On a machine with a GPU the same command measures there. It has not been run on one.
 
 A decode step of many requests reads the layers of all paths that its tokens run, while the tokens of a prompt are paid
 for one by one. So each schedule is timed on prompts and on decoded tokens apart: requests arrive together, the first
@@ -46,7 +48,7 @@ def main() -> None:
     add_lineup_options(parser, artifact=f"{DEFAULT_MODEL}-token")
     args = parser.parse_args()
     env = environment()
-    with open_lineup(args) as lineup:
+    with open_lineup(args, on_gpu=True) as lineup:
         rows = measure(lineup, args.prompt_tokens, args.batch, args.rounds)
     report(args.out, rows, env)
 
