@@ -102,7 +102,7 @@ class TokenSchedule:
     lag: the decision for the token at position p sees tokens up to p - lag; see PathSchedule.
     """
 
-    saved: int = 480
+    saved: int = 240
     lag: int = 0
 
     def __post_init__(self) -> None:

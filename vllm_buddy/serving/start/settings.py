@@ -172,7 +172,7 @@ class ScheduleSettings(_Section):
     )
     decode: Literal["request", "token"] = Field(default="request", description="The same for decoded tokens.")
     saved_layers: _Count = Field(
-        default=480,
+        default=240,
         description="Layers that a request saves up at most on shallow tokens, for deeper ones later (token).",
     )
 
