@@ -179,6 +179,20 @@ def test_aligned_views_write_every_position_and_see_all_before(name: str, scenar
             sequence.num_tokens += int(end - start)
 
 
+def test_runs_that_follow_each_other_are_one_sequence_to_attention() -> None:
+    """Fails if attention is called for each short run of a prompt although a layer runs many of them in a row."""
+    middle = layers_of(PATHS[0])[1]
+    plans = [
+        RequestPlan((Run(3, PATHS[0]), Run(1, PATHS[2]), Run(2, PATHS[1]), Run(4, PATHS[2])), None),
+        RequestPlan((Run(2, PATHS[0]),), None),
+    ]
+    batch = step_batch(["a", "b"], [new_sequence(0, 0), new_sequence(1, 0)], plans)
+    policy = POLICIES["kv_only"](NUM_LAYERS)
+    metadata = policy.views(batch, policy.places(batch))[middle].attn_metadata
+    assert np.diff(metadata.query_start_loc_cpu.numpy()).tolist() == [4, 4, 2]
+    assert metadata.seq_lens.tolist() == [4, 10, 2]
+
+
 def test_a_plan_that_continues_elsewhere_than_the_cache_is_refused() -> None:
     """Fails if scheduler and worker may disagree on what the cache holds without anyone noticing."""
     policy, sequence = Masked(NUM_LAYERS), new_sequence(0, 0)

@@ -29,12 +29,17 @@ class Aligned(KVPolicy):
         skipped_slots = batch.slot_mapping.index_select(0, skipped)
         if len(rows) == 0:
             return LayerView(rows_np=rows, skipped=skipped, skipped_slots=skipped_slots)
-        # One attention sequence per run: the queries of a sequence must be its last positions, which those of a run
-        # followed by a skipping run are not.
-        reqs = batch.run_request[runs]
-        seq_lens = (batch.run_position + batch.run_length)[runs]
+        # One attention sequence per run, because the queries of a sequence must be its last positions, which those of a
+        # run followed by a skipping run are not. Runs that follow each other are one: each sequence costs time.
+        reqs, query_lens = batch.run_request[runs], batch.run_length[runs]
+        seq_lens = batch.run_position[runs] + query_lens
+        if len(batch.run_request) > len(batch.req_ids):
+            chosen = np.flatnonzero(runs)
+            starts = np.flatnonzero((np.diff(chosen, prepend=-2) > 1) | (np.diff(reqs, prepend=-1) > 0))
+            last = np.append(starts[1:], len(chosen)) - 1
+            reqs, query_lens, seq_lens = reqs[starts], np.add.reduceat(query_lens, starts), seq_lens[last]
         rows_device = batch.to_device(rows)
         slot_mapping = batch.slot_mapping.index_select(0, rows_device)
         tables = batch.tables(reqs, int(seq_lens.max()))
-        metadata = batch.metadata(batch.run_length[runs], seq_lens, tables, slot_mapping)
+        metadata = batch.metadata(query_lens, seq_lens, tables, slot_mapping)
         return LayerView(rows, rows_device, metadata, slot_mapping, skipped, skipped_slots)
