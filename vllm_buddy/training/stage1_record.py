@@ -71,6 +71,9 @@ def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> st
         if config.has_decision_module
         else "There is no Decision Module: every request of one budget runs the same layers."
     )
+    trained = f"Trained on {settings.tokens:,} tokens of {', '.join(source.file.name for source in settings.data)}"
+    if settings.start_from is not None:
+        trained += f", from the bypass of {settings.start_from} on"
     lines = [
         *card_title(config.name, base.id),
         f"Dynamic depth for {base.id} ({base.architecture}, {base.num_layers} layers, fingerprint "
@@ -80,9 +83,7 @@ def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> st
         f"{_REPAIRS[settings.recipe].format(rank=settings.rank)} {routed}",
         *_token_lines(artifact),
         "",
-        f"Trained on {settings.tokens:,} tokens of "
-        f"{', '.join(source.file.name for source in settings.data)}. With the least budget the static path runs layers "
-        f"{', '.join(map(str, static))}.",
+        f"{trained}. With the least budget the static path runs layers {', '.join(map(str, static))}.",
         "",
         "`vllm-buddy eval --artifact DIR --text FILE --piqa FILE` measures what that is worth.",
         "",
