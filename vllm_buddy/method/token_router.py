@@ -8,7 +8,8 @@ estimates the excess, the KL divergence from the full model that each shallower 
 
 The account makes the mean strict: at every position the layers executed so far are at most b * L * tokens. Layers that
 a token does not use are saved, up to a limit, and none are borrowed. The price follows the account, so that savings are
-spent: it is the price of the budget, lower while the account is full and higher while it is empty.
+spent: it is the price of the budget, lower while the account holds more than is wanted and higher while it holds less.
+What is wanted grows with the request to half of the limit, so that a short request spends what it may.
 
 The choice depends on token ids and settings alone, and for a position on the tokens up to it alone. So neither chunks
 nor batch-mates nor preemption change it, and two requests of one budget with a common beginning run it alike.
@@ -27,7 +28,8 @@ from vllm_buddy.method.request_route import Run
 
 _ROUNDING = 1e-6  # of a budget that is not a binary fraction, as in budget.py
 DECAY = 0.5  # measured: with a mean over all tokens, mean divergence at 26 of 30 layers is 18% higher
-_SWING = 1.0  # the price at an empty account is exp(_SWING) of the usual one, at a full account exp(-_SWING)
+_SWING = 1.0  # the price is exp(_SWING) of the usual one where a half of the account is missing to what is wanted
+_SAVED_PER_TOKEN = 0.25  # layers; half an account is wanted in the end, and a short request must not save for it
 
 
 @dataclass(frozen=True)
@@ -234,9 +236,10 @@ class TokenRoute:
         """Choose a path for each row of `excess`, and keep the account."""
         depths, num_layers = self.router.depths, self.router.num_layers
         balance, rate, saved = self._balance, self._rate, float(self._schedule.saved)
+        half = max(saved / 2, 1.0)
         for row in excess:
-            fill = balance / saved if saved else 0.0
-            per_layer = self._price * math.exp(_SWING * (1.0 - 2.0 * fill)) / num_layers
+            wanted = min(half, _SAVED_PER_TOKEN * len(self._choices))
+            per_layer = self._price * math.exp(_SWING * (wanted - balance) / half) / num_layers
             balance += rate
             best, least = 0, math.inf
             for index, depth in enumerate(depths):

@@ -149,8 +149,8 @@ def _explained(
     shares = []
     for choice in range(len(predictor.depths) - 2):  # neither the full depth nor the step beyond it
         chosen = choices == choice
-        residual = (predicted - wanted)[chosen].var()
-        shares.append(float(1 - residual / wanted[chosen].var().clamp_min(1e-12)))
+        residual, total = ((part[chosen] - part[chosen].mean()).square().sum() for part in (predicted - wanted, wanted))
+        shares.append(float(1 - residual / total.clamp_min(1e-12)))
     return tuple(shares)
 
 
