@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.harness.tiny_models import NUM_LAYERS, load_model
 from tests.training.conftest import run
-from vllm_buddy.artifact import load_artifact
+from vllm_buddy.artifact import RUN_FILE, load_artifact
 from vllm_buddy.cli import main
 from vllm_buddy.errors import BuddyError, DataError, TrainingError
 from vllm_buddy.method import PathSchedule, RequestRoute, layers_of
@@ -90,6 +91,21 @@ def test_a_stopped_run_goes_on_with_the_same_losses(
     log = [json.loads(line) for line in (settings["out"] / LOG_FILE).read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(6))
     assert [row["loss"] for row in log] == losses
+
+
+def test_a_stopped_run_may_be_shortened(settings: dict[str, Any]) -> None:
+    """Fails if a run that takes too long must be thrown away, or its record hides that it was to be longer."""
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, 3)
+    shorter = settings | {"tokens": settings["tokens"] * 5 // 6}
+    artifact, stage, rest = run(shorter)
+    assert len(rest) == 3  # steps 2 to 4
+    finish_run(artifact, stage, Stage1Settings(**shorter), "vllm-buddy train", None)
+    record = yaml.safe_load((settings["out"] / RUN_FILE).read_text())
+    assert record["lengths"] == [
+        {"from_step": 0, "tokens": settings["tokens"]},
+        {"from_step": 2, "tokens": shorter["tokens"]},
+    ]
 
 
 def test_a_folder_with_another_run_is_refused(settings: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The training loop of stage 1: optimizer steps, log and checkpoints."""
 
-import hashlib
 import json
 import math
 import time
@@ -39,7 +38,8 @@ class TrainingRun:
     report: called with the log row of each step. observations: what tokens cost, for a routing that chooses their
     depths one by one; refit: called with the number of steps done, every `settings.refit_steps` steps, to fit that
     routing to them. For the record of the run: router_figures, the results of the router
-    fit; started_from, name and digest of the artifact whose bypass was trained on.
+    fit; started_from, name and digest of the artifact whose bypass was trained on; lengths, (first step, tokens) for
+    each number of tokens that the run had.
     """
 
     settings: Stage1Settings
@@ -53,6 +53,7 @@ class TrainingRun:
     report: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
     router_figures: dict[str, Any] = field(default_factory=dict)
     started_from: str | None = None
+    lengths: list[list[int]] = field(default_factory=list)
     observations: Observations | None = None
     refit: Callable[[int], None] | None = None
 
@@ -219,20 +220,21 @@ class TrainingRun:
             "step": step,
             "seconds": seconds,
             "digest": self._digest,
+            "lengths": self.lengths,
             "parameters": [parameter.detach() for parameter in parameters],
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
 
     @property
     def _digest(self) -> str:
-        order = hashlib.sha256(self.corpus.order.tobytes()).hexdigest()[:16]
-        return f"{self.settings.digest}-{self.corpus.digest}-{order}"
+        return f"{self.settings.digest}-{self.corpus.digest}"
 
     def _resume(self, optimizers: list[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> tuple[int, float]:
         """Load the checkpoint, if there is one; returns (first step to run, seconds spent so far)."""
         log = self.folder / LOG_FILE
         if not (self.folder / CHECKPOINT_FILE).is_file():
             log.unlink(missing_ok=True)
+            self.lengths = [[0, self.settings.tokens]]
             return 0, 0.0
         state = load_state(self.folder / CHECKPOINT_FILE)
         if state["digest"] != self._digest:
@@ -240,6 +242,9 @@ class TrainingRun:
                 f"{self.folder} holds a run with other settings or data (step {state['step']}); name another `out`, or "
                 "remove the folder to start again"
             )
+        self.lengths = [length for length in state["lengths"] if length[0] < state["step"]]
+        if self.lengths[-1][1] != self.settings.tokens:
+            self.lengths.append([state["step"], self.settings.tokens])
         with torch.no_grad():
             for parameter, saved in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)

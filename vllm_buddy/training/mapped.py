@@ -8,7 +8,14 @@ import numpy as np
 
 
 def open_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Map the array in `path`, created as zeros if it is missing. The file is sparse: only written parts take space."""
+    """Map the array in `path`, created as zeros if it is missing. The file is sparse: only written parts take space.
+
+    An array of fewer rows gets more, one of more rows keeps them.
+    """
+    if path.is_file() and (rows := len(kept := np.load(path, mmap_mode="r"))) < shape[0]:
+        longer = path.with_name(f"{path.name}.{os.getpid()}")
+        np.lib.format.open_memmap(longer, mode="w+", dtype=dtype, shape=shape)[:rows] = kept
+        os.replace(longer, path)
     if not path.is_file():
         own = path.with_name(f"{path.name}.{os.getpid()}")
         np.lib.format.open_memmap(own, mode="w+", dtype=dtype, shape=shape)

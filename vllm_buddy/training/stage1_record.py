@@ -40,6 +40,7 @@ def finish_run(
             for source in settings.data
         },
         "started_from": run.started_from,
+        "lengths": [{"from_step": step, "tokens": tokens} for step, tokens in run.lengths],
         "base_model": artifact.config.base_model.model_dump(),
         "last_loss": round(sum(row["loss"] for row in log[-20:]) / len(log[-20:]), 4),
         "training_seconds": log[-1]["seconds"],

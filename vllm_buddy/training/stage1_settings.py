@@ -68,7 +68,12 @@ class Stage1Settings(BaseModel):
     lora_alpha: float = Field(
         default=16.0, gt=0, allow_inf_nan=False, description="alpha of LoRA; its change is scaled by alpha / rank"
     )
-    tokens: int = Field(default=1_000_000, ge=1, description="training tokens; a token that is used twice counts twice")
+    tokens: int = Field(
+        default=1_000_000,
+        ge=1,
+        description="training tokens; a token that is used twice counts twice. A stopped run may go on with another "
+        "number: the learning rate then ends where that ends",
+    )
     length: int = Field(default=256, ge=16, description="tokens per sequence")
     batch: int = Field(default=8, ge=1, description="sequences per optimizer step")
     micro_batch: int = Field(default=1, ge=1, description="sequences per forward pass; gradients are accumulated")
@@ -177,8 +182,8 @@ class Stage1Settings(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Hash of every setting that changes the loss curve."""
-        fields = self.model_dump_json(exclude={"out", "cache_dir", "save_every", "name", "data_dir"})
+        """Hash of every setting that changes the loss curve, but for `tokens`, which may change while a run stands."""
+        fields = self.model_dump_json(exclude={"out", "cache_dir", "save_every", "name", "data_dir", "tokens"})
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     @classmethod
