@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifact's model card.
+"""Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifacts' model cards.
 
 The settings table comes from the settings schema, the figures from the results files.
 
@@ -16,6 +16,7 @@ from tools.tables import auto, peers, quality, speed, steps
 from tools.tables.results import ROOT, table
 
 CARD = ROOT / "vllm_buddy" / "shipped" / "smollm2-135m" / "README.md"
+TOKEN_CARD = CARD.parent.with_name("smollm2-135m-token") / CARD.name
 
 
 def main() -> int:
@@ -75,7 +76,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality.quality_table,
     "token": quality.token_table,
     "routing": quality.routing_table,
-    "schedules": speed.schedules_table,
+    "schedules": speed.schedules_summary,
+    "schedules in full": speed.schedules_table,
     "recipes": quality.recipes_table,
     "static": quality.static_table,
     "auto": auto.auto_table,
@@ -91,7 +93,10 @@ PAGES = {
         "serving",
         "peers",
         "memory",
+        "token",
+        "routing",
         "quality",
+        "schedules",
         "recipes",
         "auto",
         "overload",
@@ -99,6 +104,7 @@ PAGES = {
     ],
     ROOT / "docs" / "benchmarks.md": [
         "decode in full",
+        "schedules in full",
         "serving in full",
         "profile",
         "start",
@@ -109,6 +115,7 @@ PAGES = {
         "static",
     ],
     CARD: ["quality"],
+    TOKEN_CARD: ["token"],
 }
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 from vllm import LLM, SamplingParams
 
 from benchmarks.harness.reference_check import NUM_LIKELIEST, Routing
+from benchmarks.harness.result_rows import device
 
 
 @dataclass(kw_only=True)
@@ -52,7 +53,7 @@ def start_engine(model: str, dtype: str = "auto", **options: Any) -> LLM:
         dtype=dtype,
         max_model_len=2048,
         max_num_seqs=64,
-        kv_cache_memory_bytes=1 << 29,
+        kv_cache_memory_bytes=4 << 30 if device() == "cuda" else 1 << 30,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,  # every run pays its own prefill
         **options,

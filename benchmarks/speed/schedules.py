@@ -2,7 +2,8 @@
 
     python -m benchmarks.speed.schedules            # SmolLM2-135M; CPU: about 15 minutes on 2 cores
 
-On a machine with a GPU the same command measures there. It has not been run on one.
+On a machine with a GPU this command measures there, with `--most-tokens 96000` for 64 prompts of 1,500 tokens too. It
+has not been run on one.
 
 A decode step of many requests reads the layers of all paths that its tokens run, while the tokens of a prompt are paid
 for one by one. So each schedule is timed on prompts and on decoded tokens apart: requests arrive together, the first
@@ -33,6 +34,7 @@ from vllm_buddy.models.folder import load_tokenizer
 BUDGETS = (0.75, 0.5)
 CHECKED_TOKENS = 64
 NUM_TOKENS = 24
+LONG = 12_000  # tokens of all prompts above which one round, of minutes, is enough
 
 
 def main() -> None:
@@ -43,17 +45,22 @@ def main() -> None:
     )
     parser.add_argument("--prompt-tokens", type=positive_int, nargs="+", default=[256, 1500])
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument(
+        "--most-tokens", type=positive_int, default=24_000, help="of all prompts; larger batches are left out"
+    )
     add_rounds_option(parser, 3)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_schedules.jsonl")
     add_lineup_options(parser, artifact=f"{DEFAULT_MODEL}-token")
     args = parser.parse_args()
     env = environment()
     with open_lineup(args, on_gpu=True) as lineup:
-        rows = measure(lineup, args.prompt_tokens, args.batch, args.rounds)
+        rows = measure(lineup, args.prompt_tokens, args.batch, args.rounds, args.most_tokens)
     report(args.out, rows, env)
 
 
-def measure(lineup: Lineup, lengths: Sequence[int], batches: Sequence[int], num_rounds: int) -> list[dict[str, Any]]:
+def measure(
+    lineup: Lineup, lengths: Sequence[int], batches: Sequence[int], num_rounds: int, most_tokens: int
+) -> list[dict[str, Any]]:
     """Check all variants, time them, and return one row per figure."""
     if lineup.artifact.token is None:
         raise Refused(f"artifact '{lineup.artifact.config.name}' has no schedule `token`")
@@ -62,13 +69,17 @@ def measure(lineup: Lineup, lengths: Sequence[int], batches: Sequence[int], num_
         variants += [lineup.routed(budget, note="request"), lineup.routed_by_token(budget)]
         variants.append(lineup.routed_by_token(budget, decode=False, note="token in prompts"))
     text = load_tokenizer(lineup.model)("\n\n".join(passages()), add_special_tokens=False)["input_ids"]
+    lineup.check(variants, _draw(text, np.random.default_rng(0), NUM_CHECKED, CHECKED_TOKENS), Rounds(1))
     rows = []
     for length in lengths:
         for batch in batches:
+            if length * batch > most_tokens:
+                continue
             rng = np.random.default_rng((length, batch))
-            rounds = Rounds(num_rounds)
-            lineup.check(variants, _draw(text, rng, NUM_CHECKED, CHECKED_TOKENS), rounds)
-            for index in range(-1, num_rounds):  # the first warms up
+            is_long = length * batch > LONG
+            rounds = Rounds(1 if is_long else num_rounds)
+            rounds.mark_checked([variant.name for variant in variants])
+            for index in range(0 if is_long else -1, rounds.num_rounds):  # round -1 warms up
                 prompts = _draw(text, rng, batch, length)
                 for variant in in_turn(variants, index):
                     figures = _timed(variant, prompts)

@@ -63,24 +63,44 @@ def prefill_table() -> str:
     return section(note, ["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines)
 
 
-def schedules_table() -> str:
-    """Return both schedules beside stock vLLM: time to first token and decode speed, by prompt and batch."""
+def schedules_summary() -> str:
+    """Return medians of both schedules over stock vLLM: first token, and tokens/s of decoding."""
     rows = load_rows("cpu_schedules.jsonl")
     found = by_key(rows, "metric", "variant", "prompt_tokens", "batch")
-    variants = [variant for variant in _variants(rows) if variant != "stock"]
-    metrics = ("over_stock", "decode_over_stock")
+    variants = [variant for variant in _variants(rows) if variant != "stock" and "in prompts" not in variant]
+    lines = [
+        [f"{length:,}", str(batch)]
+        + [
+            " / ".join(_p50(found[metric, variant, length, batch]) for metric in _FIRST_AND_NEXT)
+            for variant in variants
+        ]
+        for length, batch in dict.fromkeys((row["prompt_tokens"], row["batch"]) for row in rows)
+    ]
+    note = (
+        "`python -m benchmarks.speed.schedules`: mean time to first token over that of stock vLLM (below 1 is sooner) "
+        f"/ tokens/s of decoding over stock vLLM's; medians, {where(rows[0])}. "
+        "[docs/benchmarks.md](docs/benchmarks.md#schedules) has the spread."
+    )
+    return section(note, ["prompt", "batch", *(variant.removeprefix("buddy ") for variant in variants)], lines)
+
+
+def schedules_table() -> str:
+    """Return both schedules beside stock vLLM with p20 to p80."""
+    rows = load_rows("cpu_schedules.jsonl")
+    found = by_key(rows, "metric", "variant", "prompt_tokens", "batch")
     lines = []
     for length, batch in dict.fromkeys((row["prompt_tokens"], row["batch"]) for row in rows):
-        for variant in variants:
-            cells = [spread(found[metric, variant, length, batch]) for metric in metrics]
-            layers = found[metrics[0], variant, length, batch]["layers"]
-            lines.append([f"{length:,}", str(batch), variant, str(layers), *cells])
+        for variant in _variants(rows):
+            about = found["ttft_ms", variant, length, batch]
+            cells = [spread(found[metric, variant, length, batch]) for metric in ("ttft_ms", *_FIRST_AND_NEXT)]
+            lines.append([f"{length:,}", str(batch), variant, str(about["layers"]), *cells, str(about["n"])])
     note = (
-        "`python -m benchmarks.speed.schedules`: mean time to first token over that of stock vLLM (below 1 is sooner), "
-        "and tokens/s of steps in which all requests decode over stock vLLM's. *layers*: of every token, or the mean "
-        f"that no request exceeds. {rounds_note(rows)}"
+        "`python -m benchmarks.speed.schedules`: mean time to first token in ms and over that of stock vLLM, and "
+        "tokens/s of steps in which all requests decode over stock vLLM's. *layers*: of every token, or the mean that no "
+        f"request exceeds. Medians with 20th to 80th percentile of so many *rounds*, {where(rows[0])}."
     )
-    return section(note, ["prompt", "batch", "variant", "layers", "first token", "tokens/s"], lines)
+    heads = ["prompt", "batch", "variant", "layers", "first token", "over stock", "tokens/s over stock", "rounds"]
+    return section(note, heads, lines)
 
 
 def mixed_table() -> str:
@@ -197,6 +217,7 @@ def layer_calls_table() -> str:
     return section(note, ["batch", "torch's wrappers, ms/step", "direct calls, ms/step", "speed-up"], lines)
 
 
+_FIRST_AND_NEXT = ("over_stock", "decode_over_stock")
 _RATIOS = ("ratio_to_stock", "ratio_to_pruned")
 
 
