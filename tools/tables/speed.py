@@ -96,8 +96,8 @@ def schedules_table() -> str:
             lines.append([f"{length:,}", str(batch), variant, str(about["layers"]), *cells, str(about["n"])])
     note = (
         "`python -m benchmarks.speed.schedules`: mean time to first token in ms and over that of stock vLLM, and "
-        "tokens/s of steps in which all requests decode over stock vLLM's. *layers*: of every token, or the mean that no "
-        f"request exceeds. Medians with 20th to 80th percentile of so many *rounds*, {where(rows[0])}."
+        "tokens/s of steps in which all requests decode over stock vLLM's. *layers*: of every token, or the mean that "
+        f"no request exceeds. Medians with 20th to 80th percentile of so many *rounds*, {where(rows[0])}."
     )
     heads = ["prompt", "batch", "variant", "layers", "first token", "over stock", "tokens/s over stock", "rounds"]
     return section(note, heads, lines)
