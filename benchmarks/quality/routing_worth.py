@@ -2,11 +2,12 @@
 
     python -m benchmarks.quality.routing_worth RECIPE --data-dir DATA      # about 6 minutes on 2 cores
 
-RECIPE is the recipe of the artifact's training: from each of its files it takes windows that training did not use. The
-divergence from the full model is measured with depths chosen per token (`token`), with the same depths dealt to the
-tokens of each window at random (`shuffled`), and with one depth for all tokens, on the paths of the artifact's router
-(`constant`), all with the same bypasses and under `kv_only`. Rows of `gain` are the difference to `token` in nats per
-token. Its standard error is over windows, of the differences within each window.
+RECIPE is the recipe of the artifact's training: from each of its files it takes windows that this training did not use
+(that of the artifact which it starts from may have). The divergence from the full model is measured with depths chosen
+per token (`token`), with the same depths dealt to the tokens of each window at random (`shuffled`), and with one depth
+for all tokens, on the paths of the artifact's router (`constant`), all with the same bypasses and under `kv_only`. Rows
+of `gain` are the difference to `token` in nats per token. Its standard error is over windows, of the differences within
+each window.
 """
 
 import argparse
