@@ -9,7 +9,7 @@ from benchmarks.speed.step_parts import PARTS, REST, StepClock, instrumented, ti
 from tests.harness.engine import Engine, make_tiny, start_engine
 from tests.harness.tiny_models import NUM_LAYERS
 from vllm_buddy.method import Context, PathSchedule, path_of
-from vllm_buddy.serving.forward.compiled import BypassCall
+from vllm_buddy.serving.forward.bypasses import BypassCall
 from vllm_buddy.serving.forward.eager import RoutedStep
 
 FIRST_TOKEN = 50
