@@ -25,6 +25,7 @@ from vllm_buddy.training.stage1_settings import Stage1Settings
 RECIPES = {
     "bypass": {"paths": "searched"},
     "bypass, static order": {"paths": "reverse"},
+    "bypass by muon": {"paths": "reverse", "optimizer": "muon"},
     "bypass with a router": {"paths": "searched", "router_windows": 12, "library": 2, "decide_every": 0},
     "bypass from zeros, paths learned": {"paths": "learned", "prior": "reverse", "init_tokens": 0},
     "bypass explored first": {"paths": "searched", "explore_tokens": 3 * 4 * 32, "tokens": 9 * 4 * 32},
@@ -76,7 +77,7 @@ def test_two_runs_of_one_seed_are_one_run(settings: dict[str, Any], name: str, t
     assert other != losses
 
 
-@pytest.mark.parametrize("name", ["bypass", "paper"])
+@pytest.mark.parametrize("name", ["bypass", "bypass by muon", "paper"])
 @pytest.mark.parametrize(("stop_after", "saved"), [(3, 2), (6, 4)])
 def test_a_stopped_run_goes_on_with_the_same_losses(
     settings: dict[str, Any], name: str, stop_after: int, saved: int, tmp_path: Path
@@ -162,6 +163,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
         ({"recipe": "distill"}, "paths are searched for a bypass"),
         ({"recipe": "paper"}, "set paths to learned"),
         ({"rank": 3}, "rank must be even"),
+        ({"optimizer": "muon", "recipe": "distill", "paths": "learned"}, "optimizer muon is for recipe bypass"),
         ({"batch": 4, "micro_batch": 3}, "multiple of micro_batch"),
         ({"tokens": 5}, "less than one batch"),
         ({"kv_policy": "none"}, "none"),

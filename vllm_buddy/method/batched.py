@@ -144,8 +144,7 @@ def dense_layer(layer: Any, hidden: torch.Tensor, rotary: Rotary) -> torch.Tenso
     attention = layer.self_attn
     normed = _norm(layer.input_layernorm, hidden)
     queries, keys = (rotary.apply(_heads(attention, normed, which)) for which in "qk")
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    mixed = _attend(queries, keys, _heads(attention, normed, "v"), columns, attention.scaling)
+    mixed = _attend(queries, keys, _heads(attention, normed, "v"), None, attention.scaling)
     return _after_attention(layer, hidden, mixed)
 
 
@@ -168,18 +167,24 @@ def _sparse_layer(
 
 
 def _attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scaling: float
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     """Causal attention with grouped heads: [batch, num_heads, rows, head_dim].
 
     In training on CPU by plain products, which with their gradient take half the time of torch's fused attention there.
 
     queries: [batch, num_heads, rows, head_dim]. keys, values: [batch, num_kv_heads, length, head_dim], those of
-    positions 0, 1, ... positions: [rows] or [batch, rows], of the queries.
+    positions 0, 1, ... positions: [batch, rows], of the queries; None: those of the keys.
     """
-    visible = torch.arange(keys.shape[2], device=keys.device) <= positions[..., None]
-    visible = visible if visible.dim() == 2 else visible[:, None]
-    if queries.device.type != "cpu" or not torch.is_grad_enabled():
+    fused = queries.device.type != "cpu" or not torch.is_grad_enabled()
+    if fused and positions is None:
+        return nn.functional.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    columns = torch.arange(keys.shape[2], device=keys.device)
+    visible = columns <= (columns[None] if positions is None else positions)[..., None]
+    visible = visible[:, None]
+    if fused:
         return nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=visible, scale=scaling, enable_gqa=True
         )
