@@ -32,6 +32,12 @@ class Context:
         self.num_tokens += len(token_ids)
         self.newest = int(token_ids[-1])
 
+    def copy(self) -> "Context":
+        """The same state, which is extended apart from this one."""
+        result = Context(self._table)
+        result._sum, result.num_tokens, result.newest = self._sum.copy(), self.num_tokens, self.newest
+        return result
+
     @property
     def mean(self) -> np.ndarray:
         """The mean of the table rows: [r], float64. Undefined before the first token."""

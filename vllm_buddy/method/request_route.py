@@ -1,5 +1,6 @@
 """Decides when a request is routed again, and keeps the path of each of its tokens."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -78,6 +79,10 @@ class Route(Protocol):
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None: ...
 
+    def copy(self) -> "Route":
+        """A route with the same decisions so far. It decides apart from this one: on drafts, which may be rejected."""
+        ...
+
     def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]: ...
 
 
@@ -122,6 +127,10 @@ class SplitRoute:
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
         """See RequestRoute.lower; a position within the prompt is not lowered."""
         return position >= self._split and self.decoded.lower(depth, position, token_ids)
+
+    def copy(self) -> "SplitRoute":
+        """See Route."""
+        return SplitRoute(self._prompt.copy(), self.decoded.copy(), self._split)
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
         """Make all decisions for positions below `end`."""
@@ -227,6 +236,13 @@ class RequestRoute:
         if self._context is not None and self._schedule.interval:
             self._next_decision = max(self._next_decision or 0, position + self._schedule.interval)
         return True
+
+    def copy(self) -> "RequestRoute":
+        """See Route."""
+        result = copy.copy(self)
+        result.lowered, result._starts, result._paths = [*self.lowered], [*self._starts], [*self._paths]
+        result._context = None if self._context is None else self._context.copy()
+        return result
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
         """Make all decisions for positions below `end`. token_ids: the request's tokens, prompt first.

@@ -15,6 +15,7 @@ The choice depends on token ids and settings alone, and for a position on the to
 nor batch-mates nor preemption change it, and two requests of one budget with a common beginning run it alike.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -214,6 +215,13 @@ class TokenRoute:
         self.lowered.append((position, depth))
         self._set_budget(depth / self.router.num_layers)
         return True
+
+    def copy(self) -> "TokenRoute":
+        """See Route."""
+        result = copy.copy(self)
+        result._recent, result.lowered = copy.copy(self._recent), [*self.lowered]
+        result._excess, result._choices = [*self._excess], [*self._choices]
+        return result
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
         """Make all decisions for positions below `end`. token_ids: the request's, prompt first."""

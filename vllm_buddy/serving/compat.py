@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
     from vllm.v1.request import Request
 
@@ -121,3 +122,24 @@ def stop_hashing(request: "Request", num_blocks: int) -> None:
     """Keep the hashes of the first num_blocks blocks of a request and never add one."""
     del request.block_hashes[num_blocks:]
     request._block_hasher = None
+
+
+def mend_sampling_of_drafts() -> None:
+    """Replace vLLM's expansion of sampling parameters over draft tokens, which on CPU leaves its result unset.
+
+    Its CPU kernel writes to a copy of a floating-point output, and rounds temperature and top-p to integers. With one
+    request in the batch that is not greedy, all requests with drafts then get arbitrary tokens. Calling it again
+    changes nothing. Remove when vLLM's `_expand_kernel_impl` (utils/cpu_triton_utils.py) copies its result back.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+
+
+def _expand_batch_to_tokens(
+    x: "torch.Tensor", cu_num_tokens: "torch.Tensor", num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> "torch.Tensor":
+    """See vllm.v1.sample.rejection_sampler.expand_batch_to_tokens. x: [batch_size]; returns [num_tokens]."""
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    expanded = x.repeat_interleave(counts, output_size=num_tokens)
+    return expanded.masked_fill(expanded == replace_from, replace_to)

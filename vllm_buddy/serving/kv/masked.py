@@ -31,6 +31,7 @@ class _LastStep:
     req_ids: list[str]
     plans: list[RequestPlan]
     slots: np.ndarray
+    has_drafts: bool = False
     mask: np.ndarray | None = None  # [num_runs, num_layers] int32, 1 where the run executes the layer
     places: RunPlaces | None = None
     views: list[LayerView] | None = None
@@ -43,6 +44,7 @@ class _LastStep:
         """Whether `batch` continues the same requests along the same paths."""
         return (
             len(self.req_ids) > 0
+            and not self.has_drafts
             and batch.plans == self.plans
             and batch.req_ids == self.req_ids
             and all(plan.cached_path is None for plan in self.plans)
@@ -75,6 +77,8 @@ class Masked(KVPolicy):
         self._num_tokens = np.zeros(_INITIAL_SLOTS, dtype=np.int64)
         # The path of all tokens so far, per slot; None once it has changed.
         self._uniform: list[LayerPath | None] = [None] * _INITIAL_SLOTS
+        # Of each slot: the plan of its last step, if that had drafts, and the path it left in it, with the position.
+        self._drafted: dict[int, tuple[RequestPlan, tuple[LayerPath, int] | None]] = {}
         self._last = _LastStep.none()
         self._repeated = False  # whether the present step repeats the last one
 
@@ -86,6 +90,7 @@ class Masked(KVPolicy):
         slot = self._slot.pop(req_id, None)
         if slot is not None:
             self._free.append(slot)
+            self._drafted.pop(slot, None)
             self._last = _LastStep.none()
 
     def layer_lengths(self, req_id: str) -> np.ndarray:
@@ -98,7 +103,8 @@ class Masked(KVPolicy):
         )
         if not self._repeated:
             slots = np.array([self._enter(batch, row) for row in range(len(batch.req_ids))], dtype=np.int64)
-            self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots)
+            has_drafts = any(plan.num_drafts for plan in batch.plans)
+            self._last = _LastStep(list(batch.req_ids), list(batch.plans), slots, has_drafts)
         last, slots = self._last, self._last.slots
         if self._repeated and batch.num_tokens == len(slots):  # a decode step: one token more or none in each layer
             assert last.mask is not None
@@ -138,11 +144,12 @@ class Masked(KVPolicy):
             self._first_block[slot] = 0
             self._num_tokens[slot] = num_computed
             self._uniform[slot] = plan.cached_path
-        elif self._num_tokens[slot] != num_computed:
-            raise RuntimeError(
-                f"request {req_id}: the KV cache holds {self._num_tokens[slot]} tokens, the plan continues at "
-                f"{num_computed}"
-            )
+        elif (held := int(self._num_tokens[slot])) != num_computed:
+            if not self._rewind(slot, held - num_computed):
+                raise RuntimeError(
+                    f"request {req_id}: the KV cache holds {held} tokens, the plan continues at {num_computed}"
+                )
+        left = None
         uniform = self._uniform[slot]
         if uniform is not None:
             position = num_computed
@@ -151,10 +158,28 @@ class Masked(KVPolicy):
                     outside = ~path_mask(uniform, self.num_layers)
                     if self.moves_first_blocks:
                         self._first_block[slot, outside] = position // batch.block_size
-                    self._uniform[slot] = None
+                    self._uniform[slot], left = None, (uniform, position)
                     break
                 position += run.num_tokens
+        if plan.num_drafts:
+            self._drafted[slot] = plan, left
+        else:
+            self._drafted.pop(slot, None)
         return slot
+
+    def _rewind(self, slot: int, num_rejected: int) -> bool:
+        """Take back the last num_rejected tokens of a slot. False, and nothing changes, if these are no drafts."""
+        plan, left = self._drafted.get(slot, (None, None))
+        if plan is None or not 0 < num_rejected <= plan.num_drafts:
+            return False
+        self._num_tokens[slot] -= num_rejected
+        for run in reversed(plan.runs):
+            taken = min(run.num_tokens, num_rejected)
+            self._lens[slot] -= path_mask(run.path, self.num_layers) * np.int32(taken)
+            num_rejected -= taken
+        if left is not None and left[1] >= self._num_tokens[slot]:  # it left its first path with a rejected draft
+            self._uniform[slot], self._first_block[slot] = left[0], 0
+        return True
 
     def _new_slot(self) -> int:
         if not self._free:

@@ -92,11 +92,11 @@ class EngineMetrics:
         self._auto_price.set(price)
 
     def observe_step(self, executed: Iterable[Executed], num_layers: int) -> None:
-        """Count one step's layer executions."""
+        """Count one step's layer executions, those of drafts included."""
         total = tokens = 0
         for counts in executed:
-            total += counts.total
-            tokens += counts.num_tokens
+            total += counts.total + sum(counts.drafts)
+            tokens += counts.num_tokens + len(counts.drafts)
         self._executed.inc(total)
         self._skipped.inc(tokens * num_layers - total)
 

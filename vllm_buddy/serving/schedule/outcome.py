@@ -20,13 +20,26 @@ class Outcome:
         self._total = 0
         self._fewest: int | None = None
         self._most: int | None = None
+        self.num_drafted = 0
+        self.num_accepted = 0
+        self._rejected_total = 0
 
-    def add(self, executed: Executed) -> None:
-        """Count one step's tokens."""
-        self.num_tokens += executed.num_tokens
-        self._total += executed.total
-        self._fewest = executed.fewest if self._fewest is None else min(self._fewest, executed.fewest)
-        self._most = executed.most if self._most is None else max(self._most, executed.most)
+    def add(self, executed: Executed, num_accepted: int = 0) -> None:
+        """Count one step's tokens, of its drafts the first num_accepted."""
+        accepted, rejected = executed.drafts[:num_accepted], executed.drafts[num_accepted:]
+        self.num_tokens += executed.num_tokens + len(accepted)
+        self._total += executed.total + sum(accepted)
+        fewest, most = min((executed.fewest, *accepted)), max((executed.most, *accepted))
+        self._fewest = fewest if self._fewest is None else min(self._fewest, fewest)
+        self._most = most if self._most is None else max(self._most, most)
+        self.num_drafted += len(executed.drafts)
+        self.num_accepted += len(accepted)
+        self._rejected_total += sum(rejected)
+
+    @property
+    def mean_rejected_layers(self) -> float | None:
+        """Layers executed for drafts that were rejected, per token; None before the first token."""
+        return self._rejected_total / self.num_tokens if self.num_tokens else None
 
     @property
     def mean_layers(self) -> float | None:
@@ -45,6 +58,9 @@ class Outcome:
             "layers_executed_min": self._fewest,
             "layers_executed_max": self._most,
             "tokens": self.num_tokens,
+            "drafted": self.num_drafted,
+            "accepted": self.num_accepted,
+            "layers_rejected_mean": self.mean_rejected_layers,
             "distinct_paths": route.num_distinct_paths,
             "reroutes": route.num_reroutes,
         }

@@ -9,12 +9,15 @@ class RequestPlan(NamedTuple):
     """What one request executes in one step.
 
     runs: cover the tokens scheduled for it, in order of position.
+    num_drafts: how many of the tokens, at the end, are drafts of a speculator. Some may be rejected; the next step then
+        begins before them.
     cached_path: set in the step in which the request starts, or resumes after a preemption: the one path that all its
         tokens found in the prefix cache have executed. None in all other steps.
     """
 
     runs: tuple[Run, ...]
     cached_path: LayerPath | None
+    num_drafts: int = 0
 
 
 StepPlan = dict[str, RequestPlan]
@@ -25,9 +28,13 @@ EXECUTED_ATTRIBUTE = "buddy_executed"
 
 
 class Executed(NamedTuple):
-    """Layers that a request's tokens executed in one step, counted where they ran."""
+    """Layers that a request's tokens executed in one step, counted where they ran.
+
+    num_tokens, total, fewest, most: of the tokens that are no drafts. drafts: layers of each draft, in order.
+    """
 
     num_tokens: int
     total: int
     fewest: int
     most: int
+    drafts: tuple[int, ...] = ()

@@ -5,7 +5,9 @@ workers with vLLM's SchedulerOutput, and the layers executed come back with its 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
-from vllm_buddy.method import Route
+from vllm_buddy.method import Route, Run
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import context_tokens
@@ -40,7 +42,8 @@ class RoutedRequest:
 
     asked: what it lets "auto" choose; None for a budget that is a number.
     price: the highest at which "auto" was decided for it so far.
-    planned: number of tokens that were planned so far. A request that is computed again stands before it.
+    planned: number of tokens that were planned so far, without drafts that may be rejected. A request that is computed
+        again stands before it.
     """
 
     route: Route
@@ -123,6 +126,8 @@ class _Routing(_Base):
         """Add the outcome to the kv_transfer_params of the final response."""
         freed = super()._free_request(request, *args, **kwargs)
         routed = self._routed.pop(request.request_id)
+        # Accepted drafts ran on decisions that were made on a copy.
+        routed.route.decide(min(request.num_computed_tokens, request.num_tokens - 1), request.all_token_ids)
         self._metrics.observe_request(routed.outcome, routed.route)
         return finished_params(freed, routed.outcome.as_dict(routed.route))
 
@@ -162,6 +167,7 @@ class _Routing(_Base):
                 continue
             choice = chooser.choose(asked, request.all_token_ids[: route.num_context_tokens])
             routed.price = choice.price
+            route.decide(position, request.all_token_ids)  # what ran so far, accepted drafts included
             if choice.depth < route.depth:
                 route.lower(choice.depth, position, request.all_token_ids)
         self._routing_seconds += time.perf_counter() - started
@@ -173,10 +179,14 @@ class _Routing(_Base):
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             request, routed = self.requests[req_id], self._routed[req_id]
             # vLLM has already advanced num_computed_tokens to the end of this step.
-            end = request.num_computed_tokens
-            runs = routed.route.runs(end - num_tokens, num_tokens, request.all_token_ids)
-            routed.planned = max(routed.planned, end)
-            plan[req_id] = RequestPlan(tuple(runs), routed.route.first_path if req_id in starting else None)
+            end, first = request.num_computed_tokens, routed.route.first_path if req_id in starting else None
+            drafts = output.scheduled_spec_decode_tokens.get(req_id, ())
+            if drafts:
+                runs = _runs_with_drafts(routed.route, end - num_tokens, num_tokens, request.all_token_ids, drafts)
+            else:
+                runs = routed.route.runs(end - num_tokens, num_tokens, request.all_token_ids)
+            routed.planned = max(routed.planned, end - len(drafts))
+            plan[req_id] = RequestPlan(tuple(runs), first, len(drafts))
         return plan
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
@@ -184,12 +194,21 @@ class _Routing(_Base):
         executed: dict[str, Executed] = getattr(model_runner_output, EXECUTED_ATTRIBUTE, {})
         for req_id, counts in executed.items():
             if req_id in self._routed:
-                self._routed[req_id].outcome.add(counts)
+                num_accepted = self._num_accepted(req_id, model_runner_output) if counts.drafts else 0
+                self._routed[req_id].outcome.add(counts, num_accepted)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._observe_load()
         self._metrics.export(idle=not self.has_unfinished_requests())
         return outputs
+
+    def _num_accepted(self, req_id: str, model_runner_output: Any) -> int:
+        """How many of a request's drafts were accepted, without those that its max_tokens cuts off."""
+        sampled, request = model_runner_output.sampled_token_ids, self.requests.get(req_id)
+        if not sampled or request is None:
+            return 0
+        num_new = len(sampled[model_runner_output.req_id_to_index[req_id]])
+        return max(0, min(num_new, request.max_tokens - request.num_output_tokens) - 1)
 
     def _observe_load(self) -> None:
         """Let the price of budget "auto" follow the load: at each arrival that it decides, and after each step.
@@ -217,6 +236,20 @@ def make_scheduler(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Sche
     """Build the routing scheduler of the kind that vLLM would have built. vLLM expects a class here."""
     cls = BuddyAsyncScheduler if vllm_config.scheduler_config.async_scheduling else BuddyScheduler
     return cls(vllm_config, *args, **kwargs)
+
+
+def _runs_with_drafts(
+    route: Route, start: int, num_tokens: int, token_ids: Sequence[int], drafts: Sequence[int]
+) -> list[Run]:
+    """Runs of tokens of which the last ones are drafts: what the request will run if all are accepted.
+
+    They are decided on a copy, so that no decision that is kept has seen a draft. vLLM pads drafts with -1, which is
+    never accepted; such tokens run on with the one before them.
+    """
+    known = [*token_ids, *takewhile(lambda token_id: token_id >= 0, drafts)]
+    num_padded = len(token_ids) + len(drafts) - len(known)
+    *runs, last = route.copy().runs(start, num_tokens - num_padded, known)
+    return [*runs, Run(last.num_tokens + num_padded, last.path)]
 
 
 def _decision_lag(settings: BuddySettings, vllm_config: "VllmConfig") -> int:

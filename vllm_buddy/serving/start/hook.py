@@ -64,6 +64,8 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         }
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+        if vllm_config.speculative_config is not None:
+            vllm_config.scheduler_config.async_scheduling = False  # vLLM decides after this hook; see refusals.py
         _configure_compilation(vllm_config)
         metrics.export_from_this_process(vllm_config.instance_id)
         logger.info(

@@ -10,6 +10,9 @@ from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS, why_not_atte
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# vLLM's methods of speculative decoding that were tried with routing.
+SPECULATORS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "custom_class")
+
 
 def _sliding_window(c: "VllmConfig") -> bool:
     hf_config = c.model_config.hf_text_config
@@ -48,9 +51,14 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         "adapter indices are per batch, and a layer runs a subset of the batch's rows; start without --enable-lora",
     ),
     (
-        "speculative decoding",
-        lambda c: c.speculative_config is not None,
-        "a rejected draft token would leave its KV in the layers it executed; start without --speculative-config",
+        "this method of speculative decoding",
+        lambda c: c.speculative_config is not None and c.speculative_config.method not in SPECULATORS,
+        f"it was never tried with routing; choose one of {', '.join(SPECULATORS)}",
+    ),
+    (
+        "asynchronous scheduling of drafts",
+        lambda c: c.speculative_config is not None and c.scheduler_config.async_scheduling is True,
+        "the plan of a step needs to know which drafts of the step before were accepted; leave out --async-scheduling",
     ),
     (
         "a KV connector",

@@ -177,14 +177,25 @@ class WorkerState:
         output: a ModelRunnerOutput. query_start_loc: [num_reqs + 1], of the step.
         """
         if self._step is not None:
-            setattr(output, EXECUTED_ATTRIBUTE, _by_request(self._step.executed, req_ids, query_start_loc))
+            num_drafts = [self._plan[req_id].num_drafts for req_id in req_ids] if self._plan else None
+            setattr(output, EXECUTED_ATTRIBUTE, _by_request(self._step.executed, req_ids, query_start_loc, num_drafts))
             self._step = None
 
 
-def _by_request(layers: np.ndarray, req_ids: Sequence[str], query_start_loc: np.ndarray) -> dict[str, Executed]:
-    """layers: [num_tokens], executed per token of the step. query_start_loc: [num_reqs + 1]."""
+def _by_request(
+    layers: np.ndarray, req_ids: Sequence[str], query_start_loc: np.ndarray, num_drafts: Sequence[int] | None
+) -> dict[str, Executed]:
+    """layers: [num_tokens], executed per token of the step. query_start_loc: [num_reqs + 1]. num_drafts: [num_reqs]."""
     if len(layers) == len(req_ids):  # one token each
         return {req_id: Executed(1, n, n, n) for req_id, n in zip(req_ids, layers.tolist())}
-    columns = [np.diff(query_start_loc)]
-    columns += [ufunc.reduceat(layers, query_start_loc[:-1]) for ufunc in (np.add, np.minimum, np.maximum)]
-    return {req_id: Executed(*c) for req_id, *c in zip(req_ids, *(column.tolist() for column in columns))}
+    starts, ends = query_start_loc[:-1], query_start_loc[1:]
+    if num_drafts is None or not any(num_drafts):
+        columns = [ends - starts]
+        columns += [ufunc.reduceat(layers, starts) for ufunc in (np.add, np.minimum, np.maximum)]
+        return {req_id: Executed(*c) for req_id, *c in zip(req_ids, *(column.tolist() for column in columns))}
+    result = {}
+    for req_id, start, end, drafts in zip(req_ids, starts.tolist(), ends.tolist(), num_drafts):
+        known = layers[start : end - drafts]
+        counts = (len(known), int(known.sum()), int(known.min()), int(known.max()))
+        result[req_id] = Executed(*counts, tuple(layers[end - drafts : end].tolist()))
+    return result

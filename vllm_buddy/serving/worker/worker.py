@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_buddy.errors import SettingsError, UnsupportedError
+from vllm_buddy.serving.compat import mend_sampling_of_drafts
 from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.state import WorkerState
 
@@ -108,6 +109,11 @@ if current_platform.is_cpu():
 
     class BuddyCPUWorker(_BuddyWorker, CPUWorker):
         """vLLM's CPU worker, routed."""
+
+        def init_device(self) -> None:
+            super().init_device()
+            if self.vllm_config.speculative_config is not None:
+                mend_sampling_of_drafts()
 
         def compile_or_warm_up_model(self) -> Any:
             """vLLM's warm-up, then ours."""
