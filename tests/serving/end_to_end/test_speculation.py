@@ -7,6 +7,7 @@ import pytest
 
 from tests.harness import oracle_drafter
 from tests.harness.engine import Ask, ByToken, Engine, Tiny, start_engine
+from tests.harness.model_runner_v2 import RUNNER
 from tests.harness.oracle_drafter import OracleDrafter
 from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method.kv_policy import KV_ONLY, KV_POLICIES, MASKED
@@ -120,3 +121,22 @@ def test_sampled_requests_are_seeded_alike_with_drafts_of_others(llama_drafted: 
     outputs = engine.run([*others, sampled])
     check(engine, others, outputs[:-1])
     assert outputs[-1].outputs[0].token_ids == alone
+
+
+# In this order: vLLM looks into numba's objects, which n-gram drafting imports, when it starts another speculator.
+@pytest.mark.parametrize("method", ["draft_model", pytest.param("ngram", marks=pytest.mark.slow)])
+def test_vllms_own_speculators(tiny: Callable[[str], Tiny], method: str) -> None:
+    """Fails if routing breaks what vLLM's speculators read of the runner, or they break what the routes know."""
+    if method == "ngram" and RUNNER != "v1":
+        pytest.skip("the n-gram kernel of Model Runner V2 does not run in Triton's interpreter")
+    made = tiny("llama")
+    speculators = {
+        "ngram": {"prompt_lookup_max": 3, "prompt_lookup_min": 1},
+        "draft_model": {"model": str(made.folder)},
+    }
+    config = {"method": method, "num_speculative_tokens": 3, **speculators[method]}
+    engine = start_engine(made, speculative_config=config)
+    for policy in (MASKED, KV_ONLY):
+        engine.configure(policy, 1)
+        asks = batch(seed=1)
+        check(engine, asks, engine.run(asks))

@@ -152,6 +152,31 @@ def test_packed_slots_are_written_once_and_seen_by_their_request_alone(scenario:
         policy.forget(str(i))
 
 
+@_SETTINGS
+@given(requests, st.lists(st.integers(0, 4), min_size=1, max_size=4))
+def test_packed_slots_of_rejected_drafts_are_written_again(scenario: list, rejections: list[int]) -> None:
+    """Fails if a layer keeps a rejected draft, or a request that left its first path with one does not return to it."""
+    policy = Masked(NUM_LAYERS)
+    sequences = [new_sequence(number, num_cached) for number, (num_cached, _, _) in enumerate(scenario)]
+    for step in range(max(len(steps) for _, steps, _ in scenario)):
+        active = [i for i, (_, steps, _) in enumerate(scenario) if step < len(steps)]
+        plans, num_rejected = [], []
+        for i in active:
+            runs = scenario[i][1][step]
+            num_drafts = sum(run.num_tokens for run in runs) - 1
+            plans.append(RequestPlan(tuple(runs), sequences[i].cached_path, num_drafts))
+            sequences[i].cached_path = None
+            num_rejected.append(min(rejections[(step + i) % len(rejections)], num_drafts))
+        batch = step_batch([str(i) for i in active], [sequences[i] for i in active], plans)
+        check_masked(batch, policy.views(batch, policy.places(batch)), [sequences[i] for i in active])
+        for i, plan, rejected in zip(active, plans, num_rejected):
+            paths = [run.path for run in plan.runs for _ in range(run.num_tokens)]
+            for path in paths[len(paths) - rejected :]:
+                for layer in layers_of(path):
+                    sequences[i].written[layer].pop()
+            sequences[i].num_tokens -= rejected
+
+
 @pytest.mark.parametrize("name", ["kv_only", "zero"])
 @_SETTINGS
 @given(requests)
@@ -199,6 +224,11 @@ def test_a_plan_that_continues_elsewhere_than_the_cache_is_refused() -> None:
     policy.places(step_batch(["r"], [sequence], [RequestPlan((Run(3, PATHS[0]),), SHARED_PATH)]))
     sequence.num_tokens = 2
     with pytest.raises(RuntimeError, match="the KV cache holds 3 tokens, the plan continues at 2"):
+        policy.places(step_batch(["r"], [sequence], [RequestPlan((Run(1, PATHS[0]),), None)]))
+    sequence.num_tokens = 3
+    policy.places(step_batch(["r"], [sequence], [RequestPlan((Run(4, PATHS[0]),), None, num_drafts=2)]))
+    sequence.num_tokens = 4
+    with pytest.raises(RuntimeError, match="the KV cache holds 7 tokens, the plan continues at 4"):
         policy.places(step_batch(["r"], [sequence], [RequestPlan((Run(1, PATHS[0]),), None)]))
 
 

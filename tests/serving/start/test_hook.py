@@ -356,6 +356,7 @@ def test_a_model_cut_by_overrides_is_refused(llama_model: Tiny) -> None:
     assert "6 layers" in refusal(llama_model, hf_overrides={"num_hidden_layers": 6})
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"hf_overrides": {"architectures": ["MistralForCausalLM"]}}, "LlamaForCausalLM, Qwen2ForCausalLM"),
@@ -364,10 +365,8 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "LoRA": ({"enable_lora": True}, "--enable-lora"),
     "KV connector": ({"kv_transfer_config": CONNECTOR}, "--kv-transfer-config"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
-    "speculation": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-        "--speculative-config",
-    ),
+    "speculator": ({"speculative_config": {**NGRAM, "method": "ngram_gpu"}}, "choose one of ngram, suffix"),
+    "asynchronous drafts": ({"speculative_config": NGRAM, "async_scheduling": True}, "--async-scheduling"),
     "FlashInfer": ({"attention_config": {"backend": "FLASHINFER"}}, "--attention-backend with one of CPU_ATTN"),
     "FlexAttention": ({"attention_config": {"backend": "FLEX_ATTENTION"}}, "--attention-backend with one of CPU_ATTN"),
     "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),

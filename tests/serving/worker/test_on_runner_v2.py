@@ -57,6 +57,11 @@ def test_llama_on_v2_with_asynchronous_scheduling() -> None:
     run_on("v2-async", names, "llama and (1-masked-bypass or masked-33 or masked-0-True)")
 
 
+def test_drafts_on_v2() -> None:
+    """Fails if V2 keeps the drafts from the scheduler, whose plan then is for other tokens."""
+    run_on("v2", ("end_to_end/test_speculation",), "draft_model")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("runner", ["v2", "v2-async"])

@@ -1,10 +1,12 @@
 """Adapter for vLLM's Model Runner V2: a ModelState that turns the plan into an input of the model."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 
 from vllm_buddy.serving.compat import runner_output
 from vllm_buddy.serving.worker.batch import StepBatch
@@ -72,6 +74,16 @@ class BuddyModelState(DefaultModelState):
         return {**inputs, "step": state.step(batch)}
 
 
+class _KnownDrafts(DraftTokensHandler):
+    """Tells the scheduler which tokens were drafted, where vLLM tells it their number only.
+
+    vLLM does so for structured output. Here the plan of the next step depends on them.
+    """
+
+    def set_draft_tokens(self, input_batch: Any, draft_tokens: torch.Tensor) -> None:
+        super().set_draft_tokens(replace(input_batch, has_structured_output_reqs=True), draft_tokens)
+
+
 class RoutedRunnerV2(_Base):
     """Mixin over a V2 model runner: takes the plan from its input and adds the count of layers to its output."""
 
@@ -92,6 +104,11 @@ class RoutedRunnerV2(_Base):
             batch = state.input_batch
             self.buddy_state.report(runner_output(output), batch.req_ids, batch.query_start_loc_np)
         return output
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; from then on the scheduler gets to know the drafts."""
+        super().load_model(*args, **kwargs)
+        self.draft_tokens_handler: DraftTokensHandler = _KnownDrafts(self.device)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Keep what is known from now on: the attention backend and the size of a KV block."""
