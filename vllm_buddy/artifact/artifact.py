@@ -21,7 +21,17 @@ from safetensors.numpy import load_file, save
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PricePoint, TokenConfig
 from vllm_buddy.artifact.tensors import ArtifactParts, pack_tensors, parse_tensors
 from vllm_buddy.errors import ArtifactError
-from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, Router, TokenRouter, layers_of, path_of
+from vllm_buddy.method import (
+    FoldedDecision,
+    FoldedPredictor,
+    LayerPath,
+    PathSchedule,
+    Router,
+    TokenRouter,
+    layers_of,
+    path_of,
+    top_k_path,
+)
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.lora import LoraDeltas
 
@@ -92,6 +102,16 @@ class Artifact:
                 )
             paths = {depth: [path_of(layers) for layers in sets] for depth, sets in self.config.library.items()}
         return Router(self.config.base_model.num_layers, self.prior, self.decision, self.config.omega, paths)
+
+    def first_path(self, depth: int) -> LayerPath | None:
+        """A path of `depth` layers that depends on no input: the first of the library, else the prior's.
+
+        None if the library has none.
+        """
+        if self.config.library is not None:
+            sets = self.config.library.get(depth)
+            return path_of(sets[0]) if sets else None
+        return top_k_path(self.prior, depth)
 
     def schedule(self, route_every: int | None = None, lag: int = 0) -> PathSchedule:
         """Return the schedule of routing decisions.

@@ -1,6 +1,7 @@
 """`vllm-buddy serve`: runs vLLM's own `serve` command with `--model-impl buddy`, also on vLLM for CPU."""
 
 import importlib.metadata
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from vllm_buddy.errors import BuddyError, ServerError
 
 _HELP = re.compile(r"^(-h|--help(=.*)?)$")
 _MODEL_IMPL = re.compile(r"^--model[-_]impl(=.*)?$")
+_SPECULATIVE = re.compile(r"^--speculative[-_]config(=.*|\..*)?$")
 _MODEL = re.compile(r"^--(model|config)(=.*)?$")
+_LOSSLESS_DRAFTS = "--lossless-drafts"
 _SERVED_NAME = re.compile(r"^--served[-_]model[-_]name(=.*)?$")
 
 
@@ -23,7 +26,7 @@ def serve(arguments: Sequence[str]) -> int:
     argv = list(arguments)
     if not _has(argv, _HELP):
         require_plugin()
-        argv = complete(argv)
+        argv = complete(with_lossless_drafts(argv))
     answer_for_vllm_cpu()
     try:
         from vllm.entrypoints.cli.main import main as vllm_main
@@ -38,6 +41,31 @@ def serve(arguments: Sequence[str]) -> int:
             raise
         raise refusal from None
     return 0
+
+
+def with_lossless_drafts(argv: list[str]) -> list[str]:
+    """Replace `--lossless-drafts N` with the `--speculative-config` that vLLM knows.
+
+    Raises:
+        ServerError: N is no number from 1 up, or a speculator is given too.
+    """
+    joined = [part for argument in argv for part in _split_value(argument)]
+    if _LOSSLESS_DRAFTS not in joined:
+        return argv
+    from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
+
+    place = joined.index(_LOSSLESS_DRAFTS)
+    number = joined[place + 1] if place + 1 < len(joined) else ""
+    if not number.isdecimal() or int(number) < 1:
+        raise ServerError(f"{_LOSSLESS_DRAFTS} is {number!r}; give the number of drafts per step, from 1 up")
+    if _has(argv, _SPECULATIVE):
+        raise ServerError(f"{_LOSSLESS_DRAFTS} is a speculator; leave out --speculative-config")
+    config = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": int(number)}
+    return [*joined[:place], "--speculative-config", json.dumps(config), *joined[place + 2 :]]
+
+
+def _split_value(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith(f"{_LOSSLESS_DRAFTS}=") else [argument]
 
 
 def complete(argv: list[str]) -> list[str]:

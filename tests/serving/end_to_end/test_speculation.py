@@ -106,7 +106,7 @@ def test_drafts_that_are_all_wrong_or_all_right(llama_drafted: Engine, accuracy:
     engine.check(asks, outputs)
     outcomes = [output.kv_transfer_params["buddy"] for output in outputs]
     assert sum(o["accepted"] for o in outcomes) == accuracy * sum(o["drafted"] for o in outcomes) > -1
-    assert all((o["layers_rejected_mean"] == 0) == (accuracy == 1.0) for o in outcomes)
+    assert all((o["layers_drafting_mean"] == 0) == (accuracy == 1.0) for o in outcomes)
 
 
 def test_sampled_requests_are_seeded_alike_with_drafts_of_others(llama_drafted: Engine) -> None:

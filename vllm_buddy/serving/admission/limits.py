@@ -14,6 +14,9 @@ from vllm_buddy.serving.admission.options import (
     AUTO_MAX_KEY,
     AUTO_MIN_KEY,
     BUDGET_KEY,
+    BUDGET_MODE,
+    LOSSLESS,
+    MODE_KEY,
     PRICE_KEY,
     OptionError,
 )
@@ -22,10 +25,14 @@ from vllm_buddy.serving.start.settings import AUTO, BuddySettings
 
 @dataclass(frozen=True)
 class FixedBudget:
-    """The budget of a request that names a number, or that names none where the server's default is a number."""
+    """The budget of a request that names a number, or that names none where the server's default is a number.
+
+    lossless: whether drafts on some layers are checked by all.
+    """
 
     budget: float
     depth: int
+    lossless: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,7 @@ class RequestLimits:
     """What a server allows its requests. An attribute of vLLM's ModelConfig, `buddy_limits`, set at start.
 
     depths: depths that the path library holds; None if all are allowed. auto: None without a Budget Predictor.
+    lossless: whether requests may ask for lossless mode.
     """
 
     num_layers: int
@@ -166,10 +174,11 @@ class RequestLimits:
     min_budget: float
     depths: tuple[int, ...] | None = None
     auto: AutoLimits | None = None
+    lossless: bool = False
 
     @classmethod
-    def from_settings(cls, settings: BuddySettings, artifact: Artifact) -> "RequestLimits":
-        """What the settings and the artifact allow.
+    def from_settings(cls, settings: BuddySettings, artifact: Artifact, *, lossless: bool = False) -> "RequestLimits":
+        """What the settings and the artifact allow. lossless: whether the server has the drafter for it.
 
         Raises:
             SettingsError, BudgetError: settings that contradict each other or the artifact; a default budget that no
@@ -190,6 +199,7 @@ class RequestLimits:
             min_budget=min_budget,
             depths=None if depths is None else tuple(depths),
             auto=AutoLimits.from_settings(settings, artifact, min_budget),
+            lossless=lossless,
         )
         try:
             limits.resolve(None)
@@ -202,9 +212,14 @@ class RequestLimits:
 
         Raises:
             OptionError: a budget that is no number in (0, 1], below the floor or of a depth the library lacks; "auto"
-                without a Budget Predictor; options of "auto" out of range, or beside another budget.
+                without a Budget Predictor; options of "auto" out of range, or beside another budget; lossless mode
+                without its drafter, or beside a budget below 1.
         """
         options = {key: value for key, value in (extra_args or {}).items() if value is not None}
+        if (mode := options.get(MODE_KEY, BUDGET_MODE)) == LOSSLESS:
+            return self._lossless(options)
+        if mode != BUDGET_MODE:
+            raise OptionError(MODE_KEY, f'mode is {mode!r}; allowed are "{BUDGET_MODE}" and "{LOSSLESS}"')
         value = options.get(BUDGET_KEY, self.default_budget)
         if isinstance(value, str) and value == AUTO:
             return self._auto_budget(options)
@@ -215,6 +230,20 @@ class RequestLimits:
                     key, f'goes with budget "{AUTO}", but the budget is {budget.budget:g}; leave one of them out'
                 )
         return budget
+
+    def _lossless(self, options: Mapping[str, Any]) -> FixedBudget:
+        if not self.lossless:
+            raise OptionError(
+                MODE_KEY,
+                "lossless mode needs a server that drafts with the model's own layers; start it with "
+                "`vllm-buddy serve --lossless-drafts N`",
+            )
+        for key in (BUDGET_KEY, *AUTO_KEYS):
+            if key in options and (key != BUDGET_KEY or options[key] not in (1, 1.0) or options[key] is True):
+                raise OptionError(
+                    key, f'is {options[key]!r}, but mode "{LOSSLESS}" runs all layers; leave one of them out'
+                )
+        return FixedBudget(1.0, self.num_layers, lossless=True)
 
     def _fixed_budget(self, value: Any) -> FixedBudget:
         try:

@@ -17,8 +17,10 @@ CONTEXT_TOKENS_KEY = "buddy_context_tokens"
 PRICE_KEY = "buddy_price"
 AUTO_MIN_KEY = "buddy_auto_min"
 AUTO_MAX_KEY = "buddy_auto_max"
+MODE_KEY = "buddy_mode"
+BUDGET_MODE, LOSSLESS = "budget", "lossless"
 AUTO_KEYS = (PRICE_KEY, AUTO_MIN_KEY, AUTO_MAX_KEY)
-_KEYS = (BUDGET_KEY, CONTEXT_TOKENS_KEY, *AUTO_KEYS)
+_KEYS = (BUDGET_KEY, MODE_KEY, CONTEXT_TOKENS_KEY, *AUTO_KEYS)
 _PREFIX = "buddy_"
 
 

@@ -144,11 +144,10 @@ class Masked(KVPolicy):
             self._first_block[slot] = 0
             self._num_tokens[slot] = num_computed
             self._uniform[slot] = plan.cached_path
-        elif (held := int(self._num_tokens[slot])) != num_computed:
-            if not self._rewind(slot, held - num_computed):
-                raise RuntimeError(
-                    f"request {req_id}: the KV cache holds {held} tokens, the plan continues at {num_computed}"
-                )
+        elif (held := int(self._num_tokens[slot])) != num_computed and not self._rewind(slot, held - num_computed):
+            raise RuntimeError(
+                f"request {req_id}: the KV cache holds {held} tokens, the plan continues at {num_computed}"
+            )
         left = None
         uniform = self._uniform[slot]
         if uniform is not None:

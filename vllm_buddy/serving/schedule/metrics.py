@@ -31,9 +31,14 @@ _SECONDS_BUCKETS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
 class EngineMetrics:
-    """The metrics of one engine, in a registry of their own. has_auto: whether to include those of budget "auto"."""
+    """The metrics of one engine, in a registry of their own.
 
-    def __init__(self, num_layers: int, engine: int, export_to: Path | None, *, has_auto: bool) -> None:
+    has_auto, lossless: whether to include those of budget "auto" and of lossless mode.
+    """
+
+    def __init__(
+        self, num_layers: int, engine: int, export_to: Path | None, *, has_auto: bool, lossless: bool = False
+    ) -> None:
         self._registry = CollectorRegistry()
         self._export_to = export_to
         self._next_export = 0.0
@@ -60,6 +65,10 @@ class EngineMetrics:
             )
             self._auto_price = self._gauge("auto_price", "Price of compute, nats per token for all layers.", engine)
             self._load = self._gauge("load", "Load that the price follows, from 0 to 1.", engine)
+        if lossless:
+            self._depth_drafted = self._counter("depth_drafts", "Drafts made on the model's own layers.", engine)
+            self._drafting = self._counter("layer_tokens_drafting", "Layers executed to make these drafts.", engine)
+            self._depth_accepted = self._counter("depth_drafts_accepted", "Those that all layers confirmed.", engine)
 
     @classmethod
     def for_engine(cls, vllm_config: "VllmConfig") -> "EngineMetrics":
@@ -69,7 +78,7 @@ class EngineMetrics:
         # With several API servers vLLM collects the metrics of all processes itself (PROMETHEUS_MULTIPROC_DIR).
         export_to = Path(folder) / f"engine-{engine}.prom" if folder and not _multiprocess() else None
         limits = vllm_config.model_config.buddy_limits
-        return cls(limits.num_layers, engine, export_to, has_auto=limits.auto is not None)
+        return cls(limits.num_layers, engine, export_to, has_auto=limits.auto is not None, lossless=limits.lossless)
 
     def observe_request(self, outcome: Outcome, route: Route) -> None:
         """Count a request that has ended, whether it finished or was aborted."""
@@ -90,6 +99,15 @@ class EngineMetrics:
         """Set the level of load and the price of budget "auto" that it leads to."""
         self._load.set(level)
         self._auto_price.set(price)
+
+    def observe_drafting(self, layers: int) -> None:
+        """Count the layers that were executed to draft for one request."""
+        self._drafting.inc(layers)
+
+    def observe_depth_drafts(self, num_drafted: int, num_accepted: int) -> None:
+        """Count the drafts of one request that one step checked."""
+        self._depth_drafted.inc(num_drafted)
+        self._depth_accepted.inc(num_accepted)
 
     def observe_step(self, executed: Iterable[Executed], num_layers: int) -> None:
         """Count one step's layer executions, those of drafts included."""

@@ -10,9 +10,11 @@ class Outcome:
     """A request's budget and depth, and the layers that its tokens executed as counted in the engine.
 
     price: the one at which budget "auto" was decided on arrival; None if the budget was given as a number.
+    lossless: whether it runs in lossless mode.
     """
 
-    def __init__(self, budget: float, depth: int, price: float | None = None) -> None:
+    def __init__(self, budget: float, depth: int, price: float | None = None, *, lossless: bool = False) -> None:
+        self.lossless = lossless
         self.budget = budget
         self.depth = depth
         self.price = price
@@ -22,7 +24,7 @@ class Outcome:
         self._most: int | None = None
         self.num_drafted = 0
         self.num_accepted = 0
-        self._rejected_total = 0
+        self._drafting_total = 0
 
     def add(self, executed: Executed, num_accepted: int = 0) -> None:
         """Count one step's tokens, of its drafts the first num_accepted."""
@@ -34,12 +36,12 @@ class Outcome:
         self._most = most if self._most is None else max(self._most, most)
         self.num_drafted += len(executed.drafts)
         self.num_accepted += len(accepted)
-        self._rejected_total += sum(rejected)
+        self._drafting_total += sum(rejected) + executed.drafting
 
     @property
-    def mean_rejected_layers(self) -> float | None:
-        """Layers executed for drafts that were rejected, per token; None before the first token."""
-        return self._rejected_total / self.num_tokens if self.num_tokens else None
+    def mean_drafting_layers(self) -> float | None:
+        """Layers executed to make drafts, and for drafts that were rejected, per token; None before the first token."""
+        return self._drafting_total / self.num_tokens if self.num_tokens else None
 
     @property
     def mean_layers(self) -> float | None:
@@ -49,6 +51,7 @@ class Outcome:
     def as_dict(self, route: Route) -> dict[str, Any]:
         """The form it has in the response, under kv_transfer_params["buddy"]."""
         return {
+            "mode": "lossless" if self.lossless else "budget",
             "budget": self.budget,
             "depth": self.depth,
             "auto": self.price is not None,
@@ -60,7 +63,7 @@ class Outcome:
             "tokens": self.num_tokens,
             "drafted": self.num_drafted,
             "accepted": self.num_accepted,
-            "layers_rejected_mean": self.mean_rejected_layers,
+            "layers_drafting_mean": self.mean_drafting_layers,
             "distinct_paths": route.num_distinct_paths,
             "reroutes": route.num_reroutes,
         }

@@ -11,6 +11,7 @@ class RequestPlan(NamedTuple):
     runs: cover the tokens scheduled for it, in order of position.
     num_drafts: how many of the tokens, at the end, are drafts of a speculator. Some may be rejected; the next step then
         begins before them.
+    wanted_drafts: draft passes on the model's own layers after the step, for the next one (see draft_pace.py).
     cached_path: set in the step in which the request starts, or resumes after a preemption: the one path that all its
         tokens found in the prefix cache have executed. None in all other steps.
     """
@@ -18,6 +19,7 @@ class RequestPlan(NamedTuple):
     runs: tuple[Run, ...]
     cached_path: LayerPath | None
     num_drafts: int = 0
+    wanted_drafts: int = 0
 
 
 StepPlan = dict[str, RequestPlan]
@@ -31,6 +33,7 @@ class Executed(NamedTuple):
     """Layers that a request's tokens executed in one step, counted where they ran.
 
     num_tokens, total, fewest, most: of the tokens that are no drafts. drafts: layers of each draft, in order.
+    drafting: layers executed after the step, to draft for the next one.
     """
 
     num_tokens: int
@@ -38,3 +41,4 @@ class Executed(NamedTuple):
     fewest: int
     most: int
     drafts: tuple[int, ...] = ()
+    drafting: int = 0

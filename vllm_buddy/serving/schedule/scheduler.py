@@ -22,6 +22,7 @@ from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import context_tokens
 from vllm_buddy.serving.compat import finished_params
+from vllm_buddy.serving.schedule.draft_pace import DraftPace, DraftPath
 from vllm_buddy.serving.schedule.metrics import EngineMetrics
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
@@ -44,6 +45,8 @@ class RoutedRequest:
     price: the highest at which "auto" was decided for it so far.
     planned: number of tokens that were planned so far, without drafts that may be rejected. A request that is computed
         again stands before it.
+    pace: of drafts; None unless the request is in lossless mode. drafted_by_depth: whether the last drafts came from
+        layers, not from n-grams.
     """
 
     route: Route
@@ -51,6 +54,8 @@ class RoutedRequest:
     asked: AutoBudget | None = None
     price: float = 0.0
     planned: int = 0
+    pace: DraftPace | None = None
+    drafted_by_depth: bool = False
 
 
 class _Routing(_Base):
@@ -69,6 +74,13 @@ class _Routing(_Base):
         self._metrics = EngineMetrics.for_engine(vllm_config)
         self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
         self._lowers_running = settings.load is not None and settings.load.lowers_running
+        self._draft_path: DraftPath | None = None
+        if self._limits.lossless:
+            hf_config = vllm_config.model_config.hf_text_config
+            self._draft_path = DraftPath.of(settings, artifact, hf_config)
+            self._expected_acceptance = settings.drafts.acceptance
+            # vLLM reserves no slots for what a drafter of method custom_class writes.
+            self.num_lookahead_tokens = self.num_spec_tokens
         self._observe_load()
         self._metrics.export(idle=True)
         limit_publishing(self.kv_cache_manager.coordinator, self._publishable_tokens)
@@ -99,12 +111,18 @@ class _Routing(_Base):
         num_context = context_tokens(extra_args)
         if isinstance(asked, FixedBudget):
             route = self._new_route(request, asked.budget, num_context)
-            return RoutedRequest(route, Outcome(asked.budget, asked.depth))
+            outcome = Outcome(asked.budget, asked.depth, lossless=asked.lossless)
+            return RoutedRequest(route, outcome, pace=self._new_pace() if asked.lossless else None)
         assert self._chooser is not None  # "auto" was refused otherwise
         self._observe_load()
         choice = self._chooser.choose(asked, request.all_token_ids[:num_context])
         route = self._new_route(request, choice.budget, num_context)
         return RoutedRequest(route, Outcome(*choice), asked, choice.price)
+
+    def _new_pace(self) -> DraftPace:
+        assert self._draft_path is not None  # lossless mode was refused otherwise
+        most = self.num_spec_tokens - (self._draft_path.refined is not None)
+        return DraftPace(self._draft_path, most, self._expected_acceptance)
 
     def _new_route(self, request: Request, budget: float, num_context: int | None) -> Route:
         return self._routes.route(budget, request.all_token_ids, request.num_prompt_tokens, num_context)
@@ -186,8 +204,16 @@ class _Routing(_Base):
             else:
                 runs = routed.route.runs(end - num_tokens, num_tokens, request.all_token_ids)
             routed.planned = max(routed.planned, end - len(drafts))
-            plan[req_id] = RequestPlan(tuple(runs), first, len(drafts))
+            plan[req_id] = RequestPlan(tuple(runs), first, len(drafts), self._wanted_drafts(request, routed))
         return plan
+
+    def _wanted_drafts(self, request: Request, routed: RoutedRequest) -> int:
+        """Drafts to make on the model's layers after this step: none before the step that completes a prompt."""
+        end = request.num_computed_tokens
+        if routed.pace is None or end < request.num_tokens:
+            return 0
+        left = min(self.max_model_len - end, request.max_tokens - request.num_output_tokens) - 1
+        return max(0, min(routed.pace.num_drafts(), left)) if left > 0 else 0
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Collect the layers executed, before vLLM finishes the requests of this step."""
@@ -195,7 +221,14 @@ class _Routing(_Base):
         for req_id, counts in executed.items():
             if req_id in self._routed:
                 num_accepted = self._num_accepted(req_id, model_runner_output) if counts.drafts else 0
-                self._routed[req_id].outcome.add(counts, num_accepted)
+                routed = self._routed[req_id]
+                routed.outcome.add(counts, num_accepted)
+                if routed.pace is not None:
+                    if counts.drafts and routed.drafted_by_depth:
+                        routed.pace.observe(len(counts.drafts), num_accepted)
+                        self._metrics.observe_depth_drafts(len(counts.drafts), num_accepted)
+                    routed.drafted_by_depth = counts.drafting > 0
+                    self._metrics.observe_drafting(counts.drafting)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._observe_load()

@@ -12,6 +12,7 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
 from vllm_buddy.serving.schedule import SCHEDULER, metrics
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, DraftPath
 from vllm_buddy.serving.schedule.route_maker import check_schedule
 from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
 from vllm_buddy.serving.start.devices import with_device_settings
@@ -54,7 +55,11 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
                 trained[0],
             )
         check_schedule(settings, artifact)
-        limits = RequestLimits.from_settings(settings, artifact)
+        limits = RequestLimits.from_settings(settings, artifact, lossless=_drafts_by_depth(vllm_config))
+        if limits.lossless:
+            DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
+        elif "drafts" in settings.model_fields_set:
+            raise SettingsError("drafts: nothing drafts; start with `vllm-buddy serve --lossless-drafts N`")
         # Attributes of the config objects travel with them to every process; additional_config alone is hashed.
         vllm_config.model_config.buddy_limits = limits
         vllm_config.additional_config = {
@@ -79,6 +84,11 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             limits.min_budget,
             "" if limits.auto is None else f', "auto" chooses {limits.auto.summary()}',
         )
+
+
+def _drafts_by_depth(vllm_config: "VllmConfig") -> bool:
+    spec = vllm_config.speculative_config
+    return spec is not None and spec.method == "custom_class" and spec.model == DEPTH_DRAFTS
 
 
 def _configure_compilation(vllm_config: "VllmConfig") -> None:

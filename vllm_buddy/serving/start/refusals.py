@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS, why_not_attention_backend
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,6 +55,15 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         "this method of speculative decoding",
         lambda c: c.speculative_config is not None and c.speculative_config.method not in SPECULATORS,
         f"it was never tried with routing; choose one of {', '.join(SPECULATORS)}",
+    ),
+    (
+        "lossless drafts beside tensor parallelism",
+        lambda c: (
+            c.speculative_config is not None
+            and c.speculative_config.model == DEPTH_DRAFTS
+            and c.parallel_config.tensor_parallel_size > 1
+        ),
+        "drafting was never tried with it; use data parallelism, or another speculator",
     ),
     (
         "asynchronous scheduling of drafts",

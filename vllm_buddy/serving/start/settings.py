@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from vllm_buddy.errors import BudgetError, SettingsError
@@ -182,6 +182,38 @@ class ScheduleSettings(_Section):
         return "token" in (self.prefill, self.decode)
 
 
+class DraftSettings(_Section):
+    """Drafts of the speculator DepthDrafts, for requests in lossless mode."""
+
+    depth: _Size | None = Field(
+        default=None, description="Layers that a draft runs. Default: two fifths of the model's layers."
+    )
+    refine_depth: _Size | None = Field(
+        default=None,
+        description=(
+            "Layers of a second pass that checks the drafts of a step and corrects the first wrong one, before all "
+            "layers do. Default: there is none."
+        ),
+    )
+    acceptance: _Share = Field(
+        default=0.6, description="Share of drafts that is expected to be right before a request has had any."
+    )
+    ngram_max: _Count = Field(
+        default=4,
+        description=(
+            "Longest n-gram of the request's end that is looked up in what came before; what followed it there is "
+            "drafted, and layers draft only where nothing is found. 0: n-grams are not used."
+        ),
+    )
+    ngram_min: _Size = Field(default=2, description="Shortest such n-gram.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "DraftSettings":
+        if 0 < self.ngram_max < self.ngram_min:
+            raise ValueError(f"drafts.ngram_max {self.ngram_max} is below drafts.ngram_min {self.ngram_min}")
+        return self
+
+
 class BuddySettings(_Section):
     """All server settings. The table of settings in the documentation is generated from this schema."""
 
@@ -237,6 +269,7 @@ class BuddySettings(_Section):
         ),
     )
     schedule: ScheduleSettings = ScheduleSettings()
+    drafts: DraftSettings = DraftSettings()
     auto: AutoSettings = AutoSettings()
     load: LoadSettings | None = None
     graphs: GraphSettings = GraphSettings()

@@ -7,6 +7,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_buddy.serving.compat import runner_output
 from vllm_buddy.serving.worker.batch import StepBatch
+from vllm_buddy.serving.worker.depth_drafts import DepthDrafts
 from vllm_buddy.serving.worker.state import WorkerState
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class RoutedRunnerV1(_Base):
         """Keep what is known from now on: the attention backend and the size of a KV block."""
         super().initialize_kv_cache(*args, **kwargs)
         self.buddy_state.attach_kv_cache(self.attn_groups, self.input_batch.block_table[0].block_size)
+        if isinstance(drafter := getattr(self, "drafter", None), DepthDrafts):
+            drafter.attach(self)
 
     def _step_batch(self) -> StepBatch:
         state, req_ids = self.buddy_state, self.input_batch.req_ids

@@ -19,7 +19,7 @@ from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
 from vllm_buddy.serving.graphs.capture import CudaCapture
 from vllm_buddy.serving.graphs.decode import DecodeGraphs, GraphedStep
-from vllm_buddy.serving.kv import POLICIES, KVPolicy
+from vllm_buddy.serving.kv import POLICIES, KVPolicy, LayerView
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.batch import StepBatch, check_plan
@@ -61,6 +61,7 @@ class WorkerState:
         self.view_seconds = 0.0
         self._builder: AttentionMetadataBuilder[Any] | None = None
         self._plan: StepPlan | None = None
+        self._drafting: dict[str, int] = {}  # layers executed to draft since the last step, by request
         self._step: RoutedStep | GraphedStep | None = None
         self._capture: CudaCapture | None = None
 
@@ -171,6 +172,17 @@ class WorkerState:
         self.view_seconds += time.perf_counter() - started
         return self._step
 
+    def wanted_drafts(self, req_ids: Sequence[str]) -> list[int]:
+        """How many drafts each request should get from the model's own layers."""
+        return [0 if self._plan is None else self._plan[req_id].wanted_drafts for req_id in req_ids]
+
+    def drafting_step(self, batch: StepBatch, views: Sequence[LayerView]) -> RoutedStep:
+        """What the model runs to draft, beside its steps. Its layers are counted apart."""
+        for plan, req_id in zip(batch.plans, batch.req_ids):
+            layers = sum(run.num_tokens * run.path.bit_count() for run in plan.runs)
+            self._drafting[req_id] = self._drafting.get(req_id, 0) + layers
+        return RoutedStep(self.policy, views, np.zeros(batch.num_tokens, dtype=np.int32), self._moves_rows)
+
     def report(self, output: Any, req_ids: Sequence[str], query_start_loc: np.ndarray) -> None:
         """Attach the layers executed in the last step to vLLM's output.
 
@@ -178,7 +190,11 @@ class WorkerState:
         """
         if self._step is not None:
             num_drafts = [self._plan[req_id].num_drafts for req_id in req_ids] if self._plan else None
-            setattr(output, EXECUTED_ATTRIBUTE, _by_request(self._step.executed, req_ids, query_start_loc, num_drafts))
+            executed = _by_request(self._step.executed, req_ids, query_start_loc, num_drafts)
+            for req_id, layers in self._drafting.items():
+                executed[req_id] = executed[req_id]._replace(drafting=layers)
+            self._drafting = {}
+            setattr(output, EXECUTED_ATTRIBUTE, executed)
             self._step = None
 
 

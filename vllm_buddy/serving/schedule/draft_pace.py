@@ -1,0 +1,127 @@
+"""Lossless mode: on which layers drafts are made, and how many are worth their cost for one request.
+
+A request in lossless mode runs all layers, and so do its drafts when they are checked, so its answer is that of the
+full model. Drafts come from the model itself, on a short path of its layers (self-speculation; the single-device form
+of DEX, arXiv 2606.29223). A draft pass costs a share of a full step, and of n drafts a share is accepted:
+
+    tokens per full step = (1 + a + ... + a^n) / (1 + n (draft + row) + refine)
+
+with a the probability that a draft is right, given that those before it are. The number of drafts is the n with the
+most tokens; 0 where no n gains more than MARGIN. a is estimated from the request's own drafts, so the number is a
+function of the request alone. A request without drafts tries one now and then, because its text may change.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_buddy.artifact import Artifact
+from vllm_buddy.errors import SettingsError
+from vllm_buddy.method import LayerPath
+from vllm_buddy.method.budget import MIN_DEPTH
+from vllm_buddy.serving.start.settings import BuddySettings
+
+# What `--speculative-config` names as its model, with method custom_class.
+DEPTH_DRAFTS = "vllm_buddy.serving.worker.depth_drafts.DepthDrafts"
+
+MARGIN = 0.03  # least gain for which drafts are made
+PROBE_EVERY = 48  # steps without drafts until one is tried
+_ROW = 0.02  # cost of one more row in the step that checks drafts, as a share of the step
+_PRIOR_WEIGHT = 6.0  # drafts that the expectation before the first counts as
+_MEMORY = 0.9  # weight of what was known, per observed step
+
+
+@dataclass(frozen=True)
+class DraftPath:
+    """Where drafts come from.
+
+    path: of a draft pass. refined: a deeper path that checks the drafts of one pass, and corrects the first that it
+        finds wrong, before the full model does; None: there is no such pass.
+    cost, refine_cost: of one pass of each, as a share of a full step of few tokens: of the weights that it reads.
+    """
+
+    path: LayerPath
+    cost: float
+    refined: LayerPath | None = None
+    refine_cost: float = 0.0
+
+    @classmethod
+    def of(cls, settings: BuddySettings, artifact: Artifact, hf_config: Any) -> "DraftPath":
+        """What the settings ask for. hf_config: of the model.
+
+        Raises:
+            SettingsError: a depth that the artifact has no path of.
+        """
+        num_layers, drafts = artifact.config.base_model.num_layers, settings.drafts
+        depth = drafts.depth or max(MIN_DEPTH, round(0.4 * num_layers))
+        path = _path(artifact, "drafts.depth", depth)
+        cost = _cost(hf_config, depth, artifact.config.bypass_rank)
+        if drafts.refine_depth is None:
+            return cls(path, cost)
+        if drafts.refine_depth <= depth:
+            raise SettingsError(
+                f"drafts.refine_depth {drafts.refine_depth} is not more than the {depth} layers that drafts run"
+            )
+        refined = _path(artifact, "drafts.refine_depth", drafts.refine_depth)
+        return cls(path, cost, refined, _cost(hf_config, drafts.refine_depth, artifact.config.bypass_rank))
+
+
+class DraftPace:
+    """How many drafts one request gets in its next step.
+
+    most: drafts per step. expected: the probability that a draft is right, before there is experience.
+    """
+
+    def __init__(self, path: DraftPath, most: int, expected: float) -> None:
+        self._path, self._most = path, most
+        self._right = expected * _PRIOR_WEIGHT
+        self._tried = _PRIOR_WEIGHT
+        self._since_drafts = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The estimate of a."""
+        return self._right / self._tried
+
+    def num_drafts(self) -> int:
+        """Draft passes after the next step. To be called once a step."""
+        best, most_gain = 0, 1.0 + MARGIN
+        for n in range(1, self._most + 1):
+            gain = self._gain(n)
+            if gain > most_gain:
+                best, most_gain = n, gain
+        if best == 0 and self._since_drafts >= PROBE_EVERY:
+            best = 1
+        self._since_drafts = 0 if best else self._since_drafts + 1
+        return best
+
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        """Learn from one step's drafts. Those after the first wrong one tell nothing."""
+        self._right = _MEMORY * self._right + num_accepted
+        self._tried = _MEMORY * self._tried + min(num_drafted, num_accepted + 1)
+
+    def _gain(self, n: int) -> float:
+        a, path = self.acceptance, self._path
+        tokens = sum(a**i for i in range(n + 1))
+        return tokens / (1.0 + n * (path.cost + _ROW) + path.refine_cost)
+
+
+def _path(artifact: Artifact, name: str, depth: int) -> LayerPath:
+    num_layers = artifact.config.base_model.num_layers
+    if not MIN_DEPTH <= depth < num_layers:
+        raise SettingsError(f"{name} is {depth}; allowed are {MIN_DEPTH} to {num_layers - 1} layers")
+    path = artifact.first_path(depth)
+    if path is None:
+        known = ", ".join(map(str, sorted(artifact.config.library or ())))
+        raise SettingsError(f"{name} is {depth}, of which the path library has no path; it has paths of {known} layers")
+    return path
+
+
+def _cost(hf_config: Any, depth: int, bypass_rank: int) -> float:
+    """The share of the model's weights that a pass of `depth` layers reads, LM head included."""
+    hidden, num_layers = hf_config.hidden_size, hf_config.num_hidden_layers
+    head_dim = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
+    heads = 2 * hf_config.num_attention_heads + 2 * hf_config.num_key_value_heads  # Q and O, K and V
+    layer = hidden * (heads * head_dim + 3 * hf_config.intermediate_size)
+    head = hidden * hf_config.vocab_size
+    bypass = 2 * hidden * bypass_rank
+    return (depth * layer + (num_layers - depth) * bypass + head) / (num_layers * layer + head)
