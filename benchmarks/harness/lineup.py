@@ -32,6 +32,9 @@ from vllm_buddy.method import (
 )
 from vllm_buddy.method.kv_policy import KV_ONLY
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
+
+NUM_DRAFTS = 5  # per step
 
 
 class Lineup:
@@ -79,6 +82,16 @@ class Lineup:
         self.artifact.save(self._work / "artifact-token")
         options = {"artifact": str(self._work / "artifact-token"), "schedule": {"prefill": "token", "decode": "token"}}
         return engines.start_engine(str(self.model), model_impl="buddy", additional_config={"buddy": options})
+
+    @cached_property
+    def drafting(self) -> LLM:
+        """The routed engine whose requests are drafted for: by n-grams, and in lossless mode by layers too."""
+        self._one_path.save(self._work / "artifact")
+        options = {"artifact": str(self._work / "artifact"), "drafts": {"ngram_min": 1, "ngram_max": 3}}
+        speculator = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": NUM_DRAFTS}
+        return engines.start_engine(
+            str(self.model), model_impl="buddy", additional_config={"buddy": options}, speculative_config=speculator
+        )
 
     def path(self, depth: int) -> LayerPath:
         """Return the one path of `depth` layers."""

@@ -79,6 +79,9 @@ class _Routing(_Base):
             hf_config = vllm_config.model_config.hf_text_config
             self._draft_path = DraftPath.of(settings, artifact, hf_config)
             self._expected_acceptance = settings.drafts.acceptance
+            # A refining pass adds a token.
+            most = self.num_spec_tokens - (self._draft_path.refined is not None)
+            self._most_drafts = min(most, settings.drafts.most or most)
             # vLLM reserves no slots for what a drafter of method custom_class writes.
             self.num_lookahead_tokens = self.num_spec_tokens
         self._observe_load()
@@ -121,8 +124,7 @@ class _Routing(_Base):
 
     def _new_pace(self) -> DraftPace:
         assert self._draft_path is not None  # lossless mode was refused otherwise
-        most = self.num_spec_tokens - (self._draft_path.refined is not None)
-        return DraftPace(self._draft_path, most, self._expected_acceptance)
+        return DraftPace(self._draft_path, self._most_drafts, self._expected_acceptance)
 
     def _new_route(self, request: Request, budget: float, num_context: int | None) -> Route:
         return self._routes.route(budget, request.all_token_ids, request.num_prompt_tokens, num_context)

@@ -195,6 +195,10 @@ class DraftSettings(_Section):
             "layers do. Default: there is none."
         ),
     )
+    most: _Size | None = Field(
+        default=None,
+        description="Draft passes after one step, at most. Default: the speculator's `num_speculative_tokens`.",
+    )
     acceptance: _Share = Field(
         default=0.6, description="Share of drafts that is expected to be right before a request has had any."
     )
