@@ -14,7 +14,7 @@ of drafts that a step of a request accepts on average.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,11 +49,13 @@ class Drafted(Variant):
     """Requests of the drafting engine. ngrams: whether those are used.
 
     drafts: in lossless mode, where drafts come from; None: not in lossless mode. most: draft passes after a step.
+    paced: whether the scheduler decides how many drafts there are; else there are as many as there may be.
     """
 
     ngrams: bool
     drafts: DraftPath | None = None
     most: int = NUM_DRAFTS
+    paced: bool = True
 
     @property
     def extra_args(self) -> dict[str, Any] | None:
@@ -69,6 +71,8 @@ class Drafted(Variant):
         if self.drafts is not None:
             drafter._drafts = core.scheduler._draft_path = self.drafts
             core.scheduler._most_drafts = self.most
+        row_cost = DraftSettings().row_cost if self.paced else 0.0  # with cost 0 too, the most drafts gain the most
+        core.scheduler._draft_settings = core.scheduler._draft_settings.model_copy(update={"row_cost": row_cost})
 
 
 def main() -> None:
@@ -130,18 +134,19 @@ def _variants(lineup: Lineup) -> list[Variant]:
     for budget in (1.0, *BUDGETS):
         name, layers = f"buddy {budget}, n-gram", lineup.depth(budget)
         found.append(Drafted(name=name, layers=layers, budget=budget, ngrams=True, **common))
-    lossless: Callable[..., Drafted] = lambda name, **how: Drafted(  # noqa: E731
-        name=f"lossless, {name}", layers=lineup.num_layers, budget=1.0, **common, **how
-    )
+
+    def lossless(name: str, **how: Any) -> Drafted:
+        return Drafted(name=f"lossless, {name}", layers=lineup.num_layers, budget=1.0, **common, **how)
+
+    def always(name: str, drafts: DraftPath, most: int) -> Drafted:
+        free = replace(drafts, cost=0.0, refine_cost=0.0)
+        return lossless(f"always {name}", ngrams=False, drafts=free, most=most, paced=False)
+
     for depth in DEPTHS:
-        drafts = _draft_path(lineup, depth)
-        found.append(
-            lossless(f"always 1 draft of {depth} layers", ngrams=False, drafts=replace(drafts, cost=0), most=1)
-        )
+        found.append(always(f"1 draft of {depth} layers", _draft_path(lineup, depth), 1))
     drafts = _draft_path(lineup, None)
-    found.append(lossless("always 3 drafts of 12 layers", ngrams=False, drafts=replace(drafts, cost=0), most=3))
-    refined = replace(_draft_path(lineup, 8, 15), cost=0, refine_cost=0)
-    found.append(lossless("always 2 drafts of 8 layers, refined by 15", ngrams=False, drafts=refined, most=2))
+    found.append(always("3 drafts of 12 layers", drafts, 3))
+    found.append(always("2 drafts of 8 layers, refined by 15", _draft_path(lineup, 8, 15), 2))
     found.append(lossless("as it pays", ngrams=False, drafts=drafts))
     found.append(lossless("n-gram, then as it pays", ngrams=True, drafts=drafts))
     with _numba_hidden():

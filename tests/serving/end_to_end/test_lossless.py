@@ -49,7 +49,7 @@ def lossless(request: pytest.FixtureRequest, lossless_of: Callable[..., Engine])
 @pytest.fixture(autouse=True)
 def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models reject nearly all drafts, so that a real pace would make none."""
-    monkeypatch.setattr(DraftPace, "num_drafts", lambda _: 3)
+    monkeypatch.setattr(DraftPace, "num_drafts", lambda *_: 3)
 
 
 def mixed_batch(seed: int, num_tokens: int = 20) -> list[Ask]:

@@ -1,14 +1,16 @@
-"""Lossless mode: on which layers drafts are made, and how many are worth their cost for one request.
+"""The drafter's side of scheduling: on which layers drafts are made, and how many are worth their cost for a request.
 
 A request in lossless mode runs all layers, and so do its drafts when they are checked, so its answer is that of the
-full model. Drafts come from the model itself, on a short path of its layers (self-speculation; the single-device form
-of DEX, arXiv 2606.29223). A draft pass costs a share of a full step, and of n drafts a share is accepted:
+full model. Drafts come from n-grams of the request, or from the model itself, on a short path of its layers
+(self-speculation; the single-device form of DEX, arXiv 2606.29223). Against a step without drafts, n drafts give
 
-    tokens per full step = (1 + a + ... + a^n) / (1 + n (draft + row) + refine)
+    gain(n) = (1 + a + ... + a^n) / (1 + n (draft + row / share) + refine)
 
-with a the probability that a draft is right, given that those before it are. The number of drafts is the n with the
-most tokens; 0 where no n gains more than MARGIN. a is estimated from the request's own drafts, so the number is a
-function of the request alone. A request without drafts tries one now and then, because its text may change.
+with a the probability that a draft is right if those before it are; draft and refine the costs of the passes that make
+them, as shares of a step of the whole model, and nothing for n-grams; row the cost of one more row in a step; share
+what one request of the batch pays of a step. The number of drafts is the n of most gain, and 0 where no n gains more
+than MARGIN. a is estimated from the request's own drafts. A request without drafts tries one now and then, because its
+text may change. Drafts change no token of an answer, so nothing but speed follows from these estimates.
 """
 
 from dataclasses import dataclass
@@ -25,8 +27,7 @@ DEPTH_DRAFTS = "vllm_buddy.serving.worker.depth_drafts.DepthDrafts"
 
 MARGIN = 0.03  # least gain for which drafts are made
 PROBE_EVERY = 48  # steps without drafts until one is tried
-_ROW = 0.02  # cost of one more row in the step that checks drafts, as a share of the step
-_PRIOR_WEIGHT = 6.0  # drafts that the expectation before the first counts as
+_PRIOR_WEIGHT = 4.0  # drafts that the expectation before the first counts as
 _MEMORY = 0.9  # weight of what was known, per observed step
 
 
@@ -66,13 +67,16 @@ class DraftPath:
 
 
 class DraftPace:
-    """How many drafts one request gets in its next step.
+    """How many drafts of one kind one request gets in its next step.
 
-    most: drafts per step. expected: the probability that a draft is right, before there is experience.
+    most: drafts per step. expected: the probability that a draft is right, before there is experience. cost,
+    refine_cost: see DraftPath; 0 for n-grams. row_cost: of one more row in a step, as a share of a step of one row.
     """
 
-    def __init__(self, path: DraftPath, most: int, expected: float) -> None:
-        self._path, self._most = path, most
+    def __init__(
+        self, most: int, expected: float, row_cost: float, *, cost: float = 0.0, refine_cost: float = 0.0
+    ) -> None:
+        self._most, self._row_cost, self._cost, self._refine_cost = most, row_cost, cost, refine_cost
         self._right = expected * _PRIOR_WEIGHT
         self._tried = _PRIOR_WEIGHT
         self._since_drafts = 0
@@ -82,11 +86,12 @@ class DraftPace:
         """The estimate of a."""
         return self._right / self._tried
 
-    def num_drafts(self) -> int:
-        """Draft passes after the next step. To be called once a step."""
+    def num_drafts(self, num_requests: int) -> int:
+        """Drafts for the step after the next, which has about num_requests requests. To be called once a step."""
+        share = (1.0 + self._row_cost * (num_requests - 1)) / num_requests
         best, most_gain = 0, 1.0 + MARGIN
         for n in range(1, self._most + 1):
-            gain = self._gain(n)
+            gain = self._gain(n, share)
             if gain > most_gain:
                 best, most_gain = n, gain
         if best == 0 and self._since_drafts >= PROBE_EVERY:
@@ -99,10 +104,9 @@ class DraftPace:
         self._right = _MEMORY * self._right + num_accepted
         self._tried = _MEMORY * self._tried + min(num_drafted, num_accepted + 1)
 
-    def _gain(self, n: int) -> float:
-        a, path = self.acceptance, self._path
-        tokens = sum(a**i for i in range(n + 1))
-        return tokens / (1.0 + n * (path.cost + _ROW) + path.refine_cost)
+    def _gain(self, n: int, share: float) -> float:
+        tokens = sum(self.acceptance**i for i in range(n + 1))
+        return tokens / (1.0 + n * (self._cost + self._row_cost / share) + self._refine_cost)
 
 
 def _path(artifact: Artifact, name: str, depth: int) -> LayerPath:

@@ -11,7 +11,8 @@ class RequestPlan(NamedTuple):
     runs: cover the tokens scheduled for it, in order of position.
     num_drafts: how many of the tokens, at the end, are drafts of a speculator. Some may be rejected; the next step then
         begins before them.
-    wanted_drafts: draft passes on the model's own layers after the step, for the next one (see draft_pace.py).
+    wanted_ngrams, wanted_drafts: drafts to make after the step, for the next one, of n-grams and on the model's own
+        layers (see draft_pace.py).
     cached_path: set in the step in which the request starts, or resumes after a preemption: the one path that all its
         tokens found in the prefix cache have executed. None in all other steps.
     """
@@ -19,6 +20,7 @@ class RequestPlan(NamedTuple):
     runs: tuple[Run, ...]
     cached_path: LayerPath | None
     num_drafts: int = 0
+    wanted_ngrams: int = 0
     wanted_drafts: int = 0
 
 

@@ -45,8 +45,8 @@ class RoutedRequest:
     price: the highest at which "auto" was decided for it so far.
     planned: number of tokens that were planned so far, without drafts that may be rejected. A request that is computed
         again stands before it.
-    pace: of drafts; None unless the request is in lossless mode. drafted_by_depth: whether the last drafts came from
-        layers, not from n-grams.
+    ngram_pace: of drafts from n-grams; None if the server has none. depth_pace: of drafts from layers; None unless the
+        request is in lossless mode. drafted_by_depth: whether the last drafts came from layers.
     """
 
     route: Route
@@ -54,7 +54,8 @@ class RoutedRequest:
     asked: AutoBudget | None = None
     price: float = 0.0
     planned: int = 0
-    pace: DraftPace | None = None
+    ngram_pace: DraftPace | None = None
+    depth_pace: DraftPace | None = None
     drafted_by_depth: bool = False
 
 
@@ -74,11 +75,11 @@ class _Routing(_Base):
         self._metrics = EngineMetrics.for_engine(vllm_config)
         self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
         self._lowers_running = settings.load is not None and settings.load.lowers_running
+        self._draft_settings = settings.drafts
         self._draft_path: DraftPath | None = None
         if self._limits.lossless:
             hf_config = vllm_config.model_config.hf_text_config
             self._draft_path = DraftPath.of(settings, artifact, hf_config)
-            self._expected_acceptance = settings.drafts.acceptance
             # A refining pass adds a token.
             most = self.num_spec_tokens - (self._draft_path.refined is not None)
             self._most_drafts = min(most, settings.drafts.most or most)
@@ -105,6 +106,13 @@ class _Routing(_Base):
     def _route(self, request: Request) -> RoutedRequest:
         """Decide budget, depth and first path of an arriving request."""
         assert request.sampling_params is not None  # generation models only, checked at start
+        routed = self._routed_as_asked(request)
+        if self._draft_path is not None:
+            self._set_paces(routed)
+        return routed
+
+    def _routed_as_asked(self, request: Request) -> RoutedRequest:
+        assert request.sampling_params is not None
         if request.resumable:
             # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by. One that
             # asks for a budget was refused.
@@ -114,17 +122,21 @@ class _Routing(_Base):
         num_context = context_tokens(extra_args)
         if isinstance(asked, FixedBudget):
             route = self._new_route(request, asked.budget, num_context)
-            outcome = Outcome(asked.budget, asked.depth, lossless=asked.lossless)
-            return RoutedRequest(route, outcome, pace=self._new_pace() if asked.lossless else None)
+            return RoutedRequest(route, Outcome(asked.budget, asked.depth, lossless=asked.lossless))
         assert self._chooser is not None  # "auto" was refused otherwise
         self._observe_load()
         choice = self._chooser.choose(asked, request.all_token_ids[:num_context])
         route = self._new_route(request, choice.budget, num_context)
         return RoutedRequest(route, Outcome(*choice), asked, choice.price)
 
-    def _new_pace(self) -> DraftPace:
-        assert self._draft_path is not None  # lossless mode was refused otherwise
-        return DraftPace(self._draft_path, self._most_drafts, self._expected_acceptance)
+    def _set_paces(self, routed: RoutedRequest) -> None:
+        settings, path = self._draft_settings, self._draft_path
+        assert path is not None
+        if settings.ngram_max:
+            routed.ngram_pace = DraftPace(self.num_spec_tokens, settings.acceptance, settings.row_cost)
+        if routed.outcome.lossless:
+            costs = {"cost": path.cost, "refine_cost": path.refine_cost}
+            routed.depth_pace = DraftPace(self._most_drafts, settings.acceptance, settings.row_cost, **costs)
 
     def _new_route(self, request: Request, budget: float, num_context: int | None) -> Route:
         return self._routes.route(budget, request.all_token_ids, request.num_prompt_tokens, num_context)
@@ -206,16 +218,19 @@ class _Routing(_Base):
             else:
                 runs = routed.route.runs(end - num_tokens, num_tokens, request.all_token_ids)
             routed.planned = max(routed.planned, end - len(drafts))
-            plan[req_id] = RequestPlan(tuple(runs), first, len(drafts), self._wanted_drafts(request, routed))
+            wanted = self._wanted_drafts(request, routed, len(output.num_scheduled_tokens))
+            plan[req_id] = RequestPlan(tuple(runs), first, len(drafts), *wanted)
         return plan
 
-    def _wanted_drafts(self, request: Request, routed: RoutedRequest) -> int:
-        """Drafts to make on the model's layers after this step: none before the step that completes a prompt."""
+    def _wanted_drafts(self, request: Request, routed: RoutedRequest, num_requests: int) -> tuple[int, int]:
+        """Drafts to make after this step, of n-grams and on layers: none before the step that completes a prompt."""
         end = request.num_computed_tokens
-        if routed.pace is None or end < request.num_tokens:
-            return 0
         left = min(self.max_model_len - end, request.max_tokens - request.num_output_tokens) - 1
-        return max(0, min(routed.pace.num_drafts(), left)) if left > 0 else 0
+        if self._draft_path is None or end < request.num_tokens or left <= 0:
+            return 0, 0
+        paces = (routed.ngram_pace, routed.depth_pace)
+        ngrams, by_depth = (0 if pace is None else min(pace.num_drafts(num_requests), left) for pace in paces)
+        return ngrams, by_depth
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Collect the layers executed, before vLLM finishes the requests of this step."""
@@ -225,17 +240,24 @@ class _Routing(_Base):
                 num_accepted = self._num_accepted(req_id, model_runner_output) if counts.drafts else 0
                 routed = self._routed[req_id]
                 routed.outcome.add(counts, num_accepted)
-                if routed.pace is not None:
-                    if counts.drafts and routed.drafted_by_depth:
-                        routed.pace.observe(len(counts.drafts), num_accepted)
-                        self._metrics.observe_depth_drafts(len(counts.drafts), num_accepted)
-                    routed.drafted_by_depth = counts.drafting > 0
-                    self._metrics.observe_drafting(counts.drafting)
+                if self._draft_path is not None:
+                    self._observe_drafts(routed, counts, num_accepted)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._observe_load()
         self._metrics.export(idle=not self.has_unfinished_requests())
         return outputs
+
+    def _observe_drafts(self, routed: RoutedRequest, counts: Executed, num_accepted: int) -> None:
+        """Learn from the drafts that a step checked, and remember where those for the next one came from."""
+        if counts.drafts:
+            pace = routed.depth_pace if routed.drafted_by_depth else routed.ngram_pace
+            if pace is not None:
+                pace.observe(len(counts.drafts), num_accepted)
+            if routed.drafted_by_depth:
+                self._metrics.observe_depth_drafts(len(counts.drafts), num_accepted)
+        routed.drafted_by_depth = counts.drafting > 0
+        self._metrics.observe_drafting(counts.drafting)
 
     def _num_accepted(self, req_id: str, model_runner_output: Any) -> int:
         """How many of a request's drafts were accepted, without those that its max_tokens cuts off."""

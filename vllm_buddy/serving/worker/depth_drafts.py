@@ -66,18 +66,20 @@ class DepthDrafts:
         token_ids_cpu: [num_reqs, max_model_len].
         """
         num_reqs = len(sampled_token_ids)
+        req_ids = self._runner.input_batch.req_ids[:num_reqs]
+        ngrams, wanted = zip(*self._runner.buddy_state.wanted_drafts(req_ids))
         drafts: list[list[int]] = [[] for _ in range(num_reqs)]
         if self._ngrams is not None:
-            drafts = self._ngrams.propose(self._most, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
-        req_ids = self._runner.input_batch.req_ids[:num_reqs]
-        wanted = self._runner.buddy_state.wanted_drafts(req_ids)
+            asking = [sampled if n else [] for sampled, n in zip(sampled_token_ids, ngrams)]
+            found = self._ngrams.propose(self._most, asking, num_tokens_no_spec, token_ids_cpu)
+            drafts = [tokens[:n] for tokens, n in zip(found, ngrams)]
         rows = [row for row in range(num_reqs) if wanted[row] and sampled_token_ids[row] and not drafts[row]]
         if not rows:
             return drafts
         positions = num_tokens_no_spec[rows].astype(np.int64) - 1  # of the newest token, which no pass has run yet
         newest = token_ids_cpu[rows, positions].tolist()
-        for row, found in zip(rows, self._chains(rows, positions, newest, [wanted[row] for row in rows])):
-            drafts[row] = found
+        for row, chain in zip(rows, self._chains(rows, positions, newest, [wanted[row] for row in rows])):
+            drafts[row] = chain
         return drafts
 
     @torch.inference_mode()

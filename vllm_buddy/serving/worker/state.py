@@ -172,9 +172,12 @@ class WorkerState:
         self.view_seconds += time.perf_counter() - started
         return self._step
 
-    def wanted_drafts(self, req_ids: Sequence[str]) -> list[int]:
-        """How many drafts each request should get from the model's own layers."""
-        return [0 if self._plan is None else self._plan[req_id].wanted_drafts for req_id in req_ids]
+    def wanted_drafts(self, req_ids: Sequence[str]) -> list[tuple[int, int]]:
+        """How many drafts each request should get: of n-grams, and from the model's own layers."""
+        if self._plan is None:
+            return [(0, 0)] * len(req_ids)
+        plans = [self._plan[req_id] for req_id in req_ids]
+        return [(plan.wanted_ngrams, plan.wanted_drafts) for plan in plans]
 
     def drafting_step(self, batch: StepBatch, views: Sequence[LayerView]) -> RoutedStep:
         """What the model runs to draft, beside its steps. Its layers are counted apart."""
