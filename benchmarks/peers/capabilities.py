@@ -48,13 +48,13 @@ CAPABILITIES: dict[str, dict[str, Known]] = {
         ECONOMIZE: Known("no", "read", "economize/core/model.py: techniques are the model's, not the request's"),
     },
     "faster without changing the output": {
-        BUDDY: Known("no", "read", "docs/architecture.md: the lossless mode is not built"),
+        BUDDY: Known("yes", "test", "tests/serving/end_to_end/test_lossless.py"),
         NGRAM: Known("yes", "run", "tokens are greedy choices of the whole model"),
         PRUNED: Known("no", "run", "its tokens are greedy choices of fewer layers"),
         ECONOMIZE: Known("yes", "run", "lookup, layer_skip"),
     },
     "speculative decoding": {
-        BUDDY: Known("no", "test", "tests/serving/start/test_hook.py: refused at start"),
+        BUDDY: Known("yes", "test", "tests/serving/end_to_end/test_speculation.py"),
         NGRAM: Known("yes", "run", "n-gram"),
         PRUNED: _VLLM,
         ECONOMIZE: Known("yes", "run", "lookup, layer_skip"),

@@ -1,6 +1,7 @@
 """What `vllm-buddy serve` adds to vLLM's command line, and when it refuses to start vLLM."""
 
 import importlib.metadata
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from pydantic import BaseModel, ValidationError, field_validator
 from vllm_buddy.cli import main
 from vllm_buddy.cli import serve as serve_module
 from vllm_buddy.cli.plugin_check import plugin_problem
-from vllm_buddy.cli.serve import complete
-from vllm_buddy.errors import ArtifactError
+from vllm_buddy.cli.serve import complete, with_lossless_drafts
+from vllm_buddy.errors import ArtifactError, ServerError
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 
 
 @pytest.fixture
@@ -32,6 +34,24 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_model_impl_is_added_once(given: list[str], expected: list[str]) -> None:
     """Fails if the option is missing, so that vLLM serves the stock model, or overrides the user's choice."""
     assert complete(given) == expected
+
+
+@pytest.mark.parametrize("option", [["--lossless-drafts", "4"], ["--lossless-drafts=4"]])
+def test_lossless_drafts_are_a_speculator_of_vllm(option: list[str]) -> None:
+    """Fails if the short option does not mean what the documentation says."""
+    before, name, config, after = with_lossless_drafts(["m", *option, "--seed=1"])
+    assert (before, name, after) == ("m", "--speculative-config", "--seed=1")
+    assert json.loads(config) == {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 4}
+    assert with_lossless_drafts(["m", "--seed=1"]) == ["m", "--seed=1"]
+
+
+@pytest.mark.parametrize("option", [["--lossless-drafts"], ["--lossless-drafts", "0"], ["--lossless-drafts=many"]])
+def test_lossless_drafts_need_a_number(option: list[str]) -> None:
+    """Fails if a server starts with another number of drafts than was meant."""
+    with pytest.raises(ServerError, match="from 1 up"):
+        with_lossless_drafts(["m", *option])
+    with pytest.raises(ServerError, match="leave out --speculative-config"):
+        with_lossless_drafts(["m", "--lossless-drafts", "4", "--speculative-config", "{}"])
 
 
 @pytest.mark.usefixtures("embedded")

@@ -86,7 +86,7 @@ def test_the_registered_classes_exist_and_are_routed() -> None:
 
 def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     """Name -> function of vLLM that the plugin wraps, overrides or calls, and the first parameters it relies on."""
-    from vllm.forward_context import create_forward_context, override_forward_context
+    from vllm.forward_context import create_forward_context, override_forward_context, set_forward_context
     from vllm.model_executor.models.llama import LlamaDecoderLayer
     from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
     from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
@@ -97,6 +97,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request
+    from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     layer = ["self", "positions", "hidden_states", "residual"]
@@ -129,6 +130,8 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
             CPUAttentionMetadataBuilder.build,
             ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
         ),
+        "set_draft_tokens": (DraftTokensHandler.set_draft_tokens, ["self", "input_batch", "draft_tokens"]),
+        "set_forward_context": (set_forward_context, ["attn_metadata", "vllm_config", "num_tokens"]),
         "override_forward_context": (override_forward_context, ["forward_context"]),
         "create_forward_context": (create_forward_context, ["attn_metadata", "vllm_config"]),
     }
@@ -148,6 +151,23 @@ def test_model_forward_passes_keywords_on() -> None:
     assert inspect.signature(GPUModelRunner._model_forward).parameters["model_kwargs"].kind is (
         inspect.Parameter.VAR_KEYWORD
     )
+
+
+def test_sampling_of_drafts_still_needs_to_be_mended() -> None:
+    """Fails if vLLM's CPU kernel copies its result back: then the change can go. Or if ours computes something else."""
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.utils import cpu_triton_utils
+
+    from vllm_buddy.serving.compat import _expand_batch_to_tokens
+
+    values, ends = torch.tensor([0.0, 0.7, 1.5]), torch.tensor([2, 2, 5], dtype=torch.int32)
+    assert _expand_batch_to_tokens(values, ends, 5, 0, 1).tolist() == pytest.approx([1.0, 1.0, 1.5, 1.5, 1.5])
+    assert _expand_batch_to_tokens(torch.tensor([3, 4, 5]), ends, 5).tolist() == [3, 3, 5, 5, 5]
+    if current_platform.is_cpu():
+        result = torch.full((5,), -1.0)
+        cpu_triton_utils._expand_kernel_impl(result, values, ends, 0, 1)
+        assert result.tolist() == [-1.0] * 5
 
 
 def test_free_request_returns_both_kinds_of_parameters() -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train a bypass or LoRA and a router, in one artifact for all budgets",
     "train-budget": "train a Budget Predictor, which chooses the budget of requests that say auto",
     "eval": "measure quality by policy and budget: perplexity, multiple choice, closeness to the unrouted model",
+    "depth-profile": "measure how often drafts from fewer layers are right, and what lossless mode would gain",
     "eval-budget": "compare budget auto with constant budgets and with the best choice",
     "plot": "draw the figures of `vllm-buddy eval`",
     "orders": "measure the order in which static pruning removes layers",

@@ -142,10 +142,10 @@ def _gated_layer(
 def dense_layer(layer: Any, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Run a decoder layer with causal attention on all rows of `hidden`: [batch, rows, hidden_size]."""
     attention = layer.self_attn
-    normed = _norm(layer.input_layernorm, hidden)
-    queries, keys = (rotary.apply(_heads(attention, normed, which)) for which in "qk")
-    mixed = _attend(queries, keys, _heads(attention, normed, "v"), None, attention.scaling)
-    return _after_attention(layer, hidden, mixed)
+    normed = rms_norm(layer.input_layernorm, hidden)
+    queries, keys = (rotary.apply(heads(attention, normed, which)) for which in "qk")
+    mixed = _attend(queries, keys, heads(attention, normed, "v"), None, attention.scaling)
+    return after_attention(layer, hidden, mixed)
 
 
 def _sparse_layer(
@@ -157,13 +157,13 @@ def _sparse_layer(
     """
     attention = layer.self_attn
     inputs = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
-    normed = _norm(layer.input_layernorm, hidden)
-    queries = rotary.at(columns).apply(_heads(attention, _norm(layer.input_layernorm, inputs), "q"))
-    keys, values = rotary.apply(_heads(attention, normed, "k")), _heads(attention, normed, "v")
+    normed = rms_norm(layer.input_layernorm, hidden)
+    queries = rotary.at(columns).apply(heads(attention, rms_norm(layer.input_layernorm, inputs), "q"))
+    keys, values = rotary.apply(heads(attention, normed, "k")), heads(attention, normed, "v")
     if kv_policy == ZERO:
         keys, values = keys * runs[:, None, :, None], values * runs[:, None, :, None]
     mixed = _attend(queries, keys, values, columns, attention.scaling)
-    return _after_attention(layer, inputs, mixed)
+    return after_attention(layer, inputs, mixed)
 
 
 def _attend(
@@ -195,20 +195,20 @@ def _attend(
     return (weights.flatten(2, 3) @ values).unflatten(2, (group, rows)).flatten(1, 2)
 
 
-def _after_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+def after_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     """The output projection and the MLP. mixed: attention output, [batch, num_heads, rows, head_dim]."""
     hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-    return hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))
+    return hidden + layer.mlp(rms_norm(layer.post_attention_layernorm, hidden))
 
 
-def _heads(attention: Any, normed: torch.Tensor, which: str) -> torch.Tensor:
+def heads(attention: Any, normed: torch.Tensor, which: str) -> torch.Tensor:
     """Project to q, k or v: [batch, num_heads, rows, head_dim], with Qwen3's norm per head where the model has one."""
     projected = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)
-    return (projected if norm is None else _norm(norm, projected)).transpose(1, 2)
+    return (projected if norm is None else rms_norm(norm, projected)).transpose(1, 2)
 
 
-def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+def rms_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Apply a Hugging Face RMSNorm as one fused operation."""
     return nn.functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 

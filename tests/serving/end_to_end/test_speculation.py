@@ -1,5 +1,6 @@
 """With any drafts, right or wrong, requests get the tokens and layers that they get without."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -123,7 +124,15 @@ def test_sampled_requests_are_seeded_alike_with_drafts_of_others(llama_drafted: 
     assert outputs[-1].outputs[0].token_ids == alone
 
 
-# In this order: vLLM looks into numba's objects, which n-gram drafting imports, when it starts another speculator.
+@pytest.fixture
+def without_numba_afterwards() -> Iterator[None]:
+    """vLLM looks for kernels in all modules when it starts an engine, and fails on some of numba's."""
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in ("numba", "llvmlite")]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("without_numba_afterwards")
 @pytest.mark.parametrize("method", ["draft_model", pytest.param("ngram", marks=pytest.mark.slow)])
 def test_vllms_own_speculators(tiny: Callable[[str], Tiny], method: str) -> None:
     """Fails if routing breaks what vLLM's speculators read of the runner, or they break what the routes know."""

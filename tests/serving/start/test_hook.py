@@ -23,6 +23,7 @@ from tests.harness.tiny_models import (
 from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE
 from vllm_buddy.artifact.config import FORMAT_VERSION
 from vllm_buddy.serving.admission.limits import AutoLimits
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start import hook
 from vllm_buddy.serving.start.settings import engine_settings, known_settings
 
@@ -357,6 +358,7 @@ def test_a_model_cut_by_overrides_is_refused(llama_model: Tiny) -> None:
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+DRAFTS = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 3}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"hf_overrides": {"architectures": ["MistralForCausalLM"]}}, "LlamaForCausalLM, Qwen2ForCausalLM"),
@@ -366,6 +368,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "KV connector": ({"kv_transfer_config": CONNECTOR}, "--kv-transfer-config"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
     "speculator": ({"speculative_config": {**NGRAM, "method": "ngram_gpu"}}, "choose one of ngram, suffix"),
+    "drafts of two ranks": ({"speculative_config": DRAFTS, "tensor_parallel_size": 2}, "tensor parallelism"),
     "asynchronous drafts": ({"speculative_config": NGRAM, "async_scheduling": True}, "--async-scheduling"),
     "FlashInfer": ({"attention_config": {"backend": "FLASHINFER"}}, "--attention-backend with one of CPU_ATTN"),
     "FlexAttention": ({"attention_config": {"backend": "FLEX_ATTENTION"}}, "--attention-backend with one of CPU_ATTN"),
@@ -390,6 +393,20 @@ def test_what_cannot_be_routed_is_refused_with_the_reason(llama_model: Tiny, nam
         return
     # The same without routing is vLLM's affair, and starts.
     configure(llama_model, additional_config={}, **{**options, "model_impl": "auto"})
+
+
+def test_the_lossless_drafter_lets_requests_ask_for_it(llama_model: Tiny) -> None:
+    """Fails if a server without the drafter accepts the mode, or one with it does not."""
+    assert not configure(llama_model).model_config.buddy_limits.lossless
+    assert not configure(llama_model, speculative_config=NGRAM).model_config.buddy_limits.lossless
+    assert configure(llama_model, speculative_config=DRAFTS).model_config.buddy_limits.lossless
+
+
+def test_settings_of_drafts_that_cannot_be_are_refused(llama_model: Tiny) -> None:
+    """Fails if a depth that there is no path of, or a setting that nothing reads, is found out later."""
+    assert "drafts.depth is 8" in refusal(llama_model, {"drafts": {"depth": 8}}, speculative_config=DRAFTS)
+    assert "below drafts.ngram_min" in refusal(llama_model, {"drafts": {"ngram_max": 1}}, speculative_config=DRAFTS)
+    assert "--lossless-drafts" in refusal(llama_model, {"drafts": {"depth": 4}})
 
 
 @pytest.mark.parametrize("buddy", [{"graphs": {"enabled": True}}, {"graphs": {"sizes": [1, 2]}}])

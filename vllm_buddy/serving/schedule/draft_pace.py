@@ -20,6 +20,7 @@ from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import LayerPath
 from vllm_buddy.method.budget import MIN_DEPTH
+from vllm_buddy.method.drafting import batch_share, draft_gain, pass_cost
 from vllm_buddy.serving.start.settings import BuddySettings
 
 # What `--speculative-config` names as its model, with method custom_class.
@@ -55,7 +56,7 @@ class DraftPath:
         num_layers, drafts = artifact.config.base_model.num_layers, settings.drafts
         depth = drafts.depth or max(MIN_DEPTH, round(0.4 * num_layers))
         path = _path(artifact, "drafts.depth", depth)
-        cost = _cost(hf_config, depth, artifact.config.bypass_rank)
+        cost = pass_cost(hf_config, depth, artifact.config.bypass_rank)
         if drafts.refine_depth is None:
             return cls(path, cost)
         if drafts.refine_depth <= depth:
@@ -63,7 +64,7 @@ class DraftPath:
                 f"drafts.refine_depth {drafts.refine_depth} is not more than the {depth} layers that drafts run"
             )
         refined = _path(artifact, "drafts.refine_depth", drafts.refine_depth)
-        return cls(path, cost, refined, _cost(hf_config, drafts.refine_depth, artifact.config.bypass_rank))
+        return cls(path, cost, refined, pass_cost(hf_config, drafts.refine_depth, artifact.config.bypass_rank))
 
 
 class DraftPace:
@@ -88,10 +89,11 @@ class DraftPace:
 
     def num_drafts(self, num_requests: int) -> int:
         """Drafts for the step after the next, which has about num_requests requests. To be called once a step."""
-        share = (1.0 + self._row_cost * (num_requests - 1)) / num_requests
+        row = self._row_cost / batch_share(num_requests, self._row_cost)
         best, most_gain = 0, 1.0 + MARGIN
         for n in range(1, self._most + 1):
-            gain = self._gain(n, share)
+            right = [self.acceptance**i for i in range(1, n + 1)]
+            gain = draft_gain(right, self._cost, row, self._refine_cost)
             if gain > most_gain:
                 best, most_gain = n, gain
         if best == 0 and self._since_drafts >= PROBE_EVERY:
@@ -104,10 +106,6 @@ class DraftPace:
         self._right = _MEMORY * self._right + num_accepted
         self._tried = _MEMORY * self._tried + min(num_drafted, num_accepted + 1)
 
-    def _gain(self, n: int, share: float) -> float:
-        tokens = sum(self.acceptance**i for i in range(n + 1))
-        return tokens / (1.0 + n * (self._cost + self._row_cost / share) + self._refine_cost)
-
 
 def _path(artifact: Artifact, name: str, depth: int) -> LayerPath:
     num_layers = artifact.config.base_model.num_layers
@@ -118,14 +116,3 @@ def _path(artifact: Artifact, name: str, depth: int) -> LayerPath:
         known = ", ".join(map(str, sorted(artifact.config.library or ())))
         raise SettingsError(f"{name} is {depth}, of which the path library has no path; it has paths of {known} layers")
     return path
-
-
-def _cost(hf_config: Any, depth: int, bypass_rank: int) -> float:
-    """The share of the model's weights that a pass of `depth` layers reads, LM head included."""
-    hidden, num_layers = hf_config.hidden_size, hf_config.num_hidden_layers
-    head_dim = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
-    heads = 2 * hf_config.num_attention_heads + 2 * hf_config.num_key_value_heads  # Q and O, K and V
-    layer = hidden * (heads * head_dim + 3 * hf_config.intermediate_size)
-    head = hidden * hf_config.vocab_size
-    bypass = 2 * hidden * bypass_rank
-    return (depth * layer + (num_layers - depth) * bypass + head) / (num_layers * layer + head)

@@ -1,0 +1,85 @@
+"""What `vllm-buddy depth-profile` counts and predicts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness.tiny_models import random_artifact, save_tiny_model
+from vllm_buddy.cli.main import main
+from vllm_buddy.evaluation.depth_profile import Drafts, dex_row, earliest_agreeing, ngram_drafts, walk
+
+
+def drafts_of(text: list[int], chains: dict[int, list[list[int]]], start: int = 0) -> Drafts:
+    said = torch.tensor([[*text[1:], -1]])
+    known = {depth: torch.tensor(chain)[:, None] for depth, chain in chains.items()}
+    return Drafts(torch.tensor([text]), said, start, known, {})
+
+
+def test_a_walk_counts_steps_passes_and_rows() -> None:
+    """Fails if a rejected draft is not paid for, or an accepted one is written twice."""
+    text = [1, 2, 3, 4, 5, 6]
+    right, wrong = [2, 3, 4, 5, 6, 0], [9] * 6
+    always = walk(drafts_of(text, {4: [right, right]}), None, 4, 2)
+    assert (always.tokens, always.steps, always.passes, always.checked) == (5, 2, 3, 3)
+    never = walk(drafts_of(text, {4: [wrong, wrong]}), None, 4, 1)
+    assert (never.tokens, never.steps, never.passes) == (5, 5, 4)
+    plain = walk(drafts_of(text, {}), None, None, 0)
+    assert plain.speedup(0.0, 0.0) == 1.0
+    assert always.speedup(0.25, 0.0) == pytest.approx(5 / 2.75)
+
+
+def test_ngrams_come_before_depth() -> None:
+    """Fails if layers draft where an n-gram was found."""
+    text = [1, 2, 3, 1, 2, 3]
+    ngrams = [[ngram_drafts(text[: p + 1], 2, 4, 2) for p in range(len(text))]]
+    assert ngrams[0] == [[], [], [], [], [3, 1], [1, 2]]
+    walked = walk(drafts_of(text, {4: [[0] * 6]}), ngrams, 4, 1)
+    assert (walked.tokens, walked.steps, walked.passes) == (5, 5, 4)
+
+
+def test_the_earliest_agreeing_depth_is_one_that_all_deeper_ones_confirm() -> None:
+    """Fails if a depth counts that is right by chance, where a deeper one is wrong."""
+    said = torch.tensor([[7, 7, 7, 7]])
+    shallow, deep = torch.tensor([[7, 7, 0, 0]]), torch.tensor([[7, 0, 7, 0]])
+    assert earliest_agreeing([shallow, deep], said).tolist() == [[0, 2, 1, 2]]
+
+
+def test_exploration_gains_the_mean_of_what_each_token_needs() -> None:
+    """Fails if a single exit is not charged for the tokens that it gets wrong."""
+    row = dex_row(torch.tensor([1, 1, 2, 4]), 4)
+    assert row["exploration_speedup"] == 2.0
+    assert (row["exit_stage"], row["exit_speedup"]) == (2, 4 / 2.5)
+    assert row["ratio"] == pytest.approx(1.25)
+
+
+def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the command does not run from a folder to its files, or a depth without a path is not refused."""
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    random_artifact(tmp_path / "artifact", folder, bypass_rank=4)
+    _save_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h " * 60)
+    options = ["--model", str(folder), "--artifact", str(tmp_path / "artifact"), "--text", str(text)]
+    options += ["--passages", "3", "--passage-tokens", "8", "--tokens", "16", "--drafts", "2", "--devices", "2,4"]
+    out = tmp_path / "profile.json"
+    assert main(["depth-profile", *options, "--json", str(out), "--plot", str(tmp_path / "profile.png")]) == 0
+    found = json.loads(out.read_text())
+    assert sum(row["ead"] for row in found["depths"]) == pytest.approx(1.0)
+    assert all(row["right"][0] >= row["right"][1] for row in found["depths"])
+    assert {row["batch"] for row in found["speedups"]} == {1, 4, 16}
+    assert [row["devices"] for row in found["dex"]] == [2, 4]
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+    assert "exploration" in capsys.readouterr().out
+    assert main(["depth-profile", *options, "--depths", "2,5"]) == 2
+    assert "known depths are 3, 4" in capsys.readouterr().err
+
+
+def _save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate("abcdefgh")} | {"?": 8}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)

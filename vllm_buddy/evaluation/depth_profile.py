@@ -1,0 +1,310 @@
+"""Measures what drafts from fewer layers are worth: how often they are right, at which depth, and what they cost.
+
+The model goes on greedily from passages of a text. At every position of what it wrote, each depth's path drafts as in
+lossless mode (`method/draft_chains.py`). From that follow
+
+- the share of chains of each length that are right, by depth;
+- the earliest agreeing depth (EAD; DEX, arXiv 2606.29223): from which on all deeper paths say what the model says;
+- tokens per cost of decoding with drafts of n-grams, of a depth, and of a depth where no n-gram is found, which walks
+  through what the model wrote. Costs are weights read (`method/drafting.py`);
+- what DEX would gain on several devices, one pipeline stage each.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_buddy.artifact import Artifact, load_artifact, resolve_artifact
+from vllm_buddy.artifact.fingerprint import identify
+from vllm_buddy.errors import EvaluationError
+from vllm_buddy.evaluation.depth_profile_settings import DepthProfileSettings
+from vllm_buddy.importance.calibration import CalibrationText
+from vllm_buddy.method import LayerPath, path_of
+from vllm_buddy.method.draft_chains import draft_chains, full_pass
+from vllm_buddy.method.drafting import batch_share, pass_cost
+from vllm_buddy.models.folder import load_config, load_model, load_tokenizer
+
+NUM_DEPTHS = 8
+_PASSAGES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Drafts over what the model wrote.
+
+    said: [num_texts, length], what the whole model says after each token. tokens: the same shape, passages included.
+    start: position of the last token of each passage, the first whose next token the model wrote.
+    chains: by depth, [max_drafts, num_texts, length], see draft_chains. stages: by number of stages, what the exits of
+        all stages but the last say, [stages - 1, num_texts, length].
+    """
+
+    tokens: torch.Tensor
+    said: torch.Tensor
+    start: int
+    chains: dict[int, torch.Tensor]
+    stages: dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Rows of each table, as they are written to the results file.
+
+    depths: depth, cost, right (by length of the chain), ead (share of tokens with that earliest agreeing depth).
+    speedups: batch, source, drafts, speedup. dex: devices, exit_stage, exit_speedup, exploration_speedup, ratio.
+    """
+
+    about: dict[str, Any]
+    depths: list[dict[str, Any]]
+    speedups: list[dict[str, Any]]
+    dex: list[dict[str, Any]]
+
+
+def profile_depths(settings: DepthProfileSettings, model_dir: Path, report: Callable[[str, int, int], None]) -> Profile:
+    """Measure and predict. report: called with (label, done, total).
+
+    Raises:
+        BuddyError: model, artifact, text or a depth cannot be used.
+    """
+    artifact = load_artifact(resolve_artifact(settings.artifact, lambda: identify(model_dir)))
+    base = artifact.config.base_model
+    if not base.same_model(identify(model_dir)):
+        raise EvaluationError(f"artifact '{artifact.config.name}' was made for {base.summary()}")
+    paths = _paths(settings, artifact)
+    costs = _costs(settings, model_dir, artifact, paths)
+    tokenizer, model = load_tokenizer(model_dir), load_model(model_dir)
+    text = CalibrationText.read(settings.text)
+    passages, _ = text.windows(tokenizer, settings.passage_tokens, settings.passages * settings.passage_tokens)
+    drafts = _drafted(settings, artifact, model, passages, paths, report)
+    about = {
+        "model": str(base.id),
+        "artifact": artifact.config.name,
+        "text": text.name,
+        "positions": drafts.said[:, drafts.start :].numel(),
+        "num_layers": base.num_layers,
+        "row_cost": settings.row_cost,
+        "costs_of": None if settings.shape_of is None else settings.shape_of.name,
+    }
+    return Profile(
+        about,
+        _depth_rows(drafts, costs, base.num_layers),
+        _speedup_rows(settings, drafts, costs),
+        [dex_row(ead_of_stages(drafts, k), k) for k in settings.devices],
+    )
+
+
+def _paths(settings: DepthProfileSettings, artifact: Artifact) -> dict[int, LayerPath]:
+    num_layers = artifact.config.base_model.num_layers
+    known = sorted(d for d in (artifact.config.library or range(3, num_layers)) if d < num_layers)
+    wanted = settings.depths
+    if not wanted:
+        low = min((d for d in known if d >= num_layers // 5), default=known[0])
+        spread = [low + (known[-1] - low) * i / (NUM_DEPTHS - 1) for i in range(NUM_DEPTHS)]
+        wanted = tuple(sorted({min(known, key=lambda d, s=s: abs(d - s)) for s in spread}))  # type: ignore[misc]
+    if missing := [depth for depth in wanted if depth not in known]:
+        raise EvaluationError(f"there is no path of {missing} layers; known depths are {', '.join(map(str, known))}")
+    paths = {depth: artifact.first_path(depth) for depth in sorted(wanted)}
+    return {depth: path for depth, path in paths.items() if path is not None}
+
+
+def _costs(
+    settings: DepthProfileSettings, model_dir: Path, artifact: Artifact, depths: Sequence[int] | dict[int, Any]
+) -> dict[int, float]:
+    """Of a draft pass of each depth, by the sizes of the model, or of the one named by shape_of."""
+    rank, num_layers = artifact.config.bypass_rank, artifact.config.base_model.num_layers
+    if settings.shape_of is None:
+        return {depth: pass_cost(load_config(model_dir), depth, rank) for depth in depths}
+    folder = settings.shape_of.parent if settings.shape_of.suffix == ".json" else settings.shape_of
+    config = load_config(folder)
+    own_hidden = artifact.config.base_model.hidden_size
+    scaled_rank = rank * config.hidden_size // own_hidden
+    return {d: pass_cost(config, round(d * config.num_hidden_layers / num_layers), scaled_rank) for d in depths}
+
+
+@torch.no_grad()
+def _drafted(
+    settings: DepthProfileSettings,
+    artifact: Artifact,
+    model: Any,
+    passages: torch.Tensor,
+    paths: dict[int, LayerPath],
+    report: Callable[[str, int, int], None],
+) -> Drafts:
+    num_layers, parts = artifact.config.base_model.num_layers, list[Any]()
+    stage_paths = {k: [_stage_path(num_layers, k, stage) for stage in range(1, k)] for k in settings.devices}
+    for begin in range(0, len(passages), _PASSAGES_AT_ONCE):
+        tokens = _written(model, passages[begin : begin + _PASSAGES_AT_ONCE], settings.tokens)
+        said, full = full_pass(model, tokens)
+
+        def draft(path: LayerPath, length: int, tokens: torch.Tensor = tokens, full: Any = full) -> torch.Tensor:
+            return draft_chains(model, tokens, path, length, full, artifact.bypass)
+
+        chains = {depth: draft(path, settings.drafts) for depth, path in paths.items()}
+        exits = {path: draft(path, 1)[0] for of_one in stage_paths.values() for path in of_one}
+        stages = {k: torch.stack([exits[path] for path in of_one]) for k, of_one in stage_paths.items()}
+        parts.append((tokens, said, chains, stages))
+        report("passages", begin + len(tokens), len(passages))
+    tokens, said = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    chains = {depth: torch.cat([part[2][depth] for part in parts], dim=1) for depth in paths}
+    stages = {k: torch.cat([part[3][k] for part in parts], dim=1) for k in stage_paths}
+    return Drafts(tokens, said, passages.shape[1] - 1, chains, stages)
+
+
+def _written(model: nn.Module, passages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The passages and what the model says after them, greedily: [num_passages, passage + num_tokens]."""
+    generate: Any = model.generate
+    length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+    return generate(passages, attention_mask=torch.ones_like(passages), do_sample=False, pad_token_id=0, **length)
+
+
+def _stage_path(num_layers: int, num_stages: int, stage: int) -> LayerPath:
+    """The layers before the exit of a stage, the bypass of those after them, and the last layer before the head."""
+    depth = max(3, round(num_layers * stage / num_stages))
+    return path_of([*range(depth - 1), num_layers - 1])
+
+
+def _right(drafts: Drafts, depth: int) -> torch.Tensor:
+    """[max_drafts, num_texts, n], whether the first i + 1 drafts after each position are right, from `start` on.
+
+    The last positions, after which a chain would leave the text, are left out.
+    """
+    chain = drafts.chains[depth]
+    n = drafts.said.shape[1] - drafts.start - len(chain)
+    right = [
+        chain[i, :, drafts.start + i : drafts.start + i + n] == drafts.said[:, drafts.start + i : drafts.start + i + n]
+        for i in range(len(chain))
+    ]
+    return torch.stack(right).cummin(dim=0).values
+
+
+def _depth_rows(drafts: Drafts, costs: dict[int, float], num_layers: int) -> list[dict[str, Any]]:
+    ead = earliest_agreeing([drafts.chains[depth][0] for depth in costs], drafts.said)[:, drafts.start :]
+    rows = []
+    for number, (depth, cost) in enumerate(costs.items()):
+        right = _right(drafts, depth).float().mean(dim=(1, 2))
+        share = float((ead == number).float().mean())
+        rows.append({"depth": depth, "cost": cost, "right": [round(float(r), 4) for r in right], "ead": share})
+    rest = float((ead == len(costs)).float().mean())
+    longest = len(next(iter(drafts.chains.values())))
+    return [*rows, {"depth": num_layers, "cost": 1.0, "right": [1.0] * longest, "ead": rest}]
+
+
+def earliest_agreeing(said_by: Sequence[torch.Tensor], said: torch.Tensor) -> torch.Tensor:
+    """The number of the first of said_by, from shallow to deep, from which on all say `said`; len(said_by): none does.
+
+    All tensors have one shape, and so has the result.
+    """
+    agrees = torch.stack([one == said for one in said_by]).flip(0).cummin(dim=0).values
+    return len(said_by) - agrees.sum(dim=0)
+
+
+def _speedup_rows(settings: DepthProfileSettings, drafts: Drafts, costs: dict[int, float]) -> list[dict[str, Any]]:
+    ngrams = [
+        [ngram_drafts(text[: p + 1], settings.ngram_min, settings.ngram_max, settings.drafts) for p in range(len(text))]
+        for text in drafts.tokens.tolist()
+    ]
+    walks: list[tuple[str, int | None, int, Walk]] = [("n-gram", None, settings.drafts, walk(drafts, ngrams, None, 0))]
+    for depth in costs:
+        for source, looked_up in (("depth", None), ("n-gram, then depth", ngrams)):
+            walks += [(source, depth, n, walk(drafts, looked_up, depth, n)) for n in range(1, settings.drafts + 1)]
+    rows: list[dict[str, Any]] = []
+    for batch in settings.batches:
+        row_cost = settings.row_cost / batch_share(batch, settings.row_cost)
+        best: dict[Any, dict[str, Any]] = {}
+        for source, drafted_at, n, walked in walks:
+            speedup = walked.speedup(costs.get(drafted_at or 0, 0.0), row_cost)
+            known = best.get((source, drafted_at))
+            if known is None or speedup > known["speedup"]:
+                row = {"batch": batch, "source": source, "depth": drafted_at, "drafts": n, "speedup": round(speedup, 4)}
+                best[source, drafted_at] = row
+        rows += best.values()
+    return rows
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What decoding with drafts takes. tokens: written. steps: of the whole model. passes: of the draft path. checked:
+    drafts that steps checked."""
+
+    tokens: int
+    steps: int
+    passes: int
+    checked: int
+
+    def speedup(self, pass_cost: float, row_cost: float) -> float:
+        """Tokens per cost, where one token costs 1 without drafts."""
+        return self.tokens / (self.steps + self.passes * pass_cost + self.checked * row_cost)
+
+
+def walk(drafts: Drafts, ngrams: Sequence[Sequence[Sequence[int]]] | None, depth: int | None, num_drafts: int) -> Walk:
+    """Write the texts again with drafts.
+
+    ngrams: drafts of n-grams at each position of each text, used where there are any. depth: of num_drafts drafts at
+    the other positions; None: there are none.
+    """
+    chains = [] if depth is None else drafts.chains[depth].tolist()
+    tokens = steps = passes = checked = 0
+    for number, text in enumerate(drafts.tokens.tolist()):
+        position, end = drafts.start, len(text) - 1
+        while position < end:
+            left = end - position - 1
+            made = [] if ngrams is None else list(ngrams[number][position][:left])
+            if not made and depth is not None:
+                made = [chains[i][number][position + i] for i in range(min(num_drafts, left))]
+                passes += len(made)
+            steps += 1
+            checked += len(made)
+            accepted = _agreed(made, text[position + 1 :])
+            position += accepted + 1
+            tokens += accepted + 1
+    return Walk(tokens, steps, passes, checked)
+
+
+def _agreed(drafted: Sequence[int], text: Sequence[int]) -> int:
+    pairs = enumerate(zip(drafted, text))
+    return next((i for i, (draft, token) in pairs if draft != token), len(drafted))
+
+
+def ngram_drafts(token_ids: Sequence[int], shortest: int, longest: int, num_drafts: int) -> list[int]:
+    """Up to num_drafts tokens after an earlier place of the longest n-gram that ends the text; none without one."""
+    for n in range(min(longest, len(token_ids) - 1), shortest - 1, -1):
+        end = list(token_ids[-n:])
+        for start in range(len(token_ids) - n):
+            if list(token_ids[start : start + n]) == end:
+                return list(token_ids[start + n : start + n + num_drafts])
+    return []
+
+
+def ead_of_stages(drafts: Drafts, num_stages: int) -> torch.Tensor:
+    """[n], the stage, from 1, whose exit and all later ones say what the model says."""
+    exits = list(drafts.stages[num_stages])
+    return earliest_agreeing(exits, drafts.said)[:, drafts.start : -1].flatten() + 1
+
+
+def dex_row(ead: torch.Tensor, num_stages: int) -> dict[str, Any]:
+    """Speed-up over decoding token by token, of the best single exit and of depth exploration (DEX).
+
+    One pipeline stage per device; time is counted in stages. A token that all stages must confirm enters the pipeline
+    as soon as the token before it is known. Token by token that takes num_stages. With a single exit at stage e it
+    takes e where the exit is right, and num_stages where it is not, because what followed is then thrown away. With
+    exploration each stage's candidate goes on, and the branch of the shallowest right one survives: the EAD. Devices
+    run any number of branches at once, and moving states between them takes no time: this is an upper bound.
+
+    ead: [n], the earliest agreeing stage of each token, from 1 to num_stages.
+    """
+    by_exit = []
+    for stage in range(1, num_stages):
+        right = (ead <= stage).double()
+        by_exit.append((float(num_stages / (stage * right + num_stages * (1 - right)).mean()), stage))
+    best, stage = max(by_exit)
+    exploration = float(num_stages / ead.double().mean())
+    return {
+        "devices": num_stages,
+        "exit_stage": stage,
+        "exit_speedup": best,
+        "exploration_speedup": exploration,
+        "ratio": exploration / best,
+    }

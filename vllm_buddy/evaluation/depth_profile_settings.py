@@ -1,0 +1,40 @@
+"""The settings of `vllm-buddy depth-profile`."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class DepthProfileSettings(BaseModel):
+    """The settings of one profile, from which the command's options are generated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: Path = Field(description="UTF-8 text, whose passages the model goes on from")
+    model: Path | None = Field(default=None, description="folder of a Hugging Face model (absent: the embedded model)")
+    artifact: str | None = Field(
+        default=None, description="artifact whose paths draft, with its bypass (absent: the shipped one of the model)"
+    )
+    passages: int = Field(default=24, ge=1, description="passages of the text to go on from")
+    passage_tokens: int = Field(default=48, ge=2, description="tokens of each passage")
+    tokens: int = Field(default=128, ge=2, description="tokens that the model writes after each, greedily")
+    depths: tuple[int, ...] = Field(default=(), description="depths to draft at (absent: eight of the artifact's)")
+    drafts: int = Field(default=4, ge=1, description="longest chain of drafts")
+    ngram_max: int = Field(default=4, ge=1, description="longest n-gram that is looked up")
+    ngram_min: int = Field(default=2, ge=1, description="shortest n-gram that is looked up")
+    batches: tuple[int, ...] = Field(default=(1, 4, 16), description="batch sizes to predict speed-up for")
+    row_cost: float = Field(
+        default=0.02, ge=0, description="time of one more row in a step, as a share of a step of one row"
+    )
+    devices: tuple[int, ...] = Field(default=(2, 4, 8), description="pipeline stages of DEX to simulate")
+    shape_of: Path | None = Field(
+        default=None,
+        description="folder or config.json of another model, by whose sizes passes are priced at equal shares of its "
+        "layers: a prediction from this model's drafts",
+    )
+
+    @field_validator("depths", "batches", "devices", mode="before")
+    @classmethod
+    def _of_commas(cls, value: Any) -> Any:
+        return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value

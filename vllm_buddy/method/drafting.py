@@ -1,0 +1,36 @@
+"""What a draft pass costs and when drafts pay (self-speculation; single-device form of DEX, arXiv 2606.29223).
+
+A lossless request runs all layers; a short path of the same layers drafts its next tokens, and one step of all layers
+checks them. Costs are shares of a step of the whole model on one row.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def pass_cost(config: Any, depth: int, bypass_rank: int = 0) -> float:
+    """The share of the model's weights that a pass of `depth` layers reads, with the other layers' bypass and the head.
+
+    A step of few rows takes the time of reading its weights. config: of a Hugging Face Llama or Qwen model.
+    """
+    hidden, num_layers = config.hidden_size, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # Q and O, K and V
+    layer = hidden * (heads * head_dim + 3 * config.intermediate_size)
+    head = hidden * config.vocab_size
+    bypass = 2 * hidden * bypass_rank
+    return (depth * layer + (num_layers - depth) * bypass + head) / (num_layers * layer + head)
+
+
+def batch_share(num_requests: int, row_cost: float) -> float:
+    """What one of num_requests requests pays of a step. row_cost: of each row after the first."""
+    return (1.0 + row_cost * (num_requests - 1)) / num_requests
+
+
+def draft_gain(right: Sequence[float], cost: float, row: float, refine_cost: float = 0.0) -> float:
+    """Tokens per unit of cost, over those without drafts.
+
+    right: [n], for each of n drafts the probability that it and all drafts before it are right. cost: of one draft
+    pass. row: of checking one draft. refine_cost: of a pass that checks them before, see DraftPath.
+    """
+    return (1.0 + sum(right)) / (1.0 + len(right) * (cost + row) + refine_cost)
