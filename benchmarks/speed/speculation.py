@@ -1,6 +1,6 @@
 """Measures what drafts add to routing, and what routing adds to drafts.
 
-    python -m benchmarks.speed.speculation          # SmolLM2-135M on CPU: about 30 minutes on 2 cores
+    python -m benchmarks.speed.speculation          # SmolLM2-135M on CPU: about 15 minutes on 2 cores
 
 Stock vLLM and buddy run with and without n-gram drafts, in one process, and so does lossless mode: drafts from short
 paths of the model's own layers, always, as the pace allows, and where no n-gram is found. Engines alternate in each
@@ -36,7 +36,7 @@ from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.serving.schedule.draft_pace import DraftPath
 from vllm_buddy.serving.start.settings import BuddySettings, DraftSettings
 
-NUM_TOKENS = 96
+NUM_TOKENS = 64
 BUDGETS = (0.75, 0.5)
 DEPTHS = (8, 12, 15, 22)
 LEAST_AGREED = 24  # tokens before bf16's rounding leads to another text: the mean over the prompts
@@ -82,7 +82,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 4, 8])
-    add_rounds_option(parser, 5)
+    add_rounds_option(parser, 3)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_speculation.jsonl")
     add_lineup_options(parser)
     args = parser.parse_args()

@@ -77,7 +77,8 @@ class Tiny:
         """Return what the reference generates for `ask`."""
         # In greedy decoding a shorter answer is the beginning of a longer one, so one run serves several lengths.
         length = -(-ask.max_tokens // 8) * 8
-        key = (ask.prompt, ask.budget, policy, schedule, library, bypass, length, ask.context, by_token)
+        kind = ask.options.get("buddy_prompt")
+        key = (ask.prompt, ask.budget, policy, schedule, library, bypass, length, ask.context, by_token, kind)
         if key not in self.known:
             route = self.route(ask, schedule, library=library, by_token=by_token)
             repair = self.artifact.bypass if bypass else None
@@ -94,6 +95,12 @@ class Tiny:
         depth = depth_for_budget(budget, num_layers)
         router, tokens = self.artifact.router(library=library), self.artifact.token
         whole = RequestRoute(router, schedule, depth, ask.prompt, ask.context)
+        if ask.options.get("buddy_prompt") == "full" and depth < num_layers:
+            decoded: Route = whole
+            if by_token[1] and tokens is not None and depth >= tokens.depths[0]:
+                account = TokenSchedule(SAVED_LAYERS, schedule.lag)
+                decoded = TokenRoute(tokens, account, budget, ask.prompt, len(ask.prompt))
+            return SplitRoute(RequestRoute(router, schedule, num_layers, ask.prompt), decoded, len(ask.prompt))
         if by_token == (False, False) or tokens is None or not tokens.depths[0] <= depth < num_layers:
             return whole
         in_prompt, in_decode = by_token

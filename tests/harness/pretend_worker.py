@@ -181,7 +181,7 @@ class PretendEngine:
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             row, start = self._rows[request_id], computed[request_id]
             self._lower(request_id, row.tokens)
-            runs, cached_path = plan[request_id]
+            runs, cached_path = plan[request_id].runs, plan[request_id].cached_path
             paths = [run.path for run in runs for _ in range(run.num_tokens)]
             assert paths == _paths(self._routes[request_id], start, num_tokens, row.tokens), (
                 "not the request's own path"

@@ -1,6 +1,7 @@
 """Decides when a request is routed again, and keeps the path of each of its tokens."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -72,8 +73,9 @@ class Route(Protocol):
     @property
     def num_reroutes(self) -> int: ...
 
-    @property
-    def num_distinct_paths(self) -> int: ...
+    def distinct_paths(self, start: int = 0) -> set[LayerPath]:
+        """The paths of positions from `start` on, as far as they are decided."""
+        ...
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool: ...
 
@@ -120,9 +122,9 @@ class SplitRoute:
     def num_reroutes(self) -> int:
         return self._prompt.num_reroutes + self.decoded.num_reroutes
 
-    @property
-    def num_distinct_paths(self) -> int:
-        return max(self._prompt.num_distinct_paths, self.decoded.num_distinct_paths)
+    def distinct_paths(self, start: int = 0) -> set[LayerPath]:
+        """See Route."""
+        return self._prompt.distinct_paths(start) | self.decoded.distinct_paths(max(start, self._split))
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
         """See RequestRoute.lower; a position within the prompt is not lowered."""
@@ -195,9 +197,10 @@ class RequestRoute:
         """Number of changes of the path."""
         return len(self._paths) - 1
 
-    @property
-    def num_distinct_paths(self) -> int:
-        return len(set(self._paths))
+    def distinct_paths(self, start: int = 0) -> set[LayerPath]:
+        """See Route."""
+        ends = [*self._starts[1:], math.inf]
+        return {path for path, end in zip(self._paths, ends) if end > start}
 
     @property
     def uniform_length(self) -> int | None:

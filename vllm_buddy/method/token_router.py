@@ -192,9 +192,9 @@ class TokenRoute:
         """How often the path changed from one token to the next."""
         return int(np.count_nonzero(np.diff(self._choices)))
 
-    @property
-    def num_distinct_paths(self) -> int:
-        return len(set(self._choices))
+    def distinct_paths(self, start: int = 0) -> set[LayerPath]:
+        """See Route."""
+        return {self.router.paths[choice] for choice in set(self._choices[max(0, start - self._start) :])}
 
     @property
     def uniform_length(self) -> int | None:

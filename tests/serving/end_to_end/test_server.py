@@ -124,6 +124,7 @@ def test_mixed_budgets_at_once_give_the_references_tokens_and_tell_what_ran(
         assert answer["choices"][0]["token_ids"] == expected.token_ids
         depth = depth_for_budget(asked, NUM_LAYERS)
         assert answer["kv_transfer_params"]["buddy"] == {
+            "mode": "budget",
             "budget": asked,
             "depth": depth,
             "auto": False,
@@ -133,6 +134,11 @@ def test_mixed_budgets_at_once_give_the_references_tokens_and_tell_what_ran(
             "layers_executed_min": depth,
             "layers_executed_max": depth,
             "tokens": len(prompt) + NUM_TOKENS - 1,
+            "prompt": {"tokens": len(prompt), "layers_executed_mean": depth},
+            "decoded": {"tokens": NUM_TOKENS - 1, "layers_executed_mean": depth},
+            "drafted": 0,
+            "accepted": 0,
+            "layers_drafting_mean": 0.0,
             "distinct_paths": len(set(expected.paths)),
             "reroutes": sum(a != b for a, b in zip(expected.paths, expected.paths[1:])),
         }

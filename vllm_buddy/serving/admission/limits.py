@@ -15,9 +15,12 @@ from vllm_buddy.serving.admission.options import (
     AUTO_MIN_KEY,
     BUDGET_KEY,
     BUDGET_MODE,
+    FULL_PROMPT,
     LOSSLESS,
     MODE_KEY,
     PRICE_KEY,
+    PROMPT_KEY,
+    ROUTED_PROMPT,
     OptionError,
 )
 from vllm_buddy.serving.start.settings import AUTO, BuddySettings
@@ -166,7 +169,8 @@ class RequestLimits:
     """What a server allows its requests. An attribute of vLLM's ModelConfig, `buddy_limits`, set at start.
 
     depths: depths that the path library holds; None if all are allowed. auto: None without a Budget Predictor.
-    lossless: whether requests may ask for lossless mode.
+    lossless: whether requests may ask for lossless mode. prompt: whether prompts of requests that do not say run their
+        budget ("routed") or all layers ("full").
     """
 
     num_layers: int
@@ -175,6 +179,7 @@ class RequestLimits:
     depths: tuple[int, ...] | None = None
     auto: AutoLimits | None = None
     lossless: bool = False
+    prompt: Literal["routed", "full"] = "routed"
 
     @classmethod
     def from_settings(cls, settings: BuddySettings, artifact: Artifact, *, lossless: bool = False) -> "RequestLimits":
@@ -200,6 +205,7 @@ class RequestLimits:
             depths=None if depths is None else tuple(depths),
             auto=AutoLimits.from_settings(settings, artifact, min_budget),
             lossless=lossless,
+            prompt=settings.prompt,
         )
         try:
             limits.resolve(None)
@@ -213,9 +219,10 @@ class RequestLimits:
         Raises:
             OptionError: a budget that is no number in (0, 1], below the floor or of a depth the library lacks; "auto"
                 without a Budget Predictor; options of "auto" out of range, or beside another budget; lossless mode
-                without its drafter, or beside a budget below 1.
+                without its drafter, or beside a budget below 1; an unknown kind of prompt.
         """
         options = {key: value for key, value in (extra_args or {}).items() if value is not None}
+        self.full_prompt(extra_args)
         if (mode := options.get(MODE_KEY, BUDGET_MODE)) == LOSSLESS:
             return self._lossless(options)
         if mode != BUDGET_MODE:
@@ -230,6 +237,19 @@ class RequestLimits:
                     key, f'goes with budget "{AUTO}", but the budget is {budget.budget:g}; leave one of them out'
                 )
         return budget
+
+    def full_prompt(self, extra_args: Mapping[str, Any] | None) -> bool:
+        """Whether the prompt of a request with these options runs all layers.
+
+        Raises:
+            OptionError: the option has another value than those that there are.
+        """
+        value = (extra_args or {}).get(PROMPT_KEY)
+        if value is None:
+            value = self.prompt
+        if value not in (ROUTED_PROMPT, FULL_PROMPT):
+            raise OptionError(PROMPT_KEY, f'prompt is {value!r}; allowed are "{ROUTED_PROMPT}" and "{FULL_PROMPT}"')
+        return value == FULL_PROMPT
 
     def _lossless(self, options: Mapping[str, Any]) -> FixedBudget:
         if not self.lossless:

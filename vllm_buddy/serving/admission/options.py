@@ -17,10 +17,12 @@ CONTEXT_TOKENS_KEY = "buddy_context_tokens"
 PRICE_KEY = "buddy_price"
 AUTO_MIN_KEY = "buddy_auto_min"
 AUTO_MAX_KEY = "buddy_auto_max"
+PROMPT_KEY = "buddy_prompt"
+ROUTED_PROMPT, FULL_PROMPT = "routed", "full"
 MODE_KEY = "buddy_mode"
 BUDGET_MODE, LOSSLESS = "budget", "lossless"
 AUTO_KEYS = (PRICE_KEY, AUTO_MIN_KEY, AUTO_MAX_KEY)
-_KEYS = (BUDGET_KEY, MODE_KEY, CONTEXT_TOKENS_KEY, *AUTO_KEYS)
+_KEYS = (BUDGET_KEY, PROMPT_KEY, MODE_KEY, CONTEXT_TOKENS_KEY, *AUTO_KEYS)
 _PREFIX = "buddy_"
 
 
@@ -49,12 +51,15 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
         raise _refused(error.key, f"{error.key}: {error}", extra_args.get(error.key)) from None
 
 
-def verify_with_prompt(params: SamplingParams, num_prompt_tokens: int, *, is_streaming_input: bool) -> None:
+def verify_with_prompt(
+    params: SamplingParams, num_prompt_tokens: int, *, is_streaming_input: bool, full_prompt: bool = False
+) -> None:
     """Raise vLLM's validation error for options that do not fit the prompt.
 
     is_streaming_input: whether the request is a session whose prompt grows while it runs (vLLM's `resumable`). There is
         no prompt to route by, so it runs at full depth and may not ask for anything else. vLLM checks each chunk of a
         session so, and the opening of one as an ordinary request of one token.
+    full_prompt: whether the prompt runs all layers, by the request's own option or the server's setting.
     """
     extra_args = params.extra_args or {}
     if is_streaming_input:
@@ -66,6 +71,10 @@ def verify_with_prompt(params: SamplingParams, num_prompt_tokens: int, *, is_str
     value = context_tokens(extra_args)
     if value is None:
         return
+    if full_prompt:
+        raise _refused(
+            CONTEXT_TOKENS_KEY, f'{CONTEXT_TOKENS_KEY}: goes with {PROMPT_KEY} "{ROUTED_PROMPT}"; send that too', value
+        )
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= num_prompt_tokens:
         raise _refused(
             CONTEXT_TOKENS_KEY,

@@ -6,6 +6,22 @@ from vllm_buddy.method import Route
 from vllm_buddy.serving.schedule.plan import Executed
 
 
+class _Part:
+    """The layers that the tokens of the prompt, or those after it, executed."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._total = 0
+
+    def add(self, num_tokens: int, total: int) -> None:
+        self._num_tokens += num_tokens
+        self._total += total
+
+    def as_dict(self) -> dict[str, Any]:
+        mean = self._total / self._num_tokens if self._num_tokens else None
+        return {"tokens": self._num_tokens, "layers_executed_mean": mean}
+
+
 class Outcome:
     """A request's budget and depth, and the layers that its tokens executed as counted in the engine.
 
@@ -25,6 +41,7 @@ class Outcome:
         self.num_drafted = 0
         self.num_accepted = 0
         self._drafting_total = 0
+        self._prompt, self._decoded = _Part(), _Part()
 
     def add(self, executed: Executed, num_accepted: int = 0) -> None:
         """Count one step's tokens, of its drafts the first num_accepted."""
@@ -34,6 +51,11 @@ class Outcome:
         fewest, most = min((executed.fewest, *accepted)), max((executed.most, *accepted))
         self._fewest = fewest if self._fewest is None else min(self._fewest, fewest)
         self._most = most if self._most is None else max(self._most, most)
+        self._prompt.add(executed.prompt_tokens, executed.prompt_total)
+        self._decoded.add(
+            executed.num_tokens - executed.prompt_tokens + len(accepted),
+            executed.total - executed.prompt_total + sum(accepted),
+        )
         self.num_drafted += len(executed.drafts)
         self.num_accepted += len(accepted)
         self._drafting_total += sum(rejected) + executed.drafting
@@ -64,6 +86,8 @@ class Outcome:
             "drafted": self.num_drafted,
             "accepted": self.num_accepted,
             "layers_drafting_mean": self.mean_drafting_layers,
-            "distinct_paths": route.num_distinct_paths,
+            "prompt": self._prompt.as_dict(),
+            "decoded": self._decoded.as_dict(),
+            "distinct_paths": len(route.distinct_paths()),
             "reroutes": route.num_reroutes,
         }

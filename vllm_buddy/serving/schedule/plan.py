@@ -9,6 +9,7 @@ class RequestPlan(NamedTuple):
     """What one request executes in one step.
 
     runs: cover the tokens scheduled for it, in order of position.
+    num_prompt: how many of the tokens, at the beginning, belong to the prompt.
     num_drafts: how many of the tokens, at the end, are drafts of a speculator. Some may be rejected; the next step then
         begins before them.
     wanted_ngrams, wanted_drafts: drafts to make after the step, for the next one, of n-grams and on the model's own
@@ -19,6 +20,7 @@ class RequestPlan(NamedTuple):
 
     runs: tuple[Run, ...]
     cached_path: LayerPath | None
+    num_prompt: int = 0
     num_drafts: int = 0
     wanted_ngrams: int = 0
     wanted_drafts: int = 0
@@ -35,6 +37,7 @@ class Executed(NamedTuple):
     """Layers that a request's tokens executed in one step, counted where they ran.
 
     num_tokens, total, fewest, most: of the tokens that are no drafts. drafts: layers of each draft, in order.
+    prompt_tokens, prompt_total: of those, the ones that belong to the prompt.
     drafting: layers executed after the step, to draft for the next one.
     """
 
@@ -44,3 +47,5 @@ class Executed(NamedTuple):
     most: int
     drafts: tuple[int, ...] = ()
     drafting: int = 0
+    prompt_tokens: int = 0
+    prompt_total: int = 0

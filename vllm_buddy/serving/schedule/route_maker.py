@@ -52,9 +52,24 @@ class RouteMaker:
             (settings.schedule.prefill == "token", settings.schedule.decode == "token"),
         )
 
-    def route(self, budget: float, token_ids: Sequence[int], num_prompt_tokens: int, num_context: int | None) -> Route:
-        """The route of a request. num_context: prompt tokens that decide the path of a request of one depth."""
+    def route(
+        self,
+        budget: float,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        num_context: int | None,
+        *,
+        full_prompt: bool = False,
+    ) -> Route:
+        """The route of a request.
+
+        num_context: prompt tokens that decide the path of a request of one depth. full_prompt: whether the prompt runs
+            all layers, and the budget is one of the tokens after it.
+        """
         depth = depth_for_budget(budget, self.router.num_layers)
+        if full_prompt and depth < self.router.num_layers:
+            whole = self._of_request(self.router.num_layers, token_ids, None)
+            return SplitRoute(whole, self._after_full_prompt(budget, depth, token_ids), num_prompt_tokens)
         by_token = self._by_token
         # Below the shallowest of the nested paths there is nothing to choose.
         if self._tokens is None or depth < self._tokens.depths[0] or depth == self.router.num_layers:
@@ -85,6 +100,12 @@ class RouteMaker:
                 found.append((single, token_ids[-1]))
         if len(found) > 1:
             see_newest(*zip(*found))
+
+    def _after_full_prompt(self, budget: float, depth: int, token_ids: Sequence[int]) -> Route:
+        tokens = self._tokens
+        if self._by_token[1] and tokens is not None and depth >= tokens.depths[0]:
+            return TokenRoute(tokens, self.token_schedule, budget, token_ids, start=len(token_ids))
+        return self._of_request(depth, token_ids, None)
 
     def _of_request(self, depth: int, token_ids: Sequence[int], num_context: int | None) -> RequestRoute:
         return RequestRoute(self.router, self.schedule, depth, token_ids, num_context)

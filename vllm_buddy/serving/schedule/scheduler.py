@@ -116,17 +116,17 @@ class _Routing(_Base):
         if request.resumable:
             # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by. One that
             # asks for a budget was refused.
-            return RoutedRequest(self._new_route(request, 1.0, None), Outcome(1.0, self._limits.num_layers))
+            return RoutedRequest(self._new_route(request, 1.0), Outcome(1.0, self._limits.num_layers))
         extra_args = request.sampling_params.extra_args
         asked = self._limits.resolve(extra_args)
         num_context = context_tokens(extra_args)
         if isinstance(asked, FixedBudget):
-            route = self._new_route(request, asked.budget, num_context)
+            route = self._new_route(request, asked.budget)
             return RoutedRequest(route, Outcome(asked.budget, asked.depth, lossless=asked.lossless))
         assert self._chooser is not None  # "auto" was refused otherwise
         self._observe_load()
         choice = self._chooser.choose(asked, request.all_token_ids[:num_context])
-        route = self._new_route(request, choice.budget, num_context)
+        route = self._new_route(request, choice.budget)
         return RoutedRequest(route, Outcome(*choice), asked, choice.price)
 
     def _set_paces(self, routed: RoutedRequest) -> None:
@@ -138,8 +138,15 @@ class _Routing(_Base):
             costs = {"cost": path.cost, "refine_cost": path.refine_cost}
             routed.depth_pace = DraftPace(self._most_drafts, settings.acceptance, settings.row_cost, **costs)
 
-    def _new_route(self, request: Request, budget: float, num_context: int | None) -> Route:
-        return self._routes.route(budget, request.all_token_ids, request.num_prompt_tokens, num_context)
+    def _new_route(self, request: Request, budget: float) -> Route:
+        extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
+        return self._routes.route(
+            budget,
+            request.all_token_ids,
+            request.num_prompt_tokens,
+            context_tokens(extra_args),
+            full_prompt=self._limits.full_prompt(extra_args),
+        )
 
     def _publishable_tokens(self, request: Request, num_tokens: int) -> int:
         """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""
@@ -218,8 +225,9 @@ class _Routing(_Base):
             else:
                 runs = routed.route.runs(end - num_tokens, num_tokens, request.all_token_ids)
             routed.planned = max(routed.planned, end - len(drafts))
+            num_prompt = max(0, min(end, request.num_prompt_tokens) - (end - num_tokens))
             wanted = self._wanted_drafts(request, routed, len(output.num_scheduled_tokens))
-            plan[req_id] = RequestPlan(tuple(runs), first, len(drafts), *wanted)
+            plan[req_id] = RequestPlan(tuple(runs), first, num_prompt, len(drafts), *wanted)
         return plan
 
     def _wanted_drafts(self, request: Request, routed: RoutedRequest, num_requests: int) -> tuple[int, int]:

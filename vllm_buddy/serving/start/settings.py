@@ -247,6 +247,13 @@ class BuddySettings(_Section):
     min_budget: _Budget | None = Field(
         default=None, description="Smallest budget that a request may ask for. Default: three layers' worth."
     )
+    prompt: Literal["routed", "full"] = Field(
+        default="routed",
+        description=(
+            "Prompts of requests that do not say. routed: a prompt runs the budget; full: it runs all layers, and the "
+            "budget is one of decoded tokens. Full prompts share the prefix cache with requests of any budget."
+        ),
+    )
     kv_policy: KVPolicyName | None = Field(
         default=None,
         description=(

@@ -192,8 +192,8 @@ class WorkerState:
         output: a ModelRunnerOutput. query_start_loc: [num_reqs + 1], of the step.
         """
         if self._step is not None:
-            num_drafts = [self._plan[req_id].num_drafts for req_id in req_ids] if self._plan else None
-            executed = _by_request(self._step.executed, req_ids, query_start_loc, num_drafts)
+            plans = [self._plan[req_id] for req_id in req_ids] if self._plan else None
+            executed = _by_request(self._step.executed, req_ids, query_start_loc, plans)
             for req_id, layers in self._drafting.items():
                 executed[req_id] = executed[req_id]._replace(drafting=layers)
             self._drafting = {}
@@ -202,19 +202,27 @@ class WorkerState:
 
 
 def _by_request(
-    layers: np.ndarray, req_ids: Sequence[str], query_start_loc: np.ndarray, num_drafts: Sequence[int] | None
+    layers: np.ndarray, req_ids: Sequence[str], query_start_loc: np.ndarray, plans: Sequence[RequestPlan] | None
 ) -> dict[str, Executed]:
-    """layers: [num_tokens], executed per token of the step. query_start_loc: [num_reqs + 1]. num_drafts: [num_reqs]."""
-    if len(layers) == len(req_ids):  # one token each
-        return {req_id: Executed(1, n, n, n) for req_id, n in zip(req_ids, layers.tolist())}
-    starts, ends = query_start_loc[:-1], query_start_loc[1:]
-    if num_drafts is None or not any(num_drafts):
-        columns = [ends - starts]
-        columns += [ufunc.reduceat(layers, starts) for ufunc in (np.add, np.minimum, np.maximum)]
-        return {req_id: Executed(*c) for req_id, *c in zip(req_ids, *(column.tolist() for column in columns))}
+    """layers: [num_tokens], executed per token of the step. query_start_loc: [num_reqs + 1]. plans: [num_reqs]."""
+    if plans is None or len(layers) == len(req_ids):  # one token each
+        plans = plans or [RequestPlan((), None)] * len(req_ids)
+        return {
+            req_id: Executed(1, n, n, n, prompt_tokens=plan.num_prompt, prompt_total=n * plan.num_prompt)
+            for req_id, n, plan in zip(req_ids, layers.tolist(), plans)
+        }
     result = {}
-    for req_id, start, end, drafts in zip(req_ids, starts.tolist(), ends.tolist(), num_drafts):
-        known = layers[start : end - drafts]
-        counts = (len(known), int(known.sum()), int(known.min()), int(known.max()))
-        result[req_id] = Executed(*counts, tuple(layers[end - drafts : end].tolist()))
+    for req_id, start, end, plan in zip(req_ids, query_start_loc.tolist(), query_start_loc[1:].tolist(), plans):
+        known, in_prompt = layers[start : end - plan.num_drafts], layers[start : start + plan.num_prompt]
+        total = int(known.sum())
+        in_prompt_total = total if len(in_prompt) == len(known) else int(in_prompt.sum())
+        result[req_id] = Executed(
+            len(known),
+            total,
+            int(known.min()),
+            int(known.max()),
+            tuple(layers[end - plan.num_drafts : end].tolist()),
+            prompt_tokens=plan.num_prompt,
+            prompt_total=in_prompt_total,
+        )
     return result
