@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from tools.tables import auto, peers, quality, speed, steps
+from tools.tables import auto, drafts, peers, quality, speed, steps
 from tools.tables.results import ROOT, table
 
 CARD = ROOT / "vllm_buddy" / "shipped" / "smollm2-135m" / "README.md"
@@ -83,6 +83,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "auto": auto.auto_table,
     "overload": auto.overload_table,
     "prices": auto.prices_table,
+    "speculation": drafts.speculation_summary,
+    "speculation in full": drafts.speculation_table,
+    "profile of depths": drafts.profile_depths_table,
+    "profile of speed-ups": drafts.profile_speedups_table,
 }
 PAGES = {
     ROOT / "README.md": [
@@ -101,7 +105,9 @@ PAGES = {
         "auto",
         "overload",
         "prices",
+        "speculation",
     ],
+    ROOT / "docs" / "speculation.md": ["speculation in full", "profile of depths", "profile of speed-ups"],
     ROOT / "docs" / "benchmarks.md": [
         "decode in full",
         "schedules in full",

@@ -158,8 +158,9 @@ def test_sampling_of_drafts_still_needs_to_be_mended() -> None:
     import torch
     from vllm.platforms import current_platform
     from vllm.utils import cpu_triton_utils
+    from vllm.v1.sample.ops import topk_topp_sampler
 
-    from vllm_buddy.serving.compat import _expand_batch_to_tokens
+    from vllm_buddy.serving.compat import _apply_top_k_top_p, _expand_batch_to_tokens
 
     values, ends = torch.tensor([0.0, 0.7, 1.5]), torch.tensor([2, 2, 5], dtype=torch.int32)
     assert _expand_batch_to_tokens(values, ends, 5, 0, 1).tolist() == pytest.approx([1.0, 1.0, 1.5, 1.5, 1.5])
@@ -168,6 +169,10 @@ def test_sampling_of_drafts_still_needs_to_be_mended() -> None:
         result = torch.full((5,), -1.0)
         cpu_triton_utils._expand_kernel_impl(result, values, ends, 0, 1)
         assert result.tolist() == [-1.0] * 5
+        none = torch.empty(0, 8)
+        with pytest.raises(RuntimeError):
+            topk_topp_sampler.apply_top_k_top_p(none, torch.empty(0, dtype=torch.int32), None)
+        assert _apply_top_k_top_p(none, torch.empty(0, dtype=torch.int32), None) is none
 
 
 def test_free_request_returns_both_kinds_of_parameters() -> None:

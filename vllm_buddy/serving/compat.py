@@ -125,15 +125,26 @@ def stop_hashing(request: "Request", num_blocks: int) -> None:
 
 
 def mend_sampling_of_drafts() -> None:
-    """Replace vLLM's expansion of sampling parameters over draft tokens, which on CPU leaves its result unset.
+    """Replace two functions of vLLM's rejection sampler that fail on CPU. Calling it again changes nothing.
 
-    Its CPU kernel writes to a copy of a floating-point output, and rounds temperature and top-p to integers. With one
-    request in the batch that is not greedy, all requests with drafts then get arbitrary tokens. Calling it again
-    changes nothing. Remove when vLLM's `_expand_kernel_impl` (utils/cpu_triton_utils.py) copies its result back.
+    `expand_batch_to_tokens` leaves its result unset: the CPU kernel writes to a copy of a floating-point output, and
+    rounds temperature and top-p to integers. With one request in the batch that is not greedy, all requests with drafts
+    then get arbitrary tokens. Remove when `_expand_kernel_impl` (utils/cpu_triton_utils.py) copies its result back.
+
+    `apply_top_k_top_p` ends the engine in a step in which a request has top-k and none has drafts. Remove when it takes
+    logits of no rows.
     """
     from vllm.v1.sample import rejection_sampler
 
     rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+    rejection_sampler.apply_top_k_top_p = _apply_top_k_top_p
+
+
+def _apply_top_k_top_p(logits: "torch.Tensor", k: "torch.Tensor | None", p: "torch.Tensor | None") -> "torch.Tensor":
+    """See vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p. logits: [num_tokens, vocab_size]."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    return apply_top_k_top_p(logits, k, p) if len(logits) else logits
 
 
 def _expand_batch_to_tokens(

@@ -1,13 +1,16 @@
 """Lossless mode: drafts on a short path, checked by all layers, give the tokens of the full model."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from vllm.v1.sample import rejection_sampler
 
 from tests.harness.engine import Ask, Engine, Tiny, start_engine
-from tests.harness.tiny_models import NUM_LAYERS
+from tests.harness.tiny_models import NUM_LAYERS, random_prompts
 from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import full_path
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
@@ -77,6 +80,75 @@ def test_tokens_are_those_of_the_full_model_beside_lossy_requests(lossless: Engi
         assert outcome["mode"] == ("lossless" if drafts else "budget")
         assert (outcome["drafted"] > 0) == (outcome["layers_drafting_mean"] > 0) == drafts
     assert sum(outcome["accepted"] for outcome in outcomes(outputs)) > 0
+
+
+def test_two_hundred_prompts_are_answered_as_by_the_full_model(lossless_of: Callable[..., Engine]) -> None:
+    """Fails if a rare course of drafts, neighbours, preemptions and cache hits changes a token."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED, 4)
+    prompts = random_prompts(200, seed=77, min_tokens=2, max_tokens=60)
+    budgets = (0.5, 0.75, 0.4)
+    asks = [
+        Ask(tuple(prompt), budgets[i // 3 % 3], 8) if i % 3 == 2 else Ask(tuple(prompt), None, 16, options=LOSSLESS)
+        for i, prompt in enumerate(prompts)
+    ]
+    # Sixteen run at once; the others arrive while these decode.
+    outputs = engine.run(asks, [i // 4 for i in range(200)], lambda step: step % 11 == 7 and engine.preempt(step))
+    engine.check(asks, outputs)
+    told = outcomes(outputs)
+    assert 0 < sum(o["accepted"] for o in told) < sum(o["drafted"] for o in told)
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_sampled_tokens_have_the_full_models_distribution(
+    lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, verified: bool
+) -> None:
+    """Fails if drafts shift the distribution. With drafts that are accepted unverified, the test must notice."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    if not verified:
+        monkeypatch.setattr(rejection_sampler, "rejection_sample", accept_all)
+    prompt, num_samples = tuple(random_prompts(1, seed=5, min_tokens=12, max_tokens=12)[0]), 1200
+    kind = {"temperature": 1.0, "top_k": 3}
+    asks = [Ask(prompt, None, 3, {**kind, "seed": seed}, options=LOSSLESS) for seed in range(num_samples)]
+    seen = Counter(tuple(output.outputs[0].token_ids) for output in engine.run(asks))
+    expected = expected_counts(engine, prompt, num_samples)
+    likely = {tokens: count for tokens, count in expected.items() if count >= 5}
+    rest = [num_samples - sum(seen[tokens] for tokens in likely), num_samples - sum(likely.values())]
+    pairs = [(seen[tokens], count) for tokens, count in likely.items()] + ([tuple(rest)] if rest[1] >= 1 else [])
+    statistic = sum((got - count) ** 2 / count for got, count in pairs)
+    # Mean and variance of chi-square are n and 2 n; five standard deviations.
+    limit = len(pairs) - 1 + 5 * math.sqrt(2 * (len(pairs) - 1))
+    assert (set(seen) <= set(expected) and statistic < limit) == verified
+
+
+def accept_all(
+    draft_token_ids: torch.Tensor, num_draft_tokens: list[int], max_spec_len: int, *args: Any, **_: Any
+) -> torch.Tensor:
+    """What vLLM's rejection_sample would be if it verified nothing."""
+    bonus_token_ids = args[3]
+    result = torch.full((len(num_draft_tokens), max_spec_len + 1), -1, dtype=torch.int32)
+    begin = 0
+    for row, num in enumerate(num_draft_tokens):
+        result[row, :num] = draft_token_ids[begin : begin + num]
+        result[row, num] = bonus_token_ids[row, 0]
+        begin += num
+    return result
+
+
+def expected_counts(engine: Engine, prompt: tuple[int, ...], num_samples: int) -> dict[tuple[int, ...], float]:
+    """How often each answer of three tokens is expected, each token one of the three likeliest."""
+    counts = {(): float(num_samples)}
+    for _ in range(3):
+        longer = {}
+        for tokens, count in counts.items():
+            text = [*prompt, *tokens]
+            logits = routed_logits(engine.tiny.model, text, [full_path(NUM_LAYERS)] * len(text), MASKED)[-1]
+            values, ids = logits.topk(3)
+            for token, share in zip(ids.tolist(), values.softmax(dim=-1).tolist()):
+                longer[*tokens, token] = count * share
+        counts = longer
+    return counts
 
 
 def test_preemption_chunks_and_cache_hits_change_nothing(lossless: Engine) -> None:

@@ -65,6 +65,8 @@ class DepthDrafts:
         num_tokens_no_spec: [num_reqs], tokens of each request, the sampled ones included.
         token_ids_cpu: [num_reqs, max_model_len].
         """
+        if not sampled_token_ids:
+            return []
         num_reqs = len(sampled_token_ids)
         req_ids = self._runner.input_batch.req_ids[:num_reqs]
         ngrams, wanted = zip(*self._runner.buddy_state.wanted_drafts(req_ids))

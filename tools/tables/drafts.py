@@ -1,0 +1,102 @@
+"""Tables of speculation and lossless mode."""
+
+import json
+
+from tools.tables.results import RESULTS, by_key, load_rows, section, spread, where
+
+_STOCK = "stock, n-gram"
+_SHOWN = (
+    _STOCK,
+    "buddy 0.75",
+    "buddy 0.75, n-gram",
+    "buddy 0.5",
+    "buddy 0.5, n-gram",
+    "lossless, as it pays",
+    "lossless, n-gram, then as it pays",
+)
+
+
+def speculation_summary() -> str:
+    """Return tokens/s over stock vLLM, by task and batch, of the variants that a user would choose among."""
+    return _speculation(_SHOWN, full=False)
+
+
+def speculation_table() -> str:
+    """Return all variants with p20 to p80, and the drafts that a step accepts."""
+    return _speculation(None, full=True)
+
+
+def _speculation(variants: tuple[str, ...] | None, *, full: bool) -> str:
+    rows = load_rows("cpu_speculation.jsonl")
+    found = by_key(rows, "metric", "variant", "task", "batch")
+    settings = list(dict.fromkeys((row["task"], row["batch"]) for row in rows))
+    names = variants or list(dict.fromkeys(row["variant"] for row in rows))
+    note = "`python -m benchmarks.speed.speculation`: decode tokens/s over stock vLLM without drafts, greedy"
+    if not full:
+        heads = ["", *(f"{task}, batch {batch}" for task, batch in settings)]
+        lines = [
+            [name, *(f"{found['over_stock', name, task, batch]['p50']:.2f}" for task, batch in settings)]
+            for name in names
+        ]
+        return section(f"{note}. Medians of {rows[0]['n']} rounds, {where(rows[0])}.", heads, lines)
+    lines = [
+        [
+            task,
+            str(batch),
+            name,
+            *(spread(found[metric, name, task, batch]) for metric in ("over_stock", "over_ngram")),
+            f"{found['accepted_per_step', name, task, batch]['p50']:.2f}",
+        ]
+        for task, batch in settings
+        for name in names
+    ]
+    note += (
+        f", and over stock vLLM with n-grams; drafts that a step of a request accepts. Medians of {rows[0]['n']} "
+        f"rounds with 20th to 80th percentile, {where(rows[0])}."
+    )
+    return section(note, ["prompts", "batch", "variant", "over stock", "over stock, n-gram", "accepted"], lines)
+
+
+def profile_depths_table() -> str:
+    """Return how often drafts are right by depth and length of the chain, and the earliest agreeing depth."""
+    profile = json.loads((RESULTS / "depth_profile.json").read_text())
+    about, depths = profile["about"], profile["depths"]
+    lengths = range(len(depths[0]["right"]))
+    lines = [
+        [str(row["depth"]), f"{row['cost']:.2f}", *(f"{r:.3f}" for r in row["right"]), f"{row['ead']:.3f}"]
+        for row in depths
+    ]
+    note = (
+        f"Artifact `{about['artifact']}`, {about['positions']:,} positions of greedy answers to passages of "
+        f"{about['text']}. *cost*: weights that a pass reads, over those of the whole model. *right*: the share of "
+        "chains of that many drafts that are all right. *EAD*: the share of tokens with that earliest agreeing depth."
+    )
+    return section(note, ["layers", "cost", *(f"{n + 1} right" for n in lengths), "EAD"], lines)
+
+
+def profile_speedups_table() -> str:
+    """Return the best predicted speed-up of each source of drafts, and what DEX would gain."""
+    profile = json.loads((RESULTS / "depth_profile.json").read_text())
+    best: dict[tuple[str, int], dict[str, float]] = {}
+    for row in profile["speedups"]:
+        key = (row["source"], row["batch"])
+        if key not in best or row["speedup"] > best[key]["speedup"]:
+            best[key] = row
+    sources, batches = (list(dict.fromkeys(key[i] for key in best)) for i in (0, 1))
+    lines = []
+    for source in sources:
+        cells = []
+        for batch in batches:
+            row = best[source, batch]
+            of = "" if row["depth"] is None else f" ({row['drafts']} of {row['depth']} layers)"
+            cells.append(f"{row['speedup']:.2f}{of}")
+        lines.append([source, *cells])
+    dex = [
+        f"{row['devices']} devices {row['exploration_speedup']:.2f} and {row['exit_speedup']:.2f}"
+        for row in profile["dex"]
+    ]
+    note = (
+        "Predicted speed-up of the best depth and number of drafts, over no drafts. On several devices, as an upper "
+        f"bound, depth exploration and the best single exit: {'; '.join(dex)}."
+    )
+    return section(note, ["drafts from", *(f"batch {batch}" for batch in batches)], lines)
