@@ -68,11 +68,11 @@ class Drafted(Variant):
         drafter = core.model_executor.driver_worker.worker.model_runner.drafter
         drafter.kept_ngrams = getattr(drafter, "kept_ngrams", drafter._ngrams)
         drafter._ngrams = drafter.kept_ngrams if self.ngrams else None
-        if self.drafts is not None:
-            drafter._drafts = core.scheduler._draft_path = self.drafts
-            core.scheduler._most_drafts = self.most
+        drafting = core.scheduler._drafting
+        drafter._drafts = self.drafts or drafting.path
         row_cost = DraftSettings().row_cost if self.paced else 0.0  # with cost 0 too, the most drafts gain the most
-        core.scheduler._draft_settings = core.scheduler._draft_settings.model_copy(update={"row_cost": row_cost})
+        settings = drafting.settings.model_copy(update={"row_cost": row_cost, "most": self.most})
+        core.scheduler._drafting = replace(drafting, path=drafter._drafts, settings=settings)
 
 
 def main() -> None:

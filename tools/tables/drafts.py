@@ -1,6 +1,7 @@
 """Tables of speculation and lossless mode."""
 
 import json
+from typing import Any
 
 from tools.tables.results import RESULTS, by_key, load_rows, section, spread, where
 
@@ -77,15 +78,16 @@ def profile_depths_table() -> str:
 def profile_speedups_table() -> str:
     """Return the best predicted speed-up of each source of drafts, and what DEX would gain."""
     profile = json.loads((RESULTS / "depth_profile.json").read_text())
-    best: dict[tuple[str, int], dict[str, float]] = {}
+    best: dict[tuple[str, int], dict[str, Any]] = {}
     for row in profile["speedups"]:
         key = (row["source"], row["batch"])
         if key not in best or row["speedup"] > best[key]["speedup"]:
             best[key] = row
-    sources, batches = (list(dict.fromkeys(key[i] for key in best)) for i in (0, 1))
+    sources = list(dict.fromkeys(source for source, _ in best))
+    batches = list(dict.fromkeys(batch for _, batch in best))
     lines = []
     for source in sources:
-        cells = []
+        cells: list[str] = []
         for batch in batches:
             row = best[source, batch]
             of = "" if row["depth"] is None else f" ({row['drafts']} of {row['depth']} layers)"

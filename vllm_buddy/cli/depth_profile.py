@@ -62,7 +62,7 @@ def profile_tables(profile: "Profile") -> list[str]:
     ]
     best: dict[tuple[int, str], list[str]] = {}
     for row in sorted(profile.speedups, key=lambda row: row["speedup"]):
-        cells = [str(row.get("depth", "")), str(row["drafts"]), f"{row['speedup']:.3f}"]
+        cells = [str(row["depth"] or ""), str(row["drafts"]), f"{row['speedup']:.3f}"]
         best[row["batch"], row["source"]] = cells
     speedups = [[str(batch), source, *cells] for (batch, source), cells in sorted(best.items())]
     dex = [

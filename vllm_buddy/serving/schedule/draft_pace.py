@@ -21,7 +21,8 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import LayerPath
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.drafting import batch_share, draft_gain, pass_cost
-from vllm_buddy.serving.start.settings import BuddySettings
+from vllm_buddy.serving.schedule.plan import Executed
+from vllm_buddy.serving.start.settings import BuddySettings, DraftSettings
 
 # What `--speculative-config` names as its model, with method custom_class.
 DEPTH_DRAFTS = "vllm_buddy.serving.worker.depth_drafts.DepthDrafts"
@@ -105,6 +106,56 @@ class DraftPace:
         """Learn from one step's drafts. Those after the first wrong one tell nothing."""
         self._right = _MEMORY * self._right + num_accepted
         self._tried = _MEMORY * self._tried + min(num_drafted, num_accepted + 1)
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How a server with the drafter DepthDrafts drafts. num_drafts: of a step, at most."""
+
+    path: DraftPath
+    settings: DraftSettings
+    num_drafts: int
+
+    @property
+    def most_passes(self) -> int:
+        """Draft passes after one step, at most."""
+        most = self.num_drafts - (self.path.refined is not None)  # a refining pass adds a token
+        return min(most, self.settings.most or most)
+
+    def of_request(self, *, lossless: bool) -> "RequestDrafts":
+        """The drafts of an arriving request."""
+        expected, row_cost, path = self.settings.acceptance, self.settings.row_cost, self.path
+        ngrams = DraftPace(self.num_drafts, expected, row_cost) if self.settings.ngram_max else None
+        by_depth = DraftPace(self.most_passes, expected, row_cost, cost=path.cost, refine_cost=path.refine_cost)
+        return RequestDrafts(ngrams, by_depth if lossless else None)
+
+
+@dataclass
+class RequestDrafts:
+    """The drafts of one request. ngrams, by_depth: paces of both kinds, None where it gets none of a kind.
+
+    last_by_depth: whether the drafts for the next step were made on layers.
+    """
+
+    ngrams: DraftPace | None
+    by_depth: DraftPace | None
+    last_by_depth: bool = False
+
+    def wanted(self, num_requests: int, left: int) -> tuple[int, int]:
+        """Drafts to make after a step of num_requests requests, of n-grams and on layers, up to `left`."""
+        ngrams, by_depth = (
+            0 if pace is None else min(pace.num_drafts(num_requests), left) for pace in (self.ngrams, self.by_depth)
+        )
+        return ngrams, by_depth
+
+    def observe(self, counts: Executed, num_accepted: int) -> bool:
+        """Learn from the drafts that a step checked. Returns whether it checked drafts that were made on layers."""
+        checked_by_depth = self.last_by_depth and bool(counts.drafts)
+        pace = self.by_depth if self.last_by_depth else self.ngrams
+        if counts.drafts and pace is not None:
+            pace.observe(len(counts.drafts), num_accepted)
+        self.last_by_depth = counts.drafting > 0
+        return checked_by_depth
 
 
 def _path(artifact: Artifact, name: str, depth: int) -> LayerPath:

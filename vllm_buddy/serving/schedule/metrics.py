@@ -100,14 +100,15 @@ class EngineMetrics:
         self._load.set(level)
         self._auto_price.set(price)
 
-    def observe_drafting(self, layers: int) -> None:
-        """Count the layers that were executed to draft for one request."""
-        self._drafting.inc(layers)
+    def observe_drafts(self, counts: Executed, num_accepted: int | None) -> None:
+        """Count the layers that drafted for a request, and those of its drafts that a step checked.
 
-    def observe_depth_drafts(self, num_drafted: int, num_accepted: int) -> None:
-        """Count the drafts of one request that one step checked."""
-        self._depth_drafted.inc(num_drafted)
-        self._depth_accepted.inc(num_accepted)
+        num_accepted: of these; None if they were not made on layers.
+        """
+        self._drafting.inc(counts.drafting)
+        if num_accepted is not None:
+            self._depth_drafted.inc(len(counts.drafts))
+            self._depth_accepted.inc(num_accepted)
 
     def observe_step(self, executed: Iterable[Executed], num_layers: int) -> None:
         """Count one step's layer executions, those of drafts included."""

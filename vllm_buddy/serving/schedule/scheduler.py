@@ -22,7 +22,7 @@ from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import context_tokens
 from vllm_buddy.serving.compat import finished_params
-from vllm_buddy.serving.schedule.draft_pace import DraftPace, DraftPath
+from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPath, RequestDrafts
 from vllm_buddy.serving.schedule.metrics import EngineMetrics
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
@@ -45,8 +45,7 @@ class RoutedRequest:
     price: the highest at which "auto" was decided for it so far.
     planned: number of tokens that were planned so far, without drafts that may be rejected. A request that is computed
         again stands before it.
-    ngram_pace: of drafts from n-grams; None if the server has none. depth_pace: of drafts from layers; None unless the
-        request is in lossless mode. drafted_by_depth: whether the last drafts came from layers.
+    drafts: made for it by DepthDrafts; None on a server without that drafter.
     """
 
     route: Route
@@ -54,9 +53,7 @@ class RoutedRequest:
     asked: AutoBudget | None = None
     price: float = 0.0
     planned: int = 0
-    ngram_pace: DraftPace | None = None
-    depth_pace: DraftPace | None = None
-    drafted_by_depth: bool = False
+    drafts: RequestDrafts | None = None
 
 
 class _Routing(_Base):
@@ -75,14 +72,10 @@ class _Routing(_Base):
         self._metrics = EngineMetrics.for_engine(vllm_config)
         self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
         self._lowers_running = settings.load is not None and settings.load.lowers_running
-        self._draft_settings = settings.drafts
-        self._draft_path: DraftPath | None = None
+        self._drafting: Drafting | None = None
         if self._limits.lossless:
-            hf_config = vllm_config.model_config.hf_text_config
-            self._draft_path = DraftPath.of(settings, artifact, hf_config)
-            # A refining pass adds a token.
-            most = self.num_spec_tokens - (self._draft_path.refined is not None)
-            self._most_drafts = min(most, settings.drafts.most or most)
+            path = DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
+            self._drafting = Drafting(path, settings.drafts, self.num_spec_tokens)
             # vLLM reserves no slots for what a drafter of method custom_class writes.
             self.num_lookahead_tokens = self.num_spec_tokens
         self._observe_load()
@@ -96,6 +89,8 @@ class _Routing(_Base):
         if request.request_id not in self.requests:
             started = time.perf_counter()
             routed = self._routed[request.request_id] = self._route(request)
+            if self._drafting is not None:
+                routed.drafts = self._drafting.of_request(lossless=routed.outcome.lossless)
             if (key := routed.route.cache_key) is not None:
                 salt(request, f"{self._salt_prefix}:{key}")
                 # If the path changes within the prompt, the request must not look up blocks after the change.
@@ -106,13 +101,6 @@ class _Routing(_Base):
     def _route(self, request: Request) -> RoutedRequest:
         """Decide budget, depth and first path of an arriving request."""
         assert request.sampling_params is not None  # generation models only, checked at start
-        routed = self._routed_as_asked(request)
-        if self._draft_path is not None:
-            self._set_paces(routed)
-        return routed
-
-    def _routed_as_asked(self, request: Request) -> RoutedRequest:
-        assert request.sampling_params is not None
         if request.resumable:
             # A streaming-input session rewrites its prompt while it runs, so there is no prompt to route by. One that
             # asks for a budget was refused.
@@ -128,15 +116,6 @@ class _Routing(_Base):
         choice = self._chooser.choose(asked, request.all_token_ids[:num_context])
         route = self._new_route(request, choice.budget)
         return RoutedRequest(route, Outcome(*choice), asked, choice.price)
-
-    def _set_paces(self, routed: RoutedRequest) -> None:
-        settings, path = self._draft_settings, self._draft_path
-        assert path is not None
-        if settings.ngram_max:
-            routed.ngram_pace = DraftPace(self.num_spec_tokens, settings.acceptance, settings.row_cost)
-        if routed.outcome.lossless:
-            costs = {"cost": path.cost, "refine_cost": path.refine_cost}
-            routed.depth_pace = DraftPace(self._most_drafts, settings.acceptance, settings.row_cost, **costs)
 
     def _new_route(self, request: Request, budget: float) -> Route:
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
@@ -234,11 +213,9 @@ class _Routing(_Base):
         """Drafts to make after this step, of n-grams and on layers: none before the step that completes a prompt."""
         end = request.num_computed_tokens
         left = min(self.max_model_len - end, request.max_tokens - request.num_output_tokens) - 1
-        if self._draft_path is None or end < request.num_tokens or left <= 0:
+        if routed.drafts is None or end < request.num_tokens or left <= 0:
             return 0, 0
-        paces = (routed.ngram_pace, routed.depth_pace)
-        ngrams, by_depth = (0 if pace is None else min(pace.num_drafts(num_requests), left) for pace in paces)
-        return ngrams, by_depth
+        return routed.drafts.wanted(num_requests, left)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Collect the layers executed, before vLLM finishes the requests of this step."""
@@ -248,24 +225,14 @@ class _Routing(_Base):
                 num_accepted = self._num_accepted(req_id, model_runner_output) if counts.drafts else 0
                 routed = self._routed[req_id]
                 routed.outcome.add(counts, num_accepted)
-                if self._draft_path is not None:
-                    self._observe_drafts(routed, counts, num_accepted)
+                if routed.drafts is not None:
+                    by_depth = routed.drafts.observe(counts, num_accepted)
+                    self._metrics.observe_drafts(counts, num_accepted if by_depth else None)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._observe_load()
         self._metrics.export(idle=not self.has_unfinished_requests())
         return outputs
-
-    def _observe_drafts(self, routed: RoutedRequest, counts: Executed, num_accepted: int) -> None:
-        """Learn from the drafts that a step checked, and remember where those for the next one came from."""
-        if counts.drafts:
-            pace = routed.depth_pace if routed.drafted_by_depth else routed.ngram_pace
-            if pace is not None:
-                pace.observe(len(counts.drafts), num_accepted)
-            if routed.drafted_by_depth:
-                self._metrics.observe_depth_drafts(len(counts.drafts), num_accepted)
-        routed.drafted_by_depth = counts.drafting > 0
-        self._metrics.observe_drafting(counts.drafting)
 
     def _num_accepted(self, req_id: str, model_runner_output: Any) -> int:
         """How many of a request's drafts were accepted, without those that its max_tokens cuts off."""
