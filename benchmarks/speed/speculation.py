@@ -38,7 +38,7 @@ from vllm_buddy.serving.start.settings import BuddySettings, DraftSettings
 
 NUM_TOKENS = 64
 BUDGETS = (0.75, 0.5)
-DEPTHS = (8, 12, 15, 22)
+DEPTHS = (9, 12, 15, 22)
 LEAST_AGREED = 24  # tokens before bf16's rounding leads to another text: the mean over the prompts
 STOCK, STOCK_NGRAM = "stock", "stock, n-gram"
 NGRAM = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -145,8 +145,8 @@ def _variants(lineup: Lineup) -> list[Variant]:
     for depth in DEPTHS:
         found.append(always(f"1 draft of {depth} layers", _draft_path(lineup, depth), 1))
     drafts = _draft_path(lineup, None)
-    found.append(always("3 drafts of 12 layers", drafts, 3))
-    found.append(always("2 drafts of 8 layers, refined by 15", _draft_path(lineup, 8, 15), 2))
+    found.append(always("3 drafts of 9 layers", drafts, 3))
+    found.append(always("2 drafts of 9 layers, refined by 15", _draft_path(lineup, 9, 15), 2))
     found.append(lossless("as it pays", ngrams=False, drafts=drafts))
     found.append(lossless("n-gram, then as it pays", ngrams=True, drafts=drafts))
     with _numba_hidden():

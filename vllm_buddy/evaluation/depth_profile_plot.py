@@ -15,7 +15,7 @@ def plot_profile(profile: Profile, out: Path) -> None:
     check_plotting()
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(13, 3.9), layout="constrained")
+    canvas = Canvas(figsize=(14.5, 3.9), layout="constrained")
     chains, ead, speed = canvas.subplots(1, 3)
     drafted = profile.depths[:-1]
     for length in range(len(drafted[0]["right"])):
@@ -33,7 +33,8 @@ def plot_profile(profile: Profile, out: Path) -> None:
             )
     speed.axhline(1.0, color="black", linewidth=1, linestyle=":")
     speed.set(title="predicted speed-up, lossless", xlabel="layers of a draft", ylabel="over no drafts")
+    chains.legend(frameon=False, fontsize="small")
+    speed.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axis in (chains, speed):
-        axis.legend(frameon=False, fontsize="small")
         axis.grid(alpha=0.3)
     save_canvas(canvas, out)

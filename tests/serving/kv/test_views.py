@@ -164,7 +164,7 @@ def test_packed_slots_of_rejected_drafts_are_written_again(scenario: list, rejec
         for i in active:
             runs = scenario[i][1][step]
             num_drafts = sum(run.num_tokens for run in runs) - 1
-            plans.append(RequestPlan(tuple(runs), sequences[i].cached_path, num_drafts))
+            plans.append(RequestPlan(tuple(runs), sequences[i].cached_path, num_drafts=num_drafts))
             sequences[i].cached_path = None
             num_rejected.append(min(rejections[(step + i) % len(rejections)], num_drafts))
         batch = step_batch([str(i) for i in active], [sequences[i] for i in active], plans)

@@ -28,6 +28,7 @@ from vllm_buddy.serving.start.settings import BuddySettings, DraftSettings
 DEPTH_DRAFTS = "vllm_buddy.serving.worker.depth_drafts.DepthDrafts"
 
 MARGIN = 0.03  # least gain for which drafts are made
+_SHARE = 0.3  # of the layers, for a draft: where SmolLM2's depth profile predicts the most
 PROBE_EVERY = 48  # steps without drafts until one is tried
 _PRIOR_WEIGHT = 4.0  # drafts that the expectation before the first counts as
 _MEMORY = 0.9  # weight of what was known, per observed step
@@ -55,7 +56,7 @@ class DraftPath:
             SettingsError: a depth that the artifact has no path of.
         """
         num_layers, drafts = artifact.config.base_model.num_layers, settings.drafts
-        depth = drafts.depth or max(MIN_DEPTH, round(0.4 * num_layers))
+        depth = drafts.depth or max(MIN_DEPTH, round(_SHARE * num_layers))
         path = _path(artifact, "drafts.depth", depth)
         cost = pass_cost(hf_config, depth, artifact.config.bypass_rank)
         if drafts.refine_depth is None:

@@ -186,7 +186,7 @@ class DraftSettings(_Section):
     """Drafts of the speculator DepthDrafts, for requests in lossless mode."""
 
     depth: _Size | None = Field(
-        default=None, description="Layers that a draft runs. Default: two fifths of the model's layers."
+        default=None, description="Layers that a draft runs. Default: three tenths of the model's layers."
     )
     refine_depth: _Size | None = Field(
         default=None,
