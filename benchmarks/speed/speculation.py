@@ -38,7 +38,7 @@ from vllm_buddy.serving.start.settings import BuddySettings, DraftSettings
 
 NUM_TOKENS = 64
 BUDGETS = (0.75, 0.5)
-DEPTHS = (9, 12, 15, 22)
+DEPTHS = (9, 12, 22)
 LEAST_AGREED = 24  # tokens before bf16's rounding leads to another text: the mean over the prompts
 STOCK, STOCK_NGRAM = "stock", "stock, n-gram"
 NGRAM = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -71,8 +71,8 @@ class Drafted(Variant):
         drafting = core.scheduler._drafting
         drafter._drafts = self.drafts or drafting.path
         row_cost = DraftSettings().row_cost if self.paced else 0.0  # with cost 0 too, the most drafts gain the most
-        settings = drafting.settings.model_copy(update={"row_cost": row_cost, "most": self.most})
-        core.scheduler._drafting = replace(drafting, path=drafter._drafts, settings=settings)
+        drafting.path = drafter._drafts
+        drafting.settings = drafting.settings.model_copy(update={"row_cost": row_cost, "most": self.most})
 
 
 def main() -> None:

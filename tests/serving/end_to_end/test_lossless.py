@@ -15,7 +15,7 @@ from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import full_path
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 from vllm_buddy.method.reference import routed_logits
-from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, DraftPace
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, Drafting
 
 SPECULATOR = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 4}
 LOSSLESS = {"buddy_mode": "lossless"}
@@ -52,7 +52,7 @@ def lossless(request: pytest.FixtureRequest, lossless_of: Callable[..., Engine])
 @pytest.fixture(autouse=True)
 def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models reject nearly all drafts, so that a real pace would make none."""
-    monkeypatch.setattr(DraftPace, "num_drafts", lambda *_: 3)
+    monkeypatch.setattr(Drafting, "_num_passes", lambda *_: 3)
 
 
 def mixed_batch(seed: int, num_tokens: int = 20) -> list[Ask]:

@@ -7,52 +7,89 @@ import pytest
 from tests.harness.engine import Tiny
 from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import layers_of
-from vllm_buddy.serving.schedule.draft_pace import PROBE_EVERY, DraftPace, DraftPath
+from vllm_buddy.serving.schedule.draft_pace import PROBE_EVERY, Drafting, DraftPath
+from vllm_buddy.serving.schedule.plan import Executed
 from vllm_buddy.serving.start.settings import BuddySettings, DraftSettings
 
 
-def after(pace: DraftPace, num_steps: int, share_right: float) -> list[int]:
-    """The numbers of drafts in the last 200 steps of num_steps, of which a share is right."""
-    numbers, debt = [], 0.0
+def drafting(cost: float, *, num_drafts: int = 4, ngram_max: int = 0) -> Drafting:
+    return Drafting(DraftPath(0b1011, cost), DraftSettings(ngram_max=ngram_max), num_drafts)
+
+
+def after(server: Drafting, num_steps: int, share_right: float, num_requests: int = 1) -> list[int]:
+    """Draft passes in the last 200 of num_steps steps of lossless requests, of whose drafts a share is right."""
+    requests = [server.of_request(lossless=True) for _ in range(num_requests)]
+    numbers, debt = [], [i / num_requests for i in range(num_requests)]
     for _ in range(num_steps):
-        wanted = pace.num_drafts(1)
-        numbers.append(wanted)
-        accepted = 0
-        while accepted < wanted and (debt := debt + share_right) >= 1.0:
-            debt -= 1.0
-            accepted += 1
-        if wanted:
-            pace.observe(wanted, accepted)
+        wanted = server.wanted([(request, 100) for request in requests], num_requests)
+        numbers.append(max(by_depth for _, by_depth in wanted))
+        for i, (request, (_, by_depth)) in enumerate(zip(requests, wanted)):
+            accepted = 0
+            while accepted < by_depth:
+                debt[i] += share_right
+                if debt[i] < 1.0:
+                    break
+                debt[i] -= 1.0
+                accepted += 1
+            request.last_by_depth = True
+            server.observe(request, Executed(1, 8, 8, 8, (8,) * by_depth), accepted)
     return numbers[-200:]
 
 
 def test_drafts_that_are_right_become_more_and_wrong_ones_cease() -> None:
-    """Fails if a request goes on paying for drafts that are rejected, or cheap right ones are not used."""
-    assert set(after(DraftPace(4, 0.7, 0.02, cost=0.1), 400, 1.0)) == {4}
-    rare = after(DraftPace(4, 0.7, 0.02, cost=0.5), 400, 0.0)
+    """Fails if a server goes on paying for drafts that are rejected, or cheap right ones are not used."""
+    assert set(after(drafting(0.1), 400, 1.0)) == {4}
+    rare = after(drafting(0.5), 400, 0.0)
     assert set(rare) == {0, 1}
     assert sum(rare) <= 200 / PROBE_EVERY + 1
 
 
-def test_what_does_not_pay_is_tried_rarely_so_that_it_costs_little() -> None:
-    """Fails if trying costs more than 3% where no draft is ever right."""
-    pace = DraftPace(4, 0.7, 0.02, cost=0.55)
-    tried = after(pace, 1000, 0.0)
-    assert sum(tried) * 0.57 / len(tried) < 0.03
+@pytest.mark.parametrize("num_requests", [1, 8])
+def test_what_does_not_pay_is_tried_rarely_so_that_it_costs_little(num_requests: int) -> None:
+    """Fails if trying costs more than 3% where no draft is ever right: in a batch, all must try in one step."""
+    server = drafting(0.5)
+    after(server, 100, 0.0, num_requests)
+    tried = after(server, 200, 0.0, num_requests)
+    row = server.settings.row_cost
+    step = 1.0 + row * (num_requests - 1)
+    assert sum(tried) * (0.5 * step + num_requests * row) / (len(tried) * step) < 0.03
+
+
+def test_a_new_request_starts_from_what_others_have_shown() -> None:
+    """Fails if each request pays again to find out that drafts are wrong on this server."""
+    server = drafting(0.5)
+    after(server, 60, 0.0)
+    request = server.of_request(lossless=True)
+    assert request.by_depth is not None
+    assert request.by_depth.value < server.settings.acceptance
+    assert server.wanted([(request, 100)], 1) == [(0, 0)]
 
 
 def test_text_that_changes_brings_drafts_back() -> None:
-    """Fails if a request that once rejected all drafts never gets any again."""
-    pace = DraftPace(3, 0.7, 0.02, cost=0.2)
-    after(pace, 300, 0.0)
-    assert max(after(pace, 1200, 1.0)) == 3
+    """Fails if a server that once rejected all drafts never makes any again."""
+    server = drafting(0.2, num_drafts=3)
+    after(server, 300, 0.0)
+    assert max(after(server, 1200, 1.0)) == 3
 
 
-def test_large_batches_get_fewer_drafts() -> None:
+def test_requests_draft_together_or_not_at_all() -> None:
+    """Fails if one of many requests makes the batch wait for a pass that it alone uses."""
+    server = drafting(0.5)
+    alone, others = server.of_request(lossless=True), [server.of_request(lossless=False) for _ in range(7)]
+    for request in (alone, *others):
+        if request.by_depth is not None:
+            request.by_depth.observe(50, 49)
+    assert server.wanted([(alone, 100)], 1)[0][1] > 0
+    assert [by_depth for _, by_depth in server.wanted([(r, 100) for r in (alone, *others)], 8)] == [0] * 8
+
+
+def test_large_batches_get_fewer_ngrams() -> None:
     """Fails if drafts whose rows cost more than they bring are made because they paid for one request."""
-    few, many = DraftPace(5, 0.5, 0.02), DraftPace(5, 0.5, 0.02)
-    assert few.num_drafts(1) > many.num_drafts(16) >= 0
-    assert DraftPace(5, 0.5, 0.02).num_drafts(256) == 0
+    found = []
+    for num_requests in (1, 16, 256):
+        server = drafting(0.5, num_drafts=5, ngram_max=4)
+        found.append(server.wanted([(server.of_request(lossless=False), 100)], num_requests)[0][0])
+    assert found[0] > found[1] >= found[2] == 0
 
 
 def test_the_draft_path_is_the_artifacts(tiny: Callable[[str], Tiny]) -> None:

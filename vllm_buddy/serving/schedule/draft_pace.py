@@ -1,18 +1,21 @@
-"""The drafter's side of scheduling: on which layers drafts are made, and how many are worth their cost for a request.
+"""The drafter's side of scheduling: on which layers drafts are made, and how many are worth their cost.
 
 A request in lossless mode runs all layers, and so do its drafts when they are checked, so its answer is that of the
 full model. Drafts come from n-grams of the request, or from the model itself, on a short path of its layers
-(self-speculation; the single-device form of DEX, arXiv 2606.29223). Against a step without drafts, n drafts give
+(self-speculation; the single-device form of DEX, arXiv 2606.29223).
 
-    gain(n) = (1 + a + ... + a^n) / (1 + n (draft + row / share) + refine)
+Whether a draft is right is estimated for each request from its own drafts, and for a new one from those of all
+requests. Then drafts pay as follows (`method/drafting.py`):
 
-with a the probability that a draft is right if those before it are; draft and refine the costs of the passes that make
-them, as shares of a step of the whole model, and nothing for n-grams; row the cost of one more row in a step; share
-what one request of the batch pays of a step. The number of drafts is the n of most gain, and 0 where no n gains more
-than MARGIN. a is estimated from the request's own drafts. A request without drafts tries one now and then, because its
-text may change. Drafts change no token of an answer, so nothing but speed follows from these estimates.
+- N-grams cost rows in the step that checks them. Each request has the number that gains most by itself, 0 where none
+  gains more than MARGIN. A request without any tries one now and then, because its text may change.
+- A draft pass reads its layers once for all requests that draft, so they draft together or not at all: as many as gain
+  most for the whole batch. A server that makes none tries one pass now and then.
+
+Drafts change no token of an answer, so nothing but speed follows from these estimates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +32,9 @@ DEPTH_DRAFTS = "vllm_buddy.serving.worker.depth_drafts.DepthDrafts"
 
 MARGIN = 0.03  # least gain for which drafts are made
 _SHARE = 0.3  # of the layers, for a draft: where SmolLM2's depth profile predicts the most
-PROBE_EVERY = 48  # steps without drafts until one is tried
+PROBE_EVERY = 48  # steps without drafts until one is tried, which costs about 1%
 _PRIOR_WEIGHT = 4.0  # drafts that the expectation before the first counts as
-_MEMORY = 0.9  # weight of what was known, per observed step
+_MEMORY, _SERVER_MEMORY = 0.9, 0.98  # weight of what was known, per step with drafts: of one request, and of all
 
 
 @dataclass(frozen=True)
@@ -69,94 +72,121 @@ class DraftPath:
         return cls(path, cost, refined, pass_cost(hf_config, drafts.refine_depth, artifact.config.bypass_rank))
 
 
-class DraftPace:
-    """How many drafts of one kind one request gets in its next step.
+@dataclass
+class Acceptance:
+    """An estimate of the probability that a draft is right if those before it are. memory: weight of what was known."""
 
-    most: drafts per step. expected: the probability that a draft is right, before there is experience. cost,
-    refine_cost: see DraftPath; 0 for n-grams. row_cost: of one more row in a step, as a share of a step of one row.
-    """
+    right: float
+    tried: float
+    memory: float
 
-    def __init__(
-        self, most: int, expected: float, row_cost: float, *, cost: float = 0.0, refine_cost: float = 0.0
-    ) -> None:
-        self._most, self._row_cost, self._cost, self._refine_cost = most, row_cost, cost, refine_cost
-        self._right = expected * _PRIOR_WEIGHT
-        self._tried = _PRIOR_WEIGHT
-        self._since_drafts = 0
+    @classmethod
+    def expected(cls, value: float, memory: float) -> "Acceptance":
+        """The estimate before there is experience."""
+        return cls(value * _PRIOR_WEIGHT, _PRIOR_WEIGHT, memory)
 
     @property
-    def acceptance(self) -> float:
-        """The estimate of a."""
-        return self._right / self._tried
-
-    def num_drafts(self, num_requests: int) -> int:
-        """Drafts for the step after the next, which has about num_requests requests. To be called once a step."""
-        row = self._row_cost / batch_share(num_requests, self._row_cost)
-        best, most_gain = 0, 1.0 + MARGIN
-        for n in range(1, self._most + 1):
-            right = [self.acceptance**i for i in range(1, n + 1)]
-            gain = draft_gain(right, self._cost, row, self._refine_cost)
-            if gain > most_gain:
-                best, most_gain = n, gain
-        if best == 0 and self._since_drafts >= PROBE_EVERY:
-            best = 1
-        self._since_drafts = 0 if best else self._since_drafts + 1
-        return best
+    def value(self) -> float:
+        """In [0, 1]."""
+        return self.right / self.tried
 
     def observe(self, num_drafted: int, num_accepted: int) -> None:
         """Learn from one step's drafts. Those after the first wrong one tell nothing."""
-        self._right = _MEMORY * self._right + num_accepted
-        self._tried = _MEMORY * self._tried + min(num_drafted, num_accepted + 1)
+        self.right = self.memory * self.right + num_accepted
+        self.tried = self.memory * self.tried + min(num_drafted, num_accepted + 1)
 
-
-@dataclass(frozen=True)
-class Drafting:
-    """How a server with the drafter DepthDrafts drafts. num_drafts: of a step, at most."""
-
-    path: DraftPath
-    settings: DraftSettings
-    num_drafts: int
-
-    @property
-    def most_passes(self) -> int:
-        """Draft passes after one step, at most."""
-        most = self.num_drafts - (self.path.refined is not None)  # a refining pass adds a token
-        return min(most, self.settings.most or most)
-
-    def of_request(self, *, lossless: bool) -> "RequestDrafts":
-        """The drafts of an arriving request."""
-        expected, row_cost, path = self.settings.acceptance, self.settings.row_cost, self.path
-        ngrams = DraftPace(self.num_drafts, expected, row_cost) if self.settings.ngram_max else None
-        by_depth = DraftPace(self.most_passes, expected, row_cost, cost=path.cost, refine_cost=path.refine_cost)
-        return RequestDrafts(ngrams, by_depth if lossless else None)
+    def chain(self, length: int) -> list[float]:
+        """[length], the probabilities that the first 1, 2, ... drafts are all right."""
+        return [self.value**n for n in range(1, length + 1)]
 
 
 @dataclass
 class RequestDrafts:
-    """The drafts of one request. ngrams, by_depth: paces of both kinds, None where it gets none of a kind.
+    """The drafts of one request. ngrams, by_depth: of both kinds, None where it gets none of a kind.
 
     last_by_depth: whether the drafts for the next step were made on layers.
     """
 
-    ngrams: DraftPace | None
-    by_depth: DraftPace | None
+    ngrams: Acceptance | None
+    by_depth: Acceptance | None
     last_by_depth: bool = False
+    steps_without_ngrams: int = 0
 
-    def wanted(self, num_requests: int, left: int) -> tuple[int, int]:
-        """Drafts to make after a step of num_requests requests, of n-grams and on layers, up to `left`."""
-        ngrams, by_depth = (
-            0 if pace is None else min(pace.num_drafts(num_requests), left) for pace in (self.ngrams, self.by_depth)
-        )
-        return ngrams, by_depth
 
-    def observe(self, counts: Executed, num_accepted: int) -> bool:
+class Drafting:
+    """How a server with the drafter DepthDrafts drafts. num_drafts: of a step, at most."""
+
+    def __init__(self, path: DraftPath, settings: DraftSettings, num_drafts: int) -> None:
+        self.path, self.settings = path, settings
+        self._num_drafts = num_drafts
+        # Of all requests.
+        self._ngrams = Acceptance.expected(settings.acceptance, _SERVER_MEMORY)
+        self._by_depth = Acceptance.expected(settings.acceptance, _SERVER_MEMORY)
+        self._steps_without_passes = 0
+
+    def of_request(self, *, lossless: bool) -> RequestDrafts:
+        """The drafts of an arriving request."""
+        ngrams = Acceptance.expected(self._ngrams.value, _MEMORY) if self.settings.ngram_max else None
+        return RequestDrafts(ngrams, Acceptance.expected(self._by_depth.value, _MEMORY) if lossless else None)
+
+    def wanted(self, asking: Sequence[tuple[RequestDrafts, int]], num_requests: int) -> list[tuple[int, int]]:
+        """Drafts to make after a step of num_requests requests: for each that asks, of n-grams and on layers.
+
+        asking: those that will have sampled a token, with the tokens that each has left. To be called once a step.
+        """
+        passes = self._num_passes([drafts.by_depth for drafts, _ in asking if drafts.by_depth], num_requests)
+        return [
+            (min(self._num_ngrams(drafts, num_requests), left), min(passes, left) if drafts.by_depth else 0)
+            for drafts, left in asking
+        ]
+
+    def observe(self, drafts: RequestDrafts, counts: Executed, num_accepted: int) -> bool:
         """Learn from the drafts that a step checked. Returns whether it checked drafts that were made on layers."""
-        checked_by_depth = self.last_by_depth and bool(counts.drafts)
-        pace = self.by_depth if self.last_by_depth else self.ngrams
-        if counts.drafts and pace is not None:
-            pace.observe(len(counts.drafts), num_accepted)
-        self.last_by_depth = counts.drafting > 0
-        return checked_by_depth
+        by_depth = drafts.last_by_depth
+        drafts.last_by_depth = counts.drafting > 0
+        if not counts.drafts:
+            return False
+        for known in (drafts.by_depth, self._by_depth) if by_depth else (drafts.ngrams, self._ngrams):
+            if known is not None:
+                known.observe(len(counts.drafts), num_accepted)
+        return by_depth
+
+    def _num_ngrams(self, drafts: RequestDrafts, num_requests: int) -> int:
+        if drafts.ngrams is None:
+            return 0
+        row = self.settings.row_cost / batch_share(num_requests, self.settings.row_cost)
+        right = drafts.ngrams.chain(self._num_drafts)
+        best = _best([draft_gain(right[:n], 0.0, row) for n in range(1, len(right) + 1)])
+        if best == 0 and drafts.steps_without_ngrams >= PROBE_EVERY:
+            best = 1
+        drafts.steps_without_ngrams = 0 if best else drafts.steps_without_ngrams + 1
+        return best
+
+    def _num_passes(self, drafting: Sequence[Acceptance], num_requests: int) -> int:
+        """Draft passes after a step in which all of `drafting` take part, of num_requests requests."""
+        if not drafting:
+            return 0
+        path, row = self.path, self.settings.row_cost
+        most = self._num_drafts - (path.refined is not None)  # a refining pass adds a token
+        most = min(most, self.settings.most or most)
+        chains = [acceptance.chain(most) for acceptance in drafting]
+        step, per_pass = 1.0 + row * (num_requests - 1), 1.0 + row * (len(drafting) - 1)
+        gains = []
+        for n in range(1, most + 1):
+            tokens = 1.0 + sum(sum(chain[:n]) for chain in chains) / num_requests
+            added = (n * path.cost + path.refine_cost) * per_pass + n * len(drafting) * row
+            gains.append(tokens / (1.0 + added / step))
+        best = _best(gains)
+        if best == 0 and self._steps_without_passes >= PROBE_EVERY:
+            best = 1
+        self._steps_without_passes = 0 if best else self._steps_without_passes + 1
+        return best
+
+
+def _best(gains: Sequence[float]) -> int:
+    """The number of drafts of the largest gain, gains[n - 1] that of n; 0 if none is worth it."""
+    most = max(gains, default=0.0)
+    return gains.index(most) + 1 if most > 1.0 + MARGIN else 0
 
 
 def _path(artifact: Artifact, name: str, depth: int) -> LayerPath:

@@ -205,17 +205,23 @@ class _Routing(_Base):
                 runs = routed.route.runs(end - num_tokens, num_tokens, request.all_token_ids)
             routed.planned = max(routed.planned, end - len(drafts))
             num_prompt = max(0, min(end, request.num_prompt_tokens) - (end - num_tokens))
-            wanted = self._wanted_drafts(request, routed, len(output.num_scheduled_tokens))
-            plan[req_id] = RequestPlan(tuple(runs), first, num_prompt, len(drafts), *wanted)
+            plan[req_id] = RequestPlan(tuple(runs), first, num_prompt, len(drafts))
+        if self._drafting is not None:
+            self._ask_for_drafts(plan)
         return plan
 
-    def _wanted_drafts(self, request: Request, routed: RoutedRequest, num_requests: int) -> tuple[int, int]:
-        """Drafts to make after this step, of n-grams and on layers: none before the step that completes a prompt."""
-        end = request.num_computed_tokens
-        left = min(self.max_model_len - end, request.max_tokens - request.num_output_tokens) - 1
-        if routed.drafts is None or end < request.num_tokens or left <= 0:
-            return 0, 0
-        return routed.drafts.wanted(num_requests, left)
+    def _ask_for_drafts(self, plan: StepPlan) -> None:
+        """Add to a step's plan the drafts to make after it: none before the step that completes a prompt."""
+        assert self._drafting is not None
+        asking = {}
+        for req_id in plan:
+            request, drafts = self.requests[req_id], self._routed[req_id].drafts
+            end = request.num_computed_tokens
+            left = min(self.max_model_len - end, request.max_tokens - request.num_output_tokens) - 1
+            if drafts is not None and end >= request.num_tokens and left > 0:
+                asking[req_id] = drafts, left
+        for req_id, wanted in zip(asking, self._drafting.wanted(list(asking.values()), len(plan))):
+            plan[req_id] = plan[req_id]._replace(wanted_ngrams=wanted[0], wanted_drafts=wanted[1])
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Collect the layers executed, before vLLM finishes the requests of this step."""
@@ -225,8 +231,8 @@ class _Routing(_Base):
                 num_accepted = self._num_accepted(req_id, model_runner_output) if counts.drafts else 0
                 routed = self._routed[req_id]
                 routed.outcome.add(counts, num_accepted)
-                if routed.drafts is not None:
-                    by_depth = routed.drafts.observe(counts, num_accepted)
+                if self._drafting is not None and routed.drafts is not None:
+                    by_depth = self._drafting.observe(routed.drafts, counts, num_accepted)
                     self._metrics.observe_drafts(counts, num_accepted if by_depth else None)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         outputs = super().update_from_output(scheduler_output, model_runner_output)

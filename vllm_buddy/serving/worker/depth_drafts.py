@@ -76,8 +76,8 @@ class DepthDrafts:
             found = self._ngrams.propose(self._most, asking, num_tokens_no_spec, token_ids_cpu)
             drafts = [tokens[:n] for tokens, n in zip(found, ngrams)]
         rows = [row for row in range(num_reqs) if wanted[row] and sampled_token_ids[row] and not drafts[row]]
-        if not rows:
-            return drafts
+        if 2 * len(rows) < np.count_nonzero(wanted) or not rows:
+            return drafts  # a pass costs what it costs for all that wanted it, and n-grams were found for most
         positions = num_tokens_no_spec[rows].astype(np.int64) - 1  # of the newest token, which no pass has run yet
         newest = token_ids_cpu[rows, positions].tolist()
         for row, chain in zip(rows, self._chains(rows, positions, newest, [wanted[row] for row in rows])):
