@@ -98,7 +98,8 @@ def profile_speedups_table() -> str:
         for row in profile["dex"]
     ]
     note = (
-        "Predicted speed-up of the best depth and number of drafts, over no drafts. On several devices, as an upper "
+        "Predicted speed-up of the best depth and number of drafts, over no drafts, where a row of drafts costs "
+        f"{profile['about']['row_cost']} of a step of one row. On several devices, as an upper "
         f"bound, depth exploration and the best single exit: {'; '.join(dex)}."
     )
     return section(note, ["drafts from", *(f"batch {batch}" for batch in batches)], lines)

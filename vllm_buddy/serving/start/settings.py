@@ -207,10 +207,10 @@ class DraftSettings(_Section):
         ),
     )
     row_cost: _Share = Field(
-        default=0.02,
+        default=0.05,
         description=(
-            "Time of one more row in a step, as a share of a step of one row; drafts cost rows. The default is what "
-            "SmolLM2 takes on 2 CPU cores; on a GPU rows cost less."
+            "Time of one more row of drafts in a step, as a share of a step of one row. The default is what SmolLM2 "
+            "takes in batches on 2 CPU cores; on a GPU rows cost less."
         ),
     )
     ngram_max: _Count = Field(
