@@ -336,7 +336,10 @@ def test_lossless_mode_beside_a_budget_below_one_is_refused(llama: Engine) -> No
     whole = limits.resolve({"buddy_mode": "lossless"})
     assert whole == limits.resolve({"buddy_mode": "lossless", "buddy_budget": 1.0})
     assert (whole.budget, whole.depth, whole.lossless) == (1.0, 8, True)
-    for key, value in (("buddy_budget", 0.5), ("buddy_budget", "auto"), ("buddy_budget", True), ("buddy_price", 1.0)):
+    for value in (True, "1", [1], np.array([1.0, 1.0])):
+        with pytest.raises(OptionError, match=r"\(0, 1\]"):
+            limits.resolve({"buddy_mode": "lossless", "buddy_budget": value})
+    for key, value in (("buddy_budget", 0.5), ("buddy_budget", "auto"), ("buddy_price", 1.0)):
         with pytest.raises(OptionError, match='"lossless" runs all layers') as caught:
             limits.resolve({"buddy_mode": "lossless", key: value})
         assert caught.value.key == key

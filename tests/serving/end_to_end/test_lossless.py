@@ -82,6 +82,41 @@ def test_tokens_are_those_of_the_full_model_beside_lossy_requests(lossless: Engi
     assert sum(outcome["accepted"] for outcome in outcomes(outputs)) > 0
 
 
+def test_layers_draft_where_no_ngram_is_found(
+    lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if n-grams are dropped, layers draft beside them, or lossy requests get drafts from layers."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED, 4)
+    asks = mixed_batch(seed=9)
+    known = asks[:3]  # of these, one is lossless
+
+    answers = [[*ask.prompt, *engine.expected(ask).token_ids[:-1]] for ask in known]
+
+    class Ngrams:
+        def propose(self, most: int, sampled: Any, num_tokens: Any, token_ids: Any) -> list[list[int]]:
+            texts = [token_ids[i, : num_tokens[i]].tolist() if new else [] for i, new in enumerate(sampled)]
+            return [self.after(text)[:most] for text in texts]
+
+        def after(self, text: list[int]) -> list[int]:
+            return next((a[len(text) :] for a in answers if text and a[: len(text)] == text), [])
+
+    drafting = engine.scheduler._drafting
+    monkeypatch.setattr(drafting, "settings", drafting.settings.model_copy(update={"ngram_max": 4}))
+    monkeypatch.setattr(engine.runner.drafter, "_ngrams", Ngrams())
+    outputs = engine.run(asks)
+    engine.check(asks, outputs)
+    told = outcomes(outputs)
+    for ask, outcome in zip(asks, told):
+        by_ngram, lossless = ask in known, ask.options == LOSSLESS
+        assert (outcome["accepted"] > 10) == by_ngram
+        assert (outcome["drafted"] > 0) == (by_ngram or lossless)
+        if not lossless:
+            assert outcome["layers_drafting_mean"] == 0
+        elif not by_ngram:
+            assert outcome["layers_drafting_mean"] > 0
+
+
 def test_two_hundred_prompts_are_answered_as_by_the_full_model(lossless_of: Callable[..., Engine]) -> None:
     """Fails if a rare course of drafts, neighbours, preemptions and cache hits changes a token."""
     engine = lossless_of("llama")

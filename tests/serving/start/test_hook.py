@@ -367,7 +367,10 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "LoRA": ({"enable_lora": True}, "--enable-lora"),
     "KV connector": ({"kv_transfer_config": CONNECTOR}, "--kv-transfer-config"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
-    "speculator": ({"speculative_config": {**NGRAM, "method": "ngram_gpu"}}, "choose one of ngram, suffix"),
+    "speculator": (
+        {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
+        "choose one of ngram, draft_model, custom_class",
+    ),
     "drafts of two ranks": ({"speculative_config": DRAFTS, "tensor_parallel_size": 2}, "tensor parallelism"),
     "asynchronous drafts": ({"speculative_config": NGRAM, "async_scheduling": True}, "--async-scheduling"),
     "FlashInfer": ({"attention_config": {"backend": "FLASHINFER"}}, "--attention-backend with one of CPU_ATTN"),

@@ -258,11 +258,14 @@ class RequestLimits:
                 "lossless mode needs a server that drafts with the model's own layers; start it with "
                 "`vllm-buddy serve --lossless-drafts N`",
             )
-        for key in (BUDGET_KEY, *AUTO_KEYS):
-            if key in options and (key != BUDGET_KEY or options[key] not in (1, 1.0) or options[key] is True):
-                raise OptionError(
-                    key, f'is {options[key]!r}, but mode "{LOSSLESS}" runs all layers; leave one of them out'
-                )
+        clashing = [key for key in AUTO_KEYS if key in options]
+        if BUDGET_KEY in options:
+            value = options[BUDGET_KEY]
+            is_auto = isinstance(value, str) and value == AUTO
+            if is_auto or self._fixed_budget(value).budget < 1.0:
+                clashing.insert(0, BUDGET_KEY)
+        for key in clashing:
+            raise OptionError(key, f'is {options[key]!r}, but mode "{LOSSLESS}" runs all layers; leave one of them out')
         return FixedBudget(1.0, self.num_layers, lossless=True)
 
     def _fixed_budget(self, value: Any) -> FixedBudget:
