@@ -137,7 +137,7 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(embedded.GgufLlama, "write", fail)
+    monkeypatch.setattr(embedded.GgufModel, "write", fail)
     with pytest.raises(EmbeddedModelError, match="No space left"):
         fetch(folder=tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

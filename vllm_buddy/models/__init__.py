@@ -16,7 +16,7 @@ from vllm_buddy.models.embedded import (
     tensors_sha256,
 )
 from vllm_buddy.models.folder import load_config, load_model, load_tokenizer
-from vllm_buddy.models.gguf import MODEL_FILES, GgufLlama
+from vllm_buddy.models.gguf import MODEL_FILES, GgufModel
 from vllm_buddy.models.kv_size import kv_bytes
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "MODEL_FILES",
     "SOURCE_FILE",
     "EmbeddedModel",
-    "GgufLlama",
+    "GgufModel",
     "default_folder",
     "fetch",
     "find_problem",

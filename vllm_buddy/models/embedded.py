@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_buddy.errors import EmbeddedModelError
-from vllm_buddy.models.gguf import MODEL_FILES, GgufLlama
+from vllm_buddy.models.gguf import MODEL_FILES, GgufModel
 
 CACHE_VARIABLE = "VLLM_BUDDY_CACHE"
 SOURCE_FILE = "vllm_buddy_source.json"
-_CONVERSION = 1  # increases with every change of what GgufLlama writes, so that older folders are written again
+_CONVERSION = 1  # increases with every change of what GgufModel writes, so that older folders are written again
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fetch(
         partial.mkdir(parents=True)
         try:
             report(f"writing {model.hub_id} from {gguf.name} as bf16 to {folder}")
-            GgufLlama(gguf).write(partial, model.hub_id)
+            GgufModel(gguf).write(partial, model.hub_id)
             _write_source(partial, model)
             problem = find_problem(partial, model)
             if problem is not None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.training.objective import next_token_loss
 
 RIDGE = 1e-3  # this share of the mean variance is added to every direction of the input
 GRADIENT_FLOOR = 0.03  # this share of G's mean eigenvalue is added to every direction of the output
@@ -111,6 +112,5 @@ def _states_with_gradient(net: Any, token_ids: torch.Tensor) -> list[torch.Tenso
             hidden = dense_layer(layer, hidden, rotary)
             states.append(hidden)
         hidden.retain_grad()
-        logits = net.lm_head(backbone.norm(hidden))[:, :-1]
-        nn.functional.cross_entropy(logits.flatten(0, 1).float(), token_ids[:, 1:].flatten()).backward()
+        next_token_loss(backbone.norm(hidden), net.lm_head.weight, token_ids).backward()
     return states
