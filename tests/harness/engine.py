@@ -38,7 +38,10 @@ _STARTED: list[Any] = []
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. budget: None sends none. context: None is the whole prompt. options: others of the plugin."""
+    """One request. budget: None sends none. context: None is the whole prompt. options: others of the plugin.
+
+    adapter: vLLM's LoRARequest.
+    """
 
     prompt: tuple[int, ...]
     budget: float | None = 1.0
@@ -46,6 +49,7 @@ class Ask:
     sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
     context: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    adapter: Any = None
 
     @property
     def extra_args(self) -> dict[str, Any] | None:
@@ -272,7 +276,7 @@ class Engine:
         prompt: dict[str, Any] = {"prompt_token_ids": list(ask.prompt)}
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
-        self.llm.llm_engine.add_request(request_id, prompt, SamplingParams(**options))
+        self.llm.llm_engine.add_request(request_id, prompt, SamplingParams(**options), lora_request=ask.adapter)
         return request_id
 
     def run(

@@ -270,6 +270,32 @@ def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data
         run(settings | {"out": data})
 
 
+def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a run needs a file though all its settings are given, or does not say what is missing."""
+    assert main(["train"]) == 2
+    assert "KEY=VALUE" in capsys.readouterr().err
+    assert main(["train", "tokens=1000"]) == 2
+    assert "data: Field required" in capsys.readouterr().err
+    words = [f"{key}={value}" for key, value in settings.items() if key != "data"]
+    assert main(["train", *words, f"data=[{{file: {data}}}]"]) == 0
+    assert load_artifact(settings["out"]).bypass is not None
+
+
+@pytest.mark.parametrize("recipe", ["bypass", "distill"])
+def test_a_dry_run_tells_and_writes_nothing(
+    settings: dict[str, Any], data: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a dry run leaves files, or does not say memory, disk and time."""
+    paths = "searched" if recipe == "bypass" else "random"
+    words = [f"{key}={value}" for key, value in settings.items() if key != "data"]
+    assert main(["train", *words, f"data=[{{file: {data}}}]", f"recipe={recipe}", f"paths={paths}", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "base weights (float32)" in said
+    assert ("closed-form start" in said.splitlines()[2]) == (recipe == "bypass")
+    assert "tokens/s on random paths: 768 tokens take 0.0 hours" in said
+    assert not settings["out"].exists()
+
+
 def test_list_shows_the_settings_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if the list of settings needs a configuration file."""
     assert main(["train", "--list"]) == 0

@@ -31,7 +31,11 @@ class MeasuringSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Path | None = Field(default=None, description="model folder (absent: the embedded model)")
+    model: Path | None = Field(
+        default=None,
+        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
+        "embedded model)",
+    )
     base_model_id: str | None = Field(default=None, description="hub id of the model (absent: the folder's name)")
     tokens: int | None = Field(
         default=None,

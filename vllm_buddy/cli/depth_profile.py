@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_buddy.cli.progress import print_progress
+from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import EvaluationError
@@ -33,11 +33,11 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.evaluation.depth_profile import profile_depths
     from vllm_buddy.evaluation.depth_profile_plot import plot_profile
     from vllm_buddy.evaluation.plot import check_plotting
-    from vllm_buddy.models.embedded import fetch
+    from vllm_buddy.models.find import find_model
 
     if args.plot is not None:
         check_plotting()
-    profile = profile_depths(settings, settings.model or fetch(), print_progress)
+    profile = profile_depths(settings, find_model(settings.model, note), print_progress)
     for table in profile_tables(profile):
         print(f"\n{table}")
     if args.json is not None:

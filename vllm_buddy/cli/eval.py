@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_buddy.cli.plugin_check import require_plugin
-from vllm_buddy.cli.progress import print_progress
+from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import EvaluationError
@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.evaluation import evaluate, make_plan
     from vllm_buddy.evaluation.plot import check_plotting, plot_figures
     from vllm_buddy.evaluation.results import save_results
-    from vllm_buddy.models.embedded import fetch
+    from vllm_buddy.models.find import find_model
 
     if args.plot is not None:
         check_plotting()
-    plan = make_plan(settings, settings.model or fetch(), print_progress)
+    plan = make_plan(settings, find_model(settings.model, note), print_progress)
     print(_what_is_measured(plan, settings), flush=True)
     figures = evaluate(plan, _engine(settings, plan), print_progress)
     if args.json is not None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_buddy.cli.progress import print_progress
+from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import EvaluationError
@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.evaluation.auto_plot import plot_auto
     from vllm_buddy.evaluation.plot import check_plotting
     from vllm_buddy.evaluation.results import write_rows
-    from vllm_buddy.models.embedded import fetch
+    from vllm_buddy.models.find import find_model
 
     if args.plot is not None:
         check_plotting()
-    found = evaluate_auto(settings, settings.model or fetch(), print_progress)
+    found = evaluate_auto(settings, find_model(settings.model, note), print_progress)
     print(gain_table(found))
     if args.json is not None:
         write_rows(found.rows, args.json)

@@ -3,7 +3,7 @@
 import argparse
 
 from vllm_buddy.baselines.static_settings import OrdersSettings
-from vllm_buddy.cli.progress import print_progress
+from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.errors import BaselineError
 
@@ -23,10 +23,10 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.artifact.fingerprint import identify
     from vllm_buddy.baselines import OrderFile, measure_order
     from vllm_buddy.importance import CalibrationText
-    from vllm_buddy.models.embedded import fetch
+    from vllm_buddy.models.find import find_model
 
     text = CalibrationText.read(settings.text)
-    folder = settings.model or fetch()
+    folder = find_model(settings.model, note)
     base = identify(folder, settings.base_model_id)
     file = OrderFile.load(settings.out) if settings.out.exists() else OrderFile(base_model=base)
     if not file.base_model.same_model(base):

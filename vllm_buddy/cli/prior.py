@@ -4,7 +4,7 @@ import argparse
 
 from vllm_buddy.artifact import CONFIG_FILE
 from vllm_buddy.cli.new_folder import require_new_folder
-from vllm_buddy.cli.progress import print_progress
+from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.errors import CalibrationError
 from vllm_buddy.importance.prior_settings import PriorSettings
@@ -27,9 +27,10 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, source_commit
     from vllm_buddy.importance.build import build_prior
     from vllm_buddy.importance.prior_record import model_card, run_record
+    from vllm_buddy.models.find import find_model
 
     commit = source_commit()
-    result = build_prior(settings, print_progress)
+    result = build_prior(settings, find_model(settings.model_dir, note), print_progress)
     result.artifact.save(out)
     (out / CARD_FILE).write_text(model_card(result, settings))
     (out / RUN_FILE).write_text(run_record(result, settings, commit))

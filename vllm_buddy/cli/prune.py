@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from vllm_buddy.baselines.static_settings import PruneSettings
 from vllm_buddy.cli.new_folder import require_new_folder
-from vllm_buddy.cli.progress import print_progress
+from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.errors import BaselineError
 
@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, source_commit
     from vllm_buddy.baselines.pruning import ARTIFACT_DIR, CHECKPOINT_DIR, prune, save_pruned
     from vllm_buddy.baselines.static_record import model_card, run_record
-    from vllm_buddy.models.embedded import fetch
+    from vllm_buddy.models.find import find_model
 
     commit = source_commit()
-    model_dir = settings.model or fetch()
+    model_dir = find_model(settings.model, note)
     pruned = prune(settings, model_dir, print_progress)
     artifact, checkpoint = settings.out / ARTIFACT_DIR, settings.out / CHECKPOINT_DIR
     try:

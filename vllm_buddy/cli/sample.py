@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+from vllm_buddy.cli.progress import note
 from vllm_buddy.errors import TrainingError
 
 LONGEST_OPENER = 64  # tokens that an opener may have
@@ -60,15 +61,15 @@ def run(args: argparse.Namespace) -> int:
     if args.out.suffix != ".jsonl":
         raise TrainingError(f"{args.out} must end in .jsonl, because `vllm-buddy train` goes by the suffix")
     try:
-        args.out.write_text("")
+        args.out.open("a").close()  # what is there stays until there is something to write
     except OSError as error:
         raise TrainingError(f"cannot write {args.out}: {error.strerror or error}") from None
     from vllm import LLM, SamplingParams
 
-    from vllm_buddy.models.embedded import fetch
+    from vllm_buddy.models.find import find_model
     from vllm_buddy.models.kv_size import kv_bytes
 
-    model_dir, length = args.model or fetch(), args.max_tokens + LONGEST_OPENER
+    model_dir, length = find_model(args.model, note), args.max_tokens + LONGEST_OPENER
     llm = LLM(
         str(model_dir),
         dtype="bfloat16",
@@ -82,14 +83,15 @@ def run(args: argparse.Namespace) -> int:
     openers = args.opener or OPENERS
     done, number = 0, 0
     while done < args.tokens:
-        numbers = range(number, number + 4 * args.batch)
+        wanted = math.ceil((args.tokens - done) / args.max_tokens)
+        numbers = range(number, number + min(wanted, 4 * args.batch))
         prompts = [openers[i % len(openers)] for i in numbers]
         sampling = [
             SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed * 1_000_003 + i)
             for i in numbers
         ]
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        with args.out.open("a") as file:
+        with args.out.open("a" if number else "w") as file:
             for prompt, output in zip(prompts, outputs, strict=True):
                 file.write(json.dumps({"text": prompt + output.outputs[0].text}) + "\n")
         done += sum(len(output.outputs[0].token_ids) for output in outputs)

@@ -2,26 +2,32 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_buddy.cli.progress import note
 from vllm_buddy.errors import TrainingError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from vllm_buddy.training.dry_run import DryRun
+    from vllm_buddy.training.stage1_settings import Stage1Settings
+
 SHOWN_EVERY = 10  # steps between two lines of progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a configuration file, and settings that override it."""
+    """Add a configuration file, settings that override it, and --dry-run."""
     add_config_arguments(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run a few steps, print what the run takes, and write nothing"
+    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, KEY=VALUE and --list."""
-    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file of settings")
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of settings; may be left out")
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="settings that override the file; `--list` shows all of them"
     )
@@ -38,18 +44,22 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list:
         return list_settings(Stage1Settings)
-    if args.config is None:
-        raise TrainingError("no CONFIG is given; name a YAML file of settings, whose keys --list shows")
-    settings = Stage1Settings.read(args.config, overrides(args.settings))
+    settings = Stage1Settings.read(*config_and_overrides(args))
+    from vllm_buddy.models.find import find_model
+
+    if args.dry_run:
+        from vllm_buddy.training.dry_run import dry_run
+
+        print("\n".join(_summary(dry_run(settings, find_model(settings.model, note)), settings)))
+        return 0
     from vllm_buddy.artifact.provenance import source_commit
-    from vllm_buddy.models.embedded import fetch
     from vllm_buddy.training.stage1 import run_stage1
     from vllm_buddy.training.stage1_record import finish_run
 
     commit = source_commit()
-    artifact, stage = run_stage1(settings, settings.model or fetch(), _progress, note)
+    artifact, stage = run_stage1(settings, find_model(settings.model, note), _progress, note)
     if stage.accelerator.is_main_process:
-        command = " ".join(["vllm-buddy", "train", str(args.config), *args.settings])
+        command = " ".join(["vllm-buddy", "train", *given_words(args)])
         try:
             finish_run(artifact, stage, settings, command, commit)
         except OSError as error:
@@ -68,24 +78,44 @@ def list_settings(settings: type["BaseModel"]) -> int:
     return 0
 
 
-def overrides(words: list[str]) -> dict[str, str]:
-    """Return KEY=VALUE words as a dictionary.
+def given_words(args: argparse.Namespace) -> list[str]:
+    """Return CONFIG, if there is one, and the KEY=VALUE words, as they were given."""
+    return [*([] if args.config is None else [args.config]), *args.settings]
+
+
+def config_and_overrides(args: argparse.Namespace) -> tuple[Path | None, dict[str, str]]:
+    """Return the configuration file, if one is named, and the KEY=VALUE words as a dictionary.
 
     Raises:
-        TrainingError: a word has no "=".
+        TrainingError: neither is given, or a word has no "=".
     """
+    words = given_words(args)
+    if not words:
+        raise TrainingError("name a YAML file of settings, or give settings as KEY=VALUE; --list shows all of them")
+    first = Path(words[0])
+    config = first if first.is_file() or "=" not in words[0] else None
     pairs = {}
-    for word in words:
+    for word in words if config is None else words[1:]:
         key, equals, value = word.partition("=")
         if not equals:
             raise TrainingError(f"'{word}' is not KEY=VALUE")
         pairs[key] = value
-    return pairs
+    return config, pairs
 
 
-def note(line: str) -> None:
-    """Print a line about the progress to standard error."""
-    print(line, file=sys.stderr, flush=True)
+def _summary(run: "DryRun", settings: "Stage1Settings") -> list[str]:
+    """Return the lines of --dry-run."""
+    lines = [f"{what:46} {size / 1e9:8.2f} GB" for what, size in run.memory.items()]
+    lines.append(f"{'measured peak, activations included':46} {run.peak / 1e9:8.2f} GB")
+    if run.disk:
+        folder = settings.cache_dir or settings.out
+        lines.append(f"{'on disk: logits of the full model':46} {run.disk / 1e9:8.2f} GB in {folder}")
+    before = "" if settings.recipe != "bypass" else ", after the closed-form start and the search for paths"
+    lines.append(
+        f"{run.tokens_per_second:.0f} tokens/s on random paths: {settings.tokens:,} tokens take "
+        f"{run.seconds / 3600:.1f} hours{before}"
+    )
+    return lines
 
 
 def _progress(row: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from vllm_buddy.cli.train import add_config_arguments, list_settings, note, overrides
+from vllm_buddy.cli.progress import note
+from vllm_buddy.cli.train import add_config_arguments, config_and_overrides, given_words, list_settings
 from vllm_buddy.errors import TrainingError
 
 SHOWN_EVERY = 100  # steps between two lines of progress
@@ -24,19 +25,17 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list:
         return list_settings(Stage2Settings)
-    if args.config is None:
-        raise TrainingError("no CONFIG is given; name a YAML file of settings, whose keys --list shows")
     from vllm_buddy.training.stage1_settings import read_settings
 
-    settings = read_settings(Stage2Settings, args.config, overrides(args.settings))
+    settings = read_settings(Stage2Settings, *config_and_overrides(args))
     from vllm_buddy.artifact import identify, resolve_artifact
     from vllm_buddy.artifact.provenance import source_commit
-    from vllm_buddy.models.embedded import fetch
+    from vllm_buddy.models.find import find_model
     from vllm_buddy.training.stage2 import run_stage2
     from vllm_buddy.training.stage2_record import finish_run
 
     commit = source_commit()
-    model_dir = settings.model or fetch()
+    model_dir = find_model(settings.model, note)
     folder = resolve_artifact(settings.artifact, lambda: identify(model_dir))
     log: list[dict[str, Any]] = []
 
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             )
 
     stage = run_stage2(settings, folder, model_dir, report, note)
-    command = " ".join(["vllm-buddy", "train-budget", str(args.config), *args.settings])
+    command = " ".join(["vllm-buddy", "train-budget", *given_words(args)])
     try:
         finish_run(stage, folder, log, settings, command, commit)
     except OSError as error:

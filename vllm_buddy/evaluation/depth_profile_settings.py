@@ -12,7 +12,11 @@ class DepthProfileSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: Path = Field(description="UTF-8 text, whose passages the model goes on from")
-    model: Path | None = Field(default=None, description="folder of a Hugging Face model (absent: the embedded model)")
+    model: Path | None = Field(
+        default=None,
+        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
+        "embedded model)",
+    )
     artifact: str | None = Field(
         default=None, description="artifact whose paths draft, with its bypass (absent: the shipped one of the model)"
     )

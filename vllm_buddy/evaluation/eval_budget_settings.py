@@ -42,7 +42,11 @@ class EvalBudgetSettings(BaseModel):
     artifact: str | None = Field(
         default=None, description="folder or name of the artifact (absent: the shipped artifact)"
     )
-    model: Path | None = Field(default=None, description="model folder (absent: the embedded model)")
+    model: Path | None = Field(
+        default=None,
+        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
+        "embedded model)",
+    )
     context: int = Field(default=64, ge=1, description="tokens of running text that the predictor decides from")
     prompt: int = Field(
         default=192, ge=1, description="largest number of prompt tokens; rows with longer prompts are left out"

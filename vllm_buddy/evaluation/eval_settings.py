@@ -46,7 +46,11 @@ class EvalSettings(BaseModel):
         description="policies, separated by commas: buddy, a static method, or NAME=DIR for another artifact. "
         "buddy:frozen runs one path per depth, buddy:prompt_only never re-routes. The unrouted model always runs",
     )
-    model: Path | None = Field(default=None, description="model folder (absent: the embedded model)")
+    model: Path | None = Field(
+        default=None,
+        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
+        "embedded model)",
+    )
     artifact: str | None = Field(
         default=None,
         description="folder or name of the artifact of policy buddy (absent: the shipped one that fits the model)",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -33,9 +34,10 @@ class PriorResult:
     text: CalibrationText
 
 
-def build_prior(settings: PriorSettings, report: Report = lambda *_: None) -> PriorResult:
+def build_prior(settings: PriorSettings, model_dir: Path, report: Report = lambda *_: None) -> PriorResult:
     """Measure the importance of a model's middle layers and return it as an artifact. Nothing is written.
 
+    model_dir: the folder of the model that the settings name.
     report: called as report(indicator, done, total) during the measurement.
 
     Raises:
@@ -47,9 +49,9 @@ def build_prior(settings: PriorSettings, report: Report = lambda *_: None) -> Pr
     if settings.compare and not settings.heldout:
         raise CalibrationError("a comparison of indicators needs held-out text to compare on; give --heldout N as well")
     text = CalibrationText.read(settings.text)
-    base = identify(settings.model_dir, settings.base_model_id)
+    base = identify(model_dir, settings.base_model_id)
     # load_model defaults to fp32, in which gradients do not underflow.
-    model, tokenizer = load_model(settings.model_dir), load_tokenizer(settings.model_dir)
+    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
     windows, heldout = text.windows(tokenizer, settings.window, settings.tokens, settings.heldout)
     names = [settings.indicator]
     if settings.compare:

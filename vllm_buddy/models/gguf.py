@@ -153,7 +153,7 @@ class GgufModel:
         types = self._field("tokenizer.ggml.token_type")
         tokens: list[str] = self._field("tokenizer.ggml.tokens")
         vocabulary = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind != _PADDING_TOKEN}
-        merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
+        merges = [_pair(merge) for merge in self._field("tokenizer.ggml.merges")]
         kinds = {_CONTROL_TOKEN: True, _ADDED_TOKEN: False}
         added = [
             AddedToken(t, special=kinds[kind], normalized=False) for t, kind in zip(tokens, types) if kind in kinds
@@ -165,7 +165,7 @@ class GgufModel:
         (folder / "chat_template.jinja").write_text(self._field("tokenizer.chat_template"))
 
     def _write_qwen_tokenizer(
-        self, folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, ...]], added: list[AddedToken]
+        self, folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], added: list[AddedToken]
     ) -> None:
         from transformers import Qwen2Tokenizer
 
@@ -183,7 +183,7 @@ class GgufModel:
         tokenizer.save_pretrained(folder)
 
     def _write_plain_tokenizer(
-        self, folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, ...]], added: list[AddedToken]
+        self, folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], added: list[AddedToken]
     ) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -249,6 +249,11 @@ def _undo_rope_order(values: np.ndarray, num_heads: int) -> np.ndarray:
     """
     pairs = values.shape[0] // num_heads // 2
     return values.reshape(num_heads, pairs, 2, -1).swapaxes(1, 2).reshape(values.shape)
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    first, second = merge.split(" ")
+    return first, second
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -40,7 +40,11 @@ class Stage1Settings(BaseModel):
     data_dir: Path | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )
-    model: Path | None = Field(default=None, description="folder of a Hugging Face model; absent: the embedded model")
+    model: Path | None = Field(
+        default=None,
+        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
+        "embedded model)",
+    )
     base_model_id: str | None = Field(default=None, description="hub id of the model (absent: the folder's name)")
     name: str | None = Field(default=None, description="name of the artifact (absent: the name of `out`)")
     recipe: Literal["bypass", "distill", "paper"] = Field(
@@ -187,19 +191,19 @@ class Stage1Settings(BaseModel):
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     @classmethod
-    def read(cls, config: Path, overrides: dict[str, str]) -> "Stage1Settings":
+    def read(cls, config: Path | None, overrides: dict[str, str]) -> "Stage1Settings":
         """See `read_settings`."""
         return read_settings(cls, config, overrides)
 
 
-def read_settings(settings: type[Settings], config: Path, overrides: dict[str, str]) -> Settings:
-    """Read settings from a YAML file, then from overrides, whose values are YAML too.
+def read_settings(settings: type[Settings], config: Path | None, overrides: dict[str, str]) -> Settings:
+    """Read settings from a YAML file, if there is one, then from overrides, whose values are YAML too.
 
     Raises:
         TrainingError: the file cannot be read, a key is unknown or a value is not allowed.
     """
     try:
-        loaded = yaml.safe_load(config.read_text())
+        loaded = {} if config is None else yaml.safe_load(config.read_text())
         values: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
         if not isinstance(loaded, dict):
             raise TrainingError(f"{config} must hold `key: value` lines")

@@ -17,7 +17,11 @@ class Stage2Settings(BaseModel):
     artifact: str | None = Field(
         default=None, description="folder or name of the artifact that gets a predictor; absent: the shipped artifact"
     )
-    model: Path | None = Field(default=None, description="folder of a Hugging Face model; absent: the embedded model")
+    model: Path | None = Field(
+        default=None,
+        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
+        "embedded model)",
+    )
     data: tuple[DataSource, ...] = Field(min_length=1, description="files of requests like those that will be served")
     data_dir: Path | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"

@@ -364,7 +364,8 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"hf_overrides": {"architectures": ["MistralForCausalLM"]}}, "LlamaForCausalLM, Qwen2ForCausalLM"),
     "sliding window": ({"hf_overrides": {"sliding_window": 16}}, "sliding-window"),
     "sliding layers": ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "sliding-window"),
-    "LoRA": ({"enable_lora": True}, "--enable-lora"),
+    "LoRA beside drafts": ({"enable_lora": True, "speculative_config": NGRAM}, "LoRA adapters beside speculative"),
+    "LoRA of two ranks": ({"enable_lora": True, "tensor_parallel_size": 2}, "LoRA adapters beside tensor"),
     "KV connector": ({"kv_transfer_config": CONNECTOR}, "--kv-transfer-config"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
     "speculator": (
@@ -410,6 +411,12 @@ def test_settings_of_drafts_that_cannot_be_are_refused(llama_model: Tiny) -> Non
     assert "drafts.depth is 8" in refusal(llama_model, {"drafts": {"depth": 8}}, speculative_config=DRAFTS)
     assert "below drafts.ngram_min" in refusal(llama_model, {"drafts": {"ngram_max": 1}}, speculative_config=DRAFTS)
     assert "--lossless-drafts" in refusal(llama_model, {"drafts": {"depth": 4}})
+
+
+def test_adapters_need_a_policy_that_leaves_their_keys_alone(llama_model: Tiny) -> None:
+    """Fails if skipped layers write K and V without the request's adapter."""
+    configure(llama_model, {"kv_policy": "masked"}, enable_lora=True)
+    assert "choose masked or zero" in refusal(llama_model, {"kv_policy": "kv_only"}, enable_lora=True)
 
 
 @pytest.mark.parametrize("buddy", [{"graphs": {"enabled": True}}, {"graphs": {"sizes": [1, 2]}}])

@@ -69,8 +69,10 @@ def norm_function(norm: nn.Module, vllm_config: VllmConfig) -> NormFn:
 def compiles(vllm_config: VllmConfig) -> bool:
     """Whether layers are compiled one by one."""
     config = vllm_config.compilation_config
-    # vLLM's CI setting (backend "eager") traces without a compiler: then the layers run as they are.
-    return config.mode == CompilationMode.DYNAMO_TRACE_ONCE and config.backend != "eager"
+    # vLLM's CI setting (backend "eager") traces without a compiler: then the layers run as they are. With adapters a
+    # layer reads which rows it has got (adapters.py), which no trace would see again.
+    traced = config.mode == CompilationMode.DYNAMO_TRACE_ONCE and config.backend != "eager"
+    return traced and vllm_config.lora_config is None
 
 
 def _compile_layer(layer: Any, vllm_config: VllmConfig, *, with_residual: bool) -> LayerFn:

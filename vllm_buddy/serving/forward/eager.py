@@ -10,6 +10,7 @@ import torch
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm_buddy_kernels import Kernels
 
+from vllm_buddy.serving.forward.adapters import RoutedAdapters
 from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.kv import KVPolicy, LayerView
@@ -26,12 +27,14 @@ class RoutedStep:
     executed: [num_tokens], layers executed per token row, counted as they run.
     kernels: what moves rows, fused with the first norm of a span and with its bypasses; None: torch's indexing, between
         functions of any kind.
+    adapters: LoRA adapters of the batch's rows, which layers apply; None: there are none.
     """
 
     policy: KVPolicy
     views: Sequence[LayerView]
     executed: np.ndarray
     kernels: Kernels | None = None
+    adapters: RoutedAdapters | None = None
 
     def forward(
         self,
@@ -68,6 +71,8 @@ class RoutedStep:
                 num_run = sum(not self.views[i].is_empty for i in span)
                 skips = [self._skip(layers[i], self.views[i], bypasses[i] if bypasses else None) for i in span]
                 chain = [skip if self.views[i].is_empty else functions[i] for i, skip in zip(span, skips)]
+                if self.adapters is not None:
+                    self.adapters.buddy_rows = view.rows
                 if view.rows is None:  # one chain for all rows
                     hidden, residual = _call(chain, positions, hidden, residual)
                     self.executed += num_run
@@ -83,6 +88,8 @@ class RoutedStep:
                         hidden, residual = _indexed(view, chain, skips, positions, hidden, residual)
                     self.executed[view.rows_np] += num_run
                 index = span.stop
+        if self.adapters is not None:
+            self.adapters.buddy_rows = None
         return hidden, residual
 
     def _skip(self, layer: Any, view: LayerView, bypass: Any) -> LayerFn | None:

@@ -92,7 +92,6 @@ class RoutedBackbone(_Backbone):
 class _Routed(_CausalLM):
     """Mixin over vLLM's ...ForCausalLM."""
 
-    supports_lora = False
     supports_pp = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:

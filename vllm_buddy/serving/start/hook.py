@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from vllm_buddy.artifact import load_artifact, resolve_artifact
 from vllm_buddy.errors import SettingsError
+from vllm_buddy.method.kv_policy import KV_ONLY
 from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
 from vllm_buddy.serving.schedule import SCHEDULER, metrics
@@ -55,6 +56,11 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
                 trained[0],
             )
         check_schedule(settings, artifact)
+        if vllm_config.lora_config is not None and settings.kv == KV_ONLY:
+            raise SettingsError(
+                "kv: kv_only projects K and V of skipped layers by the base weights, without a request's adapter; "
+                "with --enable-lora choose masked or zero"
+            )
         limits = RequestLimits.from_settings(settings, artifact, lossless=_drafts_by_depth(vllm_config))
         if limits.lossless:
             DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)

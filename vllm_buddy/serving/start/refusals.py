@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vllm.platforms import current_platform
+
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS, why_not_attention_backend
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
@@ -47,9 +49,20 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         f"{', '.join(SUPPORTED_ATTENTION_BACKENDS)}",
     ),
     (
-        "LoRA",
-        lambda c: c.lora_config is not None,
-        "adapter indices are per batch, and a layer runs a subset of the batch's rows; start without --enable-lora",
+        "LoRA adapters on a GPU",
+        lambda c: c.lora_config is not None and (not current_platform.is_cpu() or c.use_v2_model_runner),
+        "its kernels take one mapping from rows to adapters per step, and a layer runs a subset of the rows; start "
+        "without --enable-lora, or merge the adapter into the weights",
+    ),
+    (
+        "LoRA adapters beside speculative decoding",
+        lambda c: c.lora_config is not None and c.speculative_config is not None,
+        "drafts were never tried with adapters; start without one of them",
+    ),
+    (
+        "LoRA adapters beside tensor parallelism",
+        lambda c: c.lora_config is not None and c.parallel_config.tensor_parallel_size > 1,
+        "it was never tried; use data parallelism",
     ),
     (
         "this method of speculative decoding",

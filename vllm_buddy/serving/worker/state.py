@@ -15,6 +15,7 @@ from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
+from vllm_buddy.serving.forward.adapters import RoutedAdapters
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
 from vllm_buddy.serving.graphs.capture import CudaCapture
@@ -41,6 +42,7 @@ class WorkerState:
     policy: may be replaced while no request is in flight.
     block_size: of the KV cache, in tokens; 0 until attach_kv_cache.
     graphs: of decode steps; None where none are used.
+    adapters: LoRA adapters of the rows of a step; None where the server has none.
     serving: whether start-up is over. From then on a step without a plan is an error, not a warm-up.
     view_seconds: time spent on views so far, for benchmarks.
     """
@@ -57,6 +59,7 @@ class WorkerState:
         self.kernels: Kernels = self._moves_rows or KERNELS["reference"]
         self.block_size = 0
         self.graphs: DecodeGraphs | None = None
+        self.adapters: RoutedAdapters | None = None
         self.serving = False
         self.view_seconds = 0.0
         self._builder: AttentionMetadataBuilder[Any] | None = None
@@ -167,7 +170,11 @@ class WorkerState:
         places = self.policy.places(batch)
         graphed = None if self.graphs is None else self.graphs.step(batch, places)
         self._step = graphed or RoutedStep(
-            self.policy, self.policy.views(batch, places), np.zeros(batch.num_tokens, dtype=np.int32), self._moves_rows
+            self.policy,
+            self.policy.views(batch, places),
+            np.zeros(batch.num_tokens, dtype=np.int32),
+            self._moves_rows,
+            self.adapters,
         )
         self.view_seconds += time.perf_counter() - started
         return self._step

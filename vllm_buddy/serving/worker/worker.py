@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_buddy.errors import SettingsError, UnsupportedError
 from vllm_buddy.serving.compat import mend_sampling_of_drafts
+from vllm_buddy.serving.forward.adapters import routed_adapters
 from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.state import WorkerState
 
@@ -40,6 +41,8 @@ class _BuddyWorker:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         with set_current_vllm_config(self.model_runner.vllm_config), torch.inference_mode():
             self._backbone.prepare()
+        if self.model_runner.vllm_config.lora_config is not None:
+            self.model_runner.buddy_state.adapters = routed_adapters(self.model_runner)
 
     def reload_weights(self, *_args: Any, **_kwargs: Any) -> None:
         """Refuse to load weights again: compiled layers, the bypass and merged LoRA hold the ones loaded at start.

@@ -1,0 +1,59 @@
+"""Users' LoRA adapters (`--enable-lora`) where a layer runs a part of the batch's rows.
+
+vLLM's LoRA layers ask a Punica wrapper, which all of them share, for the adapter of each row of the batch. Its class is
+changed so that they can be told which rows of the batch a layer has got.
+"""
+
+from typing import Any
+
+import torch
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+
+class RoutedAdapters(PunicaWrapperCPU):
+    """vLLM's PunicaWrapperCPU for rows that a layer has got.
+
+    Rows without an adapter are left out of the products. vLLM 0.32 marks them with -1, by which its CPU products index
+    the stacked adapters, so that such a row gets the adapter of the last slot.
+    """
+
+    is_prefill: bool
+    # Indices of the batch's rows that the layer at work has got, [num_rows]; None: all of them, in order.
+    buddy_rows: torch.Tensor | None = None
+    _buddy_slots: torch.Tensor | None = None  # of the rows of one product that have an adapter
+
+    @property
+    def token_lora_indices(self) -> torch.Tensor:
+        """Slot of the adapter of each row of the product at hand."""
+        return super().token_lora_indices if self._buddy_slots is None else self._buddy_slots
+
+    def add_lora_linear(
+        self, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: Any, lora_b_stacked: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """vLLM's, on the rows that have an adapter. y: [num_rows, out_features], changed in place; x: its input."""
+        slots = super().token_lora_indices
+        slots = slots if self.buddy_rows is None else slots.index_select(0, self.buddy_rows)
+        rows = (slots >= 0).nonzero()[:, 0]
+        if len(rows) == 0:
+            return
+        whole_batch, self.is_prefill = self.is_prefill, False  # the products that take a slot for each row
+        self._buddy_slots = slots[rows]
+        try:
+            adapted = y.index_select(0, rows)
+            super().add_lora_linear(adapted, x.index_select(0, rows), lora_a_stacked, lora_b_stacked, *args, **kwargs)
+            y.index_copy_(0, rows, adapted)
+        finally:
+            self._buddy_slots, self.is_prefill = None, whole_batch
+
+
+def routed_adapters(model_runner: Any) -> RoutedAdapters | None:
+    """Change the class of a model runner's Punica wrapper, in place, and return it; None without `--enable-lora`.
+
+    model_runner: vLLM's model runner V1, with its model loaded.
+    """
+    manager = getattr(model_runner, "lora_manager", None)
+    if manager is None:
+        return None
+    (wrapper,) = set(manager._adapter_manager.punica_wrapper_mapping.values())
+    wrapper.__class__ = RoutedAdapters
+    return wrapper

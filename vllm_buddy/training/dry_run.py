@@ -1,0 +1,105 @@
+"""What a run of stage 1 will take: memory by part, disk, and the time of its steps, measured on a few of them."""
+
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_buddy.artifact.fingerprint import identify
+from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.loop import TrainingRun
+from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
+from vllm_buddy.training.routing import RandomRouting
+from vllm_buddy.training.stage1 import check_settings
+from vllm_buddy.training.stage1_settings import Stage1Settings
+from vllm_buddy.training.teacher import BYTES_PER_LOGIT, Teacher
+
+STEPS = 3  # the first one warms up
+_FLOAT32 = 4
+_STATES = 4  # float32 numbers for each trained one: itself, its gradient and two moments of AdamW
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run takes.
+
+    memory: bytes of each part that stays for a whole phase. peak: bytes that the process had at most, activations
+    included, on the device that trains. disk: bytes of the full model's logits. tokens_per_second: of training steps on
+    random paths. seconds: of all training steps; the closed-form start and the search for paths come on top.
+    """
+
+    memory: dict[str, int]
+    peak: int
+    disk: int
+    tokens_per_second: float
+    seconds: float
+
+
+def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
+    """Run a few training steps in a temporary folder and throw them away.
+
+    Raises:
+        BuddyError: as `run_stage1` would.
+    """
+    from accelerate import Accelerator
+
+    check_settings(settings)
+    accelerator = Accelerator()
+    base, tokenizer = identify(model_dir), load_tokenizer(model_dir)
+    corpus = Corpus.read(
+        settings.data,
+        settings.data_dir,
+        tokenizer,
+        settings.length,
+        settings.tokens // settings.length,
+        settings.seed,
+    )
+    model: Any = load_model(model_dir, getattr(torch, settings.dtype)).to(accelerator.device).requires_grad_(False)
+    # Before LoRA adds parameters of its own.
+    base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    middle, hidden = base.num_layers - 2, base.hidden_size
+    repair: Repair
+    if settings.recipe == "bypass":
+        down = torch.randn(middle, settings.rank, hidden, device=accelerator.device) / hidden**0.5
+        up = torch.zeros(middle, hidden, settings.rank, device=accelerator.device)
+        repair = BypassRepair(Bypass(down, up, model.config.rms_norm_eps))
+    else:
+        repair = LoraRepair(model, settings.rank, settings.lora_alpha)
+    memory = {
+        f"base weights ({settings.dtype})": base_bytes,
+        "repair: weights, gradients, moments of AdamW": _STATES
+        * _FLOAT32
+        * sum(parameter.numel() for parameter in repair.parameters()),
+    }
+    if settings.recipe == "bypass" and settings.init_tokens:
+        memory["closed-form start: three sums per layer"] = 3 * _FLOAT32 * middle * hidden**2
+    disk = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)
+        few = settings.model_copy(update={"out": out, "tokens": STEPS * settings.batch * settings.length})
+        teacher = None
+        if settings.recipe != "paper":
+            disk = len(np.unique(corpus.order)) * settings.length * settings.top_logits * BYTES_PER_LOGIT
+            teacher = Teacher(model, corpus, settings.top_logits, out / "teacher")
+        rows: list[dict[str, Any]] = []
+        routing = RandomRouting(np.ones(middle))
+        frozen = repair.disabled if isinstance(repair, LoraRepair) else nullcontext
+        TrainingRun(few, corpus, model, repair, routing, teacher, accelerator, frozen, rows.append).train()
+    speed = float(np.mean([row["tokens_per_second"] for row in rows[1:]]))
+    return DryRun(memory, _peak_bytes(accelerator.device), disk, speed, settings.tokens / speed)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
