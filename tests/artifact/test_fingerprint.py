@@ -1,6 +1,7 @@
 """Tests of identifying a base model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,16 @@ def test_identity_says_what_the_model_is(folder: Path) -> None:
     assert identity.shape == ("LlamaForCausalLM", NUM_LAYERS, 128, 512)
     assert identity.summary().startswith("someone/tiny (LlamaForCausalLM, 8 layers, hidden 128, vocabulary 512,")
     assert identify(folder).id == "base"
+
+
+def test_a_model_from_the_hub_has_its_hub_id(folder: Path, tmp_path: Path) -> None:
+    """Fails if an artifact of a downloaded model is labelled with a commit hash, or a converted one with a folder."""
+    snapshot = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / "0a1b2c"
+    shutil.copytree(folder, snapshot)
+    assert identify(snapshot).id == "Qwen/Qwen3-8B"
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps(config | {"_name_or_path": "someone/else"}))
+    assert identify(snapshot).id == "someone/else"
 
 
 def test_same_for_a_copy_in_bf16_and_in_shards(folder: Path, tmp_path: Path) -> None:

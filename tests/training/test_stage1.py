@@ -22,6 +22,7 @@ from vllm_buddy.training.loop import LOG_FILE
 from vllm_buddy.training.stage1_record import finish_run
 from vllm_buddy.training.stage1_settings import Stage1Settings
 
+RECIPES_DIR = Path(__file__).parents[2] / "recipes"
 RECIPES = {
     "bypass": {"paths": "searched"},
     "bypass, static order": {"paths": "reverse"},
@@ -268,6 +269,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data
     """Fails if naming a file as the folder ends in a traceback."""
     with pytest.raises(TrainingError, match="cannot make the folder"):
         run(settings | {"out": data})
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES_DIR.glob("*.yaml") if "budget" not in path.name))
+def test_every_recipe_is_valid(name: str) -> None:
+    """Fails if a recipe in the repository has a setting that training no longer knows."""
+    assert Stage1Settings.read(RECIPES_DIR / name, {"out": "out"}).num_steps > 0
+
+
+def test_checkpointed_activations_change_nothing_but_memory(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if gradients differ where activations are computed again, or a stopped run cannot switch to it."""
+    again = settings | {"out": tmp_path / "again", "checkpoint_activations": True}
+    losses = [run(one)[2] for one in (settings, again)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert Stage1Settings(**settings).digest == Stage1Settings(**again).digest
 
 
 def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ class BaseModelIdentity(BaseModel):
 def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:
     """Return the identity of the Hugging Face model in `folder` (config.json and safetensors).
 
-    name: the identity's `id`; None: the folder's name.
+    name: the identity's `id`; None: the hub id that config.json or the hub's cache says, else the folder's name.
 
     Raises:
         ArtifactError: config.json is missing or does not describe a decoder with at least three layers, or the
@@ -68,7 +68,7 @@ def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:
     try:
         config: dict[str, Any] = json.loads(config_path.read_text())
         return BaseModelIdentity(
-            id=name or folder.absolute().name,
+            id=name or _hub_id(folder, config) or folder.absolute().name,
             architecture=(config.get("architectures") or ["unknown"])[0],
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
@@ -79,6 +79,16 @@ def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:
         raise ArtifactError(f"{config_path} has no {error}, so it is not that of a decoder language model") from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise ArtifactError(f"{config_path} cannot be used ({error})") from None
+
+
+def _hub_id(folder: Path, config: dict[str, Any]) -> str | None:
+    """The hub id of a model: in its configuration, or in the name of its folder in the hub's cache."""
+    named = config.get("_name_or_path")
+    if isinstance(named, str) and named.count("/") == 1 and not named.startswith(("/", ".")):
+        return named
+    parts = folder.absolute().parts  # .../models--OWNER--NAME/snapshots/COMMIT
+    repository = parts[-3] if len(parts) > 2 and parts[-2] == "snapshots" else ""
+    return repository.removeprefix("models--").replace("--", "/", 1) if repository.startswith("models--") else None
 
 
 def weight_fingerprint(folder: Path, num_layers: int) -> str:

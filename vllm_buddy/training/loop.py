@@ -163,7 +163,13 @@ class TrainingRun:
         routed = self.routing.route(token_ids, depths, rng)
         gates = None if routed.gates is None else routed.gates.to(device)
         hidden = routed_hidden(
-            self.model, token_ids, routed.masks.to(device), self.settings.kv_policy, self.repair.bypass(), gates
+            self.model,
+            token_ids,
+            routed.masks.to(device),
+            self.settings.kv_policy,
+            self.repair.bypass(),
+            gates,
+            checkpoint=self.settings.checkpoint_activations,
         )
         hidden, head = self.model.model.norm(hidden), self.model.lm_head.weight
         if self.teacher is None:

@@ -30,6 +30,10 @@ class DataSource(BaseModel):
     share: float = Field(default=1.0, gt=0, le=1, description="share of the file that is used, from its beginning")
 
 
+# Settings that leave the loss curve as it is, or may change while a run stands.
+_WITHOUT_EFFECT = {"out", "cache_dir", "save_every", "name", "data_dir", "tokens", "checkpoint_activations"}
+
+
 class Stage1Settings(BaseModel):
     """Settings of stage 1. They are recorded in run.yaml."""
 
@@ -81,6 +85,11 @@ class Stage1Settings(BaseModel):
     length: int = Field(default=256, ge=16, description="tokens per sequence")
     batch: int = Field(default=8, ge=1, description="sequences per optimizer step")
     micro_batch: int = Field(default=1, ge=1, description="sequences per forward pass; gradients are accumulated")
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="compute a layer's activations again in the backward pass instead of keeping them (gradient "
+        "checkpointing): less memory, about a third more time",
+    )
     learning_rate: float = Field(
         default=1e-3, gt=0, allow_inf_nan=False, description="peak learning rate of the bypass or of LoRA"
     )
@@ -187,7 +196,7 @@ class Stage1Settings(BaseModel):
     @property
     def digest(self) -> str:
         """Hash of every setting that changes the loss curve, but for `tokens`, which may change while a run stands."""
-        fields = self.model_dump_json(exclude={"out", "cache_dir", "save_every", "name", "data_dir", "tokens"})
+        fields = self.model_dump_json(exclude=_WITHOUT_EFFECT)
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     @classmethod

@@ -1,0 +1,87 @@
+"""Quantises tiny models in the formats of checkpoints that users have, by rounding to the nearest value."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+GROUP = 32  # inputs that share a scale, in the 4-bit formats
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the columns that one int32 holds
+
+
+def quantise(folder: Path, out: Path, kind: str) -> Path:
+    """Write the model in `folder` with its linear layers quantised; returns `out`. kind: a key of FORMATS."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    pack, config = FORMATS[kind]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            tensors |= {f"{name.removesuffix('weight')}{part}": t for part, t in pack(weight.float()).items()}
+        else:
+            tensors[name] = weight
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    model = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(model | {"quantization_config": config}))
+    return out
+
+
+def _int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+
+
+def _in_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values 0 to 15, of which 8 is zero, [in, out] int64; their scales, [in / GROUP, out] float16."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    scale = (groups.abs().amax(dim=2, keepdim=True) / 7).half()
+    values = (groups / scale.float()).round().clamp(-8, 7).flatten(1) + 8
+    return values.T.long().contiguous(), scale.squeeze(2).T.contiguous()
+
+
+def _packed(values: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """Pack eight neighbours of the last dimension into one int32, the one at order[i] into bits 4 i and up."""
+    eight = values.unflatten(-1, (-1, 8))
+    bits = sum(eight[..., place] << (4 * number) for number, place in enumerate(order))
+    assert isinstance(bits, torch.Tensor)
+    return torch.where(bits >= 2**31, bits - 2**32, bits).int()
+
+
+def _gptq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    values, scales = _in_groups(weight)
+    zeros = torch.full_like(scales, 7, dtype=torch.int64)  # the format adds one
+    return {
+        "qweight": _packed(values.T.contiguous()).T.contiguous(),
+        "qzeros": _packed(zeros),
+        "scales": scales,
+        "g_idx": (torch.arange(len(values)) // GROUP).int(),
+    }
+
+
+def _awq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    values, scales = _in_groups(weight)
+    zeros = torch.full_like(scales, 8, dtype=torch.int64)
+    return {"qweight": _packed(values, AWQ_ORDER), "qzeros": _packed(zeros, AWQ_ORDER), "scales": scales}
+
+
+_W8A8 = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+    "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+}
+FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "compressed-tensors W8A8": (
+        _int8,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": _W8A8},
+            "ignore": ["lm_head"],
+        },
+    ),
+    "GPTQ": (_gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}),
+    "AWQ": (_awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}),
+}

@@ -1,0 +1,48 @@
+"""Quantised base models: a routed path computes what stock vLLM computes on a checkpoint of these layers alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.harness.engine import Ask, Tiny, start_engine
+from tests.harness.quantised import FORMATS, quantise
+from tests.harness.tiny_models import NUM_LAYERS, load_model, random_prompts
+from vllm_buddy.baselines import PruneSettings, prune, save_pruned
+from vllm_buddy.method import budget_for_depth
+
+NUM_LAYERS_KEPT = 5
+NUM_TOKENS = 16
+KINDS = [kind if kind == "GPTQ" else pytest.param(kind, marks=pytest.mark.slow) for kind in FORMATS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_path_equals_the_quantised_pruned_model(tiny: Callable[[str], Tiny], tmp_path: Path, kind: str) -> None:
+    """Fails if skipped layers or rows disturb quantised products, or the artifact is refused for such a model."""
+    whole = tiny("qwen2")
+    settings = PruneSettings(method="random", seed=1, out=tmp_path, layers=NUM_LAYERS_KEPT)
+    pruned = prune(settings, whole.folder)
+    save_pruned(pruned, whole.folder, tmp_path)
+    budget = budget_for_depth(NUM_LAYERS_KEPT, NUM_LAYERS)
+    full = quantise(whole.folder, tmp_path / "full", kind)
+    cut = quantise(tmp_path / "checkpoint", tmp_path / "cut", kind)
+    model = load_model(whole.folder)
+    routed = start_engine(
+        Tiny(full, tmp_path / "artifact", model, pruned.artifact),
+        dtype="bfloat16",
+        buddy={"kv_policy": "masked", "paths": None},
+    )
+    prompts = [tuple(prompt) for prompt in random_prompts(4, seed=3, max_tokens=200)]
+    for folder, asked in ((full, 1.0), (cut, budget)):
+        stock = start_engine(Tiny(folder, tmp_path, model, pruned.artifact), dtype="bfloat16", model_impl="auto")
+        sampling = {"logprobs": 0}
+        expected = stock.run([Ask(prompt, None, NUM_TOKENS, sampling) for prompt in prompts])
+        outputs = routed.run([Ask(prompt, asked, NUM_TOKENS, sampling) for prompt in prompts])
+        for ours, theirs in zip(outputs, expected, strict=True):
+            assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+            assert ours.outputs[0].cumulative_logprob == theirs.outputs[0].cumulative_logprob
+            assert ours.kv_transfer_params["buddy"]["depth"] == round(asked * NUM_LAYERS)
+    # Beside requests of another depth, layers run a part of the rows.
+    mixed = routed.run([Ask(prompts[0], b, NUM_TOKENS) for b in (budget, 1.0, 0.75)])
+    assert mixed[0].kv_transfer_params["buddy"]["depth"] == NUM_LAYERS_KEPT
+    assert len({output.outputs[0].token_ids[0] for output in mixed} | {-1}) > 1
