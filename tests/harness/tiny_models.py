@@ -5,6 +5,7 @@ the best and the second token and every skipped layer changes the tokens.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -53,14 +56,15 @@ _BIAS_STD = 0.2
 
 _FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (partial(MistralConfig, sliding_window=None), MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
-FAMILIES = tuple(_FAMILIES)
+FAMILIES = ("llama", "qwen2", "qwen3")  # those that every test of families runs; the rest has tests of its own
 
 
 def save_tiny_model(folder: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a random model of `family` ("llama", "qwen2", "qwen3") as a Hugging Face folder, and return `folder`.
+    """Write a random model of `family`, a key of _FAMILIES, as a Hugging Face folder, and return `folder`.
 
     There is no tokenizer and no end-of-sequence token: engines need `skip_tokenizer_init=True` and generate as many
     tokens as they are asked for.

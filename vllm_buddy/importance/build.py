@@ -42,7 +42,7 @@ def build_prior(settings: PriorSettings, model_dir: Path, report: Report = lambd
 
     Raises:
         CalibrationError: the indicator is unknown, or the text cannot be used.
-        UnsupportedError: the model is not a dense Llama, Qwen2 or Qwen3, or is quantised.
+        UnsupportedError: the model is not a dense Llama, Mistral, Qwen2 or Qwen3, or is quantised.
         ArtifactError, ModelError: the folder holds no model, or one that cannot be loaded.
     """
     find_indicator(settings.indicator)

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class LayerStack:
-    """Runs chosen layers of a Llama, Qwen2 or Qwen3 on windows of equal length.
+    """Runs chosen layers of a Llama, Mistral, Qwen2 or Qwen3 on windows of equal length.
 
     model: a causal language model, of any dtype and on any device, because its own layer modules run.
     window: number of tokens per window.

@@ -42,7 +42,7 @@ class DecisionModule(nn.Module):
 def value_table(model: nn.Module) -> torch.Tensor:
     """Return the first-layer Value states of every token id: [vocab_size, value_dim], float32.
 
-    model: a Hugging Face Llama, Qwen2 or Qwen3 causal language model.
+    model: a Hugging Face Llama, Mistral, Qwen2 or Qwen3 causal language model.
     """
     backbone: Any = model.model
     first = backbone.layers[0]

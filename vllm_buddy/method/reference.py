@@ -1,9 +1,9 @@
 """The reference implementation of routing, which all other implementations are tested against.
 
-It runs a Hugging Face Llama, Qwen2 or Qwen3 in the model's dtype, one sequence at a time, without padding or compiled
-code, and computes attention as two matrix products. Every position has its own path. A token skips a layer as a whole
-(BUDDY, section 3.1): the hidden state passes unchanged, or through the layer's bypass if the artifact has one. The KV
-policy decides what later positions see of that token in that layer.
+It runs a Hugging Face Llama, Mistral, Qwen2 or Qwen3 in the model's dtype, one sequence at a time, without padding or
+compiled code, and computes attention as two matrix products. Every position has its own path. A token skips a layer as
+a whole (BUDDY, section 3.1): the hidden state passes unchanged, or through the layer's bypass if the artifact has one.
+The KV policy decides what later positions see of that token in that layer.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,10 @@ from vllm_buddy.method.kv_policy import MASKED, ZERO, check_kv_policy
 from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.request_route import Route
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Settings of Mistral's configuration that give its layers another formula.
+_OTHER_LAYERS = ("sliding_window", "llama_4_scaling", "ada_rms_norm_t_cond")
 
 
 @dataclass
@@ -61,12 +64,15 @@ class GeneratedSequence:
 
 
 def check_config(config: Any) -> None:
-    """Raise UnsupportedError unless `config` describes a dense Llama, Qwen2 or Qwen3 with full attention."""
+    """Raise UnsupportedError unless `config` describes a dense Llama, Mistral, Qwen2 or Qwen3 with full attention."""
     if config.model_type not in MODEL_TYPES:
         raise UnsupportedError(f"model type {config.model_type!r} is not supported; known are {', '.join(MODEL_TYPES)}")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UnsupportedError(f"layers with {', '.join(sorted(kinds - {'full_attention'}))} are not supported")
+    for name in _OTHER_LAYERS:
+        if getattr(config, name, None):
+            raise UnsupportedError(f"a model with {name} in its configuration is not supported")
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ def load_config(folder: Path) -> Any:
 
     Raises:
         ModelError: the configuration cannot be read.
-        UnsupportedError: the model is not a dense Llama, Qwen2 or Qwen3.
+        UnsupportedError: the model is not a dense Llama, Mistral, Qwen2 or Qwen3.
     """
     from transformers import AutoConfig
 
@@ -34,7 +34,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 
     Raises:
         ModelError: the files cannot be loaded.
-        UnsupportedError: the model is not a dense Llama, Qwen2 or Qwen3, or is quantised.
+        UnsupportedError: the model is not a dense Llama, Mistral, Qwen2 or Qwen3, or is quantised.
     """
     from transformers import AutoModelForCausalLM
 

@@ -25,6 +25,7 @@ MODEL_IMPL = "buddy"
 # vLLM's architecture name -> our class, as registered below.
 ROUTED_ARCHITECTURES = {
     "LlamaForCausalLM": "BuddyLlamaForCausalLM",
+    "MistralForCausalLM": "BuddyMistralForCausalLM",
     "Qwen2ForCausalLM": "BuddyQwen2ForCausalLM",
     "Qwen3ForCausalLM": "BuddyQwen3ForCausalLM",
 }

@@ -76,7 +76,7 @@ def fit_bypass(
 ) -> Bypass:
     """Return the initial bypass of all middle layers.
 
-    model: a Hugging Face Llama, Qwen2 or Qwen3. token_ids: [num_sequences, length], int64. rank: even.
+    model: a Hugging Face Llama, Mistral, Qwen2 or Qwen3. token_ids: [num_sequences, length], int64. rank: even.
     """
     if rank < 2 or rank % 2:
         raise ValueError(f"a bypass starts as pairs of units, so its rank must be even and positive, not {rank}")

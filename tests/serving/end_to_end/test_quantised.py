@@ -9,7 +9,7 @@ from tests.harness.engine import Ask, Tiny, start_engine
 from tests.harness.quantised import FORMATS, quantise
 from tests.harness.tiny_models import NUM_LAYERS, load_model, random_prompts
 from vllm_buddy.baselines import PruneSettings, prune, save_pruned
-from vllm_buddy.method import budget_for_depth
+from vllm_buddy.method import budget_for_depth, depth_for_budget
 
 NUM_LAYERS_KEPT = 5
 NUM_TOKENS = 16
@@ -41,7 +41,7 @@ def test_a_path_equals_the_quantised_pruned_model(tiny: Callable[[str], Tiny], t
         for ours, theirs in zip(outputs, expected, strict=True):
             assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
             assert ours.outputs[0].cumulative_logprob == theirs.outputs[0].cumulative_logprob
-            assert ours.kv_transfer_params["buddy"]["depth"] == round(asked * NUM_LAYERS)
+            assert ours.kv_transfer_params["buddy"]["depth"] == depth_for_budget(asked, NUM_LAYERS)
     # Beside requests of another depth, layers run a part of the rows.
     mixed = routed.run([Ask(prompts[0], b, NUM_TOKENS) for b in (budget, 1.0, 0.75)])
     assert mixed[0].kv_transfer_params["buddy"]["depth"] == NUM_LAYERS_KEPT

@@ -361,7 +361,10 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 DRAFTS = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 3}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"hf_overrides": {"architectures": ["MistralForCausalLM"]}}, "LlamaForCausalLM, Qwen2ForCausalLM"),
+    "architecture": (
+        {"hf_overrides": {"architectures": ["GemmaForCausalLM"]}},
+        "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+    ),
     "sliding window": ({"hf_overrides": {"sliding_window": 16}}, "sliding-window"),
     "sliding layers": ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "sliding-window"),
     "LoRA beside drafts": ({"enable_lora": True, "speculative_config": NGRAM}, "LoRA adapters beside speculative"),

@@ -1,6 +1,7 @@
 """Decoder layers and bypasses in the form that the kernels take: in pieces, because a kernel computes the first norm.
 
-The layers of vLLM's Llama, Qwen2 and Qwen3 are all input_layernorm -> self_attn -> post_attention_layernorm -> mlp.
+The layers of vLLM's Llama, Mistral, Qwen2 and Qwen3 are all input_layernorm -> self_attn ->
+post_attention_layernorm -> mlp.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The routed models: vLLM's own Llama, Qwen2 and Qwen3 with another loop over the layers."""
+"""The routed models: vLLM's own Llama, Mistral, Qwen2 and Qwen3 with another loop over the layers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -46,7 +47,7 @@ class Step(Protocol):
 
 
 class RoutedBackbone(_Backbone):
-    """Mixin over vLLM's LlamaModel and Qwen2Model (and Qwen3Model): embed, routed layers, norm."""
+    """Mixin over vLLM's LlamaModel (and MistralModel) and Qwen2Model (and Qwen3Model): embed, routed layers, norm."""
 
     # Not a torch module: vLLM would look for its weights in the checkpoint.
     buddy_bypass: Bypass | None = None
@@ -149,6 +150,10 @@ class _Routed(_CausalLM):
 
 class BuddyLlamaForCausalLM(_Routed, LlamaForCausalLM):
     """vLLM's LlamaForCausalLM, routed."""
+
+
+class BuddyMistralForCausalLM(_Routed, MistralForCausalLM):
+    """vLLM's MistralForCausalLM, routed."""
 
 
 class BuddyQwen2ForCausalLM(_Routed, Qwen2ForCausalLM):
