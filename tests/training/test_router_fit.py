@@ -7,7 +7,7 @@ import torch
 from vllm_buddy.baselines import static_prior
 from vllm_buddy.method.router import OMEGA
 from vllm_buddy.training.router_fit import PathLosses, fit_decision
-from vllm_buddy.training.stage1 import Start
+from vllm_buddy.training.start import Start
 
 NUM_LAYERS = 8
 ORDER = [3, 5, 2, 6, 1, 4]

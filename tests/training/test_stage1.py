@@ -12,7 +12,8 @@ import yaml
 
 from tests.harness.tiny_models import NUM_LAYERS, load_model
 from tests.training.conftest import run
-from vllm_buddy.artifact import RUN_FILE, load_artifact
+from vllm_buddy.artifact import RUN_FILE, identify, load_artifact
+from vllm_buddy.baselines import LayerOrder, OrderFile
 from vllm_buddy.cli import main
 from vllm_buddy.errors import BuddyError, DataError, TrainingError
 from vllm_buddy.method import PathSchedule, RequestRoute, layers_of
@@ -283,6 +284,27 @@ def test_checkpointed_activations_change_nothing_but_memory(settings: dict[str, 
     losses = [run(one)[2] for one in (settings, again)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert Stage1Settings(**settings).digest == Stage1Settings(**again).digest
+
+
+def test_orders_of_another_model_come_from_a_file(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a static order is not taken from the file, or is found missing only after the model was loaded."""
+    static = settings | {"recipe": "distill", "paths": "shortgpt"}
+    with monkeypatch.context() as patched:
+        patched.setattr("vllm_buddy.training.stage1.load_model", None)
+        with pytest.raises(BuddyError, match="vllm-buddy orders FILE --methods shortgpt"):
+            run(static)
+    layers = [3, 5, 1, 2, 4, 6]
+    order = LayerOrder(
+        method="shortgpt", calibration="x", calibration_sha256="0", num_tokens=1, window=1, layers=layers
+    )
+    OrderFile(base_model=identify(settings["model"]), orders=[order]).save(tmp_path / "orders.json")
+    artifact, stage, _ = run(static | {"orders": tmp_path / "orders.json"})
+    library = artifact.config.library
+    assert library is not None
+    assert library[NUM_LAYERS - 2][0] == [0, 1, 2, 4, 6, 7]
+    assert stage.settings.orders is not None
 
 
 def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,8 @@ def find_order(name: str, base: BaseModelIdentity, files: Sequence[OrderFile] | 
             if order.method == name and file.base_model.same_model(base):
                 return order
     raise BaselineError(
-        f"the layer order of '{name}' has not been measured for {base.summary()}; measure it with `vllm-buddy orders`"
+        f"the layer order of '{name}' has not been measured for {base.summary()}; measure it with `vllm-buddy orders "
+        f"FILE --methods {name} --model MODEL --text TEXT` and name FILE as `orders`"
     )
 
 

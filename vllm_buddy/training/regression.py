@@ -72,11 +72,12 @@ def fit_bypass(
     model: nn.Module,
     token_ids: torch.Tensor,
     rank: int,
-    batch_size: int = 8,
+    batch_size: int = 2,
 ) -> Bypass:
     """Return the initial bypass of all middle layers.
 
     model: a Hugging Face Llama, Mistral, Qwen2 or Qwen3. token_ids: [num_sequences, length], int64. rank: even.
+    batch_size: sequences whose states and gradients are in memory at once.
     """
     if rank < 2 or rank % 2:
         raise ValueError(f"a bypass starts as pairs of units, so its rank must be even and positive, not {rank}")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_buddy.artifact import Artifact, load_artifact, resolve_artifact, with_token_router
+from vllm_buddy.artifact import Artifact, with_token_router
 from vllm_buddy.artifact.config import (
     FORMAT_VERSION,
     BuddyConfig,
@@ -20,16 +19,14 @@ from vllm_buddy.artifact.config import (
     PriorConfig,
 )
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
-from vllm_buddy.baselines import check_static_method, layer_order, static_path, static_prior
+from vllm_buddy.baselines import check_static_method, static_prior
 from vllm_buddy.errors import TrainingError
-from vllm_buddy.importance.library import nested_library
 from vllm_buddy.method import (
     DecisionModule,
     FoldedDecision,
     LayerPath,
     TokenSchedule,
     full_path,
-    layers_of,
     path_of,
 )
 from vllm_buddy.method.budget import depth_for_budget
@@ -38,59 +35,20 @@ from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
 from vllm_buddy.method.router import OMEGA
 from vllm_buddy.models.folder import load_model, load_tokenizer
-from vllm_buddy.training.checkpoint import START_FILE, load_state, save_state
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.observations import Observations
-from vllm_buddy.training.path_search import removal_order, single_divergences
-from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
-from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, RandomRouting, Routing, TokenRouting
+from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, Routing, TokenRouting
 from vllm_buddy.training.stage1_settings import Stage1Settings
+from vllm_buddy.training.start import EXPLORE_DIR, LEARNED, SEARCHED, Note, Start, find_start, static_order
 from vllm_buddy.training.teacher import Teacher
 from vllm_buddy.training.token_fit import TokenFit, fit_tokens, measure_tokens
 
-SEARCHED, LEARNED = "searched", "learned"
-EXPLORE_DIR = "explore"
 MEASURED_FILE = "measured.npz"
 DECISION_WIDTH = 32
 ROUTER_DEPTHS = 5  # about as many depths are used to compare paths
-
-Note = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Start:
-    """The start of training: the orders in which layers are removed, and the initial bypass.
-
-    order: for all text. by_source: for each source of text; empty unless a Decision Module is fitted to choose paths.
-    bypass: None for the recipes that train LoRA. artifact: the one that training starts from (`start_from`).
-    """
-
-    order: list[int]
-    by_source: list[list[int]]
-    bypass: Bypass | None
-    artifact: Artifact | None = None
-
-    def library(self, paths_per_depth: int, smallest: int) -> dict[int, list[list[int]]]:
-        """Return up to `paths_per_depth` paths for each depth: of `order`, of each source's order, then variants.
-
-        Depths below `smallest` are not trained and get the path of `order` alone.
-        """
-        if self.artifact is not None:
-            assert self.artifact.config.library is not None
-            return dict(self.artifact.config.library)
-        variants = nested_library(static_prior(self.order), paths_per_depth)
-        library = {}
-        for depth, nested in variants.items():
-            if depth < smallest:
-                library[depth] = [layers_of(static_path(self.order, depth))]
-                continue
-            paths = [layers_of(static_path(order, depth)) for order in (self.order, *self.by_source)]
-            unique = dict.fromkeys(map(tuple, (*paths, *nested)))
-            library[depth] = [list(path) for path in unique][:paths_per_depth]
-        return library
 
 
 def check_settings(settings: Stage1Settings) -> None:
@@ -126,6 +84,7 @@ def run_stage1(
     accelerator = Accelerator()
     torch.manual_seed(settings.seed)
     base = identify(model_dir, settings.base_model_id)
+    order = static_order(settings, base)
     tokenizer = load_tokenizer(model_dir)
     used = settings.tokens // settings.length
     drawn = max(used, settings.token_windows) if settings.schedule == "token" else used
@@ -140,7 +99,7 @@ def run_stage1(
         folder = (settings.cache_dir or settings.out) / f"teacher-{base.fingerprint}-{corpus.digest}"
         teacher = Teacher(model, corpus, settings.top_logits, folder / f"{settings.dtype}-{settings.top_logits}")
     explored, main = split(settings, corpus)
-    start = _start(settings, base, model, corpus, explored, teacher, accelerator, report, note)
+    start = find_start(settings, base, order, model, corpus, explored, teacher, accelerator, report, note)
     repair, frozen = _repair(settings, model, start)
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
     library = start.library(settings.library if settings.router_windows else 1, smallest)
@@ -190,79 +149,6 @@ def split(
     )
 
 
-def _start(
-    settings: Stage1Settings,
-    base: BaseModelIdentity,
-    model: nn.Module,
-    corpus: Corpus,
-    explored: tuple[Stage1Settings, Corpus],
-    teacher: Teacher | None,
-    accelerator: Any,
-    report: Callable[[dict[str, Any]], None],
-    note: Note,
-) -> Start:
-    """Return the start of training: from the run's folder if it is there, else computed and saved there."""
-    smallest = depth_for_budget(settings.min_budget, base.num_layers)
-    path = settings.out / START_FILE
-    digest = f"{settings.digest}-{corpus.digest}"
-    if path.is_file():
-        state = load_state(path)
-        if state["digest"] != digest:
-            raise TrainingError(
-                f"{settings.out} holds a run with other settings or data; name another `out`, or remove the folder"
-            )
-        return Start(state["order"], state["by_source"], Bypass(**state["bypass"]) if state["bypass"] else None)
-    bypass, by_source = None, []
-    if settings.start_from is not None:
-        artifact = load_artifact(resolve_artifact(settings.start_from, lambda: base))
-        return Start(_order_of(artifact, base), [], artifact.bypass, artifact)
-    if settings.recipe == "bypass":
-        bypass = _starting_bypass(settings, base, model, corpus, note)
-    if settings.explore_tokens:
-        assert bypass is not None
-        windows = corpus.take(settings.search_tokens // 2)
-        note(f"training on random paths for {explored[0].tokens} tokens")
-        explored[0].out.mkdir(exist_ok=True)
-        repair, routing = BypassRepair(bypass), RandomRouting(single_divergences(model, windows, bypass))
-        TrainingRun(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report).train()
-        explored_bypass = repair.bypass()
-        bypass = Bypass(explored_bypass.down.detach(), explored_bypass.up.detach(), bypass.eps)
-    if settings.paths == SEARCHED:
-        order = _search(model, corpus.take(settings.search_tokens), bypass, smallest, "all text", note)
-        if settings.router_windows:
-            for number, source in enumerate(settings.data):
-                windows = corpus.take(settings.search_tokens // 2, number)
-                by_source.append(_search(model, windows, bypass, smallest, source.file.name, note))
-    else:
-        order = list(layer_order(settings.prior if settings.paths == LEARNED else settings.paths, base))
-    parts = None if bypass is None else {"down": bypass.down, "up": bypass.up, "eps": bypass.eps}
-    save_state(path, {"digest": digest, "order": order, "by_source": by_source, "bypass": parts})
-    return Start(order, by_source, bypass)
-
-
-def _search(
-    model: nn.Module, windows: torch.Tensor, bypass: Bypass | None, smallest: int, text: str, note: Note
-) -> list[int]:
-    note(f"searching for paths down to {smallest} layers on {windows.numel()} tokens of {text}")
-
-    def report(layer: int, depth: int, divergence: float) -> None:
-        note(f"  {depth} layers: removed layer {layer}, {divergence:.3f} nats per token from the full model")
-
-    return removal_order(model, windows, bypass, smallest, report)
-
-
-def _starting_bypass(
-    settings: Stage1Settings, base: BaseModelIdentity, model: Any, corpus: Corpus, note: Note
-) -> Bypass:
-    hidden_size, middle = model.config.hidden_size, base.num_layers - 2
-    if settings.init_tokens == 0:
-        down = torch.randn(middle, settings.rank, hidden_size) / hidden_size**0.5
-        return Bypass(down, torch.zeros(middle, hidden_size, settings.rank), model.config.rms_norm_eps)
-    windows = corpus.take(settings.init_tokens)
-    note(f"fitting the bypass of {middle} layers by regression on {windows.numel()} tokens")
-    return fit_bypass(model, windows, settings.rank)
-
-
 def _repair(settings: Stage1Settings, model: nn.Module, start: Start) -> tuple[Repair, Callable[[], Any]]:
     """Return the repair, and a context manager inside which the model is the base model."""
     if start.bypass is not None:
@@ -296,25 +182,6 @@ def _fit_router(
         )
     run.router_figures = {str(f.depth): dataclasses.asdict(f) for f in fit.figures}
     return FoldedDecision.fold(fit.decision, values)
-
-
-def _order_of(artifact: Artifact, base: BaseModelIdentity) -> list[int]:
-    """The order in which the first paths of an artifact's library lose their layers."""
-    library = artifact.config.library
-    if artifact.bypass is None or not library or not artifact.config.base_model.same_model(base):
-        raise TrainingError(
-            f"start_from: artifact '{artifact.config.name}' must have a bypass and a path library, and be made for "
-            f"{base.summary()}"
-        )
-    order: list[int] = []
-    layers = set(range(base.num_layers))
-    for depth in sorted(library, reverse=True):
-        gone = layers - set(library[depth][0])
-        if len(layers) - len(gone) != depth or len(gone) != 1:
-            raise TrainingError(f"start_from: the first paths of '{artifact.config.name}' are not nested")
-        order += gone
-        layers -= gone
-    return [*order, *sorted(layers - {0, base.num_layers - 1})]
 
 
 def _nested_paths(

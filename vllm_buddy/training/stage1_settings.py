@@ -63,6 +63,11 @@ class Stage1Settings(BaseModel):
         "`vllm-buddy orders`",
     )
     prior: str = Field(default="taylor", description="static method whose layer order `paths: learned` starts from")
+    orders: Path | None = Field(
+        default=None,
+        description="file of `vllm-buddy orders` with the order of the static method that `paths` or `prior` names "
+        "(absent: the shipped orders)",
+    )
     router_windows: int = Field(
         default=0,
         ge=0,
