@@ -207,7 +207,7 @@ def test_an_option_that_does_not_exist_is_refused_by_name(llama: Engine) -> None
     """Fails if a misspelt option is passed over: the request would run at another budget than it asked for."""
     error = refused(llama, {"buddy_bugdet": 0.5})
     assert error.parameter == "vllm_xargs.buddy_bugdet"
-    names = ("buddy_budget", "buddy_prompt", "buddy_mode", "buddy_context_tokens", "buddy_price", "buddy_auto_min")
+    names = ("buddy_budget", "buddy_prompt", "buddy_mode", "buddy_context_tokens", "buddy_paths", "buddy_price")
     assert ", ".join(names) in str(error)
 
 
