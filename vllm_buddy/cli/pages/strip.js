@@ -15,6 +15,7 @@ function drawStrip(box, paths, numLayers, numPrompt) {
   context.scale(scale, scale);
   const colours = [style.getPropertyValue('--skip').trim(), style.getPropertyValue('--run').trim()];
   let token = 0, executed = 0;
+  const gap = wide > 5 ? STRIP.gap : 0;
   for (const [count, index] of paths.runs) {
     const ran = new Set(paths.layers[index]);
     executed += count * ran.size;
@@ -22,7 +23,7 @@ function drawStrip(box, paths, numLayers, numPrompt) {
       const left = token * wide + (token >= numPrompt ? split : 0);
       for (let layer = 0; layer < numLayers; layer++) {
         context.fillStyle = colours[ran.has(layer) ? 1 : 0];
-        context.fillRect(left, (numLayers - 1 - layer) * STRIP.high, wide - STRIP.gap, STRIP.high - STRIP.gap);
+        context.fillRect(left, (numLayers - 1 - layer) * STRIP.high, wide - gap, STRIP.high - STRIP.gap);
       }
     }
   }
@@ -41,6 +42,6 @@ function element(name, attributes = {}, ...children) {
 
 function bar(value, most, words, kind = '') {
   const filled = element('i', {class: kind});
-  filled.style.width = `${Math.round(90 * value / most)}px`;
+  filled.style.width = `${Math.round(60 * value / most)}%`;
   return element('div', {class: 'bar'}, filled, words);
 }

@@ -155,7 +155,7 @@ class _Routing(_Base):
         outcome = routed.outcome.as_dict(routed.route)
         if routed.told is not None:
             runs = routed.route.runs(0, num_run, request.all_token_ids) if num_run > 0 else []
-            outcome["paths"] = described(runs)
+            outcome["paths"] = described(runs, self._limits.num_layers)
         return finished_params(freed, outcome)
 
     # --- one step ----------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class _Routing(_Base):
             num_new = request.num_tokens - 1 - routed.told
             if num_new > 0:
                 runs = routed.route.runs(routed.told, num_new, request.all_token_ids)
-                output.kv_transfer_params = {"buddy": {"paths": described(runs)}}
+                output.kv_transfer_params = {"buddy": {"paths": described(runs, self._limits.num_layers)}}
                 routed.told += num_new
 
     def _num_accepted(self, req_id: str, model_runner_output: Any) -> int:
