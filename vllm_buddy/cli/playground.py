@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BUDGETS = (1.0, 0.75, 0.5)
 _POLL_MS = 1000
-_STATE_TIMEOUT_S = 2.0
+_STATE_TIMEOUT_S = 5.0  # a busy server answers late
 _ANSWER_TIMEOUT_S = 120.0
 _MOST_BYTES = 1 << 20  # of a request of the page
 _SAMPLE = re.compile(r"^(vllm(?:_buddy)?:\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
