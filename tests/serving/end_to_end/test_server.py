@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from tests.harness.engine import BLOCK_SIZE, Ask, Tiny
+from tests.harness.engine import BLOCK_SIZE, Ask, Tiny, paths_told
 from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE, random_prompts
-from vllm_buddy.method import PathSchedule, budget_for_depth, depth_for_budget, path_of
+from vllm_buddy.method import PathSchedule, budget_for_depth, depth_for_budget
 
 START_TIMEOUT_S = 240.0  # about 20 s on two idle cores
 REQUEST_TIMEOUT_S = 60.0
@@ -156,17 +156,12 @@ def test_mixed_budgets_at_once_give_the_references_tokens_and_tell_what_ran(
         }
 
 
-def paths_of(told: dict[str, Any]) -> list[int]:
-    """The path of each token, from the form that runs have in a response."""
-    return [path_of(told["layers"][index]) for num_tokens, index in told["runs"] for _ in range(num_tokens)]
-
-
 def test_a_request_that_asks_is_told_the_path_of_each_token(server: Server, tiny: Callable[[str], Tiny]) -> None:
     """Fails if paths are told to those who do not ask, or are not those that the reference runs."""
     asked = '"vllm_xargs": {"buddy_budget": 0.5, "buddy_paths": true}'
     expected = tiny("llama").expected(Ask(PROMPTS[0], 0.5, NUM_TOKENS), "masked", SCHEDULE)
     outcome = server.complete(PROMPTS[0], asked)[1]["kv_transfer_params"]["buddy"]
-    assert paths_of(outcome["paths"]) == expected.paths[: len(PROMPTS[0]) + NUM_TOKENS - 1]
+    assert paths_told(outcome["paths"]) == expected.paths[: len(PROMPTS[0]) + NUM_TOKENS - 1]
     assert "paths" not in server.complete(PROMPTS[0], budget("0.5"))[1]["kv_transfer_params"]["buddy"]
 
 
@@ -178,10 +173,10 @@ def test_a_stream_tells_paths_as_it_goes_and_the_outcome_at_its_end(
     chunks = server.stream(PROMPTS[1], '"vllm_xargs": {"buddy_budget": 0.5, "buddy_paths": true}')
     told = [chunk["kv_transfer_params"]["buddy"] for chunk in chunks if "kv_transfer_params" in chunk]
     assert all(chunk["choices"] == [] for chunk in chunks if "kv_transfer_params" in chunk)
-    assert paths_of(told[-1]["paths"]) == expected.paths[: len(PROMPTS[1]) + NUM_TOKENS - 1]
+    assert paths_told(told[-1]["paths"]) == expected.paths[: len(PROMPTS[1]) + NUM_TOKENS - 1]
     assert told[-1]["depth"] == depth_for_budget(0.5, NUM_LAYERS)
     # A client that reads slowly may get fewer, because vLLM merges chunks; a local one reads the first as it comes.
-    assert paths_of(told[0]["paths"]) == expected.paths[: len(PROMPTS[1])]
+    assert paths_told(told[0]["paths"]) == expected.paths[: len(PROMPTS[1])]
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert not any("kv_transfer_params" in chunk for chunk in server.stream(PROMPTS[1], budget("0.5")))
 
