@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,17 +43,24 @@ def run(*command: str | Path, cwd: Path = ROOT, stdin: str | None = None) -> str
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
-    done = subprocess.run(
+    process = subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,
         env=environment,
-        input=stdin,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT_S,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    try:
+        stdout, stderr = process.communicate(stdin, timeout=TIMEOUT_S)
+    finally:
+        if process.poll() is None:  # what a script started must not outlive it
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, stdout[-3000:] + stderr[-3000:]
+    return stdout
 
 
 def snippet(language: str) -> str:
