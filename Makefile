@@ -5,7 +5,7 @@ JOBS ?= 2
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo doctor test test-all lint format bench clean
+.PHONY: help setup demo doctor test test-all lint format bench docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ format: setup  ## let ruff rewrite what it can
 
 bench: setup  ## the short form of all benchmarks, under 20 minutes on 2 cores
 	@$(VENV)/python -m benchmarks.run
+
+docs: setup  ## docs/ as a site in results/site; fails on a warning
+	@$(VENV)/python -m pip install --quiet --no-build-isolation -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --quiet
 
 clean:  ## remove builds and caches; .venv stays (rm -rf .venv to start over)
 	rm -rf build dist *.egg-info results .pytest_cache .mypy_cache .ruff_cache .hypothesis

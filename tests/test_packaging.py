@@ -36,6 +36,7 @@ def test_wheel_holds_every_file(wheel: zipfile.ZipFile) -> None:
         wanted = {str(p.relative_to(root)) for p in (root / package).rglob("*.py")}
         wanted |= {str(p.relative_to(root)) for p in (root / package / "shipped").rglob("*") if p.is_file()}
         wanted |= {str(p.relative_to(root)) for p in (root / package / "baselines").rglob("*.json")}
+        wanted |= {str(p.relative_to(root)) for p in (root / package / "cli" / "pages").glob("*")}
         assert wanted <= names, sorted(wanted - names)
     assert "vllm_buddy/shipped/smollm2-135m/model.safetensors" in names
 

@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifacts' model cards.
+"""Writes the generated parts of README.md, docs/ and the shipped artifacts' model cards.
 
 The settings table comes from the settings schema, the figures from the results files.
 
@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from tools.tables import auto, drafts, peers, quality, speed, steps
+from tools.tables import auto, drafts, front, peers, quality, speed, steps
 from tools.tables.results import ROOT, table
 
 CARD = ROOT / "vllm_buddy" / "shipped" / "smollm2-135m" / "README.md"
@@ -58,17 +58,20 @@ def settings_table() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "claims": front.claims,
+    "speed at a glance": front.speed_at_a_glance,
+    "quality at a glance": front.quality_at_a_glance,
     "settings": settings_table,
-    "decode": speed.decode_summary,
-    "decode in full": speed.decode_table,
+    "prices": auto.prices_table,
+    "decode": speed.decode_table,
     "prefill": speed.prefill_table,
     "mixed": speed.mixed_table,
-    "serving": speed.serving_summary,
-    "serving in full": speed.serving_table,
+    "schedules": speed.schedules_table,
+    "serving": speed.serving_table,
+    "overload": auto.overload_table,
     "profile": steps.profile_table,
     "union": steps.union_table,
-    "peers": peers.peers_summary,
-    "peers in full": peers.peers_table,
+    "peers": peers.peers_table,
     "capabilities": peers.capabilities_table,
     "memory": speed.memory_table,
     "start": speed.start_table,
@@ -76,50 +79,35 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality.quality_table,
     "token": quality.token_table,
     "routing": quality.routing_table,
-    "schedules": speed.schedules_summary,
-    "schedules in full": speed.schedules_table,
     "recipes": quality.recipes_table,
     "static": quality.static_table,
     "auto": auto.auto_table,
-    "overload": auto.overload_table,
-    "prices": auto.prices_table,
-    "speculation": drafts.speculation_summary,
-    "speculation in full": drafts.speculation_table,
+    "speculation": drafts.speculation_table,
     "profile of depths": drafts.profile_depths_table,
     "profile of speed-ups": drafts.profile_speedups_table,
 }
+DOCS = ROOT / "docs"
 PAGES = {
-    ROOT / "README.md": [
-        "settings",
+    ROOT / "README.md": ["claims", "speed at a glance", "quality at a glance"],
+    DOCS / "serving.md": ["prices"],
+    DOCS / "settings.md": ["settings"],
+    DOCS / "quality.md": ["token", "routing", "quality", "auto", "recipes", "static"],
+    DOCS / "benchmarks.md": [
         "decode",
-        "prefill",
         "mixed",
-        "serving",
-        "peers",
-        "memory",
-        "token",
-        "routing",
-        "quality",
+        "prefill",
         "schedules",
-        "recipes",
-        "auto",
+        "serving",
         "overload",
-        "prices",
-        "speculation",
-    ],
-    ROOT / "docs" / "speculation.md": ["speculation in full", "profile of depths", "profile of speed-ups"],
-    ROOT / "docs" / "benchmarks.md": [
-        "decode in full",
-        "schedules in full",
-        "serving in full",
         "profile",
         "start",
         "layer calls",
+        "memory",
         "union",
-        "peers in full",
+        "peers",
         "capabilities",
-        "static",
     ],
+    DOCS / "speculation.md": ["speculation", "profile of depths", "profile of speed-ups"],
     CARD: ["quality"],
     TOKEN_CARD: ["token"],
 }

@@ -20,7 +20,7 @@ OPENING_WORDS = 10
 PASSAGE_WORDS = range(45, 111)
 
 _ROOT = Path(__file__).parents[2]
-_FENCED = re.compile(r"```.*?```", re.DOTALL)
+_FENCED = re.compile(r"```.*?```|<!--.*?-->", re.DOTALL)
 _PARAGRAPH_END = re.compile(r"\n\s*\n|\n(?=- |\d\. )")
 _NOT_PROSE = re.compile(r"^\s*[#<]|^ {4}|\|")
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")

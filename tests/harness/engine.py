@@ -20,6 +20,7 @@ from vllm_buddy.method import (
     TokenRoute,
     TokenSchedule,
     depth_for_budget,
+    path_of,
 )
 from vllm_buddy.method.reference import GeneratedSequence, generate
 
@@ -56,6 +57,11 @@ class Ask:
         """Options that the request passes to the plugin."""
         options = {"buddy_budget": self.budget, "buddy_context_tokens": self.context, **self.options}
         return {key: value for key, value in options.items() if value is not None} or None
+
+
+def paths_told(told: Mapping[str, Any]) -> list[int]:
+    """The path of each token, from the form that runs have in a response."""
+    return [path_of(told["layers"][index]) for num_tokens, index in told["runs"] for _ in range(num_tokens)]
 
 
 @dataclass

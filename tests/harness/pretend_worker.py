@@ -105,6 +105,7 @@ class PretendEngine:
         self._routes: dict[str, RequestRoute] = {}
         self.asks: dict[str, Ask] = {}
         self.generated: dict[str, list[int]] = {}
+        self.told: dict[str, list[dict[str, Any]]] = {}  # what outputs say under kv_transfer_params["buddy"]
         self.cache_hits = 0
 
     # --- requests ----------------------------------------------------------------------------------------------
@@ -154,6 +155,8 @@ class PretendEngine:
             for outputs in self.scheduler.update_from_output(output, result).values():
                 for request_output in outputs.outputs:
                     self.generated[request_output.request_id].extend(request_output.new_token_ids)
+                    if (params := request_output.kv_transfer_params) is not None:
+                        self.told.setdefault(request_output.request_id, []).append(params["buddy"])
 
     def preempt(self, index: int, *, drop_stale_output: bool) -> None:
         """Preempt the running request at `index` (modulo their number) between two steps."""

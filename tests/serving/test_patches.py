@@ -28,14 +28,26 @@ def test_the_tested_version_is_the_installed_one() -> None:
 
 def test_applying_the_patches_again_changes_nothing() -> None:
     """Fails if vLLM, which loads plugins in several places, wraps a method twice."""
+    import vllm.entrypoints.openai.api_server  # noqa: F401 - streams are wrapped in its process only
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
+    def found() -> tuple[Callable[..., Any], ...]:
+        return (
+            _ModelRegistry._normalize_arch,
+            SamplingParams.verify,
+            InputProcessor.process_inputs,
+            OpenAIServingChat.chat_completion_stream_generator,
+            OpenAIServingCompletion.completion_stream_generator,
+        )
+
     patches.apply()
-    before = (_ModelRegistry._normalize_arch, SamplingParams.verify, InputProcessor.process_inputs)
+    before = found()
     patches.apply()
-    assert (_ModelRegistry._normalize_arch, SamplingParams.verify, InputProcessor.process_inputs) == before
+    assert found() == before
     for wrapped in before:
         assert hasattr(wrapped, patches._MARK)
         assert not hasattr(original(wrapped), patches._MARK)
@@ -86,6 +98,8 @@ def test_the_registered_classes_exist_and_are_routed() -> None:
 
 def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     """Name -> function of vLLM that the plugin wraps, overrides or calls, and the first parameters it relies on."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.forward_context import create_forward_context, override_forward_context, set_forward_context
     from vllm.model_executor.models.llama import LlamaDecoderLayer
     from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
@@ -105,6 +119,14 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
         "_normalize_arch": (original(_ModelRegistry._normalize_arch), ["self", "architecture", "model_config"]),
         "verify": (original(SamplingParams.verify), ["self", "model_config"]),
         "process_inputs": (original(InputProcessor.process_inputs), ["self", "request_id", "prompt", "params"]),
+        "chat stream": (
+            original(OpenAIServingChat.chat_completion_stream_generator),
+            ["self", "request", "result_generator"],
+        ),
+        "completion stream": (
+            original(OpenAIServingCompletion.completion_stream_generator),
+            ["self", "request", "engine_inputs", "result_generator"],
+        ),
         "Scheduler": (Scheduler.__init__, ["self", "vllm_config"]),
         "schedule": (Scheduler.schedule, ["self"]),
         "add_request": (Scheduler.add_request, ["self", "request"]),

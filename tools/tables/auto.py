@@ -1,6 +1,6 @@
 """Generates the tables on budget "auto": what choosing a budget saves, and the effect of a price that follows load."""
 
-from tools.tables.results import Row, load_rows, number, rounds_note, section, spread, table
+from tools.tables.results import Row, by_key, load_rows, number, rounds_note, section, spread, table
 
 MIXED = "mixed"
 _LATENCIES = ("unloaded_p99_itl_ms", "p50_itl_ms", "p99_itl_ms")
@@ -66,6 +66,14 @@ def overload_table() -> str:
         for name in names
     ]
     return section(note, heads, lines)
+
+
+def overload_figures() -> dict[str, float]:
+    """Return p99 latency over that of an unloaded server, by whether the price follows the load, and what it costs."""
+    rows = by_key([row for row in load_rows("cpu_overload.jsonl") if "metric" in row], "variant", "metric")
+    names = ("price 0", "price follows load")
+    found = {name: float(rows[f"auto, {name}", "p99_itl_over_unloaded"]["p50"]) for name in names}
+    return {**found, "mean budget": float(rows[f"auto, {names[1]}", "mean_budget"]["p50"])}
 
 
 def prices_table() -> str:

@@ -5,55 +5,26 @@ from typing import Any
 
 from tools.tables.results import RESULTS, by_key, load_rows, section, spread, where
 
-_STOCK = "stock, n-gram"
-_SHOWN = (
-    _STOCK,
-    "buddy 0.75",
-    "buddy 0.75, n-gram",
-    "buddy 0.5",
-    "buddy 0.5, n-gram",
-    "lossless, as it pays",
-    "lossless, n-gram, then as it pays",
-)
-
-
-def speculation_summary() -> str:
-    """Return tokens/s over stock vLLM, by task and batch, of the variants that a user would choose among."""
-    return _speculation(_SHOWN, full=False)
-
 
 def speculation_table() -> str:
     """Return all variants with p20 to p80, and the drafts that a step accepts."""
-    return _speculation(None, full=True)
-
-
-def _speculation(variants: tuple[str, ...] | None, *, full: bool) -> str:
     rows = load_rows("cpu_speculation.jsonl")
     found = by_key(rows, "metric", "variant", "task", "batch")
-    settings = list(dict.fromkeys((row["task"], row["batch"]) for row in rows))
-    names = variants or list(dict.fromkeys(row["variant"] for row in rows))
-    note = "`python -m benchmarks.speed.speculation`: decode tokens/s over stock vLLM without drafts, greedy"
-    if not full:
-        heads = ["", *(f"{task}, batch {batch}" for task, batch in settings)]
-        lines = [
-            [name, *(f"{found['over_stock', name, task, batch]['p50']:.2f}" for task, batch in settings)]
-            for name in names
-        ]
-        return section(f"{note}. Medians of {rows[0]['n']} rounds, {where(rows[0])}.", heads, lines)
     lines = [
         [
             task,
             str(batch),
-            name,
-            *(spread(found[metric, name, task, batch]) for metric in ("over_stock", "over_ngram")),
-            f"{found['accepted_per_step', name, task, batch]['p50']:.2f}",
+            variant,
+            *(spread(found[metric, variant, task, batch]) for metric in ("over_stock", "over_ngram")),
+            f"{found['accepted_per_step', variant, task, batch]['p50']:.2f}",
         ]
-        for task, batch in settings
-        for name in names
+        for task, batch in dict.fromkeys((row["task"], row["batch"]) for row in rows)
+        for variant in dict.fromkeys(row["variant"] for row in rows)
     ]
-    note += (
-        f", and over stock vLLM with n-grams; drafts that a step of a request accepts. Medians of {rows[0]['n']} "
-        f"rounds with 20th to 80th percentile, {where(rows[0])}."
+    note = (
+        "`python -m benchmarks.speed.speculation`: decode tokens/s over stock vLLM without drafts, greedy, and over "
+        f"stock vLLM with n-grams; drafts that a step of a request accepts. Medians of {rows[0]['n']} rounds with 20th "
+        f"to 80th percentile, {where(rows[0])}."
     )
     return section(note, ["prompts", "batch", "variant", "over stock", "over stock, n-gram", "accepted"], lines)
 

@@ -3,25 +3,6 @@
 from tools.tables.results import by_key, load_rows, rounds_note, section, spread, table
 
 
-def peers_summary() -> str:
-    """Return the medians of tokens/s over stock vLLM, by task and batch."""
-    rows = [row for row in load_rows("cpu_peers.jsonl") if row["metric"] == "ratio_to_stock"]
-    found = by_key(rows, "variant", "task", "batch")
-    settings = list(dict.fromkeys((row["task"], row["batch"]) for row in rows))
-    lines = []
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = [found[variant, *setting] for setting in settings]
-        what = [variant, own[0]["framework"], str(own[0]["layers"]), "yes" if own[0]["lossless"] else "no"]
-        lines.append([*what, *(f"{row['p50']:.2f}" for row in own)])
-    heads = ["", "framework", "layers", "lossless", *(f"{task}, batch {batch}" for task, batch in settings)]
-    note = (
-        "`python -m benchmarks.peers.compare`: decode tokens/s over stock vLLM on the same prompts, greedy. "
-        f"{rounds_note(rows)} The spread, and what each can and cannot do, is in "
-        "[docs/benchmarks.md](docs/benchmarks.md#peers)."
-    )
-    return section(note, heads, lines)
-
-
 def peers_table() -> str:
     """Return the tokens/s of all peers with their spread."""
     rows = [row for row in load_rows("cpu_peers.jsonl") if "task" in row]
@@ -31,9 +12,12 @@ def peers_table() -> str:
         for variant in dict.fromkeys(row["variant"] for row in rows):
             metrics = ("tokens_per_s", "ratio_to_stock", "ratio_to_own_dense", "accepted_per_step", "agreed_tokens")
             cells = [spread(found.get((metric, variant, task, batch))) for metric in metrics]
-            lines.append([task, str(batch), variant, *cells])
-    heads = ["task", "batch", "", "tokens/s", "over stock vLLM", "over its own plain loop", "accepted a step"]
-    return section(rounds_note(rows), [*heads, "tokens as in the plain loop"], lines)
+            about = found["tokens_per_s", variant, task, batch]
+            what = [variant, about["framework"], str(about["layers"]), "yes" if about["lossless"] else "no"]
+            lines.append([task, str(batch), *what, *cells])
+    heads = ["task", "batch", "", "framework", "layers", "lossless", "tokens/s", "over stock vLLM"]
+    heads += ["over its own plain loop", "accepted a step", "tokens as in the plain loop"]
+    return section(rounds_note(rows), heads, lines)
 
 
 def capabilities_table() -> str:

@@ -1,4 +1,4 @@
-"""Generates the tables of perplexity and accuracy, for README.md, docs/ and the shipped artifact's model card."""
+"""Generates the tables of perplexity and accuracy, for docs/quality.md and the model cards of shipped artifacts."""
 
 from tools.tables.results import Row, by_key, load_rows, section, table, where
 
@@ -44,13 +44,29 @@ def static_table() -> str:
     return _quality(load_rows("quality_static.json"))
 
 
+def over_dense(rows: list[Row], policy: str, layers: int) -> float:
+    """Return a policy's perplexity over that of the unrouted model."""
+    found = by_key(rows, "policy", "layers", "metric")
+    return float(found[policy, layers, "perplexity"]["value"] / _dense(rows)["perplexity"]["value"])
+
+
+def margin_kept(rows: list[Row], policy: str, layers: int) -> float:
+    """Return the share of the unrouted model's accuracy above chance that a policy keeps."""
+    accuracy = by_key(rows, "policy", "layers", "metric")[policy, layers, "piqa_acc"]["value"]
+    return float((accuracy - CHANCE) / (_dense(rows)["piqa_acc"]["value"] - CHANCE))
+
+
+def _dense(rows: list[Row]) -> dict[str, Row]:
+    return {row["metric"]: row for row in rows if row["policy"] == "dense"}
+
+
 def _quality(rows: list[Row]) -> str:
     """Return a line per policy and depth: perplexity over dense, accuracy, and how much of dense's margin is kept.
 
     The margin is the accuracy above chance.
     """
     found = by_key(rows, "policy", "layers", "metric")
-    dense = {metric: row for (policy, _, metric), row in found.items() if policy == "dense"}
+    dense = _dense(rows)
     heads = ["layers", "policy", "perplexity", "over dense", "KL", "agreement", "PIQA acc", "margin kept", "acc_norm"]
     keys = dict.fromkeys((r["layers"], r["policy"]) for r in rows if r["policy"] == "dense" or r["budget"] < 1)
     lines = []
@@ -61,8 +77,8 @@ def _quality(rows: list[Row]) -> str:
             return None if row is None else row["value"]
 
         perplexity, accuracy = value("perplexity"), value("piqa_acc")
-        over = None if perplexity is None else perplexity / dense["perplexity"]["value"]
-        kept = None if accuracy is None else (accuracy - CHANCE) / (dense["piqa_acc"]["value"] - CHANCE)
+        over = None if perplexity is None else over_dense(rows, policy, layers)
+        kept = None if accuracy is None else margin_kept(rows, policy, layers)
         cells = [
             _shown(perplexity, ",.2f"),
             _shown(over, ",.3f"),

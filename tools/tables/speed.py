@@ -1,30 +1,9 @@
 """Generates the tables of speed and memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tools.tables.results import Row, by_key, load_rows, number, percent, rounds_note, section, spread, table, where
-
-
-def decode_summary() -> str:
-    """Return the medians of tokens/s over stock vLLM and over the pruned checkpoint, by batch."""
-    rows = load_rows("cpu_decode.jsonl")
-    found = by_key(rows, "metric", "variant", "batch")
-    batches = sorted({row["batch"] for row in rows})
-    lines = []
-    for variant in _variants(rows):
-        if variant == "stock":
-            continue
-        layers = found["ratio_to_stock", variant, batches[0]]["layers"]
-        cells = [_p50(found.get((metric, variant, batch))) for metric in _RATIOS for batch in batches]
-        lines.append([variant, str(layers), *cells])
-    heads = [f"over {peer}, {batch}" for peer in ("stock", "pruned") for batch in batches]
-    note = (
-        f"`python -m benchmarks.speed.decode`: tokens/s of decode steps over stock vLLM and over the pruned "
-        f"checkpoint, at batch {', '.join(map(str, batches))}; medians of {rows[0]['n']} rounds, {where(rows[0])}. "
-        "[docs/benchmarks.md](docs/benchmarks.md#decode) has the spread."
-    )
-    return section(note, ["variant", "layers", *heads], lines)
+from tools.tables.results import by_key, load_rows, number, percent, rounds_note, section, spread, table, where
 
 
 def decode_table() -> str:
@@ -61,27 +40,6 @@ def prefill_table() -> str:
         f"pruned checkpoint (below 1 is sooner). {rounds_note(rows)}"
     )
     return section(note, ["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines)
-
-
-def schedules_summary() -> str:
-    """Return medians of both schedules over stock vLLM: first token, and tokens/s of decoding."""
-    rows = load_rows("cpu_schedules.jsonl")
-    found = by_key(rows, "metric", "variant", "prompt_tokens", "batch")
-    variants = [variant for variant in _variants(rows) if variant != "stock" and "in prompts" not in variant]
-    lines = [
-        [f"{length:,}", str(batch)]
-        + [
-            " / ".join(_p50(found[metric, variant, length, batch]) for metric in _FIRST_AND_NEXT)
-            for variant in variants
-        ]
-        for length, batch in dict.fromkeys((row["prompt_tokens"], row["batch"]) for row in rows)
-    ]
-    note = (
-        "`python -m benchmarks.speed.schedules`: mean time to first token over that of stock vLLM (below 1 is sooner) "
-        f"/ tokens/s of decoding over stock vLLM's; medians, {where(rows[0])}. "
-        "[docs/benchmarks.md](docs/benchmarks.md#schedules) has the spread."
-    )
-    return section(note, ["prompt", "batch", *(variant.removeprefix("buddy ") for variant in variants)], lines)
 
 
 def schedules_table() -> str:
@@ -129,43 +87,32 @@ def mixed_table() -> str:
     return section(note, ["decode", "median (p20 to p80)"], lines)
 
 
-def serving_summary() -> str:
-    """Return throughput and latencies at the highest rate, with all requests at once, and with a shared prefix."""
-    rows = load_rows("cpu_serving.jsonl")
-    highest = max(row["rate"] for row in rows if row["rate"] != "inf" and row["workload"] == "unique")
-    shown = [row for row in rows if row["workload"] != "unique" or row["rate"] in (highest, "inf")]
-    return _serving(
-        shown,
-        {
-            "output_tokens_per_s": "tokens/s",
-            "ratio_to_stock": "over stock",
-            "p50_ttft_ms": "TTFT p50",
-            "p99_ttft_ms": "TTFT p99",
-            "p50_itl_ms": "ITL p50",
-            "p99_itl_ms": "ITL p99",
-            "goodput_per_s": "goodput/s",
-        },
-        lambda row: "" if row is None else number(row["p50"]),
-    )
-
-
 def serving_table() -> str:
     """Return all figures of the serving benchmark with their spread."""
-    return _serving(
-        load_rows("cpu_serving.jsonl"),
-        {
-            "output_tokens_per_s": "tokens/s",
-            "ratio_to_stock": "over stock",
-            "p50_ttft_ms": "TTFT p50",
-            "p99_ttft_ms": "TTFT p99",
-            "p50_tpot_ms": "TPOT p50",
-            "p99_tpot_ms": "TPOT p99",
-            "p50_itl_ms": "ITL p50",
-            "p99_itl_ms": "ITL p99",
-            "goodput_per_s": "goodput/s",
-        },
-        spread,
+    rows = load_rows("cpu_serving.jsonl")
+    columns = {
+        "output_tokens_per_s": "tokens/s",
+        "ratio_to_stock": "over stock",
+        "p50_ttft_ms": "TTFT p50",
+        "p99_ttft_ms": "TTFT p99",
+        "p50_tpot_ms": "TPOT p50",
+        "p99_tpot_ms": "TPOT p99",
+        "p50_itl_ms": "ITL p50",
+        "p99_itl_ms": "ITL p99",
+        "goodput_per_s": "goodput/s",
+    }
+    found = by_key(rows, "metric", "workload", "rate", "variant")
+    lines = [
+        [workload, str(rate), variant, *(spread(found.get((metric, workload, rate, variant))) for metric in columns)]
+        for workload, rate in dict.fromkeys((row["workload"], row["rate"]) for row in rows)
+        for variant in _variants([row for row in rows if (row["workload"], row["rate"]) == (workload, rate)])
+    ]
+    note = (
+        f"`python -m benchmarks.speed.serving`: `vllm bench serve` against servers on one machine. {rounds_note(rows)} "
+        f"Latencies in ms, goodput in requests/s within `{rows[0]['objective']}` (ms). Rate: requests/s, `inf`: all at "
+        "once."
     )
+    return section(note, ["prompts", "rate", "variant", *columns.values()], lines)
 
 
 def memory_table() -> str:
@@ -221,24 +168,5 @@ _FIRST_AND_NEXT = ("over_stock", "decode_over_stock")
 _RATIOS = ("ratio_to_stock", "ratio_to_pruned")
 
 
-def _serving(rows: Sequence[Row], columns: dict[str, str], shown: Callable[[Row | None], str]) -> str:
-    found = by_key(rows, "metric", "workload", "rate", "variant")
-    lines = [
-        [workload, str(rate), variant, *(shown(found.get((metric, workload, rate, variant))) for metric in columns)]
-        for workload, rate in dict.fromkeys((row["workload"], row["rate"]) for row in rows)
-        for variant in _variants([row for row in rows if (row["workload"], row["rate"]) == (workload, rate)])
-    ]
-    note = (
-        f"`python -m benchmarks.speed.serving`: `vllm bench serve` against servers on one machine. {rounds_note(rows)} "
-        f"Latencies in ms, goodput in requests/s within `{rows[0]['objective']}` (ms). Rate: requests/s, `inf`: all at "
-        "once."
-    )
-    return section(note, ["prompts", "rate", "variant", *columns.values()], lines)
-
-
 def _variants(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["variant"] for row in rows))
-
-
-def _p50(row: Row | None) -> str:
-    return "" if row is None else f"{row['p50']:.2f}"

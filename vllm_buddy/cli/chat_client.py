@@ -1,4 +1,4 @@
-"""A client of the chat completions API that sends a budget with each request and times the answer."""
+"""A client of the chat completions API that sends options of the plugin with each request and times the answer."""
 
 import time
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from vllm_buddy.errors import ServerError
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types import CompletionUsage
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 _TIMEOUT_S = 120.0
@@ -19,13 +20,15 @@ _TIMEOUT_S = 120.0
 class Answer:
     """The answer to one request.
 
+    budget: as it was asked for, a number or "auto".
     outcome: what the plugin reports about the request (`kv_transfer_params.buddy` of the response); None for a streamed
         answer, because the streaming API has no field for it.
     """
 
     prompt: str
-    budget: float
+    budget: float | str
     text: str
+    num_prompt_tokens: int
     num_tokens: int
     elapsed_s: float
     outcome: dict[str, Any] | None
@@ -48,8 +51,10 @@ class ChatClient:
     model: str
     num_tokens: int
 
-    def ask(self, prompt: str, budget: float, *, stream: bool = False) -> Answer:
+    def ask(self, prompt: str, budget: float | str, *, stream: bool = False, **options: Any) -> Answer:
         """Send one request with greedy sampling and read the whole answer.
+
+        options: of the plugin, such as buddy_paths=True.
 
         Raises:
             ServerError: the server refuses the request, breaks off the answer or goes away.
@@ -63,15 +68,15 @@ class ChatClient:
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
             "max_tokens": self.num_tokens,
-            "extra_body": {"min_tokens": self.num_tokens, "vllm_xargs": {"buddy_budget": budget}},
+            "extra_body": {"min_tokens": self.num_tokens, "vllm_xargs": {"buddy_budget": budget, **options}},
         }
         start = time.perf_counter()
         try:
             if stream:
                 chunks = completions.create(**request, stream=True, stream_options={"include_usage": True})
-                text, num_tokens, outcome = _read_stream(chunks)
+                text, usage, outcome = _read_stream(chunks)
             else:
-                text, num_tokens, outcome = _read_whole(completions.create(**request))
+                text, usage, outcome = _read_whole(completions.create(**request))
         except openai.APIStatusError as error:
             raise ServerError(f"the server answered {error.status_code}: {error.response.text}") from None
         except (openai.APIConnectionError, httpx.TransportError) as error:  # openai 2 does not wrap those of a stream
@@ -79,7 +84,9 @@ class ChatClient:
             raise ServerError(f"the server went away during a request ({type(cause).__name__}: {cause})") from None
         except openai.APIError as error:
             raise ServerError(f"the server broke off an answer: {error.body or error.message}") from None
-        return Answer(prompt, budget, text, num_tokens, time.perf_counter() - start, outcome)
+        return Answer(
+            prompt, budget, text, usage.prompt_tokens, usage.completion_tokens, time.perf_counter() - start, outcome
+        )
 
     @cached_property
     def _openai(self) -> "OpenAI":
@@ -97,19 +104,20 @@ class ChatClient:
         )
 
 
-def _read_whole(answer: "ChatCompletion") -> tuple[str, int, dict[str, Any] | None]:
+def _read_whole(answer: "ChatCompletion") -> tuple[str, "CompletionUsage", dict[str, Any] | None]:
     outcome = (getattr(answer, "kv_transfer_params", None) or {}).get("buddy")
-    num_tokens = 0 if answer.usage is None else answer.usage.completion_tokens
-    return answer.choices[0].message.content or "", num_tokens, outcome
+    if answer.usage is None:
+        raise ServerError("the server sent an answer without its usage")
+    return answer.choices[0].message.content or "", answer.usage, outcome
 
 
-def _read_stream(chunks: "Iterable[ChatCompletionChunk]") -> tuple[str, int, None]:
+def _read_stream(chunks: "Iterable[ChatCompletionChunk]") -> tuple[str, "CompletionUsage", None]:
     parts: list[str] = []
-    num_tokens = None
+    usage = None
     for chunk in chunks:
         parts += [choice.delta.content or "" for choice in chunk.choices]
         if chunk.usage is not None:
-            num_tokens = chunk.usage.completion_tokens
-    if num_tokens is None:
+            usage = chunk.usage
+    if usage is None:
         raise ServerError("the server broke off an answer: the stream ended before its usage arrived")
-    return "".join(parts), num_tokens, None
+    return "".join(parts), usage, None

@@ -1,5 +1,6 @@
-"""The results of `vllm-buddy demo`: checks, the printed table and the JSON file."""
+"""The results of `vllm-buddy demo`: checks, what is printed and the JSON file."""
 
+import textwrap
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -10,7 +11,7 @@ from vllm_buddy.cli.table import format_table, shorten
 from vllm_buddy.errors import BudgetError
 from vllm_buddy.method import depth_for_budget
 
-_PROMPT_WIDTH = 28
+_ROUNDING = 1e-6  # of a mean of layers
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,19 @@ class DemoResult:
     """The answers of a demo.
 
     alone: to requests that are sent one at a time. mixed: to the same requests sent all at once, streamed.
-    mixed_wall_s: seconds from the first of the mixed requests to the last answer.
+    mixed_wall_s: seconds from the first of the mixed requests to the last answer. by_token: whether tokens have depths
+        of their own, with the budget as their mean at most.
     """
 
     num_layers: int
     alone: list[Answer]
     mixed: list[Answer]
     mixed_wall_s: float
+    by_token: bool = False
 
     @property
     def budgets(self) -> list[float]:
-        return sorted({a.budget for a in self.alone}, reverse=True)
+        return sorted({float(a.budget) for a in self.alone}, reverse=True)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per budget; rates are means over its requests."""
@@ -63,42 +66,51 @@ class DemoResult:
         """Return one line per answer whose layer counts contradict its budget; empty if there is none."""
         found = []
         for a in self.alone:
-            where = f"budget {a.budget:g}, prompt {shorten(a.prompt, 30)!r}"
+            budget = float(a.budget)
+            where = f"budget {budget:g}, prompt {shorten(a.prompt, 30)!r}"
             if a.outcome is None:
                 found.append(f"{where}: the answer has no layer counts; perhaps the stock model was served")
                 continue
-            depth = depth_for_budget(a.budget, self.num_layers)
+            depth = depth_for_budget(budget, self.num_layers)
             counted = (a.outcome["layers_executed_min"], a.outcome["layers_executed_max"])
-            if counted != (depth, depth):
+            if self.by_token:
+                mean, most = a.outcome["layers_executed_mean"], budget * self.num_layers
+                if mean > most + _ROUNDING:
+                    found.append(f"{where}: {mean:.2f} layers ran per token, but the budget allows {most:g} on average")
+            elif counted != (depth, depth):
                 found.append(
                     f"{where}: {counted[0]} to {counted[1]} layers ran per token, but the budget allows exactly {depth}"
                 )
         return found
 
-    def table(self, width: int) -> str:
-        """Return a table with one row per budget and one line per prompt; no line is longer than `width`."""
+    def answers(self, width: int) -> str:
+        """Return the whole answers by prompt and budget, in lines of at most `width` characters."""
+        lines: list[str] = []
+        for prompt in dict.fromkeys(a.prompt for a in self.alone):
+            lines += ["", prompt]
+            for a in (a for a in self.alone if a.prompt == prompt):
+                layers = "?" if a.outcome is None else f"{a.outcome['layers_executed_mean']:.1f}"
+                head = f"  {a.budget!s:<5} {layers:>4} layers  "
+                text = " ".join(a.text.split())
+                lines.append(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
+        return "\n".join(lines[1:])
+
+    def table(self) -> str:
+        """Return a table with one row per budget."""
         header = ["budget", f"layers\nof {self.num_layers}", "skipped", "tokens/s\nalone", "tokens/s\nmixed"]
         cells = []
         for row in self.rows():
-            answers = [a for a in self.alone if a.budget == row["budget"]]
-            cells.append(
-                [
-                    str(row["budget"]),
-                    "?" if row["skipped_share"] is None else f"{row['layers_executed_mean']:.1f}",
-                    "?" if row["skipped_share"] is None else f"{row['skipped_share']:.0%}",
-                    f"{row['tokens_per_s_alone']:.1f}",
-                    f"{row['tokens_per_s_mixed']:.1f}",
-                    "\n".join(shorten(a.prompt, _PROMPT_WIDTH) for a in answers),
-                    "\n".join(" ".join(a.text.split()) for a in answers),
-                ]
-            )
-        return format_table([*header, "prompt", "text (its beginning)"], cells, width)
+            layers = row["layers_executed_mean"]
+            shares = ["?", "?"] if layers is None else [f"{layers:.1f}", f"{row['skipped_share']:.0%}"]
+            rates = [f"{row[key]:.1f}" for key in ("tokens_per_s_alone", "tokens_per_s_mixed")]
+            cells.append([str(row["budget"]), *shares, *rates])
+        return format_table(header, cells)
 
     def summary(self) -> str:
         """Return two lines about the mixed batch."""
         return (
-            f"mixed: {len(self.mixed)} requests at once ran at {self.tokens_per_s_mixed_total:.1f} tokens/s in total. "
-            "A batch is as slow as its deepest request.\n"
+            f"alone: one request at a time, prefill included. mixed: {len(self.mixed)} requests at once, at "
+            f"{self.tokens_per_s_mixed_total:.1f} tokens/s in total. A batch is as slow as its deepest request.\n"
             f"{self.num_equal_texts} of {len(self.mixed)} texts equal the texts that the requests got alone; bf16 sums "
             "may round differently in another batch."
         )

@@ -28,6 +28,7 @@ COMMANDS = {
     "prune": "prune layers statically, as an artifact and as a checkpoint for stock vLLM",
     "artifacts": "list the artifacts that come with this package",
     "demo": "serve the embedded model and compare budgets",
+    "playground": "serve a page that asks a running server at several budgets and lights the layers",
     "doctor": "check the installation and say how to repair each failure",
 }
 EXIT_USER_ERROR = 2

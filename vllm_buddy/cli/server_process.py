@@ -1,7 +1,6 @@
 """Runs a vLLM server as a child process: starts it, waits until it is healthy and stops all of its processes."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from vllm_buddy.cli.table import shorten
 from vllm_buddy.errors import ServerError
 
 if TYPE_CHECKING:
@@ -25,10 +23,16 @@ _HEALTH_TIMEOUT_S = 2.0
 _SERVER_STOP_S = 10.0
 _GROUP_STOP_S = 6.0
 _TRACKER_STOP_S = 3.0
-_TAIL_LINES = 25
-# The prefix of "(EngineCore pid=12) INFO 11-22 07:05:36 [core.py:120] text"; a progress line shows only the text.
-_LOG_PREFIX = re.compile(r"^(\(.*?pid=\d+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] )?")
-_LETTER = re.compile(r"[A-Za-z]{3}")
+# What a server is doing, in the order in which it does it: from the line of the log with this text on.
+_PHASES = (
+    ("non-default args", "reading settings and model configuration"),
+    ("Initializing a V1 LLM engine", "starting the engine's processes"),
+    ("Starting to load model", "loading the weights"),
+    ("Loading weights took", "compiling the layers (longest the first time)"),
+    ("KV cache size", "reserving the KV cache and warming up"),
+    ("Starting vLLM server", "opening the HTTP port"),
+)
+_OWN_ERROR = "vllm-buddy: error: "
 
 
 class ServerProcess:
@@ -37,7 +41,7 @@ class ServerProcess:
     Use it as a context manager; leaving the context stops every process of the server.
 
     Raises:
-        ServerError: the server ends, or is not healthy within `start_timeout_s`. The message has the end of its log.
+        ServerError: the server ends, or is not healthy within `start_timeout_s`. The message names its log.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class ServerProcess:
         self.stop()
 
     def wait_until_healthy(self, report: Callable[[float, str], None]) -> None:
-        """Wait until /health answers. report: called twice a second with (seconds so far, last message in the log)."""
+        """Wait until /health answers. report: called twice a second with (seconds so far, what it is doing)."""
         import httpx
 
         start = time.monotonic()
@@ -83,16 +87,18 @@ class ServerProcess:
                     self.start_s = elapsed
                     return
                 if elapsed > self._start_timeout_s:
-                    raise ServerError(f"the server was not ready after {elapsed:.0f} s\n{self.log_tail()}")
-                report(elapsed, self.log_gist())
+                    raise ServerError(f"the server was not ready after {elapsed:.0f} s; its log is {self._log}")
+                report(elapsed, self.phase())
                 time.sleep(_POLL_S)
 
     def check_alive(self) -> None:
-        """Raise a ServerError with the end of the log if the server has ended."""
+        """Raise a ServerError with the plugin's own reason, if it gave one, if the server has ended."""
         assert self._process is not None
         status = self._process.poll()
         if status is not None:
-            raise ServerError(f"the server ended with status {status}\n{self.log_tail()}")
+            reason = next((line for line in self._log_lines() if line.startswith(_OWN_ERROR)), "")
+            reason = reason and f": {reason.removeprefix(_OWN_ERROR)}"
+            raise ServerError(f"the server ended with status {status}{reason}; its log is {self._log}")
 
     def stop(self) -> None:
         """End the server and every process of its group, first with SIGTERM, then with SIGKILL."""
@@ -116,18 +122,10 @@ class ServerProcess:
             _signal_all(_group(server.pid), signal.SIGKILL)
         server.wait()
 
-    def log_gist(self) -> str:
-        """Return the last message in the log, without the prefix of log lines."""
-        for line in reversed(self._log_lines()):
-            text = _LOG_PREFIX.sub("", line).strip()
-            if _LETTER.search(text):
-                return shorten(text, 80)
-        return ""
-
-    def log_tail(self) -> str:
-        """Return the end of the log, for an error message."""
-        lines = self._log_lines()[-_TAIL_LINES:]
-        return "\n".join([f"--- end of {self._log} ---", *lines, "---"])
+    def phase(self) -> str:
+        """Return what the server is doing while it starts, in words of its user; empty before its first message."""
+        log = "\n".join(self._log_lines())
+        return next((words for text, words in reversed(_PHASES) if text in log), "")
 
     def _log_lines(self) -> list[str]:
         return self._log.read_text(errors="replace").splitlines() if self._log.is_file() else []

@@ -1,4 +1,4 @@
-"""All changes to classes of vLLM: three wrapped methods, and a table entry for each routed model class.
+"""All changes to classes of vLLM: five wrapped methods, and a table entry for each routed model class.
 
 `_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
     Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
@@ -14,10 +14,22 @@
     Why, nearest hook: as above; `SamplingParams.verify` does not get the prompt.
     Remove when: that validator gets the tokenized prompt.
 
+`OpenAIServingChat.chat_completion_stream_generator` and `OpenAIServingCompletion.completion_stream_generator` send the
+paths of requests that ask for them (`buddy_paths`) in chunks of their own.
+    Why: vLLM's streamed chunks leave out the `kv_transfer_params` that its whole responses have.
+    Nearest hook: `--middleware`, which would have to parse the answers of all requests.
+    Remove when: vLLM streams `kv_transfer_params`.
+
 All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_patches.py fails
 when vLLM's side moves.
 """
 
+import inspect
+import json
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from importlib import import_module
 from typing import Any
 
 MODEL_IMPL = "buddy"
@@ -31,6 +43,13 @@ ROUTED_ARCHITECTURES = {
 }
 _MODELS_MODULE = "vllm_buddy.serving.forward.models"
 _MARK = "_vllm_buddy_original"
+_API_SERVER = "vllm.entrypoints.launchers.api_server"
+# Modules of the API server, their class and its method that streams an answer.
+_STREAMS = (
+    ("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat", "chat_completion_stream_generator"),
+    ("vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion", "completion_stream_generator"),
+)
+_DONE = "data: [DONE]\n\n"
 
 
 def apply() -> None:
@@ -39,6 +58,9 @@ def apply() -> None:
     _wrap_normalize_arch()
     _wrap_verify()
     _wrap_process_inputs()
+    if _API_SERVER in sys.modules:  # in no other process does anything stream over HTTP
+        for module, class_name, method in _STREAMS:
+            _wrap_stream(getattr(import_module(module), class_name), method)
 
 
 def _register_models() -> None:
@@ -120,3 +142,50 @@ def _wrap_process_inputs() -> None:
 
     setattr(process_inputs, _MARK, original)
     InputProcessor.process_inputs = process_inputs
+
+
+def _wrap_stream(serving: type, method: str) -> None:
+    """Stream what the scheduler tells of the paths of a request that asks for them."""
+    from vllm_buddy.serving.admission.options import wants_paths
+
+    original = getattr(serving, method)
+    if hasattr(original, _MARK):
+        return
+    signature = inspect.signature(original)
+
+    def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
+        if not wants_paths(request.vllm_xargs):
+            return original(self, request, *args, **kwargs)
+        return _stream_with_paths(original, signature.bind(self, request, *args, **kwargs))
+
+    setattr(stream, _MARK, original)
+    setattr(serving, method, stream)
+
+
+async def _stream_with_paths(
+    original: Callable[..., AsyncIterator[str]], call: inspect.BoundArguments
+) -> AsyncIterator[str]:
+    """vLLM's chunks, each followed by one without choices that has the kv_transfer_params of its tokens."""
+    told: list[dict[str, Any]] = []
+
+    async def listen(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for result in results:
+            output = result[1] if isinstance(result, tuple) else result  # completions: with the number of its prompt
+            if "buddy" in (params := output.kv_transfer_params or {}):
+                told.append(params)
+            yield result
+
+    call.arguments["result_generator"] = listen(call.arguments["result_generator"])
+    head: dict[str, Any] = {}
+    async with aclosing(original(*call.args, **call.kwargs)) as chunks:  # type: ignore[type-var]
+        async for chunk in chunks:
+            if not head and chunk != _DONE:
+                first = json.loads(chunk.removeprefix("data: "))
+                head = {key: first.get(key) for key in ("id", "object", "created", "model")}
+            if chunk != _DONE:
+                yield chunk
+            for params in told:
+                yield f"data: {json.dumps({**head, 'choices': [], 'kv_transfer_params': params})}\n\n"
+            told.clear()
+            if chunk == _DONE:
+                yield chunk

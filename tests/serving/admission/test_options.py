@@ -44,6 +44,14 @@ def test_a_budget_that_is_no_number_in_range_is_refused(llama: Engine, value: An
     assert "(0, 1]" in str(error)
 
 
+@pytest.mark.parametrize("value", ["yes", 2, [1]])
+def test_paths_are_asked_for_with_true_or_false(llama: Engine, value: Any) -> None:
+    """Fails if a request that asks for its paths in another way gets none and is not told why."""
+    error = refused(llama, {"buddy_paths": value})
+    assert error.parameter == "vllm_xargs.buddy_paths"
+    assert "true or false" in str(error)
+
+
 @pytest.mark.parametrize("value", TOO_LOW)
 def test_a_budget_below_three_layers_is_refused_with_the_smallest_allowed(llama: Engine, value: float) -> None:
     """Fails if a path would lack a middle layer, or the user is not told what the least is."""
@@ -199,7 +207,7 @@ def test_an_option_that_does_not_exist_is_refused_by_name(llama: Engine) -> None
     """Fails if a misspelt option is passed over: the request would run at another budget than it asked for."""
     error = refused(llama, {"buddy_bugdet": 0.5})
     assert error.parameter == "vllm_xargs.buddy_bugdet"
-    names = ("buddy_budget", "buddy_prompt", "buddy_mode", "buddy_context_tokens", "buddy_price", "buddy_auto_min")
+    names = ("buddy_budget", "buddy_prompt", "buddy_mode", "buddy_context_tokens", "buddy_paths", "buddy_price")
     assert ", ".join(names) in str(error)
 
 

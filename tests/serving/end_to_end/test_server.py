@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.engine import BLOCK_SIZE, Ask, Tiny
+from tests.harness.engine import BLOCK_SIZE, Ask, Tiny, paths_told
 from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE, random_prompts
 from vllm_buddy.method import PathSchedule, budget_for_depth, depth_for_budget
 
@@ -73,6 +73,18 @@ class Server:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
+
+    def stream(self, prompt: tuple[int, ...], body: str) -> list[dict[str, Any]]:
+        """POST a streamed completion; returns its chunks, after a look at the end."""
+        base = f'"model": "tiny", "prompt": {list(prompt)}, "max_tokens": {NUM_TOKENS}, "temperature": 0'
+        text = "{" + base + f', "stream": true, {body}' + "}"
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", text.encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
+            *chunks, done = [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
+        assert done == "[DONE]"
+        return [json.loads(chunk) for chunk in chunks]
 
     def metrics(self) -> dict[str, float]:
         """Samples of our families, without labels and buckets."""
@@ -142,6 +154,31 @@ def test_mixed_budgets_at_once_give_the_references_tokens_and_tell_what_ran(
             "distinct_paths": len(set(expected.paths)),
             "reroutes": sum(a != b for a, b in zip(expected.paths, expected.paths[1:])),
         }
+
+
+def test_a_request_that_asks_is_told_the_path_of_each_token(server: Server, tiny: Callable[[str], Tiny]) -> None:
+    """Fails if paths are told to those who do not ask, or are not those that the reference runs."""
+    asked = '"vllm_xargs": {"buddy_budget": 0.5, "buddy_paths": true}'
+    expected = tiny("llama").expected(Ask(PROMPTS[0], 0.5, NUM_TOKENS), "masked", SCHEDULE)
+    outcome = server.complete(PROMPTS[0], asked)[1]["kv_transfer_params"]["buddy"]
+    assert paths_told(outcome["paths"]) == expected.paths[: len(PROMPTS[0]) + NUM_TOKENS - 1]
+    assert "paths" not in server.complete(PROMPTS[0], budget("0.5"))[1]["kv_transfer_params"]["buddy"]
+
+
+def test_a_stream_tells_paths_as_it_goes_and_the_outcome_at_its_end(
+    server: Server, tiny: Callable[[str], Tiny]
+) -> None:
+    """Fails if streamed chunks lose a token's path, or come to a client that does not ask for them."""
+    expected = tiny("llama").expected(Ask(PROMPTS[1], 0.5, NUM_TOKENS), "masked", SCHEDULE)
+    chunks = server.stream(PROMPTS[1], '"vllm_xargs": {"buddy_budget": 0.5, "buddy_paths": true}')
+    told = [chunk["kv_transfer_params"]["buddy"] for chunk in chunks if "kv_transfer_params" in chunk]
+    assert all(chunk["choices"] == [] for chunk in chunks if "kv_transfer_params" in chunk)
+    assert paths_told(told[-1]["paths"]) == expected.paths[: len(PROMPTS[1]) + NUM_TOKENS - 1]
+    assert told[-1]["depth"] == depth_for_budget(0.5, NUM_LAYERS)
+    # A client that reads slowly may get fewer, because vLLM merges chunks; a local one reads the first as it comes.
+    assert paths_told(told[0]["paths"]) == expected.paths[: len(PROMPTS[1])]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert not any("kv_transfer_params" in chunk for chunk in server.stream(PROMPTS[1], budget("0.5")))
 
 
 # As JSON text: NaN and 1e400 are not JSON by the letter, but Python's parser takes them.

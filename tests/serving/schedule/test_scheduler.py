@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.harness.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Tiny
+from tests.harness.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Tiny, paths_told
 from tests.harness.pretend_worker import PretendEngine
 from tests.harness.tiny_models import random_prompts
 from tests.serving.end_to_end.test_independence import BUDGETS, CONTEXTS, PROMPTS, ask_with
@@ -124,6 +124,26 @@ def test_a_request_preempted_right_at_its_change_of_path_takes_no_block_beyond_i
     while not engine.idle:
         engine.step()
     assert engine.generated[leaver_id] == engine.expected(leaver)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
+def test_paths_told_as_a_request_goes_on_add_up_to_the_whole(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
+    """Fails if a token's path is told twice, not at all, or before it is known; chunks and preemption included."""
+    engine = PretendEngine(tiny("llama"), PathSchedule(4, 1), asynchronous=asynchronous, num_blocks=50, chunk=16)
+    ask = Ask(PROMPTS[0], 0.5, 40, options={"buddy_paths": True})
+    asked, silent = engine.add(ask), engine.add(Ask(PROMPTS[1], 0.5, 40))
+    while not engine.idle:
+        engine.step()
+        if len(engine.generated[asked]) == 11:
+            engine.preempt(0, drop_stale_output=False)
+    tokens = (*ask.prompt, *engine.generated[asked])
+    expected = engine.paths(ask, tokens)[:-1]
+    *parts, whole = (paths_told(told["paths"]) for told in engine.told[asked])
+    assert whole == expected
+    streamed = [path for part in parts for path in part]
+    assert streamed == expected[: len(streamed)]
+    assert len(streamed) == len(expected) - 1  # the last step is told with the whole
+    assert ["paths" in told for told in engine.told[silent]] == [False]
 
 
 def leaves_with_the_last_token_of_a_block(engine: PretendEngine) -> tuple[Ask, Ask]:

@@ -21,8 +21,9 @@ PROMPT_KEY = "buddy_prompt"
 ROUTED_PROMPT, FULL_PROMPT = "routed", "full"
 MODE_KEY = "buddy_mode"
 BUDGET_MODE, LOSSLESS = "budget", "lossless"
+PATHS_KEY = "buddy_paths"
 AUTO_KEYS = (PRICE_KEY, AUTO_MIN_KEY, AUTO_MAX_KEY)
-_KEYS = (BUDGET_KEY, PROMPT_KEY, MODE_KEY, CONTEXT_TOKENS_KEY, *AUTO_KEYS)
+_KEYS = (BUDGET_KEY, PROMPT_KEY, MODE_KEY, CONTEXT_TOKENS_KEY, PATHS_KEY, *AUTO_KEYS)
 _PREFIX = "buddy_"
 
 
@@ -45,6 +46,8 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
     for key in extra_args:
         if key.startswith(_PREFIX) and key not in _KEYS:
             raise _refused(key, f"unknown option '{key}'; vllm_buddy knows {', '.join(_KEYS)}", extra_args[key])
+    if (paths := extra_args.get(PATHS_KEY)) not in (None, True, False):
+        raise _refused(PATHS_KEY, f"{PATHS_KEY}: {paths!r} is not true or false", paths)
     try:
         model_config.buddy_limits.resolve(extra_args)
     except OptionError as error:
@@ -86,6 +89,11 @@ def verify_with_prompt(
 def context_tokens(extra_args: Mapping[str, Any] | None) -> int | None:
     """How many leading tokens of the prompt decide a request's first path; None: all of them."""
     return (extra_args or {}).get(CONTEXT_TOKENS_KEY)
+
+
+def wants_paths(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request asks which layers each of its tokens ran. vLLM turns JSON true into 1."""
+    return bool((extra_args or {}).get(PATHS_KEY))
 
 
 def _refused(key: str, message: str, value: Any) -> VLLMValidationError:

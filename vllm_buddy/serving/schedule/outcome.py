@@ -1,9 +1,20 @@
 """What one request got: its budget, and the layers that its tokens executed, for the final response."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from vllm_buddy.method import Route
+from vllm_buddy.method import LayerPath, Route, Run, layers_of
 from vllm_buddy.serving.schedule.plan import Executed
+
+
+def described(runs: Iterable[Run], num_layers: int) -> dict[str, Any]:
+    """The form that runs have in a response: `layers`, the paths that occur, and `runs`, [tokens, index of a path].
+
+    num_layers: of the model.
+    """
+    index: dict[LayerPath, int] = {}
+    pairs = [[run.num_tokens, index.setdefault(run.path, len(index))] for run in runs]
+    return {"num_layers": num_layers, "layers": [layers_of(path) for path in index], "runs": pairs}
 
 
 class _Part:

@@ -20,11 +20,11 @@ from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import Route, Run
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
-from vllm_buddy.serving.admission.options import context_tokens
+from vllm_buddy.serving.admission.options import context_tokens, wants_paths
 from vllm_buddy.serving.compat import finished_params
 from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPath, RequestDrafts
 from vllm_buddy.serving.schedule.metrics import EngineMetrics
-from vllm_buddy.serving.schedule.outcome import Outcome
+from vllm_buddy.serving.schedule.outcome import Outcome, described
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.schedule.prefix_cache import end_hash_chain, limit_publishing, salt
 from vllm_buddy.serving.schedule.route_maker import RouteMaker
@@ -46,6 +46,7 @@ class RoutedRequest:
     planned: number of tokens that were planned so far, without drafts that may be rejected. A request that is computed
         again stands before it.
     drafts: made for it by DepthDrafts; None on a server without that drafter.
+    told: number of tokens whose paths streamed chunks have told so far; None if the request does not ask for paths.
     """
 
     route: Route
@@ -54,6 +55,7 @@ class RoutedRequest:
     price: float = 0.0
     planned: int = 0
     drafts: RequestDrafts | None = None
+    told: int | None = None
 
 
 class _Routing(_Base):
@@ -89,6 +91,8 @@ class _Routing(_Base):
         if request.request_id not in self.requests:
             started = time.perf_counter()
             routed = self._routed[request.request_id] = self._route(request)
+            if request.sampling_params is not None and wants_paths(request.sampling_params.extra_args):
+                routed.told = 0
             if self._drafting is not None:
                 routed.drafts = self._drafting.of_request(lossless=routed.outcome.lossless)
             if (key := routed.route.cache_key) is not None:
@@ -145,9 +149,14 @@ class _Routing(_Base):
         freed = super()._free_request(request, *args, **kwargs)
         routed = self._routed.pop(request.request_id)
         # Accepted drafts ran on decisions that were made on a copy.
-        routed.route.decide(min(request.num_computed_tokens, request.num_tokens - 1), request.all_token_ids)
+        num_run = min(request.num_computed_tokens, request.num_tokens - 1)
+        routed.route.decide(num_run, request.all_token_ids)
         self._metrics.observe_request(routed.outcome, routed.route)
-        return finished_params(freed, routed.outcome.as_dict(routed.route))
+        outcome = routed.outcome.as_dict(routed.route)
+        if routed.told is not None:
+            runs = routed.route.runs(0, num_run, request.all_token_ids) if num_run > 0 else []
+            outcome["paths"] = described(runs, self._limits.num_layers)
+        return finished_params(freed, outcome)
 
     # --- one step ----------------------------------------------------------------------------------------------
 
@@ -236,9 +245,25 @@ class _Routing(_Base):
                     self._metrics.observe_drafts(counts, num_accepted if by_depth else None)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._tell_paths(outputs)
         self._observe_load()
         self._metrics.export(idle=not self.has_unfinished_requests())
         return outputs
+
+    def _tell_paths(self, outputs: Any) -> None:
+        """Add the paths of the tokens that ran to what vLLM streams of requests that ask for them and go on.
+
+        outputs: as vLLM's update_from_output returns them. Requests that are finished have their whole outcome.
+        """
+        for output in (output for client in outputs.values() for output in client.outputs):
+            routed, request = self._routed.get(output.request_id), self.requests.get(output.request_id)
+            if routed is None or request is None or routed.told is None:
+                continue
+            num_new = request.num_tokens - 1 - routed.told
+            if num_new > 0:
+                runs = routed.route.runs(routed.told, num_new, request.all_token_ids)
+                output.kv_transfer_params = {"buddy": {"paths": described(runs, self._limits.num_layers)}}
+                routed.told += num_new
 
     def _num_accepted(self, req_id: str, model_runner_output: Any) -> int:
         """How many of a request's drafts were accepted, without those that its max_tokens cuts off."""
