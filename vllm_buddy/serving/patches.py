@@ -10,7 +10,7 @@
     Nearest hook: `SamplingParams._verify_extra_args`, which checks the range of integers only.
     Remove when: plugins can register a validator of `extra_args`.
 
-`InputProcessor.process_inputs` validates the options that depend on the prompt.
+`InputProcessor.process_inputs` validates the prompt's token ids, and the options that depend on the prompt.
     Why, nearest hook: as above; `SamplingParams.verify` does not get the prompt.
     Remove when: that validator gets the tokenized prompt.
 
@@ -99,7 +99,7 @@ def _wrap_process_inputs() -> None:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vllm_buddy.serving.admission.options import verify_with_prompt
+    from vllm_buddy.serving.admission.options import verify_token_ids, verify_with_prompt
 
     original = InputProcessor.process_inputs
     if hasattr(original, _MARK):
@@ -109,6 +109,7 @@ def _wrap_process_inputs() -> None:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if getattr(self.model_config, "model_impl", None) == MODEL_IMPL and isinstance(params, SamplingParams):
+            verify_token_ids(request.prompt_token_ids, self.model_config.get_vocab_size())
             verify_with_prompt(
                 params,
                 len(request.prompt_token_ids),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.harness.engine import Ask, Engine
-from tests.harness.tiny_models import random_prompts
+from tests.harness.tiny_models import VOCAB_SIZE, random_prompts
 from vllm_buddy.serving.admission.options import OptionError
 
 PROMPTS = [tuple(p) for p in random_prompts(4, seed=61, min_tokens=20, max_tokens=60)]
@@ -203,9 +203,63 @@ def test_an_option_that_does_not_exist_is_refused_by_name(llama: Engine) -> None
     assert ", ".join(names) in str(error)
 
 
+MISSPELT = {
+    "buddy_buget": "buddy_budget",
+    "Buddy-Budget": "buddy_budget",
+    "budy_budget": "buddy_budget",
+    "buddybudget": "buddy_budget",
+    "buddy_min": "buddy_auto_min",
+    "buddy_context_token": "buddy_context_tokens",
+}
+
+
+@pytest.mark.parametrize("key", MISSPELT)
+def test_a_misspelt_option_is_refused_with_the_right_name(llama: Engine, key: str) -> None:
+    """Fails if a slip of the pen is served at the default budget, or its refusal does not tell the name that is meant."""
+    error = refused(llama, {key: 0.5})
+    assert error.parameter == f"vllm_xargs.{key}"
+    assert f"did you mean '{MISSPELT[key]}'?" in str(error)
+
+
+def test_what_a_refusal_shows_of_a_huge_option_is_short(llama: Engine) -> None:
+    """Fails if a request's megabytes come back in the response and in the log."""
+    nested: list[Any] = [["x" * 50] * 50] * 50
+    huge = "9" * 10**6
+    for options in ({"buddy_budget": huge}, {"buddy_mode": nested}, {"buddy_prompt": [huge]}, {f"buddy_{huge}": 1}):
+        error = refused(llama, options)
+        assert len(str(error)) < 600
+        assert len(str(error.value)) <= 80
+        assert "\n" not in str(error)
+
+
+def test_a_price_of_minus_zero_is_zero(llama: Engine) -> None:
+    """Fails if the response tells a price that nobody writes."""
+    limits = llama.llm.llm_engine.model_config.buddy_limits
+    assert str(limits.resolve({"buddy_budget": "auto", "buddy_price": -0.0}).price) == "0.0"
+
+
+@pytest.mark.parametrize("token_id", [VOCAB_SIZE, VOCAB_SIZE + 63, 2**31, -1])
+def test_a_token_id_that_the_model_lacks_is_refused(llama: Engine, token_id: int) -> None:
+    """Fails if it reaches the router's tables, where it would end the engine and all requests with it.
+
+    vLLM checks ids against its tokenizer, of which the engine here has none, and lets ids pass that only it has.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    good = Ask(PROMPTS[0], 0.5, 6)
+    llama.add(good, "good")
+    for budget in (0.5, 1.0, None):
+        with pytest.raises(VLLMValidationError, match=f"token id {token_id} .* 0 to {VOCAB_SIZE - 1}"):
+            llama.add(Ask((1, token_id, 2), budget, 2))
+    outputs = llama.finish()
+    llama.check([good], [outputs["good"]])
+    llama.run([Ask((0, VOCAB_SIZE - 1), 0.5, 2)])
+
+
 def test_options_of_others_are_left_alone(llama: Engine) -> None:
     """Fails if extra arguments that are not ours are refused."""
-    llama.run([Ask(PROMPTS[0], None, 2, {"extra_args": {"other": [1, "x"], "buddy_budget": None}})])
+    others = {"other": [1, "x"], "budget": 2, "session_id": "a", "mode": "fast", "": 0, "buddy_budget": None}
+    llama.run([Ask(PROMPTS[0], None, 2, {"extra_args": others})])
 
 
 @pytest.mark.parametrize("budget", [1, 1.0, 0.375, np.float64(0.5)])

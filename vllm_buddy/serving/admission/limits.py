@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.errors import BudgetError, SettingsError
+from vllm_buddy.errors import BudgetError, SettingsError, shown
 from vllm_buddy.method import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.serving.admission.options import (
@@ -223,10 +223,11 @@ class RequestLimits:
         """
         options = {key: value for key, value in (extra_args or {}).items() if value is not None}
         self.full_prompt(extra_args)
-        if (mode := options.get(MODE_KEY, BUDGET_MODE)) == LOSSLESS:
+        mode = options.get(MODE_KEY, BUDGET_MODE)
+        if not isinstance(mode, str) or mode not in (BUDGET_MODE, LOSSLESS):
+            raise OptionError(MODE_KEY, f'mode is {shown(mode)}; allowed are "{BUDGET_MODE}" and "{LOSSLESS}"')
+        if mode == LOSSLESS:
             return self._lossless(options)
-        if mode != BUDGET_MODE:
-            raise OptionError(MODE_KEY, f'mode is {mode!r}; allowed are "{BUDGET_MODE}" and "{LOSSLESS}"')
         value = options.get(BUDGET_KEY, self.default_budget)
         if isinstance(value, str) and value == AUTO:
             return self._auto_budget(options)
@@ -247,8 +248,8 @@ class RequestLimits:
         value = (extra_args or {}).get(PROMPT_KEY)
         if value is None:
             value = self.prompt
-        if value not in (ROUTED_PROMPT, FULL_PROMPT):
-            raise OptionError(PROMPT_KEY, f'prompt is {value!r}; allowed are "{ROUTED_PROMPT}" and "{FULL_PROMPT}"')
+        if not isinstance(value, str) or value not in (ROUTED_PROMPT, FULL_PROMPT):
+            raise OptionError(PROMPT_KEY, f'prompt is {shown(value)}; allowed are "{ROUTED_PROMPT}" and "{FULL_PROMPT}"')
         return value == FULL_PROMPT
 
     def _lossless(self, options: Mapping[str, Any]) -> FixedBudget:
@@ -265,7 +266,7 @@ class RequestLimits:
             if is_auto or self._fixed_budget(value).budget < 1.0:
                 clashing.insert(0, BUDGET_KEY)
         for key in clashing:
-            raise OptionError(key, f'is {options[key]!r}, but mode "{LOSSLESS}" runs all layers; leave one of them out')
+            raise OptionError(key, f'is {shown(options[key])}, but mode "{LOSSLESS}" runs all layers; leave one of them out')
         return FixedBudget(1.0, self.num_layers, lossless=True)
 
     def _fixed_budget(self, value: Any) -> FixedBudget:
@@ -296,8 +297,8 @@ class RequestLimits:
         if price is not None:
             is_number = isinstance(price, (int, float)) and not isinstance(price, bool)
             if not is_number or not 0 <= price <= sys.float_info.max:  # the comparison fails for NaN, too
-                raise OptionError(PRICE_KEY, f"price is {price!r}; allowed is a finite number from 0 up")
-            price = float(price)
+                raise OptionError(PRICE_KEY, f"price is {shown(price)}; allowed is a finite number from 0 up")
+            price = float(price) + 0.0  # -0.0 becomes 0.0
         ends = {key: self._end(key, options[key]) for key in (AUTO_MIN_KEY, AUTO_MAX_KEY) if key in options}
         try:
             return self.auto.budget(price, ends.get(AUTO_MIN_KEY), ends.get(AUTO_MAX_KEY))
