@@ -1,4 +1,7 @@
-"""The errors that a user can cause, and how they show what was sent. Each message says what was found, what is allowed and what to do."""
+"""The errors that a user can cause. Each message says what was found, what is allowed and what to do.
+
+What was found is shown by `shown`, because it may be of any length.
+"""
 
 from reprlib import Repr
 from typing import Any

@@ -215,7 +215,7 @@ MISSPELT = {
 
 @pytest.mark.parametrize("key", MISSPELT)
 def test_a_misspelt_option_is_refused_with_the_right_name(llama: Engine, key: str) -> None:
-    """Fails if a slip of the pen is served at the default budget, or its refusal does not tell the name that is meant."""
+    """Fails if a slip of the pen is served at the default budget, or the refusal does not tell the right name."""
     error = refused(llama, {key: 0.5})
     assert error.parameter == f"vllm_xargs.{key}"
     assert f"did you mean '{MISSPELT[key]}'?" in str(error)

@@ -249,7 +249,9 @@ class RequestLimits:
         if value is None:
             value = self.prompt
         if not isinstance(value, str) or value not in (ROUTED_PROMPT, FULL_PROMPT):
-            raise OptionError(PROMPT_KEY, f'prompt is {shown(value)}; allowed are "{ROUTED_PROMPT}" and "{FULL_PROMPT}"')
+            raise OptionError(
+                PROMPT_KEY, f'prompt is {shown(value)}; allowed are "{ROUTED_PROMPT}" and "{FULL_PROMPT}"'
+            )
         return value == FULL_PROMPT
 
     def _lossless(self, options: Mapping[str, Any]) -> FixedBudget:
@@ -266,7 +268,8 @@ class RequestLimits:
             if is_auto or self._fixed_budget(value).budget < 1.0:
                 clashing.insert(0, BUDGET_KEY)
         for key in clashing:
-            raise OptionError(key, f'is {shown(options[key])}, but mode "{LOSSLESS}" runs all layers; leave one of them out')
+            told = f'is {shown(options[key])}, but mode "{LOSSLESS}" runs all layers; leave one of them out'
+            raise OptionError(key, told)
         return FixedBudget(1.0, self.num_layers, lossless=True)
 
     def _fixed_budget(self, value: Any) -> FixedBudget:

@@ -82,7 +82,8 @@ def verify_with_prompt(
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= num_prompt_tokens:
         raise _refused(
             CONTEXT_TOKENS_KEY,
-            f"{CONTEXT_TOKENS_KEY}: {shown(value)} is not an integer from 1 to {num_prompt_tokens}, the prompt's length",
+            f"{CONTEXT_TOKENS_KEY}: {shown(value)} is not an integer from 1 to {num_prompt_tokens}, the length of the "
+            "prompt",
             value,
         )
 
