@@ -6,6 +6,7 @@ the best and the second token and every skipped layer changes the tokens.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,27 +60,32 @@ _FAMILIES = {
 FAMILIES = tuple(_FAMILIES)
 
 
-def save_tiny_model(folder: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def save_tiny_model(
+    folder: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
     """Write a random model of `family` ("llama", "qwen2", "qwen3") as a Hugging Face folder, and return `folder`.
 
     There is no tokenizer and no end-of-sequence token: engines need `skip_tokenizer_init=True` and generate as many
     tokens as they are asked for.
+
+    changes: of the Hugging Face configuration.
     """
     config_class, model_class = _FAMILIES[family]
-    config = config_class(
-        num_hidden_layers=NUM_LAYERS,
-        hidden_size=HIDDEN_SIZE,
-        num_attention_heads=HIDDEN_SIZE // HEAD_DIM,
-        num_key_value_heads=NUM_KV_HEADS,
-        head_dim=HEAD_DIM,
-        intermediate_size=2 * HIDDEN_SIZE,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    usual = {
+        "num_hidden_layers": NUM_LAYERS,
+        "hidden_size": HIDDEN_SIZE,
+        "num_attention_heads": HIDDEN_SIZE // HEAD_DIM,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": 2 * HIDDEN_SIZE,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    config = config_class(**(usual | changes))
     model = model_class(config)
     _randomise(model, seed)
     model.to(dtype).save_pretrained(folder)
