@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from tests.harness.engine import Ask, Engine
 from tests.harness.tiny_models import VOCAB_SIZE, random_prompts
@@ -22,8 +23,6 @@ TOO_LOW = (0.374, 0.25, 0.1, 1e-9, 5e-324)
 
 def refused(engine: Engine, extra_args: dict[str, Any]) -> Any:
     """Send a request that must be refused beside one that must not notice; returns vLLM's error."""
-    from vllm.exceptions import VLLMValidationError
-
     good = Ask(PROMPTS[0], 0.5, 6)
     engine.add(good, "good")
     engine.step()
@@ -62,9 +61,26 @@ def test_a_budget_below_the_servers_floor_is_refused_with_the_floor(
     llama.run([Ask(PROMPTS[1], 0.6, 2)])
 
 
-def refused_only(engine: Engine, budget: float) -> Any:
-    from vllm.exceptions import VLLMValidationError
+def test_a_budget_above_the_servers_ceiling_is_refused_with_the_ceiling(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a client can make the server spend more than `max_budget`, by whichever option."""
+    model_config = llama.llm.llm_engine.model_config
+    limits = replace(model_config.buddy_limits, max_budget=0.75, default_budget=0.75, lossless=True)
+    monkeypatch.setattr(model_config, "buddy_limits", limits)
+    assert "above the largest allowed budget 0.75" in str(refused_only(llama, 0.76))
+    assert "largest allowed budget" in str(refused_only(llama, 1.0))
+    for options in ({"buddy_prompt": "full"}, {"buddy_mode": "lossless"}):
+        error = refused(llama, {"buddy_budget": 0.5, **options})
+        assert error.parameter == f"vllm_xargs.{next(iter(options))}"
+        assert "largest budget that a request may ask for is 0.75" in str(error)
+    with pytest.raises(VLLMValidationError, match=r"session runs at full depth, .* is 0\.75"):
+        session_request(llama, None)
+    llama.run([Ask(PROMPTS[1], 0.75, 2)])
+    replace(limits, prompt="full").resolve({"buddy_prompt": "full"})  # the server's own setting is no client's option
 
+
+def refused_only(engine: Engine, budget: float) -> Any:
     with pytest.raises(VLLMValidationError) as caught:
         engine.add(Ask(PROMPTS[1], budget, 2))
     return caught.value
@@ -244,8 +260,6 @@ def test_a_token_id_that_the_model_lacks_is_refused(llama: Engine, token_id: int
 
     vLLM checks ids against its tokenizer, of which the engine here has none, and lets ids pass that only it has.
     """
-    from vllm.exceptions import VLLMValidationError
-
     good = Ask(PROMPTS[0], 0.5, 6)
     llama.add(good, "good")
     for budget in (0.5, 1.0, None):
@@ -321,8 +335,6 @@ SESSION_OPTIONS = ({"buddy_budget": 0.5}, {"buddy_budget": 1.0}, {"buddy_context
 @pytest.mark.parametrize("extra_args", SESSION_OPTIONS, ids=str)
 def test_a_streaming_input_session_that_asks_for_a_budget_is_refused(llama: Engine, extra_args: dict[str, Any]) -> None:
     """Fails if a session, which has no prompt to route by, runs at full depth although it asked for something else."""
-    from vllm.exceptions import VLLMValidationError
-
     (key,) = extra_args
     if key == "buddy_price":
         extra_args = {**extra_args, "buddy_budget": "auto"}
