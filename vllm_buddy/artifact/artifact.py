@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save
 
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PricePoint, TokenConfig
-from vllm_buddy.artifact.reading import TensorFile, one_line, read_json
+from vllm_buddy.artifact.files import TensorFile, one_line, read_json, write_files
 from vllm_buddy.artifact.tensors import ArtifactParts, check_headers, pack_tensors, parse_tensors
 from vllm_buddy.errors import ArtifactError, shown
 from vllm_buddy.method import (
@@ -127,7 +127,8 @@ class Artifact:
         """Write `buddy_config.json` and `model.safetensors`.
 
         Raises:
-            ArtifactError: the files could not be loaded again. Nothing is written.
+            ArtifactError: the files could not be loaded again, or cannot be written. Nothing is written, and what was
+                there stays.
         """
         config = self.config.model_copy(update={"format_version": FORMAT_VERSION})
         tensors = pack_tensors(self._parts)
@@ -137,10 +138,9 @@ class Artifact:
                 f"artifact '{config.name}': bypass_eps, lora.alpha and predictor.depths of the configuration are "
                 f"{stored.constants}, those of the weights are {self._parts.constants}"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        text = _one_line_per_path(config.model_dump_json(indent=2)) + "\n"
         # safetensors' own save_file makes a file that only its owner can read.
-        (folder / WEIGHTS_FILE).write_bytes(save(tensors))
-        (folder / CONFIG_FILE).write_text(_one_line_per_path(config.model_dump_json(indent=2)) + "\n")
+        write_files(folder, {WEIGHTS_FILE: save(tensors), CONFIG_FILE: text.encode()})
 
     @property
     def _parts(self) -> ArtifactParts:

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from vllm_buddy.artifact.reading import one_line
+from vllm_buddy.artifact.files import one_line
 from vllm_buddy.errors import ArtifactError
 
 # The fingerprint of a model without weights: vLLM's load format "dummy" draws them at random.

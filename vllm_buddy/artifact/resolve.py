@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllm_buddy.artifact.artifact import FILES, load_artifact
+from vllm_buddy.artifact.files import cut, one_line
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
-from vllm_buddy.artifact.reading import cut, one_line
 from vllm_buddy.artifact.shipped import shipped_artifacts
 from vllm_buddy.errors import ArtifactError
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from vllm_buddy.artifact.config import BuddyConfig
-from vllm_buddy.artifact.reading import TensorHeader
+from vllm_buddy.artifact.files import TensorHeader
 from vllm_buddy.errors import ArtifactError, shown
 from vllm_buddy.method import FoldedDecision, FoldedPredictor, TokenRouter, path_of
 from vllm_buddy.method.bypass import Bypass

@@ -1,11 +1,15 @@
-"""Reads the files of an artifact, which may come from anyone: nothing in them is executed, and their size is bounded.
+"""Reads and writes the files of an artifact.
 
+They may come from anyone: nothing in them is executed, and how much is read is bounded.
 Links are followed, because the cache of the Hugging Face hub is made of them; what they lead to must be a file of the
 same kind.
 """
 
 import json
 import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +103,26 @@ class TensorFile:
         return ArtifactError(
             f"{self._path} is not a complete safetensors file ({one_line(error)}); get the artifact again"
         )
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` into `folder`, which is made if it is missing: all of them or, where one cannot be written, none.
+
+    Raises:
+        ArtifactError: one cannot be written, for example because the disk is full.
+    """
+    partial = {name: folder / f".{name}.{os.getpid()}.partial" for name in files}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            partial[name].write_bytes(data)
+        for name, path in partial.items():
+            path.replace(folder / name)
+    except OSError as error:
+        with suppress(OSError):
+            for path in partial.values():
+                path.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write the artifact to {folder}: {error.strerror}") from None
 
 
 def one_line(error: Exception) -> str:
