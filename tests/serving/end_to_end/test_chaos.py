@@ -79,7 +79,7 @@ def test_a_killed_process_ends_requests_with_an_error_and_a_restart_serves_the_s
         while psutil.pid_exists(process.pid) and psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline
             time.sleep(0.2)
-    gone, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     with start() as process:
         assert client(process, folder, 0.5).complete(PROMPT)["choices"][0]["token_ids"] == expected
