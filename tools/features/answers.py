@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from tools.features.case import Differs, case
-from tools.features.client import Client, text_of, token_ids
+from tools.features.client import MODEL, Client, text_of, token_ids
 
 _GROUP = "Answers"
 _SCHEMA = {
@@ -164,6 +164,28 @@ def messages(c: Client) -> Any:
     status, refused = c.ask("/v1/messages", **body, vllm_xargs={"buddy_budget": 2})
     assert (status, "buddy_budget" in json.dumps(refused)) == (400, True), refused
     return Differs("works, but the response has no place for the outcome; metrics count the request")
+
+
+@case(_GROUP, "token-in, token-out API (/inference/v1/generate)")
+def tokens_in_tokens_out(c: Client) -> Any:
+    """It takes sampling parameters as they are, and vLLM does not check its token ids against the vocabulary."""
+    ids = [1, 42, 77]
+
+    def ask(token_ids: list[int], budget: float | str | None) -> tuple[int, Any]:
+        options = {} if budget is None else {"extra_args": {"buddy_budget": budget}}
+        params = {"max_tokens": 8, "temperature": 0.0, **options}
+        return c.post("/inference/v1/generate", {"model": MODEL, "token_ids": token_ids, "sampling_params": params})
+
+    status, answer = ask(ids, c.budget)
+    assert status == 200, answer
+    found = [choice["token_ids"] for choice in answer["choices"]]
+    assert found == token_ids(c.complete(ids))
+    if c.routed:
+        for bad in (ask(ids, 7), ask([1, c.vocab_size], c.budget), ask([1, 2**31], c.budget)):
+            assert bad[0] == 400, bad
+        assert "vocabulary" in json.dumps(ask([1, c.vocab_size], c.budget)[1])
+        assert token_ids(c.complete(ids)) == found
+    return found
 
 
 @case(_GROUP, "a budget that is not valid, in each interface")

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from tools.features.case import Refused, case
+from tools.features.case import Differs, Refused, case
 from tools.features.client import MAX_MODEL_LEN, Client, text_of, token_ids
 from tools.features.sampling import token_ids_of_prompt
 
@@ -28,6 +28,19 @@ def several_prompts(c: Client) -> Any:
     together = c.complete(prompts)
     assert token_ids(together) == [token_ids(c.complete(p))[0] for p in prompts]
     return token_ids(together)
+
+
+@case(_GROUP, "several prompts: outcome in the response")
+def outcome_of_several_prompts(c: Client) -> Any:
+    """vLLM's response has one place for it."""
+    answer = c.complete([_TEXT, "One, two, three, four"], max_tokens=4)
+    if not c.routed:
+        return None
+    ids = token_ids_of_prompt(c, _TEXT)
+    assert answer["kv_transfer_params"]["buddy"]["tokens"] == len(ids) + len(token_ids(answer)[0]) - 1
+    return Differs(
+        "the response tells the outcome of the first prompt, because vLLM's has one place; metrics count all"
+    )
 
 
 @case(_GROUP, "a prompt of one token, and max_tokens 1")

@@ -1,4 +1,4 @@
-"""All changes to classes of vLLM: three wrapped methods, and a table entry for each routed model class.
+"""All changes to classes of vLLM: four wrapped methods, and a table entry for each routed model class.
 
 `_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
     Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
@@ -13,6 +13,11 @@
 `InputProcessor.process_inputs` validates the prompt's token ids, and the options that depend on the prompt.
     Why, nearest hook: as above; `SamplingParams.verify` does not get the prompt.
     Remove when: that validator gets the tokenized prompt.
+
+`RequestState.make_request_output` collects the outcomes of the samples of one request (n > 1).
+    Why: each sample is a request of its own in the engine, and vLLM passes on the parameters of the one that ends last.
+    Nearest hook: none; `RequestOutput` has one `kv_transfer_params` for all its outputs.
+    Remove when: `CompletionOutput` has parameters of its own.
 
 All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_patches.py fails
 when vLLM's side moves.
@@ -38,6 +43,7 @@ def apply() -> None:
     _wrap_normalize_arch()
     _wrap_verify()
     _wrap_process_inputs()
+    _wrap_make_request_output()
 
 
 def _register_models() -> None:
@@ -122,3 +128,31 @@ def _wrap_process_inputs() -> None:
 
     setattr(process_inputs, _MARK, original)
     InputProcessor.process_inputs = process_inputs
+
+
+def _wrap_make_request_output() -> None:
+    """Tell the outcome of each sample, where vLLM makes one output of several."""
+    from vllm.v1.engine.output_processor import RequestState
+
+    from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY, with_samples
+
+    original = RequestState.make_request_output
+    if hasattr(original, _MARK):
+        return
+
+    def make_request_output(self: RequestState, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        parent = self.parent_req
+        if parent is None:
+            return output
+        # The fifth argument; only our scheduler puts an outcome there.
+        told = kwargs.get("kv_transfer_params", args[4] if len(args) > 4 else None)
+        samples: dict[int, Any] = parent.__dict__.setdefault("buddy_samples", {})
+        if told and OUTCOME_KEY in told:
+            samples[self.request_index] = told[OUTCOME_KEY]
+        if samples and output is not None and output.finished:
+            output.kv_transfer_params = with_samples(output.kv_transfer_params, samples, parent.n)
+        return output
+
+    setattr(make_request_output, _MARK, original)
+    RequestState.make_request_output = make_request_output
