@@ -15,6 +15,7 @@ from tools.features.prompts import chunked_prompt, prefix_caching
 from tools.features.sampling import greedy_in_a_batch, prompt_logprobs, several_samples
 from tools.features.servers import client, server
 from vllm_buddy.cli.server_process import free_port
+from vllm_buddy.errors import ServerError
 
 _TEXT = "The road went on and on, and"
 _RUN_BATCH_TIMEOUT_S = 600.0
@@ -94,6 +95,18 @@ def _run_batch(model: Path, artifact: str, folder: Path) -> None:
     assert "buddy_budget" in json.dumps(answers[str(len(BUDGETS))])
 
 
+def _block_size_16(model: Path, artifact: str, folder: Path) -> Refused:
+    """vLLM's attention on CPU takes multiples of 32."""
+    for name in (artifact, None):
+        log = folder / f"block-size-16-{name}.log"
+        try:
+            with server(model, log, artifact=name, arguments=["--block-size", "16"]):
+                raise AssertionError("the server started")
+        except ServerError:
+            assert "No common block size for 16" in log.read_text()
+    return Refused("by stock vLLM too: its attention on CPU takes multiples of 32")
+
+
 def _data_parallel(model: Path, artifact: str, folder: Path) -> None:
     """Two engines behind one API server: each routes its own requests."""
     arguments = ["--data-parallel-size", "2", "--data-parallel-rpc-port", str(free_port())]
@@ -115,7 +128,7 @@ def _compiled(model: Path, artifact: str, folder: Path) -> None:
 
 STARTS = (
     Start("--max-num-seqs 1", _with(["--max-num-seqs", "1"])),
-    Start("--block-size 16", _with(["--block-size", "16"])),
+    Start("--block-size 16", _block_size_16),
     Start("--block-size 32", _with(["--block-size", "32"])),
     Start("--block-size 128", _with(["--block-size", "128"])),
     Start("--scheduling-policy priority", _with(["--scheduling-policy", "priority"], _priorities, *_USUAL)),
