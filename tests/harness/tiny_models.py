@@ -205,9 +205,10 @@ def _randomise_decision(module: DecisionModule, values: torch.Tensor, seed: int)
 
 def _random_bypass(model: nn.Module, rank: int, seed: int) -> Bypass:
     """Return bypasses whose contribution is about as large as a layer's."""
+    hidden = model.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
-    down = torch.randn(NUM_LAYERS - 2, rank, HIDDEN_SIZE, generator=generator) / HIDDEN_SIZE**0.5
-    up = torch.randn(NUM_LAYERS - 2, HIDDEN_SIZE, rank, generator=generator) / rank**0.5
+    down = torch.randn(NUM_LAYERS - 2, rank, hidden, generator=generator) / hidden**0.5
+    up = torch.randn(NUM_LAYERS - 2, hidden, rank, generator=generator) / rank**0.5
     return Bypass(down, up, model.config.rms_norm_eps)
 
 

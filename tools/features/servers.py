@@ -29,6 +29,7 @@ _ARGUMENTS = (
     "--tool-call-parser",
     "hermes",
     "--enable-prompt-tokens-details",
+    "--enable-scale-out",  # for /inference/v1/generate
     "--structured-outputs-config",
     '{"backend": "xgrammar", "disable_any_whitespace": true}',
 )
