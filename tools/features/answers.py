@@ -168,7 +168,7 @@ def messages(c: Client) -> Any:
 
 @case(_GROUP, "token-in, token-out API (/inference/v1/generate)")
 def tokens_in_tokens_out(c: Client) -> Any:
-    """It takes sampling parameters as they are, and vLLM does not check its token ids against the vocabulary."""
+    """It takes sampling parameters and token ids as they are, past what the other interfaces do with them."""
     ids = [1, 42, 77]
 
     def ask(token_ids: list[int], budget: float | str | None) -> tuple[int, Any]:

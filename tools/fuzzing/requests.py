@@ -40,8 +40,22 @@ _optional: dict[str, st.SearchStrategy[Any]] = {
     "structured_outputs": st.sampled_from(({"regex": "[ab]{3}"}, {"choice": ["a"]}, {"regex": "("}, {}, 5)),
     "logit_bias": st.dictionaries(st.sampled_from(("1", "49151", "49152", "x")), st.floats(-200, 200), max_size=2),
 }
-_bodies = st.fixed_dictionaries(
-    {"prompt": _prompts, "max_tokens": st.integers(-1, 6), "vllm_xargs": options}, optional=_optional
+# Most parts are right: one that is wrong hides the others.
+_xargs = st.one_of(st.just({}), st.fixed_dictionaries({"buddy_budget": st.floats(0.5, 1.0) | st.just("auto")}), options)
+_others = st.lists(st.sampled_from(list(_optional)), max_size=2, unique=True).flatmap(
+    lambda keys: st.fixed_dictionaries({key: _optional[key] for key in keys})
+)
+_bodies = st.builds(
+    lambda prompt, max_tokens, xargs, others: {
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "vllm_xargs": xargs,
+        **others,
+    },
+    st.just("The canary") | _texts | _prompts,
+    st.integers(1, 6) | st.integers(-1, 6),
+    _xargs,
+    _others,
 )
 
 
