@@ -46,11 +46,11 @@ and narrower than hidden size over heads; one KV head; a vocabulary that vLLM pa
 
 ## Faults of stock vLLM 0.32
 
-Found with these cases and by fuzzing, and seen without this plugin too:
+Found with these cases and by fuzzing, and seen without this plugin too. The server goes on after each but the last:
 
-- `"vllm_xargs": {"kv_transfer_params": "x"}`, or a number or list there, is answered HTTP 500 instead of 400. The
-  server goes on.
+- `"vllm_xargs": {"kv_transfer_params": "x"}`, or a number or list there, is answered HTTP 500 instead of 400.
 - A lone surrogate (`"\\ud800"`) in `vllm_xargs` is answered HTTP 500. In the plugin's own options it is HTTP 400.
+- `"structured_outputs": 5`, or anything else there that is no object, is answered HTTP 500.
 - An error that is found when a streamed request is prepared, such as a bad budget, comes as an event of a stream that
   began with HTTP 200.
 - Without a tokenizer (`--skip-tokenizer-init`), a token id that the model lacks ends the engine. With this plugin it is

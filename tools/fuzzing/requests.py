@@ -37,7 +37,7 @@ _optional: dict[str, st.SearchStrategy[Any]] = {
     "ignore_eos": st.booleans(),
     "cache_salt": _texts,
     "priority": st.integers(-3, 3),
-    "structured_outputs": st.sampled_from(({"regex": "[ab]{3}"}, {"choice": ["a"]}, {"regex": "("}, {}, 5)),
+    "structured_outputs": st.sampled_from(({"regex": "[ab]{3}"}, {"choice": ["a"]}, {"regex": "("}, {})),
     "logit_bias": st.dictionaries(st.sampled_from(("1", "49151", "49152", "x")), st.floats(-200, 200), max_size=2),
 }
 # Most parts are right: one that is wrong hides the others.
