@@ -1,4 +1,25 @@
-"""The errors that a user can cause. Each message says what was found, what is allowed and what to do."""
+"""The errors that a user can cause. Each message says what was found, what is allowed and what to do.
+
+What was found is shown by `shown`, because it may be of any length.
+"""
+
+from reprlib import Repr
+from typing import Any
+
+_MOST_CHARACTERS = 80
+_SHORT = Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = 60
+
+
+def shown(value: Any) -> str:
+    """What a user sent, for an error message: its `repr`, cut to one line of at most 80 characters."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python prints integers of at most 4,300 digits
+        text = f"<{type(value).__name__} that is too long to print>"
+    line = " ".join(text.split())
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[: _MOST_CHARACTERS - 3]}..."
 
 
 class BuddyError(ValueError):

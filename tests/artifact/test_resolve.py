@@ -34,7 +34,7 @@ def test_a_name_that_can_be_no_hub_id_is_refused_without_asking_the_hub(
 ) -> None:
     """Fails if a mistyped folder waits for the hub, or the message hides what was named and what there is."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
     with pytest.raises(ArtifactError, match=rf"no artifact at {name}: .*shipped artifact \(.*{SHIPPED}.*\)"):
         resolve_artifact(name, _must_not_be_called)
 
@@ -42,10 +42,10 @@ def test_a_name_that_can_be_no_hub_id_is_refused_without_asking_the_hub(
 def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an artifact on the hub cannot be named, or a failed download ends in the hub client's own error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
     assert resolve_artifact("someone/artifact", _must_not_be_called) == tmp_path / "someone/artifact"
 
-    def offline(name: str) -> str:
+    def offline(name: str, allow_patterns: list[str]) -> str:
         raise OSError("no route to host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)

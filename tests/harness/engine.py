@@ -121,12 +121,13 @@ class Tiny:
         return SplitRoute(*((single, whole) if in_prompt else (whole, single)), len(ask.prompt))
 
 
-def make_tiny(root: Path, family: str, **parts: Any) -> Tiny:
+def make_tiny(root: Path, family: str, config: Mapping[str, Any] | None = None, **parts: Any) -> Tiny:
     """Write the model and the artifact under `root`.
 
-    parts: of the artifact, see random_artifact. Without any, it has a bypass and a Budget Predictor.
+    config: changes of the model's configuration. parts: of the artifact, see random_artifact; without any, it has a
+        bypass and a Budget Predictor.
     """
-    folder = save_tiny_model(root / "model", family)
+    folder = save_tiny_model(root / "model", family, **(config or {}))
     artifact = random_artifact(root / "artifact", folder, **(parts or USUAL_PARTS))
     model = load_model(folder)
     if artifact.lora is not None:

@@ -7,6 +7,7 @@ the best and the second token and every skipped layer changes the tokens.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,27 +64,32 @@ _FAMILIES = {
 FAMILIES = ("llama", "qwen2", "qwen3")  # those that every test of families runs; the rest has tests of its own
 
 
-def save_tiny_model(folder: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def save_tiny_model(
+    folder: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
     """Write a random model of `family`, a key of _FAMILIES, as a Hugging Face folder, and return `folder`.
 
     There is no tokenizer and no end-of-sequence token: engines need `skip_tokenizer_init=True` and generate as many
     tokens as they are asked for.
+
+    changes: of the Hugging Face configuration.
     """
     config_class, model_class = _FAMILIES[family]
-    config = config_class(
-        num_hidden_layers=NUM_LAYERS,
-        hidden_size=HIDDEN_SIZE,
-        num_attention_heads=HIDDEN_SIZE // HEAD_DIM,
-        num_key_value_heads=NUM_KV_HEADS,
-        head_dim=HEAD_DIM,
-        intermediate_size=2 * HIDDEN_SIZE,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    usual = {
+        "num_hidden_layers": NUM_LAYERS,
+        "hidden_size": HIDDEN_SIZE,
+        "num_attention_heads": HIDDEN_SIZE // HEAD_DIM,
+        "num_key_value_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": 2 * HIDDEN_SIZE,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    config = config_class(**(usual | changes))
     model = model_class(config)
     _randomise(model, seed)
     model.to(dtype).save_pretrained(folder)
@@ -203,9 +209,10 @@ def _randomise_decision(module: DecisionModule, values: torch.Tensor, seed: int)
 
 def _random_bypass(model: nn.Module, rank: int, seed: int) -> Bypass:
     """Return bypasses whose contribution is about as large as a layer's."""
+    hidden = model.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
-    down = torch.randn(NUM_LAYERS - 2, rank, HIDDEN_SIZE, generator=generator) / HIDDEN_SIZE**0.5
-    up = torch.randn(NUM_LAYERS - 2, HIDDEN_SIZE, rank, generator=generator) / rank**0.5
+    down = torch.randn(NUM_LAYERS - 2, rank, hidden, generator=generator) / hidden**0.5
+    up = torch.randn(NUM_LAYERS - 2, hidden, rank, generator=generator) / rank**0.5
     return Bypass(down, up, model.config.rms_norm_eps)
 
 

@@ -34,12 +34,14 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import RequestState
 
     def found() -> tuple[Callable[..., Any], ...]:
         return (
             _ModelRegistry._normalize_arch,
             SamplingParams.verify,
             InputProcessor.process_inputs,
+            RequestState.make_request_output,
             OpenAIServingChat.chat_completion_stream_generator,
             OpenAIServingCompletion.completion_stream_generator,
         )
@@ -53,7 +55,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
         assert not hasattr(original(wrapped), patches._MARK)
 
 
-@pytest.mark.parametrize("architecture", [*patches.ROUTED_ARCHITECTURES, "MistralForCausalLM"])
+@pytest.mark.parametrize("architecture", [*patches.ROUTED_ARCHITECTURES, "GemmaForCausalLM"])
 @pytest.mark.parametrize("model_impl", ["auto", "vllm", "transformers"])
 def test_other_model_implementations_see_vllms_own_registry(architecture: str, model_impl: str) -> None:
     """Fails if the plugin changes which class serves a model that did not ask for routing."""
@@ -195,6 +197,15 @@ def test_sampling_of_drafts_still_needs_to_be_mended() -> None:
         with pytest.raises(RuntimeError):
             topk_topp_sampler.apply_top_k_top_p(none, torch.empty(0, dtype=torch.int32), None)
         assert _apply_top_k_top_p(none, torch.empty(0, dtype=torch.int32), None) is none
+
+
+def test_the_output_of_a_sample_gets_the_parameters_in_the_place_where_we_look() -> None:
+    """Fails if the outcome of a sample is another argument, or the request of its parent has another name."""
+    from vllm.v1.engine.output_processor import RequestState
+
+    taken = parameters(original(RequestState.make_request_output))
+    assert taken[5] == "kv_transfer_params"  # after self and four others
+    assert {"parent_req", "request_index"} <= set(parameters(RequestState.__init__))
 
 
 def test_free_request_returns_both_kinds_of_parameters() -> None:

@@ -6,7 +6,6 @@ card) and `run.yaml` (how the artifact was made). This module reads and writes t
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PricePoint, TokenConfig
-from vllm_buddy.artifact.tensors import ArtifactParts, pack_tensors, parse_tensors
-from vllm_buddy.errors import ArtifactError
+from vllm_buddy.artifact.files import TensorFile, one_line, read_json, write_files
+from vllm_buddy.artifact.tensors import ArtifactParts, check_headers, pack_tensors, parse_tensors
+from vllm_buddy.errors import ArtifactError, shown
 from vllm_buddy.method import (
     FoldedDecision,
     FoldedPredictor,
@@ -32,11 +31,13 @@ from vllm_buddy.method import (
     path_of,
     top_k_path,
 )
+from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.lora import LoraDeltas
 
 CONFIG_FILE = "buddy_config.json"
 WEIGHTS_FILE = "model.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "run.yaml")
 
 RepairKind = Literal["none", "bypass", "lora"]
 
@@ -126,7 +127,8 @@ class Artifact:
         """Write `buddy_config.json` and `model.safetensors`.
 
         Raises:
-            ArtifactError: the files could not be loaded again. Nothing is written.
+            ArtifactError: the files could not be loaded again, or cannot be written. Nothing is written, and what was
+                there stays.
         """
         config = self.config.model_copy(update={"format_version": FORMAT_VERSION})
         tensors = pack_tensors(self._parts)
@@ -136,10 +138,9 @@ class Artifact:
                 f"artifact '{config.name}': bypass_eps, lora.alpha and predictor.depths of the configuration are "
                 f"{stored.constants}, those of the weights are {self._parts.constants}"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        text = _one_line_per_path(config.model_dump_json(indent=2)) + "\n"
         # safetensors' own save_file makes a file that only its owner can read.
-        (folder / WEIGHTS_FILE).write_bytes(save(tensors))
-        (folder / CONFIG_FILE).write_text(_one_line_per_path(config.model_dump_json(indent=2)) + "\n")
+        write_files(folder, {WEIGHTS_FILE: save(tensors), CONFIG_FILE: text.encode()})
 
     @property
     def _parts(self) -> ArtifactParts:
@@ -157,42 +158,34 @@ def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
 
 
 def load_artifact(folder: Path) -> Artifact:
-    """Read an artifact folder.
+    """Read an artifact folder. Nothing in it is executed; tensors are read once their shapes have been checked.
 
     Raises:
-        ArtifactError: the artifact is missing, truncated, inconsistent or of a newer format. The message says what was
-            found and what is expected.
+        ArtifactError: the artifact is missing, truncated, inconsistent, of a newer format or larger than any. The
+            message says in one line what was found and what is expected.
     """
     config = _read_config(folder)
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        raise ArtifactError(f"artifact {folder} has no {WEIGHTS_FILE}")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{weights} is not a complete safetensors file ({error}); get the artifact again") from None
     _check_library(config, folder)
-    parts = parse_tensors(config, tensors, str(weights))
+    weights = folder / WEIGHTS_FILE
+    file = TensorFile(weights)
+    check_headers(config, file.headers, str(weights))
+    parts = parse_tensors(config, file.read(), str(weights))
     return Artifact(config, parts.prior, parts.decision, parts.bypass, parts.lora, parts.predictor, parts.token)
 
 
 def _read_config(folder: Path) -> BuddyConfig:
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ArtifactError(f"no artifact at {folder}: {CONFIG_FILE} is missing")
-    try:
-        raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is not JSON ({error})") from None
+    raw = read_json(path)
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ArtifactError(
-            f"{path} has format version {version}, this vllm_buddy reads up to {FORMAT_VERSION}; update vllm_buddy"
+            f"{path} has format version {shown(version)}, this vllm_buddy reads up to {FORMAT_VERSION}; update "
+            "vllm_buddy"
         )
     try:
         return BuddyConfig.model_validate(raw)
     except ValidationError as error:
-        raise ArtifactError(f"{path} does not fit the schema: {error}") from None
+        raise ArtifactError(f"{path} does not fit the schema: {one_line(error)}") from None
 
 
 def _one_line_per_path(indented_json: str) -> str:
@@ -205,10 +198,16 @@ def _one_line_per_path(indented_json: str) -> str:
 def _check_library(config: BuddyConfig, folder: Path) -> None:
     last = config.base_model.num_layers - 1
     for depth, sets in (config.library or {}).items():
+        if not MIN_DEPTH <= depth <= last + 1:
+            raise ArtifactError(
+                f"{folder / CONFIG_FILE}: the library has paths of {shown(depth)} layers, which must be {MIN_DEPTH} to "
+                f"{last + 1}"
+            )
         if not sets:
             raise ArtifactError(f"{folder / CONFIG_FILE}: the library holds no path of {depth} layers")
         for layers in sets:
             if len(set(layers)) != depth or not {0, last} <= set(layers) or max(layers) > last or min(layers) < 0:
                 raise ArtifactError(
-                    f"{folder / CONFIG_FILE}: library path {layers} is not a set of {depth} layers with 0 and {last}"
+                    f"{folder / CONFIG_FILE}: library path {shown(layers)} is not a set of {depth} layers with 0 and "
+                    f"{last}"
                 )

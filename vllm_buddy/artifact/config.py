@@ -1,14 +1,17 @@
 """The schema of `buddy_config.json`, the configuration of an artifact."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from vllm_buddy.artifact.fingerprint import BaseModelIdentity
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity, Line
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.router import OMEGA
 
 FORMAT_VERSION = 4
+
+_LARGE = 1e6  # beyond any useful value, and far from overflow
+_Budget = Annotated[float, Field(gt=0, le=1)]
 
 
 class PriorConfig(BaseModel):
@@ -16,9 +19,9 @@ class PriorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    indicator: str = Field(description="an indicator of `vllm-buddy prior`, a static pruning method, or `searched`")
-    calibration: str = Field(description="name of the calibration text")
-    num_tokens: int = Field(description="number of calibration tokens")
+    indicator: Line = Field(description="an indicator of `vllm-buddy prior`, a static pruning method, or `searched`")
+    calibration: Line = Field(description="name of the calibration text")
+    num_tokens: int = Field(ge=0, description="number of calibration tokens")
 
 
 class LoraConfig(BaseModel):
@@ -27,7 +30,7 @@ class LoraConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int = Field(ge=1)
-    alpha: float = Field(allow_inf_nan=False)
+    alpha: float = Field(ge=-_LARGE, le=_LARGE, allow_inf_nan=False)
 
 
 class PricePoint(BaseModel):
@@ -35,7 +38,7 @@ class PricePoint(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    price: float = Field(ge=0, allow_inf_nan=False, description="nats per token for all layers of the model")
+    price: float = Field(ge=0, le=_LARGE, description="nats per token for all layers of the model")
     budget: float = Field(
         gt=0, le=1, description="mean budget at this price, measured on requests held out from training"
     )
@@ -47,9 +50,7 @@ class PredictorConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     depths: tuple[int, ...] = Field(min_length=2, description="depths that it chooses among, ascending")
-    price: float = Field(
-        ge=0, allow_inf_nan=False, description="price of compute if neither the server nor the request sets one"
-    )
+    price: float = Field(ge=0, le=_LARGE, description="price of compute if neither the server nor the request sets one")
     prices: tuple[PricePoint, ...] = Field(default=(), description="mean budgets of other prices, ascending")
 
     @field_validator("depths")
@@ -80,6 +81,9 @@ class TokenConfig(BaseModel):
                 raise ValueError(f"each path must be a subset of the next; {shallow} is not one of {deep}")
         if any(list(path) != sorted(set(path)) for path in self.paths):
             raise ValueError("the layers of a path must ascend")
+        budgets = [point.budget for point in self.prices]
+        if budgets != sorted(budgets):
+            raise ValueError(f"the budgets of prices must ascend: {budgets}")
         return self
 
 
@@ -88,12 +92,16 @@ class BuddyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: int = Field(description="this schema's version")
-    name: str = Field(description="name of the artifact")
+    format_version: int = Field(ge=1, description="this schema's version")
+    name: Line = Field(description="name of the artifact")
     base_model: BaseModelIdentity = Field(description="the model that the artifact was made for")
     prior: PriorConfig
     omega: float = Field(
-        default=OMEGA, description="weight of the standardised prior that is added to the trained scores"
+        default=OMEGA,
+        ge=-_LARGE,
+        le=_LARGE,
+        allow_inf_nan=False,
+        description="weight of the standardised prior that is added to the trained scores",
     )
     has_decision_module: bool = Field(description="false: paths follow the prior alone")
     library: dict[int, list[list[int]]] | None = Field(
@@ -106,10 +114,10 @@ class BuddyConfig(BaseModel):
         default=None,
         description="how the repair of skipped layers was trained; absent: nothing but routing was trained",
     )
-    budgets: tuple[float, float] | None = Field(default=None, description="smallest and largest budget of training")
+    budgets: tuple[_Budget, _Budget] | None = Field(default=None, description="smallest and largest budget of training")
     bypass_rank: int = Field(default=0, ge=0, description="rank of the bypasses of skipped layers; 0: there are none")
     bypass_eps: float = Field(
-        default=0.0, ge=0, description="epsilon of the bypasses' RMSNorm, equal to the base model's"
+        default=0.0, ge=0, le=1, description="epsilon of the bypasses' RMSNorm, equal to the base model's"
     )
     lora: LoraConfig | None = Field(
         default=None, description="the change of base weights, which applies at every budget; absent: there is none"

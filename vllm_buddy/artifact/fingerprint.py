@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from vllm_buddy.artifact.files import one_line
 from vllm_buddy.errors import ArtifactError
 
 # The fingerprint of a model without weights: vLLM's load format "dummy" draws them at random.
@@ -20,18 +21,23 @@ _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _EMBEDDING_ROWS = 64
 
 
+# A name from a file, which goes into logs and messages: one line, and nothing that a terminal would obey.
+Line = Annotated[str, Field(max_length=500, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
+
+
 class BaseModelIdentity(BaseModel):
     """The identity of a base model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: str = Field(description="hub id or name, for display only")
-    revision: str | None = Field(default=None, description="hub revision, if there is one")
-    architecture: str = Field(description="for example LlamaForCausalLM")
-    num_layers: int = Field(ge=3)
-    hidden_size: int
-    vocab_size: int
-    fingerprint: str = Field(description="weight fingerprint, see vllm_buddy.artifact.fingerprint")
+    id: Line = Field(description="hub id or name, for display only")
+    revision: Line | None = Field(default=None, description="hub revision, if there is one")
+    architecture: Line = Field(description="for example LlamaForCausalLM")
+    # Larger than any model: a path is a number of as many bits, and tables have a row for each token id.
+    num_layers: int = Field(ge=3, le=4096)
+    hidden_size: int = Field(ge=1, le=1 << 20)
+    vocab_size: int = Field(ge=1, le=1 << 24)
+    fingerprint: Line = Field(description="weight fingerprint, see vllm_buddy.artifact.fingerprint")
 
     def summary(self) -> str:
         """Return one line for error messages."""
@@ -78,7 +84,7 @@ def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:
     except KeyError as error:
         raise ArtifactError(f"{config_path} has no {error}, so it is not that of a decoder language model") from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise ArtifactError(f"{config_path} cannot be used ({error})") from None
+        raise ArtifactError(f"{config_path} cannot be used ({one_line(error)})") from None
 
 
 def _hub_id(folder: Path, config: dict[str, Any]) -> str | None:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_buddy.artifact.artifact import load_artifact
+from vllm_buddy.artifact.artifact import FILES, load_artifact
+from vllm_buddy.artifact.files import cut, one_line
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.artifact.shipped import shipped_artifacts
 from vllm_buddy.errors import ArtifactError
@@ -12,8 +13,8 @@ from vllm_buddy.errors import ArtifactError
 def resolve_artifact(name: str | None, base_model: Callable[[], BaseModelIdentity], *, by_token: bool = False) -> Path:
     """Return the folder of artifact `name`; None stands for the shipped artifact that fits the base model.
 
-    A shipped artifact's name is tried first, then a folder, then a hub id (OWNER/NAME), which is downloaded. The
-    folder's files are not read for a named artifact.
+    A shipped artifact's name is tried first, then a folder, then a hub id (OWNER/NAME), of which the four files of an
+    artifact are downloaded. The folder's files are not read for a named artifact.
 
     base_model: identifies the model that the artifact is for. It is called only where `name` is None, because it may
         download the model.
@@ -28,18 +29,22 @@ def resolve_artifact(name: str | None, base_model: Callable[[], BaseModelIdentit
     if name in shipped:
         return shipped[name]
     folder = Path(name)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:
+        raise ArtifactError(f"no artifact at {cut(name)}: {error.strerror}") from None
     known = ", ".join(shipped) or "none"
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ArtifactError(f"no artifact at {name}: it is neither a folder nor a shipped artifact ({known})")
+        raise ArtifactError(f"no artifact at {cut(name)}: it is neither a folder nor a shipped artifact ({known})")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # the hub client raises many kinds: offline, missing, forbidden
         raise ArtifactError(
-            f"artifact '{name}' is no folder, no shipped artifact ({known}), and the hub does not give it: {error}"
+            f"artifact '{cut(name)}' is no folder, no shipped artifact ({known}), and the hub does not give it: "
+            f"{one_line(error)}"
         ) from None
 
 

@@ -17,13 +17,16 @@ are then float32 (as all tables of format version 1 are), and bypasses are float
 """
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from vllm_buddy.artifact.config import BuddyConfig
-from vllm_buddy.errors import ArtifactError
+from vllm_buddy.artifact.files import TensorHeader
+from vllm_buddy.errors import ArtifactError, shown
 from vllm_buddy.method import FoldedDecision, FoldedPredictor, TokenRouter, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import byte_grid
@@ -35,6 +38,10 @@ _DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
 _BYPASS_TENSORS = ("down", "up")
 _LORA_TENSORS = ("a", "b")
 
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)  # Hugging Face's name of a module
+
+# Tensors, or their headers: both have a type and a shape.
+_Headers = Mapping[str, TensorHeader] | Mapping[str, np.ndarray]
 # None: any length.
 _Shapes = dict[str, tuple[int | None, ...]]
 
@@ -82,6 +89,15 @@ def pack_tensors(parts: ArtifactParts) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
 
+def check_headers(config: BuddyConfig, headers: Mapping[str, TensorHeader], source: str) -> None:
+    """Check names, types and shapes of tensors against `config`, before they are read.
+
+    Raises:
+        ArtifactError: a tensor is missing, not described by `config`, or of another type or shape.
+    """
+    _check_headers(headers, _expected_shapes(config, headers, _lora_names(config, headers, source)), config, source)
+
+
 def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> ArtifactParts:
     """Check `tensors` against `config` and return the parts that they store.
 
@@ -91,7 +107,10 @@ def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: s
         ArtifactError: a tensor is missing, not described by `config`, of another shape or not finite.
     """
     lora_names = _lora_names(config, tensors, source)
-    _check_tensors(config, tensors, _expected_shapes(config, tensors, lora_names), source)
+    _check_headers(tensors, _expected_shapes(config, tensors, lora_names), config, source)
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise ArtifactError(f"{source}: tensor '{name}' holds values that are not finite")
     decision = bypass = lora = predictor = token = None
     if config.has_decision_module:
         decision = _decision(_DECISION, tensors, source)
@@ -105,7 +124,7 @@ def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: s
         prices = tuple((point.budget, point.price) for point in config.token.prices)
         token = TokenRouter(excess, paths, prices, config.token.decay)
     if config.bypass_rank:
-        down, up = (_bypass_weight(tensors, f"bypass.{name}") for name in _BYPASS_TENSORS)
+        down, up = (_bypass_weight(tensors, f"bypass.{name}", source) for name in _BYPASS_TENSORS)
         bypass = Bypass(down, up, config.bypass_eps)
     if config.lora is not None:
         a, b = ({name: _float32(tensors[f"lora.{name}.{part}"]) for name in lora_names} for part in _LORA_TENSORS)
@@ -113,17 +132,20 @@ def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: s
     return ArtifactParts(tensors["prior"].astype(np.float32), decision, bypass, lora, predictor, token)
 
 
-def _lora_names(config: BuddyConfig, tensors: dict[str, np.ndarray], source: str) -> list[str]:
+def _lora_names(config: BuddyConfig, tensors: _Headers, source: str) -> list[str]:
     """The names of the modules that the artifact's LoRA changes, sorted."""
     if config.lora is None:
         return []
     names = sorted({name[5:-2] for name in tensors if name.startswith("lora.") and name.endswith((".a", ".b"))})
     if not names:
         raise ArtifactError(f"{source}: the configuration has a LoRA, of which there is no tensor")
+    for name in names:
+        if not _MODULE.fullmatch(name):
+            raise ArtifactError(f"{source}: {shown(name)} is not the name of a module, whose weight a LoRA changes")
     return names
 
 
-def _expected_shapes(config: BuddyConfig, tensors: dict[str, np.ndarray], lora_names: list[str]) -> _Shapes:
+def _expected_shapes(config: BuddyConfig, tensors: _Headers, lora_names: list[str]) -> _Shapes:
     base = config.base_model
     num_middle = base.num_layers - 2
     shapes: _Shapes = {"prior": (num_middle,)}
@@ -145,24 +167,24 @@ def _expected_shapes(config: BuddyConfig, tensors: dict[str, np.ndarray], lora_n
     return shapes
 
 
-def _decision_shapes(part: str, vocab_size: int, num_outputs: int, tensors: dict[str, np.ndarray]) -> _Shapes:
+def _decision_shapes(part: str, vocab_size: int, num_outputs: int, tensors: _Headers) -> _Shapes:
     shapes: _Shapes = {f"{part}.{name}": (vocab_size, None) for name in _TABLES}
     scales = [name for name in shapes if name in tensors and tensors[name].dtype == np.int8]
     shapes |= {f"{name}_scale": (None,) for name in scales}
     return shapes | {f"{part}.b1": (None,), f"{part}.w2": (num_outputs, None), f"{part}.b2": (num_outputs,)}
 
 
-def _check_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], shapes: _Shapes, source: str) -> None:
+def _check_headers(tensors: _Headers, shapes: _Shapes, config: BuddyConfig, source: str) -> None:
     for name, shape in shapes.items():
         found = tensors[name].shape if name in tensors else None
         if found is None or len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found)):
             raise ArtifactError(
                 f"{source}: tensor '{name}' has shape {found}, expected {shape} for {config.base_model.summary()}"
             )
-        if not np.isfinite(tensors[name]).all():
-            raise ArtifactError(f"{source}: tensor '{name}' holds values that are not finite")
+        if tensors[name].dtype == np.int8 and f"{name}_scale" not in shapes:
+            raise ArtifactError(f"{source}: tensor '{name}' is of bytes, which only tables and bypasses are")
     if unknown := tensors.keys() - shapes.keys():
-        raise ArtifactError(f"{source}: the configuration says nothing of tensor '{min(unknown)}'")
+        raise ArtifactError(f"{source}: the configuration says nothing of tensor {shown(min(unknown))}")
 
 
 def _decision(part: str, tensors: dict[str, np.ndarray], source: str) -> FoldedDecision:
@@ -174,8 +196,16 @@ def _decision(part: str, tensors: dict[str, np.ndarray], source: str) -> FoldedD
         raise ArtifactError(f"{source}: the tensors {part}.* disagree on their width: {sorted(widths)}")
     for name, scale in scales.items():
         if scale is not None:
-            parts[name] *= scale
+            parts[name] = _scaled(parts[name], scale, f"{part}.{name}", source)
     return FoldedDecision(**parts)
+
+
+def _scaled(codes: np.ndarray, scale: np.ndarray, name: str, source: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        values = codes * scale.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ArtifactError(f"{source}: the scale of tensor '{name}' is so large that its values are not finite")
+    return values
 
 
 def _in_bytes(name: str, array: np.ndarray, otherwise: np.ndarray) -> dict[str, np.ndarray]:
@@ -196,10 +226,10 @@ def _rows_as_columns(weight: np.ndarray) -> np.ndarray:
     return weight.reshape(-1, weight.shape[-1]).T
 
 
-def _bypass_weight(tensors: dict[str, np.ndarray], name: str) -> torch.Tensor:
+def _bypass_weight(tensors: dict[str, np.ndarray], name: str, source: str) -> torch.Tensor:
     weight = tensors[name].astype(np.float32)
     if (scale := tensors.get(f"{name}_scale")) is not None:
-        weight *= scale.reshape(*weight.shape[:2], 1)
+        weight = _scaled(weight, scale.reshape(*weight.shape[:2], 1), name, source)
     return torch.from_numpy(weight)
 
 

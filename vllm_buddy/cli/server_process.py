@@ -73,6 +73,12 @@ class ServerProcess:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the server's first process, the parent of the others."""
+        assert self._process is not None
+        return self._process.pid
+
     def wait_until_healthy(self, report: Callable[[float, str], None]) -> None:
         """Wait until /health answers. report: called twice a second with (seconds so far, what it is doing)."""
         import httpx

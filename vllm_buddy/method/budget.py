@@ -2,7 +2,7 @@
 
 import math
 
-from vllm_buddy.errors import BudgetError
+from vllm_buddy.errors import BudgetError, shown
 
 MIN_DEPTH = 3  # the first layer, the last layer and at least one between them
 
@@ -20,7 +20,7 @@ def depth_for_budget(budget: float, num_layers: int) -> int:
         BudgetError: the budget is outside (0, 1], or leaves fewer than three layers.
     """
     if not 0.0 < budget <= 1.0:  # also catches NaN
-        raise BudgetError(f"budget is {budget!r}; allowed is a number in (0, 1]")
+        raise BudgetError(f"budget is {shown(budget)}; allowed is a number in (0, 1]")
     depth = math.floor(budget * num_layers + _ROUNDING)
     if depth < MIN_DEPTH:
         raise BudgetError(
@@ -50,7 +50,7 @@ def parse_budget(value: object) -> float:
         BudgetError: the value is not an int or float in (0, 1].
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BudgetError(f"budget is {value!r}; allowed is a number in (0, 1]")
+        raise BudgetError(f"budget is {shown(value)}; allowed is a number in (0, 1]")
     if not 0.0 < value <= 1.0:
-        raise BudgetError(f"budget is {value!r}; allowed is a number in (0, 1]")
+        raise BudgetError(f"budget is {shown(value)}; allowed is a number in (0, 1]")
     return float(value)

@@ -1,4 +1,4 @@
-"""All changes to classes of vLLM: five wrapped methods, and a table entry for each routed model class.
+"""All changes to classes of vLLM: six wrapped methods, and a table entry for each routed model class.
 
 `_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
     Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
@@ -10,7 +10,7 @@
     Nearest hook: `SamplingParams._verify_extra_args`, which checks the range of integers only.
     Remove when: plugins can register a validator of `extra_args`.
 
-`InputProcessor.process_inputs` validates the options that depend on the prompt.
+`InputProcessor.process_inputs` validates the prompt's token ids, and the options that depend on the prompt.
     Why, nearest hook: as above; `SamplingParams.verify` does not get the prompt.
     Remove when: that validator gets the tokenized prompt.
 
@@ -19,6 +19,11 @@ paths of requests that ask for them (`buddy_paths`) in chunks of their own.
     Why: vLLM's streamed chunks leave out the `kv_transfer_params` that its whole responses have.
     Nearest hook: `--middleware`, which would have to parse the answers of all requests.
     Remove when: vLLM streams `kv_transfer_params`.
+
+`RequestState.make_request_output` collects the outcomes of the samples of one request (n > 1).
+    Why: each sample is a request of its own in the engine, and vLLM passes on the parameters of the one that ends last.
+    Nearest hook: none; `RequestOutput` has one `kv_transfer_params` for all its outputs.
+    Remove when: `CompletionOutput` has parameters of its own.
 
 All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_patches.py fails
 when vLLM's side moves.
@@ -58,6 +63,7 @@ def apply() -> None:
     _wrap_normalize_arch()
     _wrap_verify()
     _wrap_process_inputs()
+    _wrap_make_request_output()
     if _API_SERVER in sys.modules:  # in no other process does anything stream over HTTP
         for module, class_name, method in _STREAMS:
             _wrap_stream(getattr(import_module(module), class_name), method)
@@ -122,7 +128,7 @@ def _wrap_process_inputs() -> None:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vllm_buddy.serving.admission.options import verify_with_prompt
+    from vllm_buddy.serving.admission.options import verify_token_ids, verify_with_prompt
 
     original = InputProcessor.process_inputs
     if hasattr(original, _MARK):
@@ -132,16 +138,47 @@ def _wrap_process_inputs() -> None:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if getattr(self.model_config, "model_impl", None) == MODEL_IMPL and isinstance(params, SamplingParams):
+            verify_token_ids(request.prompt_token_ids, self.model_config.get_vocab_size())
+            limits = self.model_config.buddy_limits
             verify_with_prompt(
                 params,
                 len(request.prompt_token_ids),
                 is_streaming_input=request.resumable,
-                full_prompt=self.model_config.buddy_limits.full_prompt(params.extra_args),
+                full_prompt=limits.full_prompt(params.extra_args),
+                max_budget=limits.max_budget,
             )
         return request
 
     setattr(process_inputs, _MARK, original)
     InputProcessor.process_inputs = process_inputs
+
+
+def _wrap_make_request_output() -> None:
+    """Tell the outcome of each sample, where vLLM makes one output of several."""
+    from vllm.v1.engine.output_processor import RequestState
+
+    from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY, with_samples
+
+    original = RequestState.make_request_output
+    if hasattr(original, _MARK):
+        return
+
+    def make_request_output(self: RequestState, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        parent = self.parent_req
+        if parent is None:
+            return output
+        # The fifth argument; only our scheduler puts an outcome there.
+        told = kwargs.get("kv_transfer_params", args[4] if len(args) > 4 else None)
+        samples: dict[int, Any] = parent.__dict__.setdefault("buddy_samples", {})
+        if told and OUTCOME_KEY in told:
+            samples[self.request_index] = told[OUTCOME_KEY]
+        if samples and output is not None and output.finished:
+            output.kv_transfer_params = with_samples(output.kv_transfer_params, samples, parent.n)
+        return output
+
+    setattr(make_request_output, _MARK, original)
+    RequestState.make_request_output = make_request_output
 
 
 def _wrap_stream(serving: type, method: str) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from tests.harness.engine import Ask, Engine
-from tests.harness.tiny_models import random_prompts
+from tests.harness.tiny_models import VOCAB_SIZE, random_prompts
 from vllm_buddy.serving.admission.options import OptionError
 
 PROMPTS = [tuple(p) for p in random_prompts(4, seed=61, min_tokens=20, max_tokens=60)]
@@ -22,8 +23,6 @@ TOO_LOW = (0.374, 0.25, 0.1, 1e-9, 5e-324)
 
 def refused(engine: Engine, extra_args: dict[str, Any]) -> Any:
     """Send a request that must be refused beside one that must not notice; returns vLLM's error."""
-    from vllm.exceptions import VLLMValidationError
-
     good = Ask(PROMPTS[0], 0.5, 6)
     engine.add(good, "good")
     engine.step()
@@ -70,9 +69,26 @@ def test_a_budget_below_the_servers_floor_is_refused_with_the_floor(
     llama.run([Ask(PROMPTS[1], 0.6, 2)])
 
 
-def refused_only(engine: Engine, budget: float) -> Any:
-    from vllm.exceptions import VLLMValidationError
+def test_a_budget_above_the_servers_ceiling_is_refused_with_the_ceiling(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a client can make the server spend more than `max_budget`, by whichever option."""
+    model_config = llama.llm.llm_engine.model_config
+    limits = replace(model_config.buddy_limits, max_budget=0.75, default_budget=0.75, lossless=True)
+    monkeypatch.setattr(model_config, "buddy_limits", limits)
+    assert "above the largest allowed budget 0.75" in str(refused_only(llama, 0.76))
+    assert "largest allowed budget" in str(refused_only(llama, 1.0))
+    for options in ({"buddy_prompt": "full"}, {"buddy_mode": "lossless"}):
+        error = refused(llama, {"buddy_budget": 0.5, **options})
+        assert error.parameter == f"vllm_xargs.{next(iter(options))}"
+        assert "largest budget that a request may ask for is 0.75" in str(error)
+    with pytest.raises(VLLMValidationError, match=r"session runs at full depth, .* is 0\.75"):
+        session_request(llama, None)
+    llama.run([Ask(PROMPTS[1], 0.75, 2)])
+    replace(limits, prompt="full").resolve({"buddy_prompt": "full"})  # the server's own setting is no client's option
 
+
+def refused_only(engine: Engine, budget: float) -> Any:
     with pytest.raises(VLLMValidationError) as caught:
         engine.add(Ask(PROMPTS[1], budget, 2))
     return caught.value
@@ -211,9 +227,61 @@ def test_an_option_that_does_not_exist_is_refused_by_name(llama: Engine) -> None
     assert ", ".join(names) in str(error)
 
 
+MISSPELT = {
+    "buddy_buget": "buddy_budget",
+    "Buddy-Budget": "buddy_budget",
+    "budy_budget": "buddy_budget",
+    "buddybudget": "buddy_budget",
+    "buddy_min": "buddy_auto_min",
+    "buddy_context_token": "buddy_context_tokens",
+}
+
+
+@pytest.mark.parametrize("key", MISSPELT)
+def test_a_misspelt_option_is_refused_with_the_right_name(llama: Engine, key: str) -> None:
+    """Fails if a slip of the pen is served at the default budget, or the refusal does not tell the right name."""
+    error = refused(llama, {key: 0.5})
+    assert error.parameter == f"vllm_xargs.{key}"
+    assert f"did you mean '{MISSPELT[key]}'?" in str(error)
+
+
+def test_what_a_refusal_shows_of_a_huge_option_is_short(llama: Engine) -> None:
+    """Fails if a request's megabytes come back in the response and in the log."""
+    nested: list[Any] = [["x" * 50] * 50] * 50
+    huge = "9" * 10**6
+    for options in ({"buddy_budget": huge}, {"buddy_mode": nested}, {"buddy_prompt": [huge]}, {f"buddy_{huge}": 1}):
+        error = refused(llama, options)
+        assert len(str(error)) < 600
+        assert len(str(error.value)) <= 80
+        assert "\n" not in str(error)
+
+
+def test_a_price_of_minus_zero_is_zero(llama: Engine) -> None:
+    """Fails if the response tells a price that nobody writes."""
+    limits = llama.llm.llm_engine.model_config.buddy_limits
+    assert str(limits.resolve({"buddy_budget": "auto", "buddy_price": -0.0}).price) == "0.0"
+
+
+@pytest.mark.parametrize("token_id", [VOCAB_SIZE, VOCAB_SIZE + 63, 2**31, -1])
+def test_a_token_id_that_the_model_lacks_is_refused(llama: Engine, token_id: int) -> None:
+    """Fails if it reaches the router's tables, where it would end the engine and all requests with it.
+
+    vLLM checks ids against its tokenizer, of which the engine here has none, and lets ids pass that only it has.
+    """
+    good = Ask(PROMPTS[0], 0.5, 6)
+    llama.add(good, "good")
+    for budget in (0.5, 1.0, None):
+        with pytest.raises(VLLMValidationError, match=f"token id {token_id} .* 0 to {VOCAB_SIZE - 1}"):
+            llama.add(Ask((1, token_id, 2), budget, 2))
+    outputs = llama.finish()
+    llama.check([good], [outputs["good"]])
+    llama.run([Ask((0, VOCAB_SIZE - 1), 0.5, 2)])
+
+
 def test_options_of_others_are_left_alone(llama: Engine) -> None:
     """Fails if extra arguments that are not ours are refused."""
-    llama.run([Ask(PROMPTS[0], None, 2, {"extra_args": {"other": [1, "x"], "buddy_budget": None}})])
+    others = {"other": [1, "x"], "budget": 2, "session_id": "a", "mode": "fast", "": 0, "buddy_budget": None}
+    llama.run([Ask(PROMPTS[0], None, 2, {"extra_args": others})])
 
 
 @pytest.mark.parametrize("budget", [1, 1.0, 0.375, np.float64(0.5)])
@@ -275,8 +343,6 @@ SESSION_OPTIONS = ({"buddy_budget": 0.5}, {"buddy_budget": 1.0}, {"buddy_context
 @pytest.mark.parametrize("extra_args", SESSION_OPTIONS, ids=str)
 def test_a_streaming_input_session_that_asks_for_a_budget_is_refused(llama: Engine, extra_args: dict[str, Any]) -> None:
     """Fails if a session, which has no prompt to route by, runs at full depth although it asked for something else."""
-    from vllm.exceptions import VLLMValidationError
-
     (key,) = extra_args
     if key == "buddy_price":
         extra_args = {**extra_args, "buddy_budget": "auto"}
@@ -314,6 +380,24 @@ def test_parallel_samples_are_routed_each_by_its_own_tokens(llama: Engine) -> No
     (output,) = llama.run([greedy])
     expected = llama.expected(Ask(PROMPTS[0], 0.5, 12)).token_ids
     assert [list(sample.token_ids) for sample in output.outputs] == [expected, expected]
+
+
+def test_each_sample_tells_its_own_outcome(llama: Engine) -> None:
+    """Fails if the response tells that of one sample, which vLLM does not name, or keeps those of another request."""
+    llama.configure("masked", 1)
+    sampling = {"n": 3, "temperature": 1.5, "seed": 7}
+    (first,) = llama.run([Ask(PROMPTS[0], 0.5, 40, {**sampling, "stop_token_ids": list(range(0, VOCAB_SIZE, 16))})])
+    told = first.kv_transfer_params["buddy"]
+    assert len(told["samples"]) == 3
+    for sample, outcome in zip(first.outputs, told["samples"]):
+        assert outcome["decoded"]["tokens"] == len(sample.token_ids) - 1
+        assert (outcome["budget"], outcome["layers_executed_min"], outcome["layers_executed_max"]) == (0.5, 4, 4)
+    assert len({outcome["decoded"]["tokens"] for outcome in told["samples"]}) > 1
+    assert {key: value for key, value in told.items() if key != "samples"} == told["samples"][0]
+    (again,) = llama.run([Ask(PROMPTS[1], 0.75, 4, sampling)])
+    assert [outcome["budget"] for outcome in again.kv_transfer_params["buddy"]["samples"]] == [0.75] * 3
+    (single,) = llama.run([Ask(PROMPTS[1], 0.75, 4)])
+    assert "samples" not in single.kv_transfer_params["buddy"]
 
 
 def test_a_seeded_sample_does_not_depend_on_its_neighbours(llama: Engine) -> None:

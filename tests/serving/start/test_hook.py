@@ -150,6 +150,9 @@ def test_a_default_budget_that_no_request_could_ask_for_is_refused(llama_model: 
     """Fails if the server's default is below its own floor, below three layers, or without a path in the library."""
     assert "0.375" in refusal(llama_model, {"default_budget": 0.3})
     assert "0.6" in refusal(llama_model, {"default_budget": 0.5, "min_budget": 0.6})
+    message = refusal(llama_model, {"max_budget": 0.75})
+    assert "default_budget: budget 1 is above the largest allowed budget 0.75" in message
+    assert "set default_budget" in message
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +244,14 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "auto.max 0.5 is below the smallest budget",
     ),
     "below min_budget": ({"min_budget": 0.6, "auto": {"min": 0.5}}, "auto.min 0.5 is below the smallest budget"),
+    "above max_budget": (
+        {"default_budget": 0.5, "max_budget": 0.75, "auto": {"max": 0.8}},
+        "auto.max 0.8 is above the largest budget a request may ask for, 0.75",
+    ),
+    "ceiling below the floor": (
+        {"default_budget": 0.5, "max_budget": 0.5, "min_budget": 0.6},
+        "max_budget 0.5 is below the smallest budget a request may ask for, 0.6",
+    ),
     "below three layers": ({"auto": {"min": 0.2}}, "0.375"),
     "nothing of the grid": ({"auto": {"min": 0.625, "max": 0.7}}, "has no budget in [0.625, 0.7]"),
     "floor above the range": (
@@ -278,7 +289,7 @@ def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monk
     limits = config.model_config.buddy_limits
     assert limits.default_budget == "auto"
     assert limits.auto == AutoLimits(NUM_LAYERS, PREDICTOR_DEPTHS, 0.45, 1.0, 2.0, 9.0, 0.8)
-    told = 'default budget auto, smallest 0.45, "auto" chooses among 0.45, 0.5, 0.8, 1 at price 2, 9 when fully loaded'
+    told = 'default budget auto, from 0.45 to 1, "auto" chooses among 0.45, 0.5, 0.8, 1 at price 2, 9 when fully loaded'
     assert said[-1].endswith(told)
     # The engine's process reads them again; what nobody gave must not look given there.
     read = engine_settings(config)

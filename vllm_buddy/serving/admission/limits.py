@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.errors import BudgetError, SettingsError
+from vllm_buddy.errors import BudgetError, SettingsError, shown
 from vllm_buddy.method import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.serving.admission.options import (
@@ -91,15 +91,20 @@ class AutoLimits:
                 f'"{AUTO}"; make one with `vllm-buddy train-budget`, or {" and ".join(ways)}'
             )
         smallest = min_budget if auto.min is None else auto.min
+        largest = settings.max_budget if auto.max is None else auto.max
         limits = cls(
             num_layers=artifact.config.base_model.num_layers,
             depths=predictor.depths,
             smallest=smallest,
-            largest=1.0 if auto.max is None else auto.max,
+            largest=largest,
             price=predictor.price if auto.price is None else auto.price,
             load_price=None if load is None else load.price,
             load_floor=smallest if load is None or load.floor is None else load.floor,
         )
+        if largest > settings.max_budget:
+            raise SettingsError(
+                f"auto.max {largest:g} is above the largest budget a request may ask for, {settings.max_budget:g}"
+            )
         limits._check(
             min_budget, lowest="the smallest budget a request may ask for" if auto.min is None else "auto.min"
         )
@@ -168,7 +173,8 @@ def budget_of_depth(depth: int, num_layers: int, within: AutoBudget | AutoLimits
 class RequestLimits:
     """What a server allows its requests. An attribute of vLLM's ModelConfig, `buddy_limits`, set at start.
 
-    depths: depths that the path library holds; None if all are allowed. auto: None without a Budget Predictor.
+    min_budget, max_budget: of what a request may ask for. depths: depths that the path library holds; None if all are
+        allowed. auto: None without a Budget Predictor.
     lossless: whether requests may ask for lossless mode. prompt: whether prompts of requests that do not say run their
         budget ("routed") or all layers ("full").
     """
@@ -176,6 +182,7 @@ class RequestLimits:
     num_layers: int
     default_budget: float | Literal["auto"]
     min_budget: float
+    max_budget: float = 1.0
     depths: tuple[int, ...] | None = None
     auto: AutoLimits | None = None
     lossless: bool = False
@@ -197,11 +204,16 @@ class RequestLimits:
                 f"smallest budget is {floor:g}"
             )
         min_budget = settings.min_budget or floor
+        if settings.max_budget < min_budget:
+            raise SettingsError(
+                f"max_budget {settings.max_budget:g} is below the smallest budget a request may ask for, {min_budget:g}"
+            )
         depths = artifact.router(library=settings.library).depths
         limits = cls(
             num_layers=num_layers,
             default_budget=settings.default_budget,
             min_budget=min_budget,
+            max_budget=settings.max_budget,
             depths=None if depths is None else tuple(depths),
             auto=AutoLimits.from_settings(settings, artifact, min_budget),
             lossless=lossless,
@@ -210,23 +222,26 @@ class RequestLimits:
         try:
             limits.resolve(None)
         except OptionError as error:
-            raise SettingsError(f"default_budget: {error}") from None
+            raise SettingsError(f"default_budget: {error}; set default_budget to one that is allowed") from None
         return limits
 
     def resolve(self, extra_args: Mapping[str, Any] | None) -> FixedBudget | AutoBudget:
         """What a request with these options runs: its own budget, or the server's default.
 
         Raises:
-            OptionError: a budget that is no number in (0, 1], below the floor or of a depth the library lacks; "auto"
-                without a Budget Predictor; options of "auto" out of range, or beside another budget; lossless mode
-                without its drafter, or beside a budget below 1; an unknown kind of prompt.
+            OptionError: a budget that is no number in (0, 1], below the floor, above the ceiling or of a depth the
+                library lacks; "auto" without a Budget Predictor; options of "auto" out of range, or beside another
+                budget; lossless mode without its drafter, or beside a budget below 1; an unknown kind of prompt;
+                lossless mode or prompts at full depth where the ceiling is below 1.
         """
         options = {key: value for key, value in (extra_args or {}).items() if value is not None}
-        self.full_prompt(extra_args)
-        if (mode := options.get(MODE_KEY, BUDGET_MODE)) == LOSSLESS:
+        if self.full_prompt(extra_args) and self.prompt != FULL_PROMPT:
+            self._refuse_full_depth(PROMPT_KEY, f'a prompt that is "{FULL_PROMPT}"')
+        mode = options.get(MODE_KEY, BUDGET_MODE)
+        if not isinstance(mode, str) or mode not in (BUDGET_MODE, LOSSLESS):
+            raise OptionError(MODE_KEY, f'mode is {shown(mode)}; allowed are "{BUDGET_MODE}" and "{LOSSLESS}"')
+        if mode == LOSSLESS:
             return self._lossless(options)
-        if mode != BUDGET_MODE:
-            raise OptionError(MODE_KEY, f'mode is {mode!r}; allowed are "{BUDGET_MODE}" and "{LOSSLESS}"')
         value = options.get(BUDGET_KEY, self.default_budget)
         if isinstance(value, str) and value == AUTO:
             return self._auto_budget(options)
@@ -247,8 +262,10 @@ class RequestLimits:
         value = (extra_args or {}).get(PROMPT_KEY)
         if value is None:
             value = self.prompt
-        if value not in (ROUTED_PROMPT, FULL_PROMPT):
-            raise OptionError(PROMPT_KEY, f'prompt is {value!r}; allowed are "{ROUTED_PROMPT}" and "{FULL_PROMPT}"')
+        if not isinstance(value, str) or value not in (ROUTED_PROMPT, FULL_PROMPT):
+            raise OptionError(
+                PROMPT_KEY, f'prompt is {shown(value)}; allowed are "{ROUTED_PROMPT}" and "{FULL_PROMPT}"'
+            )
         return value == FULL_PROMPT
 
     def _lossless(self, options: Mapping[str, Any]) -> FixedBudget:
@@ -258,6 +275,7 @@ class RequestLimits:
                 "lossless mode needs a server that drafts with the model's own layers; start it with "
                 "`vllm-buddy serve --lossless-drafts N`",
             )
+        self._refuse_full_depth(MODE_KEY, f'mode "{LOSSLESS}"')
         clashing = [key for key in AUTO_KEYS if key in options]
         if BUDGET_KEY in options:
             value = options[BUDGET_KEY]
@@ -265,8 +283,15 @@ class RequestLimits:
             if is_auto or self._fixed_budget(value).budget < 1.0:
                 clashing.insert(0, BUDGET_KEY)
         for key in clashing:
-            raise OptionError(key, f'is {options[key]!r}, but mode "{LOSSLESS}" runs all layers; leave one of them out')
+            told = f'is {shown(options[key])}, but mode "{LOSSLESS}" runs all layers; leave one of them out'
+            raise OptionError(key, told)
         return FixedBudget(1.0, self.num_layers, lossless=True)
+
+    def _refuse_full_depth(self, key: str, what: str) -> None:
+        if self.max_budget < 1.0:
+            raise OptionError(
+                key, f"{what} runs all layers, but the largest budget that a request may ask for is {self.max_budget:g}"
+            )
 
     def _fixed_budget(self, value: Any) -> FixedBudget:
         try:
@@ -275,6 +300,8 @@ class RequestLimits:
             raise OptionError(BUDGET_KEY, f'{error} or "{AUTO}"' if self.auto else str(error)) from None
         if budget < self.min_budget:
             raise OptionError(BUDGET_KEY, f"budget {budget:g} is below the smallest allowed budget {self.min_budget:g}")
+        if budget > self.max_budget:
+            raise OptionError(BUDGET_KEY, f"budget {budget:g} is above the largest allowed budget {self.max_budget:g}")
         depth = depth_for_budget(budget, self.num_layers)
         if self.depths is not None and depth != self.num_layers and depth not in self.depths:
             allowed = ", ".join(str(d) for d in (*self.depths, self.num_layers))
@@ -296,8 +323,8 @@ class RequestLimits:
         if price is not None:
             is_number = isinstance(price, (int, float)) and not isinstance(price, bool)
             if not is_number or not 0 <= price <= sys.float_info.max:  # the comparison fails for NaN, too
-                raise OptionError(PRICE_KEY, f"price is {price!r}; allowed is a finite number from 0 up")
-            price = float(price)
+                raise OptionError(PRICE_KEY, f"price is {shown(price)}; allowed is a finite number from 0 up")
+            price = float(price) + 0.0  # -0.0 becomes 0.0
         ends = {key: self._end(key, options[key]) for key in (AUTO_MIN_KEY, AUTO_MAX_KEY) if key in options}
         try:
             return self.auto.budget(price, ends.get(AUTO_MIN_KEY), ends.get(AUTO_MAX_KEY))

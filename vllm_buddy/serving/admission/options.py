@@ -4,13 +4,14 @@ They are checked where vLLM checks its own options, so that a wrong one is vLLM'
 server, with the name of the parameter. `limits.py` says what a server allows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_buddy.errors import BudgetError
+from vllm_buddy.errors import BudgetError, shown
 
 BUDGET_KEY = "buddy_budget"
 CONTEXT_TOKENS_KEY = "buddy_context_tokens"
@@ -24,7 +25,10 @@ BUDGET_MODE, LOSSLESS = "budget", "lossless"
 PATHS_KEY = "buddy_paths"
 AUTO_KEYS = (PRICE_KEY, AUTO_MIN_KEY, AUTO_MAX_KEY)
 _KEYS = (BUDGET_KEY, PROMPT_KEY, MODE_KEY, CONTEXT_TOKENS_KEY, PATHS_KEY, *AUTO_KEYS)
-_PREFIX = "buddy_"
+_PREFIX = "buddy"
+_ALIKE = 0.85  # similarity, from 0 to 1, from which a key is a misspelt one of ours: `budy_budget` has 0.96
+_LONGEST_KEY = 64
+_SEPARATORS = str.maketrans("-. ", "___")
 
 
 class OptionError(BudgetError):
@@ -44,10 +48,10 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
     """
     extra_args = params.extra_args or {}
     for key in extra_args:
-        if key.startswith(_PREFIX) and key not in _KEYS:
-            raise _refused(key, f"unknown option '{key}'; vllm_buddy knows {', '.join(_KEYS)}", extra_args[key])
+        if _is_misspelt(key):
+            raise _refused(shown(key)[1:-1], _unknown(key), extra_args[key])
     if (paths := extra_args.get(PATHS_KEY)) not in (None, True, False):
-        raise _refused(PATHS_KEY, f"{PATHS_KEY}: {paths!r} is not true or false", paths)
+        raise _refused(PATHS_KEY, f"{PATHS_KEY}: {shown(paths)} is not true or false", paths)
     try:
         model_config.buddy_limits.resolve(extra_args)
     except OptionError as error:
@@ -55,7 +59,12 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
 
 
 def verify_with_prompt(
-    params: SamplingParams, num_prompt_tokens: int, *, is_streaming_input: bool, full_prompt: bool = False
+    params: SamplingParams,
+    num_prompt_tokens: int,
+    *,
+    is_streaming_input: bool,
+    full_prompt: bool = False,
+    max_budget: float = 1.0,
 ) -> None:
     """Raise vLLM's validation error for options that do not fit the prompt.
 
@@ -63,9 +72,17 @@ def verify_with_prompt(
         no prompt to route by, so it runs at full depth and may not ask for anything else. vLLM checks each chunk of a
         session so, and the opening of one as an ordinary request of one token.
     full_prompt: whether the prompt runs all layers, by the request's own option or the server's setting.
+    max_budget: the largest that a request may ask for.
     """
     extra_args = params.extra_args or {}
     if is_streaming_input:
+        if max_budget < 1.0:
+            raise _refused(
+                BUDGET_KEY,
+                f"{BUDGET_KEY}: a streaming-input session runs at full depth, but the largest budget that a request "
+                f"may ask for is {max_budget:g}",
+                None,
+            )
         asked = {key: extra_args[key] for key in _KEYS if extra_args.get(key) is not None}
         for key, value in asked.items():
             raise _refused(
@@ -81,9 +98,27 @@ def verify_with_prompt(
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= num_prompt_tokens:
         raise _refused(
             CONTEXT_TOKENS_KEY,
-            f"{CONTEXT_TOKENS_KEY}: {value!r} is not an integer from 1 to {num_prompt_tokens}, the prompt's length",
+            f"{CONTEXT_TOKENS_KEY}: {shown(value)} is not an integer from 1 to {num_prompt_tokens}, the length of the "
+            "prompt",
             value,
         )
+
+
+def verify_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise vLLM's validation error for a prompt with token ids that the model does not have.
+
+    vLLM lets ids pass that only the tokenizer has, and any without a tokenizer. The router's tables have no row for
+    them, so in the scheduler such an id would end the engine, and with it all other requests.
+    """
+    if not token_ids:
+        return
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise VLLMValidationError(
+                f"token id {token_id} is not in the model's vocabulary; allowed are 0 to {vocab_size - 1}",
+                parameter="prompt",
+                value=token_id,
+            )
 
 
 def context_tokens(extra_args: Mapping[str, Any] | None) -> int | None:
@@ -96,5 +131,28 @@ def wants_paths(extra_args: Mapping[str, Any] | None) -> bool:
     return bool((extra_args or {}).get(PATHS_KEY))
 
 
+def _is_misspelt(key: Any) -> bool:
+    """Whether a key is none of ours, but was meant to be. Keys of others are not ours to judge."""
+    if not isinstance(key, str) or key in _KEYS:
+        return False
+    return _plain(key).startswith(_PREFIX) or bool(_alike(key, _ALIKE))
+
+
+def _unknown(key: str) -> str:
+    meant = _alike(key, cutoff=0.6)
+    suggestion = f"did you mean '{meant[0]}'? " if meant else ""
+    return f"unknown option {shown(key)}; {suggestion}vllm_buddy knows {', '.join(_KEYS)}"
+
+
+def _alike(key: str, cutoff: float) -> list[str]:
+    """The known key that is most like `key`, if any is; neither case nor the kind of separator counts."""
+    return get_close_matches(_plain(key), _KEYS, n=1, cutoff=cutoff)
+
+
+def _plain(key: str) -> str:
+    """The beginning of a key, which may have any length, in the spelling of ours."""
+    return key[:_LONGEST_KEY].strip().lower().translate(_SEPARATORS)
+
+
 def _refused(key: str, message: str, value: Any) -> VLLMValidationError:
-    return VLLMValidationError(message, parameter=f"vllm_xargs.{key}", value=value)
+    return VLLMValidationError(message, parameter=f"vllm_xargs.{key}", value=None if value is None else shown(value))

@@ -128,8 +128,11 @@ class EngineMetrics:
         try:
             partial.write_bytes(generate_latest(self._registry))
             partial.replace(self._export_to)
-        except OSError:  # the API server has ended and removed the folder
-            self._export_to = None
+        except OSError:
+            if partial.parent.is_dir():  # the disk may be full now and not in a second
+                partial.unlink(missing_ok=True)
+            else:  # the API server has ended and removed it
+                self._export_to = None
 
     def _counter(self, name: str, description: str, engine: int) -> Counter:
         return Counter(f"vllm_buddy:{name}", description, ["engine"], registry=self._registry).labels(engine)

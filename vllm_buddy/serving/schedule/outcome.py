@@ -1,10 +1,12 @@
 """What one request got: its budget, and the layers that its tokens executed, for the final response."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm_buddy.method import LayerPath, Route, Run, layers_of
 from vllm_buddy.serving.schedule.plan import Executed
+
+OUTCOME_KEY = "buddy"  # of the outcome, in a response's kv_transfer_params
 
 
 def described(runs: Iterable[Run], num_layers: int) -> dict[str, Any]:
@@ -102,3 +104,13 @@ class Outcome:
             "distinct_paths": len(route.distinct_paths()),
             "reroutes": route.num_reroutes,
         }
+
+
+def with_samples(params: Mapping[str, Any] | None, outcomes: Mapping[int, Any], num_samples: int) -> dict[str, Any]:
+    """The kv_transfer_params of a response with several samples: the outcome of the first, and those of all.
+
+    outcomes: by number of the sample. One that ended with a stop string has none, and is None in the list.
+    """
+    samples = [outcomes.get(number) for number in range(num_samples)]
+    first = next(outcome for outcome in samples if outcome is not None)
+    return {**(params or {}), OUTCOME_KEY: {**first, "samples": samples}}

@@ -80,7 +80,8 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         _configure_compilation(vllm_config)
         metrics.export_from_this_process(vllm_config.instance_id)
         logger.info(
-            "vllm_buddy: artifact %s (%s), KV policy %s, kernels %s, CUDA graphs %s, default budget %s, smallest %g%s",
+            "vllm_buddy: artifact %s (%s), KV policy %s, kernels %s, CUDA graphs %s, default budget %s, "
+            "from %g to %g%s",
             artifact.config.name,
             artifact.digest,
             settings.kv,
@@ -88,6 +89,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             "on" if settings.graphs.enabled else "off",
             limits.default_budget,
             limits.min_budget,
+            limits.max_budget,
             "" if limits.auto is None else f', "auto" chooses {limits.auto.summary()}',
         )
 

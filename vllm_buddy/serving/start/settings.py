@@ -75,7 +75,9 @@ class AutoSettings(_Section):
     min: _Budget | None = Field(
         default=None, description='Smallest budget that "auto" may choose. Default: `min_budget`.'
     )
-    max: _Budget | None = Field(default=None, description='Largest budget that "auto" may choose. Default: 1.0.')
+    max: _Budget | None = Field(
+        default=None, description='Largest budget that "auto" may choose. Default: `max_budget`.'
+    )
     price: _Price | None = Field(
         default=None,
         description=(
@@ -246,6 +248,13 @@ class BuddySettings(_Section):
     )
     min_budget: _Budget | None = Field(
         default=None, description="Smallest budget that a request may ask for. Default: three layers' worth."
+    )
+    max_budget: _Budget = Field(
+        default=1.0,
+        description=(
+            "Largest budget that a request may ask for. Below 1.0, requests may ask neither for lossless mode nor for "
+            "prompts at full depth."
+        ),
     )
     prompt: Literal["routed", "full"] = Field(
         default="routed",

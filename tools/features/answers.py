@@ -1,0 +1,213 @@
+"""Cases: what an answer can be: structured, a call of a tool, streamed, through each of vLLM's interfaces."""
+
+import json
+import re
+from typing import Any
+
+from tools.features.case import Differs, case
+from tools.features.client import MODEL, Client, text_of, token_ids
+
+_GROUP = "Answers"
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "colour": {"enum": ["red", "green", "blue"]},
+        "count": {"enum": [1, 2, 3]},
+        "sure": {"type": "boolean"},
+    },
+    "required": ["colour", "count", "sure"],
+    "additionalProperties": False,
+}
+_GRAMMAR = 'root ::= ("yes" | "no") (", " ("yes" | "no")){2} "."'
+_TOOL = {
+    "type": "function",
+    "function": {"name": "paint", "description": "Paint the wall.", "parameters": _SCHEMA, "strict": True},
+}
+
+
+@case(_GROUP, "structured output: JSON schema")
+def json_schema(c: Client) -> Any:
+    """The grammar masks logits; each forced token is routed."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "wall", "schema": _SCHEMA}}
+    answer = c.chat("Paint the wall.", response_format=wanted, max_tokens=64)
+    _check_arguments(text_of(answer))
+    again = c.complete("Paint:", structured_outputs={"json": _SCHEMA}, max_tokens=64)
+    _check_arguments(text_of(again))
+    return text_of(answer), text_of(again)
+
+
+@case(_GROUP, "structured output: regex, choice, grammar")
+def other_structures(c: Client) -> Any:
+    """Each in a request of its own, and all at once."""
+    asked: list[dict[str, Any]] = [
+        {"regex": r"[0-9]{3}-[0-9]{4}"},
+        {"choice": ["apple", "pear"]},
+        {"grammar": _GRAMMAR},
+    ]
+    found = [text_of(c.complete("Say:", structured_outputs=s, max_tokens=48)) for s in asked]
+    assert re.fullmatch(r"[0-9]{3}-[0-9]{4}", found[0])
+    assert found[1] in ("apple", "pear")
+    assert re.fullmatch(r"(yes|no)(, (yes|no)){2}\.", found[2])
+    at_once = c.at_once(*(lambda s=s: c.complete("Say:", structured_outputs=s, max_tokens=48) for s in asked))
+    assert [text_of(answer) for answer in at_once] == found
+    return found
+
+
+@case(_GROUP, "structured output that is not valid")
+def bad_structure(c: Client) -> Any:
+    """A grammar that cannot be read is the client's error, and others go on."""
+    assert c.refusal(prompt="Say:", structured_outputs={"regex": "[a-"})
+    assert c.refusal(prompt="Say:", structured_outputs={"grammar": "root ::= nothing"})
+    c.complete("Say:")
+
+
+# A random model never ends the whitespace that vLLM allows within a call.
+@case(_GROUP, "tool calls: named, required, auto, streamed", slow=True)
+def tool_calls(c: Client) -> Any:
+    """A call is made of structured output, or read from the text of the answer."""
+    named = {"type": "function", "function": {"name": "paint"}}
+    found = []
+    for choice in (named, "required"):
+        answer = c.chat("Paint it.", tools=[_TOOL], tool_choice=choice, max_tokens=200)
+        (call,) = answer["choices"][0]["message"]["tool_calls"][:1]
+        assert call["function"]["name"] == "paint"
+        found.append(_check_arguments(call["function"]["arguments"]))
+    c.chat("Paint it.", tools=[_TOOL], tool_choice="auto")
+    chunks = c.stream(
+        "/v1/chat/completions",
+        messages=[{"role": "user", "content": "Paint it."}],
+        tools=[_TOOL],
+        tool_choice=named,
+        max_tokens=200,
+    )
+    deltas = [call for chunk in chunks for choice in chunk["choices"] for call in choice["delta"].get("tool_calls", ())]
+    assert _check_arguments("".join(d["function"].get("arguments") or "" for d in deltas)) == found[0]
+    return found
+
+
+@case(_GROUP, "arguments of the chat template")
+def chat_template(c: Client) -> Any:
+    """They change the prompt, and with it what is routed."""
+    asked = c.chat()["usage"]["prompt_tokens"]
+    begun = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "My favourite is"}]
+    continued = c.chat(messages=begun, add_generation_prompt=False, continue_final_message=True)
+    assert continued["usage"]["prompt_tokens"] != asked
+    plain = c.chat(add_generation_prompt=False, chat_template_kwargs={"anything": 1})
+    assert plain["usage"]["prompt_tokens"] < asked
+    return text_of(continued)
+
+
+@case(_GROUP, "streaming, with usage")
+def streaming(c: Client) -> Any:
+    """What is streamed is what comes in one piece."""
+    prompt = "The river was"
+    whole = c.complete(prompt, max_tokens=12)
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(c.stream("/v1/completions", prompt=prompt, max_tokens=12, stream_options=usage))
+    assert "".join(x["choices"][0]["text"] for x in chunks if x["choices"]) == text_of(whole)
+    assert [x["usage"]["completion_tokens"] for x in chunks if x["choices"]] == sorted(
+        x["usage"]["completion_tokens"] for x in chunks if x["choices"]
+    )
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert chunks[-1]["usage"][name] == whole["usage"][name]
+    return text_of(whole)
+
+
+@case(_GROUP, "streaming: outcome in the response")
+def outcome_of_a_stream(c: Client) -> Any:
+    """vLLM sends no kv_transfer_params with chunks."""
+    chunks = list(c.stream("/v1/completions", prompt="The river was"))
+    if not c.routed:
+        return None
+    assert not any(chunk.get("kv_transfer_params") for chunk in chunks)
+    return Differs("vLLM's chunks have no place for it; metrics count the request")
+
+
+@case(_GROUP, "streaming n > 1")
+def streamed_samples(c: Client) -> Any:
+    """The chunks of the samples come in any order, each with the number of its sample."""
+    body: dict[str, Any] = {"prompt": "The river was", "n": 3, "seed": 5, "temperature": 1.2, "max_tokens": 10}
+    whole = c.complete(**body)
+    texts = ["", "", ""]
+    for chunk in c.stream("/v1/completions", **body):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in whole["choices"]]
+    return texts
+
+
+@case(_GROUP, "Responses API")
+def responses(c: Client) -> Any:
+    """The budget goes through this interface too; the outcome does not."""
+    budgets = c.metric("vllm_buddy:budget_count")
+    body: dict[str, Any] = {"input": "Name a colour.", "max_output_tokens": 16}
+    status, answer = c.ask("/v1/responses", **body)
+    assert status == 200, answer
+    assert answer["status"] in ("completed", "incomplete")
+    if not c.routed:
+        return None
+    c.wait_idle()
+    assert c.metric("vllm_buddy:budget_count") > budgets
+    status, refused = c.ask("/v1/responses", **body, vllm_xargs={"buddy_budget": 2})
+    assert (status, "buddy_budget" in json.dumps(refused)) == (400, True), refused
+    return Differs("works, but the response has no place for the outcome; metrics count the request")
+
+
+@case(_GROUP, "Anthropic's Messages API")
+def messages(c: Client) -> Any:
+    """The budget goes through this interface too; the outcome does not."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 8}
+    status, answer = c.ask("/v1/messages", **body)
+    assert status == 200, answer
+    if not c.routed:
+        return None
+    status, refused = c.ask("/v1/messages", **body, vllm_xargs={"buddy_budget": 2})
+    assert (status, "buddy_budget" in json.dumps(refused)) == (400, True), refused
+    return Differs("works, but the response has no place for the outcome; metrics count the request")
+
+
+@case(_GROUP, "token-in, token-out API (/inference/v1/generate)")
+def tokens_in_tokens_out(c: Client) -> Any:
+    """It takes sampling parameters and token ids as they are, past what the other interfaces do with them."""
+    ids = [1, 42, 77]
+
+    def ask(token_ids: list[int], budget: float | str | None) -> tuple[int, Any]:
+        options = {} if budget is None else {"extra_args": {"buddy_budget": budget}}
+        params = {"max_tokens": 8, "temperature": 0.0, **options}
+        return c.post("/inference/v1/generate", {"model": MODEL, "token_ids": token_ids, "sampling_params": params})
+
+    status, answer = ask(ids, c.budget)
+    assert status == 200, answer
+    found = [choice["token_ids"] for choice in answer["choices"]]
+    assert found == token_ids(c.complete(ids))
+    if c.routed:
+        for bad in (ask(ids, 7), ask([1, c.vocab_size], c.budget), ask([1, 2**31], c.budget)):
+            assert bad[0] == 400, bad
+        assert "vocabulary" in json.dumps(ask([1, c.vocab_size], c.budget)[1])
+        assert token_ids(c.complete(ids)) == found
+    return found
+
+
+@case(_GROUP, "a budget that is not valid, in each interface")
+def bad_budget(c: Client) -> Any:
+    """HTTP 400 with the name of the parameter; other requests go on. A stream has begun by then, as in stock vLLM."""
+    if not c.routed:
+        return
+    (told,) = c.stream("/v1/completions", prompt="a", vllm_xargs={"buddy_budget": 7})
+    assert (told["error"]["code"], told["error"]["param"]) == (400, "vllm_xargs.buddy_budget")
+    chat = [{"role": "user", "content": "Hello"}]
+    for body in ({"prompt": "a"}, {"prompt": ["a", "b"], "n": 2, "temperature": 1.0}):
+        assert "buddy_budget" in c.refusal(vllm_xargs={"buddy_budget": 7}, **body)
+    assert "buddy_budget" in c.refusal("/v1/chat/completions", messages=chat, vllm_xargs={"buddy_budget": "7"})
+    assert "did you mean 'buddy_budget'?" in c.refusal(prompt="a", vllm_xargs={"buddy_buget": 0.5})
+    assert len(token_ids(c.complete("a"))[0]) == 8
+
+
+def _check_arguments(text: str) -> Any:
+    """Return the value of the JSON text, which must fit the schema."""
+    value = json.loads(text)
+    assert value["colour"] in ("red", "green", "blue")
+    assert value["count"] in (1, 2, 3)
+    assert isinstance(value["sure"], bool)
+    assert len(value) == 3
+    return value
