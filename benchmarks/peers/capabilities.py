@@ -126,7 +126,7 @@ CAPABILITIES: dict[str, dict[str, Known]] = {
         ECONOMIZE: Known("partly", "read", "economize/distributed/tp.py"),
     },
     "pipeline parallelism": {
-        BUDDY: Known("no", "test", "tests/serving/start/test_hook.py: refused at start"),
+        BUDDY: Known("yes", "test", "tests/serving/end_to_end/test_pipeline_parallel.py"),
         NGRAM: _VLLM,
         PRUNED: _VLLM,
         ECONOMIZE: Known("partly", "read", "economize/arch/base.py: layers on several devices, one after the other"),

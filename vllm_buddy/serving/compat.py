@@ -102,6 +102,20 @@ def runner_output(output: Any) -> Any:
     return output
 
 
+def allocate_intermediate_tensors(runner: Any) -> None:
+    """Allocate what a V1 model runner copies the tensors of the pipeline stage before into, where vLLM has not.
+
+    vLLM does so in its first dummy run. On CPU there is none if layers are not compiled and the size of the KV cache is
+    given, and the first step then fails. Remove when `CPUWorker.determine_available_memory` always makes one.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
 def finished_params(freed: Any, outcome: dict[str, Any]) -> Any:
     """What Scheduler._free_request returns, with `outcome` added to the request's kv_transfer_params under "buddy".
 

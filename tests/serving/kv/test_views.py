@@ -218,6 +218,23 @@ def test_runs_that_follow_each_other_are_one_sequence_to_attention() -> None:
     assert metadata.seq_lens.tolist() == [4, 10, 2]
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_pipeline_stage_gets_the_views_of_its_own_layers(name: str) -> None:
+    """Fails if a stage runs its layers on the rows, lengths or slots of other layers."""
+    whole, stage = POLICIES[name](NUM_LAYERS), POLICIES[name](NUM_LAYERS, stage=slice(2, 5))
+    sequences = [new_sequence(number, 1) for number in range(len(PATHS))]
+    plans = [RequestPlan((Run(2, PATHS[2]), Run(3, path)), SHARED_PATH) for path in PATHS]
+    batch = step_batch([str(i) for i in range(len(PATHS))], sequences, plans)
+    wanted, got = (policy.views(batch, policy.places(batch)) for policy in (whole, stage))
+    for one, other in zip(wanted[2:5], got, strict=True):
+        assert np.array_equal(one.rows_np, other.rows_np)
+        assert (one.attn_metadata is None) == (other.attn_metadata is None)
+        if one.attn_metadata is not None:
+            assert one.slot_mapping.tolist() == other.slot_mapping.tolist()
+            assert one.attn_metadata.seq_lens.tolist() == other.attn_metadata.seq_lens.tolist()
+    assert any(view.attn_metadata is not None for view in got)
+
+
 def test_a_plan_that_continues_elsewhere_than_the_cache_is_refused() -> None:
     """Fails if scheduler and worker may disagree on what the cache holds without anyone noticing."""
     policy, sequence = Masked(NUM_LAYERS), new_sequence(0, 0)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from vllm_buddy.artifact.config import FORMAT_VERSION
 from vllm_buddy.serving.admission.limits import AutoLimits
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start import hook
+from vllm_buddy.serving.start.refusals import _CHECKS
 from vllm_buddy.serving.start.settings import engine_settings, known_settings
 
 START_TIMEOUT_S = 300.0  # importing vLLM takes 5 s on an idle core
@@ -375,7 +377,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "asynchronous drafts": ({"speculative_config": NGRAM, "async_scheduling": True}, "--async-scheduling"),
     "FlashInfer": ({"attention_config": {"backend": "FLASHINFER"}}, "--attention-backend with one of CPU_ATTN"),
     "FlexAttention": ({"attention_config": {"backend": "FLEX_ATTENTION"}}, "--attention-backend with one of CPU_ATTN"),
-    "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    "drafts of two stages": ({"speculative_config": NGRAM, "pipeline_parallel_size": 2}, "--speculative-config"),
     "scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
     "worker": ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
@@ -396,6 +398,17 @@ def test_what_cannot_be_routed_is_refused_with_the_reason(llama_model: Tiny, nam
         return
     # The same without routing is vLLM's affair, and starts.
     configure(llama_model, additional_config={}, **{**options, "model_impl": "auto"})
+
+
+def test_pipeline_stages_start_where_they_were_tried(llama_model: Tiny) -> None:
+    """Fails if pipeline parallelism is refused, or an executor or a model runner of which nothing is known is not."""
+    assert configure(llama_model, pipeline_parallel_size=2).parallel_config.worker_cls.startswith("vllm_buddy.")
+    asked_for = {name: check for name, check, _ in _CHECKS}
+    for backend, is_v2 in (("mp", False), ("ray", False), ("mp", True)):
+        parallel = SimpleNamespace(pipeline_parallel_size=2, distributed_executor_backend=backend)
+        config: Any = SimpleNamespace(parallel_config=parallel, use_v2_model_runner=is_v2)
+        assert asked_for["pipeline parallelism on Model Runner V2"](config) == is_v2
+        assert asked_for["pipeline parallelism with this executor"](config) == (backend == "ray")
 
 
 def test_the_lossless_drafter_lets_requests_ask_for_it(llama_model: Tiny) -> None:

@@ -32,19 +32,21 @@ _SMALL = 0.01  # size of the states on which a bound layer is checked
 _MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
-def layer_functions(layers: Sequence[nn.Module], vllm_config: VllmConfig) -> list[LayerFn]:
-    """Forward functions (positions, hidden_states, residual) -> (hidden_states, residual) of all decoder layers.
+def layer_functions(
+    layers: Sequence[nn.Module], vllm_config: VllmConfig, *, with_residual: bool = False
+) -> list[LayerFn]:
+    """Forward functions (positions, hidden_states, residual) -> (hidden_states, residual) of decoder layers.
 
     Compiled for any number of tokens where vLLM's mode says so (the default on CPU), else the layers themselves.
 
-    layers: vLLM decoder layers, from the first of the model on, which gets no residual.
+    layers: vLLM decoder layers that follow each other. with_residual: whether the first of them gets a residual, which
+        the first of the model does not.
     """
     if not compiles(vllm_config):
         return list(layers)
-    first, *others = layers
-    functions = [_compile_layer(first, vllm_config, with_residual=False)]
+    functions = [] if with_residual else [_compile_layer(layers[0], vllm_config, with_residual=False)]
     pattern: tuple[nn.Module, DirectCall] | None = None
-    for layer in others:
+    for layer in layers[len(functions) :]:
         bound = None if pattern is None else _bind(*pattern, layer, vllm_config)
         if bound is not None:
             functions.append(bound)

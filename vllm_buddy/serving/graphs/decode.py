@@ -71,10 +71,15 @@ class GraphedStep:
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         _inputs_embeds: torch.Tensor | None,
+        _intermediate_tensors: Any = None,
     ) -> torch.Tensor:
         """Hidden states [num_rows, hidden_size] after the last norm; see Step."""
-        assert input_ids is not None  # prompt embeddings are refused at start
+        assert input_ids is not None  # neither prompt embeddings nor pipeline stages have graphs
         return self.graphs.run(self, input_ids, positions)
+
+    def counts(self) -> np.ndarray:
+        """[num_rows], layers executed per row."""
+        return self.executed
 
 
 class DecodeGraphs:

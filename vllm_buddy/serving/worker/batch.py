@@ -31,7 +31,7 @@ class RunPlaces:
     first_position: np.ndarray
     first_block: np.ndarray | None = None
 
-    def of(self, layers: Sequence[int]) -> "RunPlaces":
+    def of(self, layers: Sequence[int] | slice) -> "RunPlaces":
         """The places in some of the layers."""
         first_block = None if self.first_block is None else self.first_block[layers]
         return RunPlaces(self.first_position[layers], first_block)

@@ -17,6 +17,7 @@ from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
+from vllm_buddy.serving.forward.pipeline import stage_of
 from vllm_buddy.serving.graphs.capture import CudaCapture
 from vllm_buddy.serving.graphs.decode import DecodeGraphs, GraphedStep
 from vllm_buddy.serving.kv import POLICIES, KVPolicy, LayerView
@@ -50,7 +51,9 @@ class WorkerState:
         self._settings = settings = engine_settings(vllm_config)
         self.num_layers: int = vllm_config.model_config.hf_text_config.num_hidden_layers
         self.policy: KVPolicy = POLICIES[settings.kv](
-            self.num_layers, shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching)
+            self.num_layers,
+            shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching),
+            stage=stage_of(self.num_layers),
         )
         # Between compiled layers torch moves the rows. Slots are computed by an op of `kernels` in either case.
         self._moves_rows = None if settings.kernels is None else KERNELS[settings.kernels]
@@ -92,7 +95,7 @@ class WorkerState:
         self.serving = True
         if self._moves_rows is not None:
             with torch.inference_mode():
-                try_kernels(backbone.layers, backbone.bypasses, self._moves_rows, self.block_size)
+                try_kernels(backbone.stage, backbone.bypasses, self._moves_rows, self.block_size)
         if self._settings.graphs.enabled:
             self.capture_graphs(backbone)
 
@@ -187,13 +190,13 @@ class WorkerState:
         return RoutedStep(self.policy, views, np.zeros(batch.num_tokens, dtype=np.int32), self._moves_rows)
 
     def report(self, output: Any, req_ids: Sequence[str], query_start_loc: np.ndarray) -> None:
-        """Attach the layers executed in the last step to vLLM's output.
+        """Attach the layers executed in the last step to vLLM's output. Only for the last pipeline stage.
 
         output: a ModelRunnerOutput. query_start_loc: [num_reqs + 1], of the step.
         """
         if self._step is not None:
             plans = [self._plan[req_id] for req_id in req_ids] if self._plan else None
-            executed = _by_request(self._step.executed, req_ids, query_start_loc, plans)
+            executed = _by_request(self._step.counts(), req_ids, query_start_loc, plans)
             for req_id, layers in self._drafting.items():
                 executed[req_id] = executed[req_id]._replace(drafting=layers)
             self._drafting = {}
