@@ -109,11 +109,13 @@ def _wrap_process_inputs() -> None:
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if getattr(self.model_config, "model_impl", None) == MODEL_IMPL and isinstance(params, SamplingParams):
+            limits = self.model_config.buddy_limits
             verify_with_prompt(
                 params,
                 len(request.prompt_token_ids),
                 is_streaming_input=request.resumable,
-                full_prompt=self.model_config.buddy_limits.full_prompt(params.extra_args),
+                full_prompt=limits.full_prompt(params.extra_args),
+                max_budget=limits.max_budget,
             )
         return request
 

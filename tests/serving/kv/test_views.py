@@ -257,6 +257,14 @@ def test_a_plan_that_does_not_cover_its_tokens_is_refused() -> None:
             check_plan([plan], [4], ["r"])
 
 
+def test_a_plan_of_layers_that_are_not_loaded_is_refused() -> None:
+    """Fails if a token silently passes a layer of its path."""
+    plan = RequestPlan((Run(2, PATHS[0]), Run(2, PATHS[1])), None)
+    check_plan([plan], [4], ["r"], absent=path_of([3, 4]))
+    with pytest.raises(RuntimeError, match="request r: a path holds layers that are not loaded"):
+        check_plan([plan], [4], ["r"], absent=path_of([2]))
+
+
 def test_slots_of_finished_requests_are_used_again() -> None:
     """Fails if the state of masked grows with the number of requests served, or is inherited."""
     policy = Masked(NUM_LAYERS)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -271,6 +272,48 @@ def test_settings_of_auto_that_contradict_each_other_are_refused(llama_model: Ti
     assert told in refusal(llama_model, buddy)
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+DRAFTS = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 3}
+
+BELOW_FULL_DEPTH: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "nothing left": ({"min_budget": 0.7}, {}, "below the smallest budget a request may ask for, 0.7"),
+    "default above": ({"default_budget": 0.7}, {}, "default_budget: budget 0.7 is above the largest allowed"),
+    "auto above": ({"auto": {"max": 0.7}}, {}, "auto.max 0.7 is above max_budget 0.65"),
+    "auto from above": ({"auto": {"min": 0.7}}, {}, "max_budget 0.65 is below auto.min, 0.7"),
+    "full prompts": ({"prompt": "full"}, {}, 'prompt "full"'),
+    "tokens": ({"schedule": {"decode": "token"}}, {}, 'schedule "token"'),
+    "lossless": ({}, {"speculative_config": DRAFTS}, "lossless drafts"),
+    "stages": ({}, {"pipeline_parallel_size": 2}, "never tried with pipeline parallelism"),
+}
+
+
+@pytest.mark.parametrize("name", BELOW_FULL_DEPTH)
+def test_what_needs_more_than_max_budget_is_refused(llama_model: Tiny, name: str) -> None:
+    """Fails if a server starts that would need layers that it does not load."""
+    buddy, options, told = BELOW_FULL_DEPTH[name]
+    message = refusal(llama_model, {"max_budget": 0.65, **buddy}, **options)
+    assert "0.65" in message
+    assert told in message
+
+
+def test_max_budget_says_what_it_saves(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if layers are dropped that a router might choose, or a setting that saves nothing looks as if it did."""
+    said: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(hook.logger, level, lambda message, *args: said.append(message % args))
+    limits = configure(llama_model, {"max_budget": 0.65, "paths": "free"}).model_config.buddy_limits
+    assert limits.layers == (1 << NUM_LAYERS) - 1
+    assert limits.default_budget == 0.65
+    assert limits.auto.largest == 0.65
+    assert "max_budget 0.65 saves no memory" in "".join(said)
+    sets = {4: [[0, 2, 3, 7]], 6: [[0, 1, 2, 3, 4, 7]]}
+    config = llama_model.artifact.config.model_copy(update={"library": sets})
+    replace(llama_model.artifact, config=config).save(folder := llama_model.folder.parent / "narrow")
+    limits = configure(llama_model, {"max_budget": 0.65, "default_budget": 0.5, "artifact": str(folder)})
+    assert limits.model_config.buddy_limits.layers == 0b10001101
+    assert "smallest 0.375, largest 0.65 on 4 of 8 layers" in said[-1]
+
+
 def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a setting is dropped on the way, or the operator cannot see what "auto" will do."""
     said: list[str] = []
@@ -359,8 +402,6 @@ def test_a_model_cut_by_overrides_is_refused(llama_model: Tiny) -> None:
     assert "6 layers" in refusal(llama_model, hf_overrides={"num_hidden_layers": 6})
 
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-DRAFTS = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 3}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"hf_overrides": {"architectures": ["MistralForCausalLM"]}}, "LlamaForCausalLM, Qwen2ForCausalLM"),

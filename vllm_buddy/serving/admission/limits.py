@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import BudgetError, SettingsError
-from vllm_buddy.method import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
+from vllm_buddy.method import LayerPath, budget_for_depth, depth_for_budget, parse_budget, smallest_budget
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.serving.admission.options import (
     AUTO_KEYS,
@@ -72,7 +72,7 @@ class AutoLimits:
     def from_settings(cls, settings: BuddySettings, artifact: Artifact, min_budget: float) -> "AutoLimits | None":
         """What the settings allow the artifact's predictor; None if it has none and no setting asks for it.
 
-        min_budget: the smallest budget that a request may ask for.
+        min_budget: the smallest budget that a request may ask for. The largest is settings.max_budget.
 
         Raises:
             SettingsError: a setting asks for "auto" and the artifact has no predictor, or settings contradict each
@@ -95,13 +95,16 @@ class AutoLimits:
             num_layers=artifact.config.base_model.num_layers,
             depths=predictor.depths,
             smallest=smallest,
-            largest=1.0 if auto.max is None else auto.max,
+            largest=settings.max_budget if auto.max is None else auto.max,
             price=predictor.price if auto.price is None else auto.price,
             load_price=None if load is None else load.price,
             load_floor=smallest if load is None or load.floor is None else load.floor,
         )
         limits._check(
-            min_budget, lowest="the smallest budget a request may ask for" if auto.min is None else "auto.min"
+            min_budget,
+            settings.max_budget,
+            lowest="the smallest budget a request may ask for" if auto.min is None else "auto.min",
+            highest="max_budget" if auto.max is None else "auto.max",
         )
         if is_default or settings.for_auto:
             limits.budget()
@@ -130,14 +133,16 @@ class AutoLimits:
         loaded = "" if self.load_price is None else f", {self.load_price:g} when fully loaded"
         return f"among {self._grid()} at price {self.price:g}{loaded}"
 
-    def _check(self, min_budget: float, lowest: str) -> None:
-        """Raise SettingsError for limits that contradict each other. lowest: where `smallest` comes from."""
+    def _check(self, min_budget: float, max_budget: float, lowest: str, highest: str) -> None:
+        """Raise SettingsError for limits that contradict each other. lowest, highest: where both ends come from."""
         if self.smallest < min_budget:
             raise SettingsError(
                 f"auto.min {self.smallest:g} is below the smallest budget a request may ask for, {min_budget:g}"
             )
+        if self.largest > max_budget:
+            raise SettingsError(f"auto.max {self.largest:g} is above max_budget {max_budget:g}")
         if self.smallest > self.largest:
-            raise SettingsError(f"auto.max {self.largest:g} is below {lowest}, {self.smallest:g}")
+            raise SettingsError(f"{highest} {self.largest:g} is below {lowest}, {self.smallest:g}")
         if not self.smallest <= self.load_floor <= self.largest:
             raise SettingsError(
                 f'load.floor {self.load_floor:g} lies outside what "{AUTO}" may choose, {self.smallest:g} to '
@@ -168,6 +173,7 @@ def budget_of_depth(depth: int, num_layers: int, within: AutoBudget | AutoLimits
 class RequestLimits:
     """What a server allows its requests. An attribute of vLLM's ModelConfig, `buddy_limits`, set at start.
 
+    layers: those that the path of some request may hold; workers load no others.
     depths: depths that the path library holds; None if all are allowed. auto: None without a Budget Predictor.
     lossless: whether requests may ask for lossless mode. prompt: whether prompts of requests that do not say run their
         budget ("routed") or all layers ("full").
@@ -176,6 +182,8 @@ class RequestLimits:
     num_layers: int
     default_budget: float | Literal["auto"]
     min_budget: float
+    max_budget: float
+    layers: LayerPath
     depths: tuple[int, ...] | None = None
     auto: AutoLimits | None = None
     lossless: bool = False
@@ -196,12 +204,19 @@ class RequestLimits:
                 f"min_budget {settings.min_budget:g} leaves fewer than {MIN_DEPTH} of {num_layers} layers; the "
                 f"smallest budget is {floor:g}"
             )
-        min_budget = settings.min_budget or floor
-        depths = artifact.router(library=settings.library).depths
+        min_budget, max_budget = settings.min_budget or floor, settings.max_budget
+        if max_budget < 1.0:
+            _check_max_budget(settings, min_budget, lossless=lossless)
+        default = settings.default_budget if "default_budget" in settings.model_fields_set else max_budget
+        router = artifact.router(library=settings.library)
+        depths = router.depths
+        lowest, highest = (depth_for_budget(budget, num_layers) for budget in (min_budget, max_budget))
         limits = cls(
             num_layers=num_layers,
-            default_budget=settings.default_budget,
+            default_budget=default,
             min_budget=min_budget,
+            max_budget=max_budget,
+            layers=router.reachable(range(lowest, highest + 1)),
             depths=None if depths is None else tuple(depths),
             auto=AutoLimits.from_settings(settings, artifact, min_budget),
             lossless=lossless,
@@ -217,9 +232,10 @@ class RequestLimits:
         """What a request with these options runs: its own budget, or the server's default.
 
         Raises:
-            OptionError: a budget that is no number in (0, 1], below the floor or of a depth the library lacks; "auto"
-                without a Budget Predictor; options of "auto" out of range, or beside another budget; lossless mode
-                without its drafter, or beside a budget below 1; an unknown kind of prompt.
+            OptionError: a budget that is no number in (0, 1], outside the server's range or of a depth the library
+                lacks; "auto" without a Budget Predictor; options of "auto" out of range, or beside another budget;
+                lossless mode without its drafter, or beside a budget below 1; an unknown kind of prompt, or one that
+                the server has too few layers for.
         """
         options = {key: value for key, value in (extra_args or {}).items() if value is not None}
         self.full_prompt(extra_args)
@@ -249,6 +265,12 @@ class RequestLimits:
             value = self.prompt
         if value not in (ROUTED_PROMPT, FULL_PROMPT):
             raise OptionError(PROMPT_KEY, f'prompt is {value!r}; allowed are "{ROUTED_PROMPT}" and "{FULL_PROMPT}"')
+        if value == FULL_PROMPT and self.max_budget < 1.0:
+            raise OptionError(
+                PROMPT_KEY,
+                f'prompt is "{FULL_PROMPT}", which runs all layers, but the largest budget of this server is '
+                f'{self.max_budget:g}; send "{ROUTED_PROMPT}"',
+            )
         return value == FULL_PROMPT
 
     def _lossless(self, options: Mapping[str, Any]) -> FixedBudget:
@@ -275,6 +297,12 @@ class RequestLimits:
             raise OptionError(BUDGET_KEY, f'{error} or "{AUTO}"' if self.auto else str(error)) from None
         if budget < self.min_budget:
             raise OptionError(BUDGET_KEY, f"budget {budget:g} is below the smallest allowed budget {self.min_budget:g}")
+        if budget > self.max_budget:
+            raise OptionError(
+                BUDGET_KEY,
+                f"budget {budget:g} is above the largest allowed budget {self.max_budget:g}; allowed are "
+                f"{self.min_budget:g} to {self.max_budget:g}",
+            )
         depth = depth_for_budget(budget, self.num_layers)
         if self.depths is not None and depth != self.num_layers and depth not in self.depths:
             allowed = ", ".join(str(d) for d in (*self.depths, self.num_layers))
@@ -318,3 +346,17 @@ class RequestLimits:
                 f"{self.auto.smallest:g} to {self.auto.largest:g}",
             )
         return budget
+
+
+def _check_max_budget(settings: BuddySettings, min_budget: float, *, lossless: bool) -> None:
+    """Raise SettingsError for what cannot be had below full depth."""
+    largest = f"max_budget {settings.max_budget:g}"
+    if settings.max_budget < min_budget:
+        raise SettingsError(f"{largest} is below the smallest budget a request may ask for, {min_budget:g}")
+    for asked, name in (
+        (lossless, "lossless drafts, which all layers check"),
+        (settings.prompt == FULL_PROMPT, f'prompt "{FULL_PROMPT}"'),
+        (settings.schedule.by_token, 'schedule "token", under which single tokens may run all layers'),
+    ):
+        if asked:
+            raise SettingsError(f"{largest} cannot be had with {name}; leave one of them out")

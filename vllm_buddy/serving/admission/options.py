@@ -52,7 +52,12 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
 
 
 def verify_with_prompt(
-    params: SamplingParams, num_prompt_tokens: int, *, is_streaming_input: bool, full_prompt: bool = False
+    params: SamplingParams,
+    num_prompt_tokens: int,
+    *,
+    is_streaming_input: bool,
+    full_prompt: bool = False,
+    max_budget: float = 1.0,
 ) -> None:
     """Raise vLLM's validation error for options that do not fit the prompt.
 
@@ -60,6 +65,7 @@ def verify_with_prompt(
         no prompt to route by, so it runs at full depth and may not ask for anything else. vLLM checks each chunk of a
         session so, and the opening of one as an ordinary request of one token.
     full_prompt: whether the prompt runs all layers, by the request's own option or the server's setting.
+    max_budget: the largest that the server allows.
     """
     extra_args = params.extra_args or {}
     if is_streaming_input:
@@ -67,6 +73,13 @@ def verify_with_prompt(
         for key, value in asked.items():
             raise _refused(
                 key, f"{key}: a streaming-input session runs at full depth; leave out {', '.join(asked)}", value
+            )
+        if max_budget < 1.0:
+            raise _refused(
+                BUDGET_KEY,
+                f"{BUDGET_KEY}: a streaming-input session runs at full depth, but the largest budget of this server is "
+                f"{max_budget:g}",
+                None,
             )
     value = context_tokens(extra_args)
     if value is None:

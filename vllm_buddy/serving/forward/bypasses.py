@@ -56,7 +56,7 @@ def kv_bypass_functions(layers: Sequence[Any], bypass: Bypass, vllm_config: Vllm
     None where layers are not compiled, and for layers of another form than vLLM's plain Llama and Qwen: there the KV
     policy writes K and V.
 
-    layers: of the whole model. Those of other pipeline stages have no function.
+    layers: of the whole model. Those that are not here have no function: None.
     """
     own = [
         (number, layer, bypass.down[number - 1], bypass.up[number - 1])
@@ -74,7 +74,7 @@ def kv_bypass_functions(layers: Sequence[Any], bypass: Bypass, vllm_config: Vllm
 
     rows, others = example(most_tokens(vllm_config))[:3], parts[0].arguments
     step = DirectCall.of(compile_ahead(step, rows, vllm_config, *others), example)
-    functions: list[Any] = [_never_skipped] * len(layers)
+    functions: list[Any] = [_never_skipped, *[None] * (len(layers) - 2), _never_skipped]
     for (number, layer, _, _), part in zip(own, parts):
         functions[number] = KVBypassCall(step, part, layer.self_attn.attn)
     return functions

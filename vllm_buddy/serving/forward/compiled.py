@@ -19,6 +19,7 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 from vllm.logger import init_logger
 
 from vllm_buddy.serving.forward.direct_call import DirectCall, LayerConstants
+from vllm_buddy.serving.forward.pipeline import is_here
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -34,19 +35,24 @@ _MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.
 
 def layer_functions(
     layers: Sequence[nn.Module], vllm_config: VllmConfig, *, with_residual: bool = False
-) -> list[LayerFn]:
+) -> list[LayerFn | None]:
     """Forward functions (positions, hidden_states, residual) -> (hidden_states, residual) of decoder layers.
 
     Compiled for any number of tokens where vLLM's mode says so (the default on CPU), else the layers themselves.
 
-    layers: vLLM decoder layers that follow each other. with_residual: whether the first of them gets a residual, which
-        the first of the model does not.
+    layers: vLLM decoder layers that follow each other. Those that are not loaded have no function: None.
+    with_residual: whether the first of them gets a residual, which the first of the model does not.
     """
     if not compiles(vllm_config):
-        return list(layers)
-    functions = [] if with_residual else [_compile_layer(layers[0], vllm_config, with_residual=False)]
+        return [layer if is_here(layer) else None for layer in layers]
+    functions: list[LayerFn | None] = []
+    if not with_residual:
+        functions.append(_compile_layer(layers[0], vllm_config, with_residual=False))
     pattern: tuple[nn.Module, DirectCall] | None = None
     for layer in layers[len(functions) :]:
+        if not is_here(layer):
+            functions.append(None)
+            continue
         bound = None if pattern is None else _bind(*pattern, layer, vllm_config)
         if bound is not None:
             functions.append(bound)

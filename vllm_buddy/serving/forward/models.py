@@ -17,6 +17,7 @@ from vllm_buddy_kernels import KERNELS, Kernels
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY
+from vllm_buddy.serving.compat import with_layers
 from vllm_buddy.serving.forward.bypasses import bypass_functions, kv_bypass_functions
 from vllm_buddy.serving.forward.compiled import LayerFn, NormFn, layer_functions, norm_function
 from vllm_buddy.serving.forward.layer import fused_bypasses
@@ -57,9 +58,10 @@ class RoutedBackbone(_Backbone):
     buddy_writes_kv = False  # whether skipped rows write K and V, as under `kv_only`
     # What moves rows where layers are not compiled one by one; None where they are.
     buddy_kernels: Kernels | None = None
-    # Of the layers of this pipeline stage, one each; without pipeline parallelism, of all layers of the model.
+    # Of the layers of this pipeline stage, one each; without pipeline parallelism, of all layers of the model. Layers
+    # that are not loaded (the setting max_budget) have a bypass, but no function.
     stage: list[Any]
-    functions: list[LayerFn]
+    functions: list[LayerFn | None]
     bypasses: list[Any] | None = None  # called like layers
     last_norm: NormFn  # of the last stage
 
@@ -70,15 +72,19 @@ class RoutedBackbone(_Backbone):
         self.stage = list(self.layers)[here]
         bypasses: list[Any] | None = None
         if self.buddy_kernels is not None:
-            self.functions, self.last_norm = self.stage, self.norm.forward
+            self.functions = [layer if is_here(layer) else None for layer in self.stage]
+            self.last_norm = self.norm.forward
             bypasses = fused_bypasses(bypass, self.buddy_kernels) if bypass else None
         else:
             self.functions = layer_functions(self.stage, self.vllm_config, with_residual=here.start > 0)
             if get_pp_group().is_last_rank:
                 self.last_norm = norm_function(self.norm, self.vllm_config)
             if bypass is not None:
-                kv = kv_bypass_functions(list(self.layers), bypass, self.vllm_config) if self.buddy_writes_kv else None
-                bypasses = kv or bypass_functions(bypass, self.vllm_config)
+                if self.buddy_writes_kv:
+                    bypasses = kv_bypass_functions(list(self.layers), bypass, self.vllm_config)
+                if bypasses is None or None in bypasses[here]:
+                    plain = bypass_functions(bypass, self.vllm_config)
+                    bypasses = plain if bypasses is None else [own or other for own, other in zip(bypasses, plain)]
         self.bypasses = bypasses and bypasses[here]
 
     def forward(
@@ -91,13 +97,14 @@ class RoutedBackbone(_Backbone):
     ) -> torch.Tensor | IntermediateTensors:
         """Hidden states [num_tokens, hidden_size], or what the next stage gets.
 
-        step None, in profiling and dummy runs: all layers, all rows.
+        step None, in profiling and dummy runs: all layers that are loaded, all rows.
         """
         if step is not None:
             return step.forward(self, input_ids, positions, inputs_embeds, intermediate_tensors)
         hidden, residual = self.enter(input_ids, inputs_embeds, intermediate_tensors)
         for function in self.functions:
-            hidden, residual = function(positions, hidden, residual)
+            if function is not None:
+                hidden, residual = function(positions, hidden, residual)
         return self.leave(hidden, residual)
 
     def enter(
@@ -132,7 +139,8 @@ class _Routed(_CausalLM):
                 f"{type(self).__name__} was loaded without the vllm_buddy scheduler, so nothing would be routed; "
                 "start it with --model-impl buddy"
             )
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        with with_layers(vllm_config.model_config.buddy_limits.layers):
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         backbone: Any = self.model
         backbone.__class__ = type(f"Routed{type(backbone).__name__}", (RoutedBackbone, type(backbone)), {})
         backbone.vllm_config = vllm_config

@@ -56,6 +56,18 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             )
         check_schedule(settings, artifact)
         limits = RequestLimits.from_settings(settings, artifact, lossless=_drafts_by_depth(vllm_config))
+        num_loaded, below = limits.layers.bit_count(), limits.max_budget < 1.0
+        if below:
+            if vllm_config.parallel_config.pipeline_parallel_size > 1:
+                raise SettingsError(
+                    f"max_budget {limits.max_budget:g} was never tried with pipeline parallelism; leave one of them out"
+                )
+            if num_loaded == limits.num_layers:
+                logger.warning(
+                    'max_budget %g saves no memory: paths up to it may hold any layer; "paths": "library" of an '
+                    "artifact with few paths, or a smaller max_budget, would",
+                    limits.max_budget,
+                )
         if limits.lossless:
             DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
         elif "drafts" in settings.model_fields_set:
@@ -74,7 +86,8 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         _configure_compilation(vllm_config)
         metrics.export_from_this_process(vllm_config.instance_id)
         logger.info(
-            "vllm_buddy: artifact %s (%s), KV policy %s, kernels %s, CUDA graphs %s, default budget %s, smallest %g%s",
+            "vllm_buddy: artifact %s (%s), KV policy %s, kernels %s, CUDA graphs %s, default budget %s, smallest %g"
+            "%s%s",
             artifact.config.name,
             artifact.digest,
             settings.kv,
@@ -82,6 +95,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             "on" if settings.graphs.enabled else "off",
             limits.default_budget,
             limits.min_budget,
+            f", largest {limits.max_budget:g} on {num_loaded} of {limits.num_layers} layers" if below else "",
             "" if limits.auto is None else f', "auto" chooses {limits.auto.summary()}',
         )
 

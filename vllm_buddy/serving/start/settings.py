@@ -75,7 +75,9 @@ class AutoSettings(_Section):
     min: _Budget | None = Field(
         default=None, description='Smallest budget that "auto" may choose. Default: `min_budget`.'
     )
-    max: _Budget | None = Field(default=None, description='Largest budget that "auto" may choose. Default: 1.0.')
+    max: _Budget | None = Field(
+        default=None, description='Largest budget that "auto" may choose. Default: `max_budget`.'
+    )
     price: _Price | None = Field(
         default=None,
         description=(
@@ -241,11 +243,18 @@ class BuddySettings(_Section):
         default=1.0,
         description=(
             'Budget of requests that name none: a number in (0, 1], or "auto", which lets the artifact\'s Budget '
-            "Predictor choose one for each prompt."
+            "Predictor choose one for each prompt. Default: `max_budget`."
         ),
     )
     min_budget: _Budget | None = Field(
         default=None, description="Smallest budget that a request may ask for. Default: three layers' worth."
+    )
+    max_budget: _Budget = Field(
+        default=1.0,
+        description=(
+            "Largest budget that a request may ask for. Below 1, layers that no path up to it holds are neither loaded "
+            "nor given a KV cache."
+        ),
     )
     prompt: Literal["routed", "full"] = Field(
         default="routed",

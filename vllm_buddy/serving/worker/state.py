@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.method import LayerPath, full_path
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
@@ -23,7 +24,7 @@ from vllm_buddy.serving.graphs.decode import DecodeGraphs, GraphedStep
 from vllm_buddy.serving.kv import POLICIES, KVPolicy, LayerView
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.start.settings import engine_settings
-from vllm_buddy.serving.worker.batch import StepBatch, check_plan
+from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch, check_plan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,6 +56,8 @@ class WorkerState:
             shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching),
             stage=stage_of(self.num_layers),
         )
+        layers: LayerPath = vllm_config.model_config.buddy_limits.layers
+        self._absent = full_path(self.num_layers) & ~layers
         # Between compiled layers torch moves the rows. Slots are computed by an op of `kernels` in either case.
         self._moves_rows = None if settings.kernels is None else KERNELS[settings.kernels]
         self.kernels: Kernels = self._moves_rows or KERNELS["reference"]
@@ -157,7 +160,7 @@ class WorkerState:
         if self._plan is None:
             return None
         plans = [self._plan[req_id] for req_id in req_ids]
-        check_plan(plans, num_scheduled, req_ids)
+        check_plan(plans, num_scheduled, req_ids, self._absent)
         return plans
 
     def layer_metadata(self, common: "CommonAttentionMetadata") -> Any:
@@ -170,10 +173,18 @@ class WorkerState:
         places = self.policy.places(batch)
         graphed = None if self.graphs is None else self.graphs.step(batch, places)
         self._step = graphed or RoutedStep(
-            self.policy, self.policy.views(batch, places), np.zeros(batch.num_tokens, dtype=np.int32), self._moves_rows
+            self.policy, self._views(batch, places), np.zeros(batch.num_tokens, dtype=np.int32), self._moves_rows
         )
         self.view_seconds += time.perf_counter() - started
         return self._step
+
+    def _views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+        views = self.policy.views(batch, places)
+        if not (self._absent and self.policy.writes_skipped):
+            return views
+        # Nothing is left in the cache of a layer that no path holds: nobody would read it.
+        nobody = LayerView(rows_np=np.empty(0, dtype=np.int64))
+        return [nobody if self._absent >> layer & 1 else view for layer, view in enumerate(views)]
 
     def wanted_drafts(self, req_ids: Sequence[str]) -> list[tuple[int, int]]:
         """How many drafts each request should get: of n-grams, and from the model's own layers."""
