@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifacts' model cards.
+"""Writes the generated parts of README.md, the pages in docs/ and the shipped artifacts' model cards.
 
 The settings table comes from the settings schema, the figures from the results files.
 
@@ -71,6 +71,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "peers in full": peers.peers_table,
     "capabilities": peers.capabilities_table,
     "memory": speed.memory_table,
+    "max budget": speed.max_budget_table,
     "start": speed.start_table,
     "layer calls": speed.layer_calls_table,
     "quality": quality.quality_table,
@@ -108,6 +109,7 @@ PAGES = {
         "speculation",
     ],
     ROOT / "docs" / "speculation.md": ["speculation in full", "profile of depths", "profile of speed-ups"],
+    ROOT / "docs" / "max_budget.md": ["max budget"],
     ROOT / "docs" / "benchmarks.md": [
         "decode in full",
         "schedules in full",
