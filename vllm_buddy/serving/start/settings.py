@@ -243,7 +243,7 @@ class BuddySettings(_Section):
         default=1.0,
         description=(
             'Budget of requests that name none: a number in (0, 1], or "auto", which lets the artifact\'s Budget '
-            "Predictor choose one for each prompt. Default: `max_budget`."
+            "Predictor choose one for each prompt. If it is not given, `max_budget`."
         ),
     )
     min_budget: _Budget | None = Field(
