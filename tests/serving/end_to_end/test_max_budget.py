@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.harness.engine import BLOCK_SIZE, Ask, Engine, Tiny, make_tiny, start_engine
 from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, PREDICTOR_DEPTHS
-from tests.serving.end_to_end import test_golden
+from tests.serving.end_to_end import test_golden, test_pipeline_parallel
 from vllm_buddy.method import path_of
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 
@@ -111,6 +112,18 @@ def test_tokens_of_compiled_layers_equal_the_reference(servers: Callable[..., En
     engine.configure(policy, 1, library=True)
     asks = batch(seed=6)
     engine.check(asks, engine.run(asks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks_give_the_reference_answers(narrow: Callable[[str], Tiny], tmp_path: Path, parallel: str) -> None:
+    """Fails if a rank counts the layers of its stage from another one, or needs what it does not hold."""
+    llama, asks = narrow("llama"), batch(seed=7)
+    settings = {"max_budget": MAX_BUDGET, "paths": "library", "kv_policy": "kv_only"}
+    ((_, answers),) = test_pipeline_parallel.serve(
+        llama, tmp_path / "serve.py", [asks], settings=settings, enforce_eager=True, **{parallel: 2}
+    )
+    test_pipeline_parallel.check(llama, asks, answers, "kv_only", library=True)
 
 
 def test_absent_layers_have_neither_weights_nor_kv(llama: Engine, engine_of: Callable[[str], Engine]) -> None:

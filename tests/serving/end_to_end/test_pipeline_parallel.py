@@ -78,10 +78,10 @@ def serve(
     return [json.loads(line.removeprefix("ANSWERS ")) for line in done.stdout.splitlines() if line[:8] == "ANSWERS "]
 
 
-def check(llama: Tiny, asks: list[Ask], answers: list[dict[str, Any]], policy: str) -> None:
+def check(llama: Tiny, asks: list[Ask], answers: list[dict[str, Any]], policy: str, *, library: bool = False) -> None:
     """Fail unless the answers are the reference's."""
     for ask, answer in zip(asks, answers, strict=True):
-        expected = llama.expected(ask, policy, PathSchedule(4))
+        expected = llama.expected(ask, policy, PathSchedule(4), library=library)
         assert answer["tokens"] == expected.token_ids
         assert answer["logprobs"] == pytest.approx(expected.logprobs, abs=TOLERANCE)
         depths = [path.bit_count() for path in expected.paths]

@@ -283,7 +283,6 @@ BELOW_FULL_DEPTH: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "full prompts": ({"prompt": "full"}, {}, 'prompt "full"'),
     "tokens": ({"schedule": {"decode": "token"}}, {}, 'schedule "token"'),
     "lossless": ({}, {"speculative_config": DRAFTS}, "lossless drafts"),
-    "stages": ({}, {"pipeline_parallel_size": 2}, "never tried with pipeline parallelism"),
 }
 
 
@@ -311,6 +310,8 @@ def test_max_budget_says_what_it_saves(llama_model: Tiny, monkeypatch: pytest.Mo
     replace(llama_model.artifact, config=config).save(folder := llama_model.folder.parent / "narrow")
     limits = configure(llama_model, {"max_budget": 0.65, "default_budget": 0.5, "artifact": str(folder)})
     assert limits.model_config.buddy_limits.layers == 0b10001101
+    said_of_stages = refusal(llama_model, {"max_budget": 0.65, "artifact": str(folder)}, pipeline_parallel_size=4)
+    assert "leaves no layer to pipeline stage 2, which has layers 4 to 5" in said_of_stages
     assert "smallest 0.375, largest 0.65 on 4 of 8 layers" in said[-1]
 
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -58,10 +59,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         limits = RequestLimits.from_settings(settings, artifact, lossless=_drafts_by_depth(vllm_config))
         num_loaded, below = limits.layers.bit_count(), limits.max_budget < 1.0
         if below:
-            if vllm_config.parallel_config.pipeline_parallel_size > 1:
-                raise SettingsError(
-                    f"max_budget {limits.max_budget:g} was never tried with pipeline parallelism; leave one of them out"
-                )
+            _check_stages(limits, vllm_config.parallel_config.pipeline_parallel_size)
             if num_loaded == limits.num_layers:
                 logger.warning(
                     'max_budget %g saves no memory: paths up to it may hold any layer; "paths": "library" of an '
@@ -98,6 +96,17 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             f", largest {limits.max_budget:g} on {num_loaded} of {limits.num_layers} layers" if below else "",
             "" if limits.auto is None else f', "auto" chooses {limits.auto.summary()}',
         )
+
+
+def _check_stages(limits: RequestLimits, num_stages: int) -> None:
+    """Raise SettingsError for a pipeline stage without any layer: vLLM gives each of its workers a KV cache."""
+    for stage in range(num_stages):
+        layers = range(*get_pp_indices(limits.num_layers, stage, num_stages))
+        if not any(limits.layers >> layer & 1 for layer in layers):
+            raise SettingsError(
+                f"max_budget {limits.max_budget:g} leaves no layer to pipeline stage {stage}, which has layers "
+                f"{layers.start} to {layers.stop - 1}; lower --pipeline-parallel-size, or raise max_budget"
+            )
 
 
 def _drafts_by_depth(vllm_config: "VllmConfig") -> bool:

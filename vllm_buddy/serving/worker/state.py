@@ -18,7 +18,7 @@ from vllm_buddy.method import LayerPath, full_path
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
-from vllm_buddy.serving.forward.pipeline import stage_of
+from vllm_buddy.serving.forward.pipeline import is_here, stage_of
 from vllm_buddy.serving.graphs.capture import CudaCapture
 from vllm_buddy.serving.graphs.decode import DecodeGraphs, GraphedStep
 from vllm_buddy.serving.kv import POLICIES, KVPolicy, LayerView
@@ -98,7 +98,7 @@ class WorkerState:
         self.serving = True
         if self._moves_rows is not None:
             with torch.inference_mode():
-                try_kernels(backbone.stage, backbone.bypasses, self._moves_rows, self.block_size)
+                try_kernels(list(filter(is_here, backbone.stage)), backbone.bypasses, self._moves_rows, self.block_size)
         if self._settings.graphs.enabled:
             self.capture_graphs(backbone)
 
@@ -184,7 +184,8 @@ class WorkerState:
             return views
         # Nothing is left in the cache of a layer that no path holds: nobody would read it.
         nobody = LayerView(rows_np=np.empty(0, dtype=np.int64))
-        return [nobody if self._absent >> layer & 1 else view for layer, view in enumerate(views)]
+        first = stage_of(self.num_layers).start
+        return [nobody if self._absent >> layer & 1 else view for layer, view in enumerate(views, start=first)]
 
     def wanted_drafts(self, req_ids: Sequence[str]) -> list[tuple[int, int]]:
         """How many drafts each request should get: of n-grams, and from the model's own layers."""
