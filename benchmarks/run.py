@@ -56,6 +56,7 @@ def commands(full: bool, out: Path) -> dict[str, list[str]]:
         **(
             {
                 "memory": ["benchmarks.speed.memory", *to("memory")],
+                "max budget": ["benchmarks.speed.max_budget", *to("max_budget")],
                 "overload": ["benchmarks.speed.overload", *to("overload")],
             }
             if full

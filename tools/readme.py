@@ -74,6 +74,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "peers": peers.peers_table,
     "capabilities": peers.capabilities_table,
     "memory": speed.memory_table,
+    "max budget": speed.max_budget_table,
     "start": speed.start_table,
     "layer calls": speed.layer_calls_table,
     "quality": quality.quality_table,

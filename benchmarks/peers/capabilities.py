@@ -126,7 +126,7 @@ CAPABILITIES: dict[str, dict[str, Known]] = {
         ECONOMIZE: Known("partly", "read", "economize/distributed/tp.py"),
     },
     "pipeline parallelism": {
-        BUDDY: Known("no", "test", "tests/serving/start/test_hook.py: refused at start"),
+        BUDDY: Known("yes", "test", "tests/serving/end_to_end/test_pipeline_parallel.py"),
         NGRAM: _VLLM,
         PRUNED: _VLLM,
         ECONOMIZE: Known("partly", "read", "economize/arch/base.py: layers on several devices, one after the other"),
@@ -144,7 +144,7 @@ CAPABILITIES: dict[str, dict[str, Known]] = {
         ECONOMIZE: Known("yes", "read", "economize/arch/families"),
     },
     "less memory for weights": {
-        BUDDY: Known("no", "read", "README.md: all layers stay"),
+        BUDDY: Known("partly", "test", "tests/serving/end_to_end/test_max_budget.py: below full depth, by max_budget"),
         NGRAM: Known("no", "read", "vLLM 0.32: every token runs all layers"),
         PRUNED: Known("yes", "run", "pruned"),
         ECONOMIZE: Known("yes", "run", "depth_prune"),

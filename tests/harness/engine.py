@@ -95,7 +95,9 @@ class Tiny:
             self.known[key] = generate(self.model, route, ask.prompt, length, policy, repair)
         whole = self.known[key]
         positions = len(ask.prompt) + ask.max_tokens - 1
-        return GeneratedSequence(whole.token_ids[: ask.max_tokens], whole.paths[:positions])
+        return GeneratedSequence(
+            whole.token_ids[: ask.max_tokens], whole.paths[:positions], whole.logprobs[: ask.max_tokens]
+        )
 
     def route(
         self, ask: Ask, schedule: PathSchedule, *, library: bool = False, by_token: ByToken = (False, False)

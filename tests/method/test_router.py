@@ -71,6 +71,19 @@ def test_library_ties_go_to_the_first_path() -> None:
     assert Router(NUM_LAYERS, np.zeros(8), library={3: paths}).path(None, 3) == paths[0]
 
 
+def test_reachable_layers_are_those_of_all_paths() -> None:
+    """Fails if a layer that some input would run is left out, or one that none would is kept."""
+    library = {4: [path_of([0, 1, 2, 9]), path_of([0, 2, 7, 9])], 6: [path_of([0, 1, 3, 4, 5, 9])]}
+    for decision in (None, random_decision()):
+        router = Router(NUM_LAYERS, PRIOR, decision, library=library)
+        assert layers_of(router.reachable(range(3, 6))) == [0, 1, 2, 7, 9]
+        assert layers_of(router.reachable([4, 6])) == [0, 1, 2, 3, 4, 5, 7, 9]
+        assert router.reachable([4, NUM_LAYERS]) == router.full
+    # Without a library a Decision Module may choose any layers, and a prior alone takes the same ones every time.
+    assert Router(NUM_LAYERS, PRIOR, random_decision()).reachable([4]) == (1 << NUM_LAYERS) - 1
+    assert layers_of(Router(NUM_LAYERS, PRIOR).reachable(range(3, 7))) == [0, 2, 3, 5, 8, 9]
+
+
 def test_depths_of_the_library_are_listed() -> None:
     """Fails if the router lists a depth for which its library has no path, or misses one."""
     router = random_router(library={7: [path_of(range(7))], 5: [path_of([0, 1, 2, 3, 9])]})

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from vllm_buddy.method import full_path
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.serving.admission.limits import AutoBudget, AutoLimits, FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import verify_options, verify_token_ids, verify_with_prompt
@@ -74,7 +75,7 @@ def limits_of_servers() -> list[RequestLimits]:
         load_price=None,
         load_floor=0.4,
     )
-    usual = RequestLimits(num_layers=30, default_budget=1.0, min_budget=0.1, auto=auto)
+    usual = RequestLimits(30, default_budget=1.0, min_budget=0.1, max_budget=1.0, layers=full_path(30), auto=auto)
     return [
         usual,
         replace(usual, auto=None),

@@ -126,6 +126,27 @@ def memory_table() -> str:
     return "\n".join(table([where(rows[0]), "stock", "buddy", "ratio"], lines))
 
 
+def max_budget_table() -> str:
+    """Return what servers with `max_budget` hold."""
+    rows = load_rows("cpu_max_budget.jsonl")
+    value = {(row["metric"], row["max_budget"]): row["value"] for row in rows}
+    lines = []
+    for max_budget, layers in {row["max_budget"]: row["layers"] for row in rows}.items():
+        tokens = value["kv_tokens", max_budget]
+        lines.append(
+            [
+                f"{max_budget:g}",
+                str(layers),
+                f"{value['weights_mib', max_budget]:.0f}",
+                f"{value['kv_tokens_per_gib', max_budget]:,}",
+                f"{tokens:,}",
+                f"{tokens / value['kv_tokens', 1.0]:.2f}",
+            ]
+        )
+    columns = ["layers loaded", "weights, MiB", "KV tokens in 1 GiB", "KV tokens beside the weights in 1 GiB", "ratio"]
+    return "\n".join(table(["`max_budget`", *columns], lines))
+
+
 def start_table() -> str:
     """Return the time from a server's command line to its first answer, beside stock vLLM."""
     rows = load_rows("cpu_start.jsonl")

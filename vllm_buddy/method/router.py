@@ -1,6 +1,6 @@
 """The router: chooses the path of a request from its context and its depth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -53,6 +53,22 @@ class Router:
     def depths(self) -> list[int] | None:
         """The depths below full depth that the library holds; None if every depth is allowed."""
         return None if self._library is None else sorted(self._library)
+
+    def reachable(self, depths: Iterable[int]) -> LayerPath:
+        """Return the layers of all paths that these depths can have, whatever the input.
+
+        All layers of the model if any set of them may be chosen.
+        """
+        union = 0
+        for depth in depths:
+            if depth == self.num_layers or (self._library is None and self.decision is not None):
+                return self.full
+            if self._library is None:
+                union |= self.path(None, depth)
+            else:
+                for path in self._library.get(depth, ([],))[0]:
+                    union |= path
+        return union
 
     def path(self, context: Context | None, depth: int) -> LayerPath:
         """Return the path of `depth` layers for the tokens in `context`. Deterministic."""

@@ -1,8 +1,10 @@
 """Everything in serving that depends on vLLM's version or reads vLLM's internals, and the versions tested."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +102,40 @@ def runner_output(output: Any) -> Any:
     for attribute in ("_model_runner_output", "model_runner_output"):
         output = getattr(output, attribute, output)
     return output
+
+
+def allocate_intermediate_tensors(runner: Any) -> None:
+    """Allocate what a V1 model runner copies the tensors of the pipeline stage before into, where vLLM has not.
+
+    vLLM does so in its first dummy run. On CPU there is none if layers are not compiled and the size of the KV cache is
+    given, and the first step then fails. Remove when `CPUWorker.determine_available_memory` always makes one.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
+@contextmanager
+def with_layers(layers: int) -> Iterator[None]:
+    """Within it, vLLM's Llama, Qwen2 and Qwen3 models are made of these layers only. The others never take memory.
+
+    layers: bit l stands for layer l. In the place of the others is vLLM's module for layers of other pipeline stages.
+    """
+    from vllm.model_executor.models import llama, qwen2
+    from vllm.model_executor.models.utils import PPMissingLayer, make_layers
+
+    def make(num_hidden_layers: int, layer_fn: Any, prefix: str) -> Any:
+        def make_layer(prefix: str) -> Any:
+            is_wanted = layers >> int(prefix.rsplit(".", 1)[1]) & 1
+            return layer_fn(prefix=prefix) if is_wanted else PPMissingLayer()
+
+        return make_layers(num_hidden_layers, make_layer, prefix)
+
+    with patch.object(llama, "make_layers", make), patch.object(qwen2, "make_layers", make):
+        yield
 
 
 def finished_params(freed: Any, outcome: dict[str, Any]) -> Any:

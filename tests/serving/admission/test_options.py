@@ -74,18 +74,16 @@ def test_a_budget_above_the_servers_ceiling_is_refused_with_the_ceiling(
 ) -> None:
     """Fails if a client can make the server spend more than `max_budget`, by whichever option."""
     model_config = llama.llm.llm_engine.model_config
-    limits = replace(model_config.buddy_limits, max_budget=0.75, default_budget=0.75, lossless=True)
+    limits = replace(model_config.buddy_limits, max_budget=0.75, default_budget=0.75)
     monkeypatch.setattr(model_config, "buddy_limits", limits)
     assert "above the largest allowed budget 0.75" in str(refused_only(llama, 0.76))
     assert "largest allowed budget" in str(refused_only(llama, 1.0))
-    for options in ({"buddy_prompt": "full"}, {"buddy_mode": "lossless"}):
-        error = refused(llama, {"buddy_budget": 0.5, **options})
-        assert error.parameter == f"vllm_xargs.{next(iter(options))}"
-        assert "largest budget that a request may ask for is 0.75" in str(error)
+    error = refused(llama, {"buddy_budget": 0.5, "buddy_prompt": "full"})
+    assert error.parameter == "vllm_xargs.buddy_prompt"
+    assert "largest budget that a request may ask for is 0.75" in str(error)
     with pytest.raises(VLLMValidationError, match=r"session runs at full depth, .* is 0\.75"):
         session_request(llama, None)
     llama.run([Ask(PROMPTS[1], 0.75, 2)])
-    replace(limits, prompt="full").resolve({"buddy_prompt": "full"})  # the server's own setting is no client's option
 
 
 def refused_only(engine: Engine, budget: float) -> Any:

@@ -218,6 +218,23 @@ def test_runs_that_follow_each_other_are_one_sequence_to_attention() -> None:
     assert metadata.seq_lens.tolist() == [4, 10, 2]
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_pipeline_stage_gets_the_views_of_its_own_layers(name: str) -> None:
+    """Fails if a stage runs its layers on the rows, lengths or slots of other layers."""
+    whole, stage = POLICIES[name](NUM_LAYERS), POLICIES[name](NUM_LAYERS, stage=slice(2, 5))
+    sequences = [new_sequence(number, 1) for number in range(len(PATHS))]
+    plans = [RequestPlan((Run(2, PATHS[2]), Run(3, path)), SHARED_PATH) for path in PATHS]
+    batch = step_batch([str(i) for i in range(len(PATHS))], sequences, plans)
+    wanted, got = (policy.views(batch, policy.places(batch)) for policy in (whole, stage))
+    for one, other in zip(wanted[2:5], got, strict=True):
+        assert np.array_equal(one.rows_np, other.rows_np)
+        assert (one.attn_metadata is None) == (other.attn_metadata is None)
+        if one.attn_metadata is not None:
+            assert one.slot_mapping.tolist() == other.slot_mapping.tolist()
+            assert one.attn_metadata.seq_lens.tolist() == other.attn_metadata.seq_lens.tolist()
+    assert any(view.attn_metadata is not None for view in got)
+
+
 def test_a_plan_that_continues_elsewhere_than_the_cache_is_refused() -> None:
     """Fails if scheduler and worker may disagree on what the cache holds without anyone noticing."""
     policy, sequence = Masked(NUM_LAYERS), new_sequence(0, 0)
@@ -238,6 +255,14 @@ def test_a_plan_that_does_not_cover_its_tokens_is_refused() -> None:
         plan = RequestPlan(tuple(Run(length, PATHS[0]) for length in lengths), None)
         with pytest.raises(RuntimeError, match=r"request r: 4 tokens scheduled, runs of .* tokens planned"):
             check_plan([plan], [4], ["r"])
+
+
+def test_a_plan_of_layers_that_are_not_loaded_is_refused() -> None:
+    """Fails if a token silently passes a layer of its path."""
+    plan = RequestPlan((Run(2, PATHS[0]), Run(2, PATHS[1])), None)
+    check_plan([plan], [4], ["r"], absent=path_of([3, 4]))
+    with pytest.raises(RuntimeError, match="request r: a path holds layers that are not loaded"):
+        check_plan([plan], [4], ["r"], absent=path_of([2]))
 
 
 def test_slots_of_finished_requests_are_used_again() -> None:

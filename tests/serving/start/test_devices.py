@@ -12,9 +12,13 @@ from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.settings import BuddySettings
 
 
-def resolved(settings: dict[str, Any], *, eager: bool = False, max_num_seqs: int = 64) -> BuddySettings:
+def resolved(
+    settings: dict[str, Any], *, eager: bool = False, max_num_seqs: int = 64, stages: int = 1
+) -> BuddySettings:
     config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(enforce_eager=eager), scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs)
+        model_config=SimpleNamespace(enforce_eager=eager),
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
     )
     return with_device_settings(BuddySettings(**settings), config)
 
@@ -57,6 +61,7 @@ def test_each_way_to_switch_graphs_off(gpu: pytest.MonkeyPatch) -> None:
     assert resolved({}, eager=True).graphs.enabled is False
     assert resolved({"kernels": "reference"}).graphs.enabled is False
     assert resolved({"kv_policy": "zero"}).graphs.enabled is False
+    assert resolved({}, stages=2).graphs.enabled is False
 
 
 def test_a_missing_triton_is_refused_with_the_setting_to_do_without(gpu: pytest.MonkeyPatch) -> None:
@@ -88,6 +93,12 @@ def test_graphs_that_cannot_be_had_are_refused(
     """Fails if a server that was asked for graphs runs without them."""
     with pytest.raises(SettingsError, match=f"{reason}; leave it out or set it to false"):
         resolved({"graphs": {"enabled": True}, **settings}, eager=eager)
+
+
+def test_graphs_of_pipeline_stages_are_refused(gpu: pytest.MonkeyPatch) -> None:
+    """Fails if graphs that read the embedding and the last norm are captured where a stage has neither."""
+    with pytest.raises(SettingsError, match="never tried with pipeline parallelism; leave it out"):
+        resolved({"graphs": {"enabled": True}}, stages=2)
 
 
 def test_graphs_on_cpu_are_refused(cpu: None) -> None:

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from vllm_buddy.artifact.config import FORMAT_VERSION
 from vllm_buddy.serving.admission.limits import AutoLimits
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start import hook
+from vllm_buddy.serving.start.refusals import _CHECKS
 from vllm_buddy.serving.start.settings import engine_settings, known_settings
 
 START_TIMEOUT_S = 300.0  # importing vLLM takes 5 s on an idle core
@@ -150,7 +153,7 @@ def test_a_default_budget_that_no_request_could_ask_for_is_refused(llama_model: 
     """Fails if the server's default is below its own floor, below three layers, or without a path in the library."""
     assert "0.375" in refusal(llama_model, {"default_budget": 0.3})
     assert "0.6" in refusal(llama_model, {"default_budget": 0.5, "min_budget": 0.6})
-    message = refusal(llama_model, {"max_budget": 0.75})
+    message = refusal(llama_model, {"default_budget": 1.0, "max_budget": 0.75})
     assert "default_budget: budget 1 is above the largest allowed budget 0.75" in message
     assert "set default_budget" in message
 
@@ -246,7 +249,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "below min_budget": ({"min_budget": 0.6, "auto": {"min": 0.5}}, "auto.min 0.5 is below the smallest budget"),
     "above max_budget": (
         {"default_budget": 0.5, "max_budget": 0.75, "auto": {"max": 0.8}},
-        "auto.max 0.8 is above the largest budget a request may ask for, 0.75",
+        "auto.max 0.8 is above max_budget 0.75",
     ),
     "ceiling below the floor": (
         {"default_budget": 0.5, "max_budget": 0.5, "min_budget": 0.6},
@@ -278,6 +281,49 @@ def test_settings_of_auto_that_contradict_each_other_are_refused(llama_model: Ti
     """Fails if a server starts whose requests with budget "auto" would be refused, or whose load changes nothing."""
     buddy, told = CONTRADICTIONS[name]
     assert told in refusal(llama_model, buddy)
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+DRAFTS = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 3}
+
+BELOW_FULL_DEPTH: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "nothing left": ({"min_budget": 0.7}, {}, "below the smallest budget a request may ask for, 0.7"),
+    "default above": ({"default_budget": 0.7}, {}, "default_budget: budget 0.7 is above the largest allowed"),
+    "auto above": ({"auto": {"max": 0.7}}, {}, "auto.max 0.7 is above max_budget 0.65"),
+    "auto from above": ({"auto": {"min": 0.7}}, {}, "max_budget 0.65 is below auto.min, 0.7"),
+    "full prompts": ({"prompt": "full"}, {}, 'prompt "full"'),
+    "tokens": ({"schedule": {"decode": "token"}}, {}, 'schedule "token"'),
+    "lossless": ({}, {"speculative_config": DRAFTS}, "lossless drafts"),
+}
+
+
+@pytest.mark.parametrize("name", BELOW_FULL_DEPTH)
+def test_what_needs_more_than_max_budget_is_refused(llama_model: Tiny, name: str) -> None:
+    """Fails if a server starts that would need layers that it does not load."""
+    buddy, options, told = BELOW_FULL_DEPTH[name]
+    message = refusal(llama_model, {"max_budget": 0.65, **buddy}, **options)
+    assert "0.65" in message
+    assert told in message
+
+
+def test_max_budget_says_what_it_saves(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if layers are dropped that a router might choose, or a setting that saves nothing looks as if it did."""
+    said: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(hook.logger, level, lambda message, *args: said.append(message % args))
+    limits = configure(llama_model, {"max_budget": 0.65, "paths": "free"}).model_config.buddy_limits
+    assert limits.layers == (1 << NUM_LAYERS) - 1
+    assert limits.default_budget == 0.65
+    assert limits.auto.largest == 0.65
+    assert "max_budget 0.65 saves no memory" in "".join(said)
+    sets = {4: [[0, 2, 3, 7]], 6: [[0, 1, 2, 3, 4, 7]]}
+    config = llama_model.artifact.config.model_copy(update={"library": sets})
+    replace(llama_model.artifact, config=config).save(folder := llama_model.folder.parent / "narrow")
+    limits = configure(llama_model, {"max_budget": 0.65, "default_budget": 0.5, "artifact": str(folder)})
+    assert limits.model_config.buddy_limits.layers == 0b10001101
+    said_of_stages = refusal(llama_model, {"max_budget": 0.65, "artifact": str(folder)}, pipeline_parallel_size=4)
+    assert "leaves no layer to pipeline stage 2, which has layers 4 to 5" in said_of_stages
+    assert "smallest 0.375, largest 0.65 on 4 of 8 layers" in said[-1]
 
 
 def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,8 +414,6 @@ def test_a_model_cut_by_overrides_is_refused(llama_model: Tiny) -> None:
     assert "6 layers" in refusal(llama_model, hf_overrides={"num_hidden_layers": 6})
 
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-DRAFTS = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 3}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": (
@@ -379,7 +423,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "sliding window": ({"hf_overrides": {"sliding_window": 16}}, "sliding-window"),
     "sliding layers": ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "sliding-window"),
     "LoRA beside drafts": ({"enable_lora": True, "speculative_config": NGRAM}, "LoRA adapters beside speculative"),
-    "LoRA of two ranks": ({"enable_lora": True, "tensor_parallel_size": 2}, "LoRA adapters beside tensor"),
+    "LoRA of two ranks": ({"enable_lora": True, "tensor_parallel_size": 2}, "LoRA adapters beside tensor or pipeline"),
     "KV connector": ({"kv_transfer_config": CONNECTOR}, "--kv-transfer-config"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
     "speculator": (
@@ -390,7 +434,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "asynchronous drafts": ({"speculative_config": NGRAM, "async_scheduling": True}, "--async-scheduling"),
     "FlashInfer": ({"attention_config": {"backend": "FLASHINFER"}}, "--attention-backend with one of CPU_ATTN"),
     "FlexAttention": ({"attention_config": {"backend": "FLEX_ATTENTION"}}, "--attention-backend with one of CPU_ATTN"),
-    "pipeline": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    "drafts of two stages": ({"speculative_config": NGRAM, "pipeline_parallel_size": 2}, "--speculative-config"),
     "scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
     "worker": ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
@@ -411,6 +455,17 @@ def test_what_cannot_be_routed_is_refused_with_the_reason(llama_model: Tiny, nam
         return
     # The same without routing is vLLM's affair, and starts.
     configure(llama_model, additional_config={}, **{**options, "model_impl": "auto"})
+
+
+def test_pipeline_stages_start_where_they_were_tried(llama_model: Tiny) -> None:
+    """Fails if pipeline parallelism is refused, or an executor or a model runner of which nothing is known is not."""
+    assert configure(llama_model, pipeline_parallel_size=2).parallel_config.worker_cls.startswith("vllm_buddy.")
+    asked_for = {name: check for name, check, _ in _CHECKS}
+    for backend, is_v2 in (("mp", False), ("ray", False), ("mp", True)):
+        parallel = SimpleNamespace(pipeline_parallel_size=2, distributed_executor_backend=backend)
+        config: Any = SimpleNamespace(parallel_config=parallel, use_v2_model_runner=is_v2)
+        assert asked_for["pipeline parallelism on Model Runner V2"](config) == is_v2
+        assert asked_for["pipeline parallelism with this executor"](config) == (backend == "ray")
 
 
 def test_the_lossless_drafter_lets_requests_ask_for_it(llama_model: Tiny) -> None:

@@ -16,6 +16,7 @@ PLUGIN = (
     "end_to_end/test_full_depth",
     "end_to_end/test_preemption",
     "end_to_end/test_context",
+    "end_to_end/test_max_budget",
     "end_to_end/test_strict",
     "schedule/test_prefix_cache",
     "forward/test_lora",

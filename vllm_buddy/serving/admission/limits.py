@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import BudgetError, SettingsError, shown
-from vllm_buddy.method import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
+from vllm_buddy.method import LayerPath, budget_for_depth, depth_for_budget, parse_budget, smallest_budget
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.serving.admission.options import (
     AUTO_KEYS,
@@ -72,7 +72,7 @@ class AutoLimits:
     def from_settings(cls, settings: BuddySettings, artifact: Artifact, min_budget: float) -> "AutoLimits | None":
         """What the settings allow the artifact's predictor; None if it has none and no setting asks for it.
 
-        min_budget: the smallest budget that a request may ask for.
+        min_budget: the smallest budget that a request may ask for. The largest is settings.max_budget.
 
         Raises:
             SettingsError: a setting asks for "auto" and the artifact has no predictor, or settings contradict each
@@ -91,22 +91,20 @@ class AutoLimits:
                 f'"{AUTO}"; make one with `vllm-buddy train-budget`, or {" and ".join(ways)}'
             )
         smallest = min_budget if auto.min is None else auto.min
-        largest = settings.max_budget if auto.max is None else auto.max
         limits = cls(
             num_layers=artifact.config.base_model.num_layers,
             depths=predictor.depths,
             smallest=smallest,
-            largest=largest,
+            largest=settings.max_budget if auto.max is None else auto.max,
             price=predictor.price if auto.price is None else auto.price,
             load_price=None if load is None else load.price,
             load_floor=smallest if load is None or load.floor is None else load.floor,
         )
-        if largest > settings.max_budget:
-            raise SettingsError(
-                f"auto.max {largest:g} is above the largest budget a request may ask for, {settings.max_budget:g}"
-            )
         limits._check(
-            min_budget, lowest="the smallest budget a request may ask for" if auto.min is None else "auto.min"
+            min_budget,
+            settings.max_budget,
+            lowest="the smallest budget a request may ask for" if auto.min is None else "auto.min",
+            highest="max_budget" if auto.max is None else "auto.max",
         )
         if is_default or settings.for_auto:
             limits.budget()
@@ -135,14 +133,16 @@ class AutoLimits:
         loaded = "" if self.load_price is None else f", {self.load_price:g} when fully loaded"
         return f"among {self._grid()} at price {self.price:g}{loaded}"
 
-    def _check(self, min_budget: float, lowest: str) -> None:
-        """Raise SettingsError for limits that contradict each other. lowest: where `smallest` comes from."""
+    def _check(self, min_budget: float, max_budget: float, lowest: str, highest: str) -> None:
+        """Raise SettingsError for limits that contradict each other. lowest, highest: where both ends come from."""
         if self.smallest < min_budget:
             raise SettingsError(
                 f"auto.min {self.smallest:g} is below the smallest budget a request may ask for, {min_budget:g}"
             )
+        if self.largest > max_budget:
+            raise SettingsError(f"auto.max {self.largest:g} is above max_budget {max_budget:g}")
         if self.smallest > self.largest:
-            raise SettingsError(f"auto.max {self.largest:g} is below {lowest}, {self.smallest:g}")
+            raise SettingsError(f"{highest} {self.largest:g} is below {lowest}, {self.smallest:g}")
         if not self.smallest <= self.load_floor <= self.largest:
             raise SettingsError(
                 f'load.floor {self.load_floor:g} lies outside what "{AUTO}" may choose, {self.smallest:g} to '
@@ -173,8 +173,9 @@ def budget_of_depth(depth: int, num_layers: int, within: AutoBudget | AutoLimits
 class RequestLimits:
     """What a server allows its requests. An attribute of vLLM's ModelConfig, `buddy_limits`, set at start.
 
-    min_budget, max_budget: of what a request may ask for. depths: depths that the path library holds; None if all are
-        allowed. auto: None without a Budget Predictor.
+    min_budget, max_budget: of what a request may ask for.
+    layers: those that the path of some request may hold; workers load no others.
+    depths: depths that the path library holds; None if all are allowed. auto: None without a Budget Predictor.
     lossless: whether requests may ask for lossless mode. prompt: whether prompts of requests that do not say run their
         budget ("routed") or all layers ("full").
     """
@@ -182,7 +183,8 @@ class RequestLimits:
     num_layers: int
     default_budget: float | Literal["auto"]
     min_budget: float
-    max_budget: float = 1.0
+    max_budget: float
+    layers: LayerPath
     depths: tuple[int, ...] | None = None
     auto: AutoLimits | None = None
     lossless: bool = False
@@ -203,17 +205,19 @@ class RequestLimits:
                 f"min_budget {settings.min_budget:g} leaves fewer than {MIN_DEPTH} of {num_layers} layers; the "
                 f"smallest budget is {floor:g}"
             )
-        min_budget = settings.min_budget or floor
-        if settings.max_budget < min_budget:
-            raise SettingsError(
-                f"max_budget {settings.max_budget:g} is below the smallest budget a request may ask for, {min_budget:g}"
-            )
-        depths = artifact.router(library=settings.library).depths
+        min_budget, max_budget = settings.min_budget or floor, settings.max_budget
+        if max_budget < 1.0:
+            _check_max_budget(settings, min_budget, lossless=lossless)
+        default = settings.default_budget if "default_budget" in settings.model_fields_set else max_budget
+        router = artifact.router(library=settings.library)
+        depths = router.depths
+        lowest, highest = (depth_for_budget(budget, num_layers) for budget in (min_budget, max_budget))
         limits = cls(
             num_layers=num_layers,
-            default_budget=settings.default_budget,
+            default_budget=default,
             min_budget=min_budget,
-            max_budget=settings.max_budget,
+            max_budget=max_budget,
+            layers=router.reachable(range(lowest, highest + 1)),
             depths=None if depths is None else tuple(depths),
             auto=AutoLimits.from_settings(settings, artifact, min_budget),
             lossless=lossless,
@@ -231,11 +235,11 @@ class RequestLimits:
         Raises:
             OptionError: a budget that is no number in (0, 1], below the floor, above the ceiling or of a depth the
                 library lacks; "auto" without a Budget Predictor; options of "auto" out of range, or beside another
-                budget; lossless mode without its drafter, or beside a budget below 1; an unknown kind of prompt;
-                lossless mode or prompts at full depth where the ceiling is below 1.
+                budget; lossless mode without its drafter, or beside a budget below 1; an unknown kind of prompt,
+                or one at full depth where the ceiling is below 1.
         """
         options = {key: value for key, value in (extra_args or {}).items() if value is not None}
-        if self.full_prompt(extra_args) and self.prompt != FULL_PROMPT:
+        if self.full_prompt(extra_args):
             self._refuse_full_depth(PROMPT_KEY, f'a prompt that is "{FULL_PROMPT}"')
         mode = options.get(MODE_KEY, BUDGET_MODE)
         if not isinstance(mode, str) or mode not in (BUDGET_MODE, LOSSLESS):
@@ -275,7 +279,6 @@ class RequestLimits:
                 "lossless mode needs a server that drafts with the model's own layers; start it with "
                 "`vllm-buddy serve --lossless-drafts N`",
             )
-        self._refuse_full_depth(MODE_KEY, f'mode "{LOSSLESS}"')
         clashing = [key for key in AUTO_KEYS if key in options]
         if BUDGET_KEY in options:
             value = options[BUDGET_KEY]
@@ -301,7 +304,11 @@ class RequestLimits:
         if budget < self.min_budget:
             raise OptionError(BUDGET_KEY, f"budget {budget:g} is below the smallest allowed budget {self.min_budget:g}")
         if budget > self.max_budget:
-            raise OptionError(BUDGET_KEY, f"budget {budget:g} is above the largest allowed budget {self.max_budget:g}")
+            raise OptionError(
+                BUDGET_KEY,
+                f"budget {budget:g} is above the largest allowed budget {self.max_budget:g}; allowed are "
+                f"{self.min_budget:g} to {self.max_budget:g}",
+            )
         depth = depth_for_budget(budget, self.num_layers)
         if self.depths is not None and depth != self.num_layers and depth not in self.depths:
             allowed = ", ".join(str(d) for d in (*self.depths, self.num_layers))
@@ -345,3 +352,17 @@ class RequestLimits:
                 f"{self.auto.smallest:g} to {self.auto.largest:g}",
             )
         return budget
+
+
+def _check_max_budget(settings: BuddySettings, min_budget: float, *, lossless: bool) -> None:
+    """Raise SettingsError for what cannot be had below full depth."""
+    largest = f"max_budget {settings.max_budget:g}"
+    if settings.max_budget < min_budget:
+        raise SettingsError(f"{largest} is below the smallest budget a request may ask for, {min_budget:g}")
+    for asked, name in (
+        (lossless, "lossless drafts, which all layers check"),
+        (settings.prompt == FULL_PROMPT, f'prompt "{FULL_PROMPT}"'),
+        (settings.schedule.by_token, 'schedule "token", under which single tokens may run all layers'),
+    ):
+        if asked:
+            raise SettingsError(f"{largest} cannot be had with {name}; leave one of them out")

@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from vllm_buddy.method.bypass import Bypass, Product, bypass_delta
 from vllm_buddy.serving.forward.compiled import LayerFn, compile_ahead, compiles, example_states, most_tokens
 from vllm_buddy.serving.forward.direct_call import DirectCall
+from vllm_buddy.serving.forward.pipeline import is_here
 from vllm_buddy.serving.kv.kv_only import take_kv_weights
 
 _ONEDNN_PRIMITIVES = 32  # numbers of rows for which a packed weight keeps a prepared product, as in vLLM
@@ -54,14 +55,18 @@ def kv_bypass_functions(layers: Sequence[Any], bypass: Bypass, vllm_config: Vllm
 
     None where layers are not compiled, and for layers of another form than vLLM's plain Llama and Qwen: there the KV
     policy writes K and V.
+
+    layers: of the whole model. Those that are not here have no function: None.
     """
-    middle = layers[1:-1]
-    if not compiles(vllm_config) or not all(_is_plain(layer, bypass) for layer in middle):
-        return None
-    form = _KVForm.of(middle[0].self_attn)
-    parts = [
-        _SkippedWeights.of(layer, down, up) for layer, down, up in zip(middle, bypass.down.unbind(), bypass.up.unbind())
+    own = [
+        (number, layer, bypass.down[number - 1], bypass.up[number - 1])
+        for number, layer in enumerate(layers[1:-1], start=1)
+        if is_here(layer)
     ]
+    if not compiles(vllm_config) or not own or not all(_is_plain(layer, bypass) for _, layer, _, _ in own):
+        return None
+    form = _KVForm.of(own[0][1].self_attn)
+    parts = [_SkippedWeights.of(layer, down, up) for _, layer, down, up in own]
     step: Callable[..., Any] = partial(_kv_step, form, bypass.eps, parts[0].products)
 
     def example(num_tokens: int) -> tuple[torch.Tensor, ...]:
@@ -69,8 +74,10 @@ def kv_bypass_functions(layers: Sequence[Any], bypass: Bypass, vllm_config: Vllm
 
     rows, others = example(most_tokens(vllm_config))[:3], parts[0].arguments
     step = DirectCall.of(compile_ahead(step, rows, vllm_config, *others), example)
-    calls = [KVBypassCall(step, part, layer.self_attn.attn) for part, layer in zip(parts, middle)]
-    return [_never_skipped, *calls, _never_skipped]
+    functions: list[Any] = [_never_skipped, *[None] * (len(layers) - 2), _never_skipped]
+    for (number, layer, _, _), part in zip(own, parts):
+        functions[number] = KVBypassCall(step, part, layer.self_attn.attn)
+    return functions
 
 
 @dataclass(frozen=True)

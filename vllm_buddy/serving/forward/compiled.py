@@ -19,6 +19,7 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 from vllm.logger import init_logger
 
 from vllm_buddy.serving.forward.direct_call import DirectCall, LayerConstants
+from vllm_buddy.serving.forward.pipeline import is_here
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -32,19 +33,26 @@ _SMALL = 0.01  # size of the states on which a bound layer is checked
 _MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
-def layer_functions(layers: Sequence[nn.Module], vllm_config: VllmConfig) -> list[LayerFn]:
-    """Forward functions (positions, hidden_states, residual) -> (hidden_states, residual) of all decoder layers.
+def layer_functions(
+    layers: Sequence[nn.Module], vllm_config: VllmConfig, *, with_residual: bool = False
+) -> list[LayerFn | None]:
+    """Forward functions (positions, hidden_states, residual) -> (hidden_states, residual) of decoder layers.
 
     Compiled for any number of tokens where vLLM's mode says so (the default on CPU), else the layers themselves.
 
-    layers: vLLM decoder layers, from the first of the model on, which gets no residual.
+    layers: vLLM decoder layers that follow each other. Those that are not loaded have no function: None.
+    with_residual: whether the first of them gets a residual, which the first of the model does not.
     """
     if not compiles(vllm_config):
-        return list(layers)
-    first, *others = layers
-    functions = [_compile_layer(first, vllm_config, with_residual=False)]
+        return [layer if is_here(layer) else None for layer in layers]
+    functions: list[LayerFn | None] = []
+    if not with_residual:
+        functions.append(_compile_layer(layers[0], vllm_config, with_residual=False))
     pattern: tuple[nn.Module, DirectCall] | None = None
-    for layer in others:
+    for layer in layers[len(functions) :]:
+        if not is_here(layer):
+            functions.append(None)
+            continue
         bound = None if pattern is None else _bind(*pattern, layer, vllm_config)
         if bound is not None:
             functions.append(bound)

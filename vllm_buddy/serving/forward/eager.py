@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.sequence import IntermediateTensors
 from vllm_buddy_kernels import Kernels
 
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
 from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
+from vllm_buddy.serving.forward.pipeline import executed_of
 from vllm_buddy.serving.kv import KVPolicy, LayerView
 
 # Hidden states and residual, whose sum is the state of a row; None: hidden is the whole state.
@@ -21,9 +23,9 @@ Pair = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass
 class RoutedStep:
-    """Views of all layers for one step, and the count of executed layers.
+    """Views of a worker's layers for one step, and the count of executed layers.
 
-    views: one per layer of the model.
+    views: one per layer of the pipeline stage; without pipeline parallelism, of the model.
     executed: [num_tokens], layers executed per token row, counted as they run.
     kernels: what moves rows, fused with the first norm of a span and with its bypasses; None: torch's indexing, between
         functions of any kind.
@@ -35,6 +37,7 @@ class RoutedStep:
     executed: np.ndarray
     kernels: Kernels | None = None
     adapters: RoutedAdapters | None = None
+    _before: torch.Tensor | None = None  # as `executed`, of the stages before
 
     def forward(
         self,
@@ -42,11 +45,21 @@ class RoutedStep:
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size] after the last norm. backbone: a RoutedBackbone."""
-        hidden = backbone.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        state = self.run(backbone.layers, backbone.functions, positions, hidden, None, backbone.bypasses)
-        return backbone.last_norm(*state)[0]
+        intermediate_tensors: IntermediateTensors | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """What RoutedBackbone.leave returns. backbone: a RoutedBackbone."""
+        hidden, residual = backbone.enter(input_ids, inputs_embeds, intermediate_tensors)
+        if intermediate_tensors is not None:
+            self._before = executed_of(intermediate_tensors)
+        state = self.run(backbone.stage, backbone.functions, positions, hidden, residual, backbone.bypasses)
+        executed = torch.from_numpy(self.executed)
+        if self._before is not None:
+            executed = executed.to(self._before) + self._before
+        return backbone.leave(*state, executed)
+
+    def counts(self) -> np.ndarray:
+        """[num_tokens], layers executed per token row in this stage and in those before it."""
+        return self.executed if self._before is None else self.executed + self._before.cpu().numpy()
 
     def run(
         self,
@@ -57,9 +70,9 @@ class RoutedStep:
         residual: torch.Tensor | None,
         bypasses: Sequence[Any] | None = None,
     ) -> Pair:
-        """Run all layers on hidden states.
+        """Run all layers of the stage on hidden states.
 
-        layers, functions: all layers of the model, and what computes them (with kernels: the same).
+        layers, functions: the layers, and what computes them (with kernels: the same).
         bypasses: for each layer, what computes the rows that skip it; None: they pass unchanged.
         positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], which may be overwritten.
         """

@@ -76,6 +76,7 @@ def try_kernels(
 ) -> None:
     """Run each kernel once in each form that serving uses, so that none is compiled while a request waits.
 
+    layers, bypasses: those of this worker; layers that are not loaded are left out.
     block_size: of the KV cache, in tokens.
 
     Raises:
@@ -91,7 +92,8 @@ def try_kernels(
             for norm_weight in (weight, None):
                 source = row.repeat(2) - 1
                 kernels.scatter_rows(normed, state, source, hidden, residual, norm_weight, eps)
-            passed_by(bypasses and bypasses[1:2], hidden, residual, torch.ones(2, dtype=torch.bool, device=row.device))
+            any_bypass = [bypass for bypass in bypasses or () if bypass is not None][:1]
+            passed_by(any_bypass, hidden, residual, torch.ones(2, dtype=torch.bool, device=row.device))
         for width in _SLOT_WIDTHS:
             slots = torch.empty(1, width, dtype=torch.int64, device=row.device)
             run_start = torch.tensor([0, 1], dtype=torch.int32, device=row.device)

@@ -6,19 +6,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.sequence import IntermediateTensors
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY
+from vllm_buddy.serving.compat import with_layers
 from vllm_buddy.serving.forward.bypasses import bypass_functions, kv_bypass_functions
 from vllm_buddy.serving.forward.compiled import LayerFn, NormFn, layer_functions, norm_function
 from vllm_buddy.serving.forward.layer import fused_bypasses
+from vllm_buddy.serving.forward.pipeline import hand_on, is_here, stage_of, states_of, with_counts
 from vllm_buddy.serving.kv.kv_only import keep_kv_weights
 from vllm_buddy.serving.schedule import SCHEDULER
 from vllm_buddy.serving.start.settings import engine_settings
@@ -42,8 +46,9 @@ class Step(Protocol):
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size] after the last norm."""
+        intermediate_tensors: IntermediateTensors | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Hidden states [num_tokens, hidden_size] after the last norm, or what the next pipeline stage gets."""
 
 
 class RoutedBackbone(_Backbone):
@@ -54,46 +59,78 @@ class RoutedBackbone(_Backbone):
     buddy_writes_kv = False  # whether skipped rows write K and V, as under `kv_only`
     # What moves rows where layers are not compiled one by one; None where they are.
     buddy_kernels: Kernels | None = None
-    bypasses: list[Any] | None = None  # one per layer, called like a layer
-    functions: list[LayerFn]  # one per layer
-    last_norm: NormFn
+    # Of the layers of this pipeline stage, one each; without pipeline parallelism, of all layers of the model. Layers
+    # that are not loaded (the setting max_budget) have a bypass, but no function.
+    stage: list[Any]
+    functions: list[LayerFn | None]
+    bypasses: list[Any] | None = None  # called like layers
+    last_norm: NormFn  # of the last stage
 
     def prepare(self) -> None:
         """Make the functions of layers, bypasses and norm. Called once, when the weights have their final form."""
         bypass, self.buddy_bypass = self.buddy_bypass, None  # the functions keep it in the form that they need
+        here = stage_of(len(self.layers))
+        self.stage = list(self.layers)[here]
+        bypasses: list[Any] | None = None
         if self.buddy_kernels is not None:
-            self.functions, self.last_norm = list(self.layers), self.norm.forward
-            self.bypasses = fused_bypasses(bypass, self.buddy_kernels) if bypass else None
-            return
-        self.functions = layer_functions(list(self.layers), self.vllm_config)
-        self.last_norm = norm_function(self.norm, self.vllm_config)
-        if bypass is not None:
-            kv = kv_bypass_functions(list(self.layers), bypass, self.vllm_config) if self.buddy_writes_kv else None
-            self.bypasses = kv or bypass_functions(bypass, self.vllm_config)
+            self.functions = [layer if is_here(layer) else None for layer in self.stage]
+            self.last_norm = self.norm.forward
+            bypasses = fused_bypasses(bypass, self.buddy_kernels) if bypass else None
+        else:
+            self.functions = layer_functions(self.stage, self.vllm_config, with_residual=here.start > 0)
+            if get_pp_group().is_last_rank:
+                self.last_norm = norm_function(self.norm, self.vllm_config)
+            if bypass is not None:
+                if self.buddy_writes_kv:
+                    bypasses = kv_bypass_functions(list(self.layers), bypass, self.vllm_config)
+                if bypasses is None or None in bypasses[here]:
+                    plain = bypass_functions(bypass, self.vllm_config)
+                    bypasses = plain if bypasses is None else [own or other for own, other in zip(bypasses, plain)]
+        self.bypasses = bypasses and bypasses[here]
 
     def forward(
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        _intermediate_tensors: Any = None,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         step: Step | None = None,
-    ) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size]. step None, in profiling and dummy runs: all layers, all rows."""
+    ) -> torch.Tensor | IntermediateTensors:
+        """Hidden states [num_tokens, hidden_size], or what the next stage gets.
+
+        step None, in profiling and dummy runs: all layers that are loaded, all rows.
+        """
         if step is not None:
-            return step.forward(self, input_ids, positions, inputs_embeds)
-        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        residual = None
+            return step.forward(self, input_ids, positions, inputs_embeds, intermediate_tensors)
+        hidden, residual = self.enter(input_ids, inputs_embeds, intermediate_tensors)
         for function in self.functions:
-            hidden, residual = function(positions, hidden, residual)
-        assert residual is not None
+            if function is not None:
+                hidden, residual = function(positions, hidden, residual)
+        return self.leave(hidden, residual)
+
+    def enter(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        intermediate_tensors: IntermediateTensors | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states and residual before the first layer of this stage, each [num_tokens, hidden_size]."""
+        if intermediate_tensors is not None:
+            return states_of(intermediate_tensors)
+        return self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds, None
+
+    def leave(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, executed: torch.Tensor | None = None
+    ) -> torch.Tensor | IntermediateTensors:
+        """What the model returns after the last layer of this stage. executed: see hand_on."""
+        if not get_pp_group().is_last_rank:
+            return hand_on(hidden, residual, executed)
+        assert residual is not None  # the last layer runs for all rows
         return self.last_norm(hidden, residual)[0]
 
 
 class _Routed(_CausalLM):
     """Mixin over vLLM's ...ForCausalLM."""
-
-    supports_pp = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         if vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
@@ -101,11 +138,13 @@ class _Routed(_CausalLM):
                 f"{type(self).__name__} was loaded without the vllm_buddy scheduler, so nothing would be routed; "
                 "start it with --model-impl buddy"
             )
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        with with_layers(vllm_config.model_config.buddy_limits.layers):
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         backbone: Any = self.model
         backbone.__class__ = type(f"Routed{type(backbone).__name__}", (RoutedBackbone, type(backbone)), {})
         backbone.vllm_config = vllm_config
         backbone.do_not_compile = True  # not as a whole; see compiled.py
+        self.make_empty_intermediate_tensors = with_counts(backbone.make_empty_intermediate_tensors)
         settings = engine_settings(vllm_config)
         backbone.buddy_kernels = None if settings.kernels is None else KERNELS[settings.kernels]
         backbone.buddy_writes_kv = settings.kv == KV_ONLY
@@ -121,10 +160,10 @@ class _Routed(_CausalLM):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         step: Step | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | IntermediateTensors:
         """Hidden states [num_tokens, hidden_size] of a step; see RoutedBackbone."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, step=step)
 
@@ -143,7 +182,7 @@ class _Routed(_CausalLM):
             weights = self._lora.merge_all((name, weight.to(self._dtype)) for name, weight in weights)
         loaded = super().load_weights(weights)
         if self.model.buddy_writes_kv:
-            for layer in self.model.layers:
+            for layer in filter(is_here, self.model.layers):
                 keep_kv_weights(layer)
         return loaded
 

@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_buddy.serving.compat import metadata_to_capture
 from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
+from vllm_buddy.serving.forward.pipeline import is_here
 from vllm_buddy.serving.graphs.buffers import ONE_TOKEN, DecodeBuffers
 from vllm_buddy.serving.graphs.cache import GraphCache
 from vllm_buddy.serving.graphs.capture import Capture, OutOfGraphMemory, Replay
@@ -71,10 +72,15 @@ class GraphedStep:
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         _inputs_embeds: torch.Tensor | None,
+        _intermediate_tensors: Any = None,
     ) -> torch.Tensor:
         """Hidden states [num_rows, hidden_size] after the last norm; see Step."""
-        assert input_ids is not None  # prompt embeddings are refused at start
+        assert input_ids is not None  # neither prompt embeddings nor pipeline stages have graphs
         return self.graphs.run(self, input_ids, positions)
+
+    def counts(self) -> np.ndarray:
+        """[num_rows], layers executed per row."""
+        return self.executed
 
 
 class DecodeGraphs:
@@ -200,7 +206,8 @@ class DecodeGraphs:
         last = len(self._layers) - 1
         pieces: list[Any] = ["start", "end", (0, Use.ALL), (last, Use.ALL)]
         for layer in range(1, last):
-            pieces += [(layer, use) for use in Use if use is not Use.NONE or self._leaves_something]
+            uses = Use if is_here(self._layers[layer]) else [Use.NONE]
+            pieces += [(layer, use) for use in uses if use is not Use.NONE or self._leaves_something]
         return pieces
 
     @property
@@ -277,7 +284,7 @@ class DecodeGraphs:
         layer, bypass, buffers = self._layers[index], self._bypasses and self._bypasses[index], self._buffers
         positions = buffers.positions[:size]
         if use is Use.NONE:
-            if self._policy.writes_skipped:
+            if self._policy.writes_skipped and is_here(layer):
                 self._policy.write_skipped(layer, positions, hidden, residual, buffers.slots(size)[index])
             return *passed_by([bypass] if bypass else None, hidden, residual, buffers.everyone[:size]), None
         source = buffers.plan(size)[1, index]
@@ -301,6 +308,8 @@ class DecodeGraphs:
         """vLLM's forward context for some layers. groups: of each of them."""
         attn_metadata, slot_mapping, of_group = {}, {}, {}
         for index, group in groups.items():
+            if not is_here(self._layers[index]):
+                continue
             if group not in of_group:
                 of_group[group] = self._metadata(size, index)
             name = self._layers[index].self_attn.attn.layer_name

@@ -15,7 +15,7 @@ class Aligned(KVPolicy):
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:  # noqa: ARG002
         views: dict[bytes, LayerView] = {}
         result = []
-        for mask in np.ascontiguousarray(batch.run_mask.T):
+        for mask in np.ascontiguousarray(batch.run_mask.T[self.stage]):
             key = mask.tobytes()
             if key not in views:
                 views[key] = self._view(batch, mask)

@@ -61,6 +61,7 @@ class KVPolicy(ABC):
 
     num_layers: of the whole model.
     shares_blocks: whether requests may share KV blocks, through vLLM's prefix cache.
+    stage: the layers that this worker runs, of the whole model; all without pipeline parallelism.
     writes_skipped: whether a skipped layer leaves entries of its own, see write_skipped.
     in_graphs: whether its decode steps can be captured. Rows that skip a layer may then run through it, and write
         where `places` says.
@@ -70,9 +71,10 @@ class KVPolicy(ABC):
     writes_skipped: ClassVar[bool]
     in_graphs: ClassVar[bool]
 
-    def __init__(self, num_layers: int, shares_blocks: bool = True) -> None:
+    def __init__(self, num_layers: int, shares_blocks: bool = True, stage: slice = slice(None)) -> None:
         self.num_layers = num_layers
         self.shares_blocks = shares_blocks
+        self.stage = stage
 
     @property
     def moves_first_blocks(self) -> bool:
@@ -88,7 +90,7 @@ class KVPolicy(ABC):
 
     @abstractmethod
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
-        """One view per layer of the model. places: of this step."""
+        """One view per layer of the stage. places: of all layers, in this step."""
 
     def write_skipped(self, layer: Any, positions: Any, hidden: Any, residual: Any, slots: Any) -> None:
         """Write what rows that skip a layer leave in its cache, before other rows attend to it.

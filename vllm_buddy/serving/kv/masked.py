@@ -68,8 +68,8 @@ class Masked(KVPolicy):
     writes_skipped: ClassVar[bool] = False
     in_graphs: ClassVar[bool] = True
 
-    def __init__(self, num_layers: int, shares_blocks: bool = True) -> None:
-        super().__init__(num_layers, shares_blocks)
+    def __init__(self, num_layers: int, shares_blocks: bool = True, stage: slice = slice(None)) -> None:
+        super().__init__(num_layers, shares_blocks, stage)
         self._slot: dict[str, int] = {}
         self._free = list(range(_INITIAL_SLOTS))
         self._lens = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)
@@ -129,7 +129,7 @@ class Masked(KVPolicy):
 
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
         same = self._last.same_views(batch) if self._repeated else None
-        self._last.views = same or packed_views(batch, places)
+        self._last.views = same or packed_views(batch, places.of(self.stage))
         return self._last.views
 
     def _enter(self, batch: StepBatch, row: int) -> int:

@@ -12,7 +12,7 @@ from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
 
 def packed_views(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
-    """One view per layer. Layers whose runs have the same places share one. places: of all layers."""
+    """One view per layer. Layers whose runs have the same places share one. places: of these layers."""
     runs_it = places.first_position >= 0
     keys = places.first_position
     if places.first_block is not None:

@@ -60,6 +60,8 @@ def _why_no_graphs(settings: BuddySettings, kernels: str | None, vllm_config: "V
         return "--enforce-eager forbids them"
     if kernels != "triton":
         return 'they are made of the kernels "triton"'
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "they were never tried with pipeline parallelism"
     if not POLICIES[settings.kv].in_graphs:
         return f"KV policy {settings.kv} cannot be captured"
     return None

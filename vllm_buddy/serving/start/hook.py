@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -62,6 +63,15 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
                 "with --enable-lora choose masked or zero"
             )
         limits = RequestLimits.from_settings(settings, artifact, lossless=_drafts_by_depth(vllm_config))
+        num_loaded, below = limits.layers.bit_count(), limits.max_budget < 1.0
+        if below:
+            _check_stages(limits, vllm_config.parallel_config.pipeline_parallel_size)
+            if num_loaded == limits.num_layers:
+                logger.warning(
+                    'max_budget %g saves no memory: paths up to it may hold any layer; "paths": "library" of an '
+                    "artifact with few paths, or a smaller max_budget, would",
+                    limits.max_budget,
+                )
         if limits.lossless:
             DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
         elif "drafts" in settings.model_fields_set:
@@ -80,8 +90,8 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         _configure_compilation(vllm_config)
         metrics.export_from_this_process(vllm_config.instance_id)
         logger.info(
-            "vllm_buddy: artifact %s (%s), KV policy %s, kernels %s, CUDA graphs %s, default budget %s, "
-            "from %g to %g%s",
+            "vllm_buddy: artifact %s (%s), KV policy %s, kernels %s, CUDA graphs %s, default budget %s, from %g to %g"
+            "%s%s",
             artifact.config.name,
             artifact.digest,
             settings.kv,
@@ -90,8 +100,20 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             limits.default_budget,
             limits.min_budget,
             limits.max_budget,
+            f" on {num_loaded} of {limits.num_layers} layers" if below else "",
             "" if limits.auto is None else f', "auto" chooses {limits.auto.summary()}',
         )
+
+
+def _check_stages(limits: RequestLimits, num_stages: int) -> None:
+    """Raise SettingsError for a pipeline stage without any layer: vLLM gives each of its workers a KV cache."""
+    for stage in range(num_stages):
+        layers = range(*get_pp_indices(limits.num_layers, stage, num_stages))
+        if not any(limits.layers >> layer & 1 for layer in layers):
+            raise SettingsError(
+                f"max_budget {limits.max_budget:g} leaves no layer to pipeline stage {stage}, which has layers "
+                f"{layers.start} to {layers.stop - 1}; lower --pipeline-parallel-size, or raise max_budget"
+            )
 
 
 def _drafts_by_depth(vllm_config: "VllmConfig") -> bool:

@@ -23,6 +23,10 @@ def _sliding_window(c: "VllmConfig") -> bool:
     return c.model_config.get_sliding_window() is not None or any("sliding" in t for t in layer_types)
 
 
+def _is_pipelined(c: "VllmConfig") -> bool:
+    return c.parallel_config.pipeline_parallel_size > 1
+
+
 def _attention_backend(c: "VllmConfig") -> bool:
     backend = c.attention_config.backend
     return backend is not None and why_not_attention_backend(backend.name) is not None
@@ -60,8 +64,8 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         "drafts were never tried with adapters; start without one of them",
     ),
     (
-        "LoRA adapters beside tensor parallelism",
-        lambda c: c.lora_config is not None and c.parallel_config.tensor_parallel_size > 1,
+        "LoRA adapters beside tensor or pipeline parallelism",
+        lambda c: c.lora_config is not None and c.parallel_config.world_size > 1,
         "it was never tried; use data parallelism",
     ),
     (
@@ -105,9 +109,19 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
     ),
     ("an encoder-cache connector", lambda c: c.ec_transfer_config is not None, "only text models are routed"),
     (
-        "pipeline parallelism",
-        lambda c: c.parallel_config.pipeline_parallel_size > 1,
-        "layers executed are counted per stage only; use tensor or data parallelism",
+        "drafts beside pipeline parallelism",
+        lambda c: _is_pipelined(c) and c.speculative_config is not None,
+        "they were never tried with it; use tensor or data parallelism, or leave out --speculative-config",
+    ),
+    (
+        "pipeline parallelism on Model Runner V2",
+        lambda c: _is_pipelined(c) and c.use_v2_model_runner,
+        "it was never tried, because it needs CUDA streams; set VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
+    (
+        "pipeline parallelism with this executor",
+        lambda c: _is_pipelined(c) and c.parallel_config.distributed_executor_backend not in (None, "mp"),
+        "it was tried with processes of one machine only; use --distributed-executor-backend mp",
     ),
     (
         "context parallelism",

@@ -243,7 +243,7 @@ class BuddySettings(_Section):
         default=1.0,
         description=(
             'Budget of requests that name none: a number in (0, 1], or "auto", which lets the artifact\'s Budget '
-            "Predictor choose one for each prompt."
+            "Predictor choose one for each prompt. If it is not given, `max_budget`."
         ),
     )
     min_budget: _Budget | None = Field(
@@ -252,8 +252,8 @@ class BuddySettings(_Section):
     max_budget: _Budget = Field(
         default=1.0,
         description=(
-            "Largest budget that a request may ask for. Below 1.0, requests may ask neither for lossless mode nor for "
-            "prompts at full depth."
+            "Largest budget that a request may ask for. Below 1, layers that no path up to it holds are neither loaded "
+            "nor given a KV cache, and requests may ask neither for lossless mode nor for prompts at full depth."
         ),
     )
     prompt: Literal["routed", "full"] = Field(

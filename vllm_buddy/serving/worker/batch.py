@@ -11,7 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_buddy_kernels import Kernels
 
-from vllm_buddy.method.path import path_mask
+from vllm_buddy.method.path import LayerPath, path_mask
 from vllm_buddy.serving.schedule.plan import RequestPlan
 
 _BLOCKS_STEP = 16
@@ -31,7 +31,7 @@ class RunPlaces:
     first_position: np.ndarray
     first_block: np.ndarray | None = None
 
-    def of(self, layers: Sequence[int]) -> "RunPlaces":
+    def of(self, layers: Sequence[int] | slice) -> "RunPlaces":
         """The places in some of the layers."""
         first_block = None if self.first_block is None else self.first_block[layers]
         return RunPlaces(self.first_position[layers], first_block)
@@ -180,9 +180,16 @@ class StepBatch:
         return async_tensor_h2d(np.ascontiguousarray(array), device=self.device)
 
 
-def check_plan(plans: Sequence[RequestPlan], num_scheduled: Sequence[int], req_ids: Sequence[str]) -> None:
-    """Raise RuntimeError unless every scheduled token has a path: wrong tokens would be served silently."""
+def check_plan(
+    plans: Sequence[RequestPlan], num_scheduled: Sequence[int], req_ids: Sequence[str], absent: LayerPath = 0
+) -> None:
+    """Raise RuntimeError unless every scheduled token has a path: wrong tokens would be served silently.
+
+    absent: layers that are not loaded, which no path may hold.
+    """
     for plan, num_tokens, req_id in zip(plans, num_scheduled, req_ids, strict=True):
+        if absent and any(run.path & absent for run in plan.runs):
+            raise RuntimeError(f"request {req_id}: a path holds layers that are not loaded")
         lengths = [run.num_tokens for run in plan.runs]
         if sum(lengths) != num_tokens or min(lengths) < 1:
             raise RuntimeError(f"request {req_id}: {num_tokens} tokens scheduled, runs of {lengths} tokens planned")

@@ -113,7 +113,7 @@ class DepthDrafts:
         places = np.concatenate([start + np.arange(len(tokens)) for start, tokens in zip(positions, token_ids)])
         step = state.drafting_step(batch, views)
         with set_forward_context({}, self._vllm_config, num_tokens=batch.num_tokens, slot_mapping={}):
-            hidden = step.forward(backbone, inputs, batch.to_device(places), None)
+            hidden: Any = step.forward(backbone, inputs, batch.to_device(places), None)
         said = self._model.compute_logits(hidden).argmax(dim=-1).tolist()
         return [said[start:end] for start, end in pairwise(batch.query_start_loc)]
 

@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import get_forward_context
 
-from vllm_buddy.serving.compat import runner_output
+from vllm_buddy.serving.compat import allocate_intermediate_tensors, runner_output
 from vllm_buddy.serving.worker.batch import StepBatch
 from vllm_buddy.serving.worker.depth_drafts import DepthDrafts
 from vllm_buddy.serving.worker.state import WorkerState
@@ -34,13 +35,15 @@ class RoutedRunnerV1(_Base):
         req_ids = list(self.input_batch.req_ids)
         query_start_loc = self.query_start_loc.np[: len(req_ids) + 1].copy()
         output = super().sample_tokens(*args, **kwargs)
-        self.buddy_state.report(runner_output(output), req_ids, query_start_loc)
+        if get_pp_group().is_last_rank:
+            self.buddy_state.report(runner_output(output), req_ids, query_start_loc)
         return output
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Keep what is known from now on: the attention backend and the size of a KV block."""
         super().initialize_kv_cache(*args, **kwargs)
         self.buddy_state.attach_kv_cache(self.attn_groups, self.input_batch.block_table[0].block_size)
+        allocate_intermediate_tensors(self)
         if isinstance(drafter := getattr(self, "drafter", None), DepthDrafts):
             drafter.attach(self)
 

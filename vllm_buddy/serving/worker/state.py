@@ -14,16 +14,18 @@ from vllm.logger import init_logger
 from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.method import LayerPath, full_path
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
+from vllm_buddy.serving.forward.pipeline import is_here, stage_of
 from vllm_buddy.serving.graphs.capture import CudaCapture
 from vllm_buddy.serving.graphs.decode import DecodeGraphs, GraphedStep
 from vllm_buddy.serving.kv import POLICIES, KVPolicy, LayerView
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
 from vllm_buddy.serving.start.settings import engine_settings
-from vllm_buddy.serving.worker.batch import StepBatch, check_plan
+from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch, check_plan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,8 +54,12 @@ class WorkerState:
         self._settings = settings = engine_settings(vllm_config)
         self.num_layers: int = vllm_config.model_config.hf_text_config.num_hidden_layers
         self.policy: KVPolicy = POLICIES[settings.kv](
-            self.num_layers, shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching)
+            self.num_layers,
+            shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching),
+            stage=stage_of(self.num_layers),
         )
+        layers: LayerPath = vllm_config.model_config.buddy_limits.layers
+        self._absent = full_path(self.num_layers) & ~layers
         # Between compiled layers torch moves the rows. Slots are computed by an op of `kernels` in either case.
         self._moves_rows = None if settings.kernels is None else KERNELS[settings.kernels]
         self.kernels: Kernels = self._moves_rows or KERNELS["reference"]
@@ -95,7 +101,7 @@ class WorkerState:
         self.serving = True
         if self._moves_rows is not None:
             with torch.inference_mode():
-                try_kernels(backbone.layers, backbone.bypasses, self._moves_rows, self.block_size)
+                try_kernels(list(filter(is_here, backbone.stage)), backbone.bypasses, self._moves_rows, self.block_size)
         if self._settings.graphs.enabled:
             self.capture_graphs(backbone)
 
@@ -157,7 +163,7 @@ class WorkerState:
         if self._plan is None:
             return None
         plans = [self._plan[req_id] for req_id in req_ids]
-        check_plan(plans, num_scheduled, req_ids)
+        check_plan(plans, num_scheduled, req_ids, self._absent)
         return plans
 
     def layer_metadata(self, common: "CommonAttentionMetadata") -> Any:
@@ -171,13 +177,22 @@ class WorkerState:
         graphed = None if self.graphs is None else self.graphs.step(batch, places)
         self._step = graphed or RoutedStep(
             self.policy,
-            self.policy.views(batch, places),
+            self._views(batch, places),
             np.zeros(batch.num_tokens, dtype=np.int32),
             self._moves_rows,
             self.adapters,
         )
         self.view_seconds += time.perf_counter() - started
         return self._step
+
+    def _views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+        views = self.policy.views(batch, places)
+        if not (self._absent and self.policy.writes_skipped):
+            return views
+        # Nothing is left in the cache of a layer that no path holds: nobody would read it.
+        nobody = LayerView(rows_np=np.empty(0, dtype=np.int64))
+        first = stage_of(self.num_layers).start
+        return [nobody if self._absent >> layer & 1 else view for layer, view in enumerate(views, start=first)]
 
     def wanted_drafts(self, req_ids: Sequence[str]) -> list[tuple[int, int]]:
         """How many drafts each request should get: of n-grams, and from the model's own layers."""
@@ -194,13 +209,13 @@ class WorkerState:
         return RoutedStep(self.policy, views, np.zeros(batch.num_tokens, dtype=np.int32), self._moves_rows)
 
     def report(self, output: Any, req_ids: Sequence[str], query_start_loc: np.ndarray) -> None:
-        """Attach the layers executed in the last step to vLLM's output.
+        """Attach the layers executed in the last step to vLLM's output. Only for the last pipeline stage.
 
         output: a ModelRunnerOutput. query_start_loc: [num_reqs + 1], of the step.
         """
         if self._step is not None:
             plans = [self._plan[req_id] for req_id in req_ids] if self._plan else None
-            executed = _by_request(self._step.executed, req_ids, query_start_loc, plans)
+            executed = _by_request(self._step.counts(), req_ids, query_start_loc, plans)
             for req_id, layers in self._drafting.items():
                 executed[req_id] = executed[req_id]._replace(drafting=layers)
             self._drafting = {}
