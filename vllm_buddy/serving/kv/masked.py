@@ -15,6 +15,7 @@ import numpy as np
 
 from vllm_buddy.method import LayerPath
 from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
+from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.serving.kv.base import KVPolicy, LayerView
 from vllm_buddy.serving.kv.packed import packed_views
@@ -68,12 +69,12 @@ class Masked(KVPolicy):
     writes_skipped: ClassVar[bool] = False
     in_graphs: ClassVar[bool] = True
 
-    def __init__(self, num_layers: int, shares_blocks: bool = True) -> None:
-        super().__init__(num_layers, shares_blocks)
+    def __init__(self, num_layers: int, shares_blocks: bool = True, units: KVUnits | None = None) -> None:
+        super().__init__(num_layers, shares_blocks, units)
         self._slot: dict[str, int] = {}
         self._free = list(range(_INITIAL_SLOTS))
         self._lens = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)
-        self._first_block = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)
+        self._first_block = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)  # see RunPlaces
         self._num_tokens = np.zeros(_INITIAL_SLOTS, dtype=np.int64)
         # The path of all tokens so far, per slot; None once it has changed.
         self._uniform: list[LayerPath | None] = [None] * _INITIAL_SLOTS
@@ -84,7 +85,7 @@ class Masked(KVPolicy):
 
     @property
     def moves_first_blocks(self) -> bool:
-        return self.shares_blocks
+        return self.shares_blocks or self.units is not None
 
     def forget(self, req_id: str) -> None:
         slot = self._slot.pop(req_id, None)
@@ -124,7 +125,8 @@ class Masked(KVPolicy):
         self._lens[slots] = held + count
         self._num_tokens[slots] += np.diff(batch.query_start_loc)
         last.mask = batch.run_mask.astype(np.int32)
-        last.places = RunPlaces(np.where(batch.run_mask, before, -1).T, first_block.T if first_block.any() else None)
+        moved = self.units is not None or first_block.any()
+        last.places = RunPlaces(np.where(batch.run_mask, before, -1).T, first_block.T if moved else None)
         return last.places
 
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
@@ -148,6 +150,9 @@ class Masked(KVPolicy):
             raise RuntimeError(
                 f"request {req_id}: the KV cache holds {held} tokens, the plan continues at {num_computed}"
             )
+        if plan.places is not None:
+            unit, first_block = map(np.asarray, plan.places)
+            self._first_block[slot] = np.maximum(unit, 0) * batch.table_width + first_block
         left = None
         uniform = self._uniform[slot]
         if uniform is not None:
@@ -155,7 +160,7 @@ class Masked(KVPolicy):
             for run in plan.runs:
                 if run.path != uniform:
                     outside = ~path_mask(uniform, self.num_layers)
-                    if self.moves_first_blocks:
+                    if self.moves_first_blocks and self.units is None:  # else the plan says where they lie
                         self._first_block[slot, outside] = position // batch.block_size
                     self._uniform[slot], left = None, (uniform, position)
                     break

@@ -1,7 +1,8 @@
 """Views on the packed layout: in each layer a request's cache holds only the tokens that executed the layer.
 
-They lie contiguously in the request's ordinary block table. RoPE is already in K and the order is kept, so causal
-attention over that layer's own length is attention masked by validity, on every stock backend.
+They lie contiguously in the request's ordinary block table, or in that of the layer's KV unit. RoPE is already in K and
+the order is kept, so causal attention over that layer's own length is attention masked by validity, on every stock
+backend.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ def packed_views(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
     runs_it = places.first_position >= 0
     keys = places.first_position
     if places.first_block is not None:
-        keys = np.concatenate([keys, places.first_block * runs_it], axis=1)
+        keys = np.concatenate([keys, places.first_block * runs_it, batch.home_block[:, None]], axis=1)
     distinct: dict[bytes, int] = {}
     view_of_layer = [distinct.setdefault(key, len(distinct)) for key in map(bytes, np.ascontiguousarray(keys))]
     views, own = [], []
@@ -25,15 +26,28 @@ def packed_views(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
         if not executes.any():
             views.append(LayerView(rows_np=batch.token_rows(executes)))
             continue
-        shifted = places.first_block is not None and places.first_block[layer][executes].any()
-        if not executes.all() or shifted or not np.array_equal(places.first_position[layer], batch.run_position):
+        vllms = _vllms_view(batch, layer, places) if executes.all() else None
+        if vllms is None:
             own.append(layer)
-        views.append(LayerView())  # vLLM's own metadata: every token so far executed the layer
+        views.append(vllms or LayerView())
     if own:
         all_slots = batch.layer_slots(places.of(own))
         for layer, slots in zip(own, all_slots):
             views[view_of_layer[layer]] = _own_view(batch, places.of([layer]), slots)
     return [views[view] for view in view_of_layer]
+
+
+def _vllms_view(batch: StepBatch, layer: int, places: RunPlaces) -> LayerView | None:
+    """vLLM's own metadata, if it fits: every token so far executed the layer, and all requests have it in one unit."""
+    if not np.array_equal(places.first_position[layer], batch.run_position):
+        return None
+    start = 0 if places.first_block is None else places.first_block[layer, 0]
+    if places.first_block is not None and (places.first_block[layer] != start).any():
+        return None
+    if batch.home_block[layer] == start:
+        return LayerView()
+    others = np.flatnonzero(batch.home_block == start)
+    return LayerView(metadata_of=int(others[0])) if len(others) else None
 
 
 def _own_view(batch: StepBatch, places: RunPlaces, slots: torch.Tensor) -> LayerView:

@@ -14,6 +14,8 @@ from vllm.logger import init_logger
 from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.method.kv_policy import KVPolicyName
+from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
@@ -39,6 +41,7 @@ class WorkerState:
     """The KV policy with its state, the kernels and the captured graphs of one worker.
 
     policy: may be replaced while no request is in flight.
+    units: of the KV cache; None in the dense layout.
     block_size: of the KV cache, in tokens; 0 until attach_kv_cache.
     graphs: of decode steps; None where none are used.
     serving: whether start-up is over. From then on a step without a plan is an error, not a warm-up.
@@ -49,9 +52,8 @@ class WorkerState:
         self._vllm_config = vllm_config
         self._settings = settings = engine_settings(vllm_config)
         self.num_layers: int = vllm_config.model_config.hf_text_config.num_hidden_layers
-        self.policy: KVPolicy = POLICIES[settings.kv](
-            self.num_layers, shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching)
-        )
+        self.units: KVUnits | None = vllm_config.model_config.buddy_kv_units
+        self.policy = self.new_policy(settings.kv)
         # Between compiled layers torch moves the rows. Slots are computed by an op of `kernels` in either case.
         self._moves_rows = None if settings.kernels is None else KERNELS[settings.kernels]
         self.kernels: Kernels = self._moves_rows or KERNELS["reference"]
@@ -64,6 +66,11 @@ class WorkerState:
         self._drafting: dict[str, int] = {}  # layers executed to draft since the last step, by request
         self._step: RoutedStep | GraphedStep | None = None
         self._capture: CudaCapture | None = None
+
+    def new_policy(self, name: KVPolicyName) -> KVPolicy:
+        """A KV policy that knows of no request."""
+        caching = bool(self._vllm_config.cache_config.enable_prefix_caching)
+        return POLICIES[name](self.num_layers, shares_blocks=caching, units=self.units)
 
     # --- start -------------------------------------------------------------------------------------------------
 
