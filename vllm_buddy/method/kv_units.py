@@ -80,6 +80,8 @@ def fit_classes(paths: Sequence[LayerPath], num_layers: int, num_classes: int) -
     """
     if num_layers % num_classes:
         raise ValueError(f"{num_classes} classes do not divide {num_layers} layers")
+    if num_classes == 1:
+        return KVUnits((0,) * num_layers)
     held = np.array([path_mask(path, num_layers) for path in paths], dtype=np.int64)
     rng = np.random.default_rng(_SEED)
     evenly = np.arange(num_layers) % num_classes
