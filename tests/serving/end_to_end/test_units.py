@@ -59,9 +59,10 @@ def test_tokens_do_not_depend_on_chunked_prefill(units: Engine, chunk: int, inte
 def test_blocks_in_use_follow_the_depth(units: Engine) -> None:
     """Fails if a request takes blocks of units that its path does not need, or shares fewer than it could."""
     layout = units.state.units
+    used: list[int] = []
     for budget in (0.5, 0.75, 1.0):
         units.configure("masked", 0)
-        used: list[int] = []
+        used.clear()
         (prompt,) = random_prompts(1, seed=3, min_tokens=100, max_tokens=100)
         units.run([Ask(tuple(prompt), budget, 40)], before_step=lambda _: used.append(units.num_blocks_in_use))
         path = units.expected(Ask(tuple(prompt), budget, 40)).paths[0]
@@ -137,7 +138,7 @@ def test_preemption_by_vllm_when_blocks_run_out(crowded_units: Engine, interval:
 
 
 def test_a_prefix_is_evicted_from_its_end(crowded_units: Engine) -> None:
-    """Fails if the cache loses the beginning of a prefix in one unit and keeps its end in others, which nobody finds."""
+    """Fails if the cache loses the beginning of a prefix in one unit, so that nobody finds the rest in the others."""
     crowded_units.configure("masked", 0)
     long, other = (tuple(p) for p in random_prompts(2, seed=9, min_tokens=300, max_tokens=300))
     crowded_units.run([Ask(long, 1.0, 1)])  # 10 of 16 blocks in each of 4 units
