@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md, docs/benchmarks.md and the shipped artifacts' model cards.
+"""Writes the generated parts of README.md, of pages in docs/ and the shipped artifacts' model cards.
 
 The settings table comes from the settings schema, the figures from the results files.
 
@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from tools.tables import auto, drafts, peers, quality, speed, steps
+from tools.tables import auto, drafts, memory, peers, quality, speed, steps
 from tools.tables.results import ROOT, table
 
 CARD = ROOT / "vllm_buddy" / "shipped" / "smollm2-135m" / "README.md"
@@ -71,6 +71,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "peers in full": peers.peers_table,
     "capabilities": peers.capabilities_table,
     "memory": speed.memory_table,
+    "kv capacity": memory.capacity_table,
+    "kv pressure": memory.pressure_table,
+    "kv pace": memory.pace_table,
     "start": speed.start_table,
     "layer calls": speed.layer_calls_table,
     "quality": quality.quality_table,
@@ -120,6 +123,7 @@ PAGES = {
         "capabilities",
         "static",
     ],
+    ROOT / "docs" / "memory.md": ["kv capacity", "kv pressure", "kv pace"],
     CARD: ["quality"],
     TOKEN_CARD: ["token"],
 }

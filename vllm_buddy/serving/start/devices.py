@@ -60,8 +60,6 @@ def _why_no_graphs(settings: BuddySettings, kernels: str | None, vllm_config: "V
         return "--enforce-eager forbids them"
     if kernels != "triton":
         return 'they are made of the kernels "triton"'
-    if settings.kv_layout == "units":
-        return 'captured steps read one block table, and kv_layout "units" has one for each unit'
     if not POLICIES[settings.kv].in_graphs:
         return f"KV policy {settings.kv} cannot be captured"
     return None
