@@ -11,6 +11,7 @@ from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
 from tests.serving.conftest import UNITS
 from tests.serving.end_to_end.test_independence import FEW, asks, check_scenario, disturbances
 from tests.serving.end_to_end.test_preemption import batch
+from vllm_buddy.method import layers_of
 
 BUDGETS = (1.0, 0.5, 0.75, 0.4, 0.625, 0.5, 0.875, 0.4)
 
@@ -103,6 +104,19 @@ def test_full_prompts(units: Engine) -> None:
     requests = [Ask(ask.prompt, ask.budget, 20, options={"buddy_prompt": "full"}) for ask in mixed(seed=6)]
     units.check(requests, units.run(requests))
     units.check(requests, units.run(requests))
+
+
+def test_tokens_after_a_full_prompt_take_blocks_of_the_units_they_run(units: Engine) -> None:
+    """Fails if each decoded token of a request that left full depth takes blocks of all units."""
+    units.configure("masked", 0)
+    (prompt,) = random_prompts(1, seed=3, min_tokens=2 * BLOCK_SIZE, max_tokens=2 * BLOCK_SIZE)
+    ask = Ask(tuple(prompt), 0.4, 4 * BLOCK_SIZE, options={"buddy_prompt": "full"})
+    used: list[int] = []
+    units.check([ask], units.run([ask], before_step=lambda _: used.append(units.num_blocks_in_use)))
+    layout, path = units.state.units, units.expected(ask).paths[-1]
+    run = {layout.home[layer] for layer in layers_of(path)}
+    assert len(run) < layout.num_units
+    assert max(used) == 2 * layout.num_units + 4 * len(run)
 
 
 @pytest.mark.parametrize("interval", [0, 1, 4])

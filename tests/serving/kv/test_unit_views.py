@@ -45,9 +45,9 @@ class Account:
     def table(self) -> np.ndarray:
         """[num_units, MAX_BLOCKS], as vLLM gives them out: shared ones first, null where a unit needs none."""
         table = np.full((UNITS.num_units, MAX_BLOCKS), NULL_BLOCK, dtype=np.int32)
-        for unit, first in enumerate(self.units.first_blocks):
+        for unit, (first, end) in enumerate(zip(self.units.first_blocks, self.units.num_blocks(self.units._decided))):
             own = OWN_BLOCKS + (self.number * UNITS.num_units + unit) * MAX_BLOCKS
-            table[unit, first:] = np.arange(own + first, own + MAX_BLOCKS)
+            table[unit, first:end] = np.arange(own + first, own + end)
             if unit < self.units.num_shared:
                 table[unit, : self.num_cached] = 1 + unit * MAX_BLOCKS + np.arange(self.num_cached)
         return table

@@ -45,6 +45,35 @@ def test_a_layer_that_is_taken_up_later_begins_in_the_block_of_its_first_token()
     assert (request.first_blocks, request.num_shared) == ([0, 0, 3], 2)
 
 
+def test_a_unit_that_no_token_runs_any_more_does_not_grow() -> None:
+    """Fails if a request pays for layers that it has left, or a layer that comes back finds no block."""
+    full, half = path_of(range(6)), path_of((0, 2, 5))  # units 0, 0 and 2 at full depth
+    route = GivenRoute(Run(6, full), Run(10, half), Run(2, full))
+    request = RequestUnits(UNITS, route, BLOCK_SIZE)
+    request.advance(6, [])
+    assert request.num_blocks(6) == [2, 2, 2]
+    request.advance(16, [])
+    assert request.num_blocks(16) == [4, 2, 4]
+    request.advance(18, [])
+    assert request.num_blocks(18) == [5, 2, 5]  # 8 tokens ran the layers of unit 1, which are two blocks
+    assert request.num_blocks(7) == [2, 2, 2]  # computed again
+
+
+def test_a_lowered_request_has_blocks_for_whatever_its_next_token_runs() -> None:
+    """Fails if a path that was looked at ahead, and is lowered before it runs, leaves a layer without a block."""
+    full, half, other = path_of(range(6)), path_of((0, 2, 5)), path_of((0, 1, 5))
+    route = GivenRoute(Run(4, full), Run(4, half), Run(1, other))
+    request = RequestUnits(UNITS, route, BLOCK_SIZE)
+    request.advance(9, [])
+    assert request.num_blocks(9) == [3, 2, 3]
+    route.paths[8] = half
+    request.lowered(8)
+    assert request.num_blocks(9) == [3, 2, 3]
+    route.paths[8] = path_of((0, 1, 4, 5))
+    request.lowered(8)
+    assert all(most >= least for most, least in zip(request.num_blocks(9), [3, 2, 3]))
+
+
 def test_how_a_request_is_cut_into_steps_does_not_matter() -> None:
     """Fails if a resumed request, which is computed in larger steps, would have its layers in other units."""
     steps = ((5, (0, 5)), (1, (0, 1, 3, 5)), (10, (0, 2, 5)), (3, (0, 4, 5)))

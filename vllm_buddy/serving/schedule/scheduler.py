@@ -212,7 +212,9 @@ class _Routing(_Base):
             routed.price = choice.price
             route.decide(position, request.all_token_ids)  # what ran so far, accepted drafts included
             if choice.depth < route.depth:
-                route.lower(choice.depth, position, request.all_token_ids)
+                lowered = route.lower(choice.depth, position, request.all_token_ids)
+                if lowered and routed.units is not None:
+                    routed.units.lowered(position)
         self._routing_seconds += time.perf_counter() - started
 
     def _plan(self, output: SchedulerOutput) -> StepPlan:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_coordinator import (
     HybridKVCacheCoordinator,
     KVCacheCoordinator,
@@ -40,13 +39,12 @@ class _ByUnits(KVCacheCoordinator):
     """What both coordinators below do.
 
     units_of: see UnitsOf. looked_up: the request whose prefix is looked up.
-    covered: by request id, the number of its units and the number of blocks that each of them has, for the common case
-        that a step needs no new block.
+    covered: by request id, how many blocks of each unit it has, for the common case that a step needs no new one.
     """
 
     units_of: UnitsOf
     looked_up: str
-    covered: dict[str, tuple[int, int]]
+    covered: dict[str, list[int]]
 
     @property
     def _block_size(self) -> int:
@@ -61,36 +59,36 @@ class _ByUnits(KVCacheCoordinator):
         **_kwargs: Any,
     ) -> int:
         """Blocks that the request's units lack for num_tokens, found ones that nobody holds included."""
-        units, num_blocks = self.units_of(request_id, num_tokens), cdiv(num_tokens, self._block_size)
-        if self._covers(request_id, units, num_blocks):
+        units = self.units_of(request_id, num_tokens)
+        needed = units.num_blocks(num_tokens)
+        if self.covered.get(request_id) == needed:
             return 0
         lacking = 0
-        for manager, first, found in zip(self.single_type_managers, units.first_blocks, new_computed_blocks):
+        for manager, need, first, found in zip(
+            self.single_type_managers, needed, units.first_blocks, new_computed_blocks
+        ):
             held = len(manager.req_to_blocks.get(request_id, ())) + len(found)
-            lacking += max(0, num_blocks - max(first, held)) + manager._get_num_evictable_blocks(found)
+            lacking += max(0, need - max(first, held)) + manager._get_num_evictable_blocks(found)
         return lacking
 
     def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int, *_args: Any, **_kwargs: Any
+        self, request_id: str, num_tokens: int, *_args: Any, **_kwargs: Any
     ) -> tuple[list[KVCacheBlock], ...]:
         """Give the request's units blocks for num_tokens. Entries before a unit's first block are the null block."""
-        units, num_blocks = self.units_of(request_id, num_tokens), cdiv(num_tokens, self._block_size)
+        units = self.units_of(request_id, num_tokens)
+        needed = units.num_blocks(num_tokens)
         new: list[list[KVCacheBlock]] = [[] for _ in self.single_type_managers]
-        if self._covers(request_id, units, num_blocks):
+        if self.covered.get(request_id) == needed:
             return tuple(new)
-        for index, (manager, first) in enumerate(zip(self.single_type_managers, units.first_blocks)):
-            if num_blocks > first:
+        for index, (manager, need, first) in enumerate(zip(self.single_type_managers, needed, units.first_blocks)):
+            if need > first:
                 blocks = manager.req_to_blocks[request_id]
                 padding = [self.block_pool.null_block] * (first - len(blocks))
                 blocks.extend(padding)
-                allocated = manager.allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-                new[index] = padding + allocated
-        self.covered[request_id] = len(units.first_blocks), num_blocks
+                num_slots = need * self._block_size
+                new[index] = padding + manager.allocate_new_blocks(request_id, num_slots, num_slots)
+        self.covered[request_id] = needed
         return tuple(new)
-
-    def _covers(self, request_id: str, units: RequestUnits, num_blocks: int) -> bool:
-        num_units, most_blocks = self.covered.get(request_id, (0, 0))
-        return num_blocks <= most_blocks and num_units == len(units.first_blocks)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Publish full blocks of the units of the request's first path; the caller limits the tokens to that path."""
