@@ -21,6 +21,8 @@ class LayerView:
     attn_metadata, slot_mapping: for these rows; None: vLLM's own for the whole batch.
     skipped: rows that do not execute the layer, on the device; see skipped_rows.
     skipped_slots: the slots that these rows write in this layer's cache all the same; None: they write nothing.
+    attended: with attn_metadata, what it was made of: tokens to compute and to attend to, and block tables, see
+        StepBatch.metadata.
     metadata_of: without attn_metadata, the layer whose metadata by vLLM is meant; None: of the layer itself.
     """
 
@@ -30,6 +32,7 @@ class LayerView:
     slot_mapping: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
     skipped_slots: torch.Tensor | None = None
+    attended: tuple[np.ndarray, np.ndarray, torch.Tensor] | None = None
     metadata_of: int | None = None
     _source: torch.Tensor | None = None
 

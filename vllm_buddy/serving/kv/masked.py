@@ -18,7 +18,7 @@ from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
 from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.serving.kv.base import KVPolicy, LayerView
-from vllm_buddy.serving.kv.packed import packed_views
+from vllm_buddy.serving.kv.packed import next_views, packed_views
 from vllm_buddy.serving.schedule.plan import RequestPlan
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
@@ -51,15 +51,17 @@ class _LastStep:
             and all(plan.cached_path is None for plan in self.plans)
         )
 
-    def same_views(self, batch: StepBatch) -> list[LayerView] | None:
-        """The views, if they also fit `batch`, which repeats the step; else None.
+    def next_views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView] | None:
+        """The views of `batch`, which repeats the step, where they follow from its views; else None.
 
-        They do while decoding if each layer either holds all tokens of the requests that run it or is run by none.
-        Views with their own lengths and slots fit one step only.
+        They are the same while decoding if each layer either holds all tokens of the requests that run it or is run by
+        none. places: of `batch`.
         """
         if self.views is None or batch.num_tokens != len(self.req_ids):
             return None
-        return self.views if all(view.attn_metadata is None for view in self.views) else None
+        if all(view.attn_metadata is None for view in self.views):
+            return self.views
+        return next_views(batch, places, self.views)
 
 
 class Masked(KVPolicy):
@@ -130,8 +132,8 @@ class Masked(KVPolicy):
         return last.places
 
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
-        same = self._last.same_views(batch) if self._repeated else None
-        self._last.views = same or packed_views(batch, places)
+        following = self._last.next_views(batch, places) if self._repeated else None
+        self._last.views = following or packed_views(batch, places)
         return self._last.views
 
     def _enter(self, batch: StepBatch, row: int) -> int:

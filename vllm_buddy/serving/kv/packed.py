@@ -5,6 +5,9 @@ the order is kept, so causal attention over that layer's own length is attention
 backend.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -58,9 +61,33 @@ def _own_view(batch: StepBatch, places: RunPlaces, slots: torch.Tensor) -> Layer
     reqs = np.flatnonzero(count)
     first_block = None if places.first_block is None else places.first_block[0][batch.first_run][reqs]
     tables = batch.tables(reqs, int(seq_lens.max()), first_block)
-    if executes.all():
-        return LayerView(attn_metadata=batch.metadata(count, seq_lens, tables, slots), slot_mapping=slots)
-    rows = batch.token_rows(executes)
-    rows_device = batch.to_device(rows)
-    slots = slots.index_select(0, rows_device)
-    return LayerView(rows, rows_device, batch.metadata(count[reqs], seq_lens[reqs], tables, slots), slots)
+    rows = None if executes.all() else batch.token_rows(executes)
+    rows_device = None if rows is None else batch.to_device(rows)
+    if rows_device is not None:
+        slots = slots.index_select(0, rows_device)
+    attended = count[reqs], seq_lens[reqs], tables
+    return LayerView(rows, rows_device, batch.metadata(*attended, slots), slots, attended=attended)
+
+
+def next_views(batch: StepBatch, places: RunPlaces, views: Sequence[LayerView]) -> list[LayerView] | None:
+    """The views of a step in which every request decodes one token on its path, like in the step before it.
+
+    Each layer that runs then writes the next slot and attends to one token more, in the same blocks.
+
+    places: of this step. views: of the step before, in the same order of requests.
+
+    Returns:
+        None where a request begins a block in some layer.
+    """
+    if ((places.first_position >= 0) & (places.first_position % batch.block_size == 0)).any():
+        return None
+    following = {id(view): view if view.attended is None else _next_view(batch, view) for view in views}
+    return [following[id(view)] for view in views]
+
+
+def _next_view(batch: StepBatch, view: LayerView) -> LayerView:
+    assert view.attended is not None
+    assert view.slot_mapping is not None
+    query_lens, seq_lens, tables = view.attended
+    attended, slots = (query_lens, seq_lens + 1, tables), view.slot_mapping + 1
+    return replace(view, attn_metadata=batch.metadata(*attended, slots), slot_mapping=slots, attended=attended)
