@@ -114,7 +114,7 @@ def groups_by_units(groups: "Sequence[KVCacheGroupSpec]", units: "KVUnits") -> "
     of all groups out of one pool.
 
     Raises:
-        UnsupportedError: the layers are not alike, so that vLLM made several groups or sizes.
+        UnsupportedError: the layers are not alike, so that vLLM made several groups or sizes, or some are missing.
     """
     from vllm.model_executor.models.utils import extract_layer_index
     from vllm.v1.kv_cache_interface import KVCacheGroupSpec, UniformTypeKVCacheSpecs
@@ -126,6 +126,10 @@ def groups_by_units(groups: "Sequence[KVCacheGroupSpec]", units: "KVUnits") -> "
         )
     names = {extract_layer_index(name): name for name in groups[0].layer_names}
     spec = groups[0].kv_cache_spec
+    if sorted(names) != list(range(units.num_layers)):
+        raise UnsupportedError(
+            f'kv_layout "units" needs a KV cache in each of {units.num_layers} layers, found {len(names)}; leave it out'
+        )
     return [
         KVCacheGroupSpec([names[layer] for layer in units.layers_at(unit)], spec) for unit in range(units.num_units)
     ]

@@ -250,6 +250,16 @@ def test_kv_units_become_groups_of_one_layer_of_each_class(llama_model: Tiny) ->
     assert len(kv_cache_groups(configure(llama_model))) == 1
 
 
+def test_kv_units_of_a_model_without_some_layers_are_refused(llama_model: Tiny) -> None:
+    """Fails if layers that have no KV cache would shift the others into each other's memory."""
+    from vllm.v1.core import kv_cache_utils
+
+    specs = kv_cache_specs()
+    specs.pop("model.layers.3.self_attn.attn")
+    with pytest.raises(ValueError, match="needs a KV cache in each of 8 layers, found 7"):
+        kv_cache_utils.get_kv_cache_groups(configure(llama_model, {"kv_layout": "units"}), specs)
+
+
 def test_a_memory_too_small_for_one_request_at_full_depth_is_refused_with_the_numbers(llama_model: Tiny) -> None:
     """Fails if a server with units starts that would preempt its only request for ever."""
     from vllm.v1.core import kv_cache_utils

@@ -43,6 +43,8 @@ def _why_not(settings: BuddySettings, num_layers: int, vllm_config: "VllmConfig"
         return f'KV policy "{settings.kv}" writes every layer of every token, so units would save nothing; set "masked"'
     if settings.schedule.by_token:
         return 'schedule "token" lets every token run other layers, which never come back to few; set it to "request"'
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "the layers of a unit would lie on several stages; use tensor or data parallelism"
     if vllm_config.speculative_config is not None:
         return "a rejected draft may have taken up a layer; start without a speculator"
     if num_layers % settings.kv_classes or settings.kv_classes > num_layers // 2:
