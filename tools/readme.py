@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from tools.tables import auto, drafts, front, peers, quality, speed, steps
+from tools.tables import auto, drafts, front, memory, peers, quality, speed, steps
 from tools.tables.results import ROOT, table
 
 CARD = ROOT / "vllm_buddy" / "shipped" / "smollm2-135m" / "README.md"
@@ -75,6 +75,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "capabilities": peers.capabilities_table,
     "memory": speed.memory_table,
     "max budget": speed.max_budget_table,
+    "kv capacity": memory.capacity_table,
+    "kv pressure": memory.pressure_table,
+    "kv pace": memory.pace_table,
     "start": speed.start_table,
     "layer calls": speed.layer_calls_table,
     "quality": quality.quality_table,
@@ -109,6 +112,8 @@ PAGES = {
         "capabilities",
     ],
     DOCS / "speculation.md": ["speculation", "profile of depths", "profile of speed-ups"],
+    DOCS / "max_budget.md": ["max budget"],
+    DOCS / "memory.md": ["kv capacity", "kv pressure", "kv pace"],
     CARD: ["quality"],
     TOKEN_CARD: ["token"],
 }

@@ -12,7 +12,10 @@ from benchmarks.harness.load import arrival_rate, positive_number
 
 PEERS = "peers.compare"
 ROUNDS = (
-    *(f"speed.{n}" for n in ("decode", "prefill", "mixed", "profile_step", "serving", "memory", "in_process")),
+    *(
+        f"speed.{n}"
+        for n in ("decode", "prefill", "mixed", "profile_step", "serving", "memory", "kv_layouts", "in_process")
+    ),
     PEERS,
 )
 

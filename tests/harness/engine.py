@@ -203,15 +203,13 @@ class Engine:
         by_token: ByToken = (False, False),
     ) -> None:
         """Set KV policy, schedule, bypass and tokens per step, and empty the prefix cache."""
-        from vllm_buddy.serving.kv import POLICIES
-
         assert not self.core.scheduler.has_unfinished_requests()
         self.state.graphs = None
         artifact = self.tiny.artifact
         lag = max(lag, int(self.core.vllm_config.scheduler_config.async_scheduling))
         self.policy, self.schedule, self.library, self.bypass = policy, PathSchedule(interval, lag), library, bypass
         self._backbone.bypasses = self._bypasses if bypass else None
-        self.state.policy = POLICIES[policy](self.state.num_layers)
+        self.state.policy = self.state.new_policy(policy)
         self.scheduler._salt_prefix = f"{artifact.digest}:{policy}"
         routes = self.scheduler._routes
         routes.schedule, routes.router, self.by_token = self.schedule, artifact.router(library=library), by_token
@@ -261,6 +259,12 @@ class Engine:
             self.state.graphs.capture_pieces()
         self.state.graphs.paths.limit = most_paths
         return self.state.graphs
+
+    @property
+    def num_blocks_in_use(self) -> int:
+        """KV blocks that requests hold, without the null block, which vLLM keeps."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
     def empty_prefix_cache(self) -> None:
         assert self.scheduler.reset_prefix_cache()

@@ -9,25 +9,45 @@ CPU.
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tests.harness.engine import BLOCK_SIZE, Ask, Tiny
-from tests.harness.tiny_models import HEAD_DIM, NUM_KV_HEADS, VOCAB_SIZE
-from vllm_buddy.method import PathSchedule, RequestRoute, depth_for_budget
-from vllm_buddy.serving.schedule.plan import PLAN_ATTRIBUTE
+from tests.harness.tiny_models import HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, VOCAB_SIZE
+from vllm_buddy.method import PathSchedule, RequestRoute, depth_for_budget, layers_of
+from vllm_buddy.serving.schedule.plan import PLAN_ATTRIBUTE, LayerPlaces, RequestPlan
 
 _START = 7
+_NULL_BLOCK = 0
+_CHECK_EVERY = 8  # steps; every entry of every layer is compared
 
 
 @dataclass
 class _Row:
-    """What the worker knows about one request: its tokens and its blocks."""
+    """What the worker knows about one request: its tokens and its blocks, by KV-cache group.
+
+    entries: with KV units, what each layer stored, in order. places: where the layers lie.
+    """
 
     tokens: list[int]
-    blocks: list[int]
+    tables: list[list[int]]
+    entries: list[list[int]] = field(default_factory=list)
+    places: LayerPlaces | None = None
+
+    @property
+    def blocks(self) -> list[int]:
+        """Of the first group, in which the first layer lies, which all tokens run."""
+        return self.tables[0]
+
+    def slot(self, layer: int, index: int) -> int:
+        """Where the layer stores its index-th entry."""
+        assert self.places is not None
+        block = self.places.first_block[layer] + index // BLOCK_SIZE
+        number = self.tables[self.places.unit[layer]][block]
+        assert number != _NULL_BLOCK, "writes to the block that vLLM gives to nobody"
+        return number * BLOCK_SIZE + index % BLOCK_SIZE
 
 
 def _next_hash(before: int, token: int, path: int) -> int:
@@ -54,8 +74,8 @@ class PretendEngine:
         """Make scheduler and worker. buddy: further server settings."""
         from vllm import EngineArgs
         from vllm.utils.hashing import sha256
-        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups, get_request_block_hasher, init_none_hash
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
         from vllm.v1.structured_output import StructuredOutputManager
 
         from vllm_buddy.serving.schedule.scheduler import make_scheduler
@@ -85,9 +105,11 @@ class PretendEngine:
         spec = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.float32
         )
+        layers = {f"model.layers.{layer}.self_attn.attn": spec for layer in range(NUM_LAYERS)}
+        self.units = config.model_config.buddy_kv_units
         self.scheduler = make_scheduler(
             vllm_config=config,
-            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            kv_cache_config=KVCacheConfig(num_blocks, [], get_kv_cache_groups(config, layers)),
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK_SIZE,
             hash_block_size=BLOCK_SIZE,
@@ -102,6 +124,8 @@ class PretendEngine:
         self._in_flight: deque[tuple[Any, Any]] = deque()
         self._rows: dict[str, _Row] = {}
         self._stored = [[0] * BLOCK_SIZE for _ in range(num_blocks)]
+        self._stored_by_class: dict[tuple[int, int], int] = {}  # with KV units, by class and slot
+        self._num_steps = 0
         self._routes: dict[str, RequestRoute] = {}
         self.asks: dict[str, Ask] = {}
         self.generated: dict[str, list[int]] = {}
@@ -181,6 +205,7 @@ class PretendEngine:
             self._rows.pop(request_id, None)
         computed = self._take_in(output)
         sampled = {}
+        self._num_steps += 1
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             row, start = self._rows[request_id], computed[request_id]
             self._lower(request_id, row.tokens)
@@ -192,9 +217,13 @@ class PretendEngine:
             if cached_path is not None:
                 self._check_cached(request_id, start, cached_path)
             history = self._load(row, start - 1)
+            if self.units is not None:
+                self._begin(row, plan[request_id], start)
             for position, path in enumerate(paths, start=start):
                 history = _next_hash(history, row.tokens[position], path)
                 self._stored[row.blocks[position // BLOCK_SIZE]][position % BLOCK_SIZE] = history
+                if self.units is not None:
+                    self._store(row, path, history)
             sampled[request_id] = [_sample(history)] if start + num_tokens == len(row.tokens) else []
             row.tokens += sampled[request_id]
         return ModelRunnerOutput(
@@ -213,15 +242,16 @@ class PretendEngine:
         """Update the rows as vLLM's runner does, and return the computed tokens of each scheduled request."""
         computed = {}
         for new in output.scheduled_new_reqs:
-            self._rows[new.req_id] = _Row(list(new.prompt_token_ids), list(new.block_ids[0]))
+            self._rows[new.req_id] = _Row(list(new.prompt_token_ids), list(map(list, new.block_ids)))
             computed[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for request_id, blocks, num_computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens):
             computed[request_id] = num_computed
             if request_id in cached.resumed_req_ids:
-                self._rows[request_id] = _Row(list(cached.all_token_ids[request_id]), list(blocks[0]))
+                self._rows[request_id] = _Row(list(cached.all_token_ids[request_id]), list(map(list, blocks)))
             elif blocks is not None:
-                self._rows[request_id].blocks += blocks[0]
+                for table, more in zip(self._rows[request_id].tables, blocks, strict=True):
+                    table += more
         return computed
 
     def _check_cached(self, request_id: str, num_tokens: int, cached_path: int) -> None:
@@ -232,6 +262,29 @@ class PretendEngine:
             history = _next_hash(history, row.tokens[position], path)
             assert self._load(row, position) == history, "found a block that other tokens or another path made"
         self.cache_hits += num_tokens
+
+    def _begin(self, row: _Row, plan: RequestPlan, start: int) -> None:
+        """With KV units: take in where the layers lie, and check what they hold, at the start of a request always."""
+        row.places = plan.places or row.places
+        if plan.cached_path is not None:
+            row.entries = [[] for _ in range(NUM_LAYERS)]
+            history = _START
+            for token in row.tokens[:start]:
+                history = _next_hash(history, token, plan.cached_path)
+                for layer in layers_of(plan.cached_path):
+                    row.entries[layer].append(hash((history, layer)))
+        if plan.cached_path is not None or self._num_steps % _CHECK_EVERY == 0:
+            for layer, entries in enumerate(row.entries):
+                found = [
+                    self._stored_by_class[self.units.class_of[layer], row.slot(layer, i)] for i in range(len(entries))
+                ]
+                assert found == entries, "a layer does not hold what its tokens stored"
+
+    def _store(self, row: _Row, path: int, history: int) -> None:
+        for layer in layers_of(path):
+            slot = row.slot(layer, len(row.entries[layer]))
+            row.entries[layer].append(hash((history, layer)))
+            self._stored_by_class[self.units.class_of[layer], slot] = row.entries[layer][-1]
 
     def _load(self, row: _Row, position: int) -> int:
         if position < 0:

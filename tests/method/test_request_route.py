@@ -169,6 +169,22 @@ def test_a_lowered_route_keeps_what_lies_before_and_runs_fewer_layers_behind(
     assert (route.uniform_length, route.depth, route.lowered) == (position, 5, [(position, 5)])
 
 
+def test_lowering_takes_the_place_of_a_decision_for_the_same_token() -> None:
+    """Fails if a decision that was made ahead, and has run nothing, leaves a run without tokens behind."""
+    token_ids = list(range(20))
+    route = RequestRoute(ROUTER, PathSchedule(1, 0), 6, token_ids[:4])
+    changes = [p for p in range(5, 19) if route.runs(p - 1, 1, token_ids) != route.runs(p, 1, token_ids)]
+    for position in changes:
+        route = RequestRoute(ROUTER, PathSchedule(1, 0), 6, token_ids[:4])
+        route.decide(position + 1, token_ids)
+        if route.lower(4, position, token_ids):
+            break
+    else:
+        raise AssertionError("no position of this request can be lowered")
+    assert all(run.num_tokens > 0 for run in route.runs(0, 20, token_ids))
+    assert [run.path.bit_count() for run in route.runs(position - 1, 2, token_ids)] == [6, 4]
+
+
 def test_a_route_is_not_lowered_to_a_path_with_a_layer_of_its_own() -> None:
     """Fails if lowering the depth adds a layer that has no keys and values of the preceding tokens."""
     library = {6: [0b1000111101], 4: [0b1010000011]}

@@ -56,6 +56,38 @@ def llama(engine_of: Callable[[str], Engine]) -> Iterator[Engine]:
     engine.abort_all()
 
 
+UNITS = {"kv_policy": "masked", "kv_layout": "units"}
+
+
+@pytest.fixture(scope="session")
+def units_of(tiny: Callable[[str], Tiny]) -> Callable[[str], Engine]:
+    """The routed engine of a family with KV units of two layers, started once and reset on each use."""
+    started: dict[str, Engine] = {}
+
+    def get(family: str) -> Engine:
+        if family not in started:
+            started[family] = start_engine(tiny(family), buddy=UNITS)
+        started[family].configure()
+        return started[family]
+
+    return get
+
+
+@pytest.fixture
+def units(units_of: Callable[[str], Engine]) -> Iterator[Engine]:
+    """The routed Llama engine with KV units. The test leaves it idle, and no block in use."""
+    engine = units_of("llama")
+    yield engine
+    engine.abort_all()
+    assert engine.num_blocks_in_use == 0
+
+
+@pytest.fixture(scope="session")
+def crowded_units(tiny: Callable[[str], Tiny]) -> Engine:
+    """The same with room for one request at full depth, so that vLLM preempts by itself and evicts."""
+    return start_engine(tiny("llama"), buddy=UNITS, num_gpu_blocks_override=65)
+
+
 @pytest.fixture(scope="session")
 def crowded(tiny: Callable[[str], Tiny]) -> Engine:
     """A routed Llama engine with so few KV blocks that vLLM preempts by itself."""

@@ -33,6 +33,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import RequestState
 
@@ -42,6 +43,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
             SamplingParams.verify,
             InputProcessor.process_inputs,
             RequestState.make_request_output,
+            kv_cache_utils.get_kv_cache_groups,
             OpenAIServingChat.chat_completion_stream_generator,
             OpenAIServingCompletion.completion_stream_generator,
         )
@@ -109,8 +111,12 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.sampling_params import SamplingParams
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
@@ -135,6 +141,31 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
         "update_from_output": (Scheduler.update_from_output, ["self", "scheduler_output", "model_runner_output"]),
         "_free_request": (Scheduler._free_request, ["self", "request"]),
         "cache_blocks": (KVCacheCoordinator.cache_blocks, ["self", "request", "num_computed_tokens"]),
+        "get_kv_cache_groups": (original(get_kv_cache_groups), ["vllm_config", "kv_cache_spec"]),
+        "get_num_blocks_to_allocate": (
+            KVCacheCoordinator.get_num_blocks_to_allocate,
+            ["self", "request_id", "num_tokens", "new_computed_blocks"],
+        ),
+        "allocate_new_blocks": (
+            KVCacheCoordinator.allocate_new_blocks,
+            ["self", "request_id", "num_tokens", "num_tokens_main_model"],
+        ),
+        "find_longest_cache_hit": (
+            KVCacheCoordinator.find_longest_cache_hit,
+            ["self", "block_hashes", "max_cache_hit_length"],
+        ),
+        "pop_blocks_for_free": (KVCacheCoordinator.pop_blocks_for_free, ["self", "request_id"]),
+        "free": (KVCacheCoordinator.free, ["self", "request_id"]),
+        "get_computed_blocks": (KVCacheManager.get_computed_blocks, ["self", "request"]),
+        "cache_blocks of a group": (
+            SingleTypeKVCacheManager.cache_blocks,
+            ["self", "request", "num_tokens", "retention_interval", "replay_boundaries"],
+        ),
+        "find_longest_cache_hit of a group": (
+            FullAttentionManager.find_longest_cache_hit,
+            ["block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec", "drop_eagle_block"],
+        ),
+        "free_blocks": (BlockPool.free_blocks, ["self", "ordered_blocks"]),
         "update_block_hashes": (Request.update_block_hashes, ["self"]),
         "execute_model": (GPUModelRunner.execute_model, ["self", "scheduler_output"]),
         "sample_tokens": (GPUModelRunner.sample_tokens, ["self"]),
@@ -246,3 +277,28 @@ def test_all_publishing_goes_through_the_coordinator() -> None:
         source = inspect.getsource(module)
         assert source.count(".cache_blocks(") == source.count("self.kv_cache_manager.cache_blocks(")
     assert "cache_full_blocks" not in inspect.getsource(kv_cache_coordinator) + manager
+
+
+def test_the_coordinator_has_no_method_that_units_forget() -> None:
+    """Fails if vLLM's coordinator gives or takes blocks by a new method, which would see the groups of all units."""
+    from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
+
+    methods = {n for c in (KVCacheCoordinator, HybridKVCacheCoordinator) for n, f in vars(c).items() if callable(f)}
+    # What is not overridden works on the lists of blocks that a request has, or on no request.
+    assert {name for name in methods if not name.startswith("_")} == {
+        "allocate_new_blocks",
+        "allocate_new_computed_blocks",
+        "cache_blocks",
+        "emit_cached_block_events",
+        "find_longest_cache_hit",
+        "find_longest_cache_hit_per_group",
+        "free",
+        "get_blocks",
+        "get_num_blocks_to_allocate",
+        "get_num_cacheable_tokens",
+        "new_step_starts",
+        "pop_blocks_for_free",
+        "remove_skipped_blocks",
+        "reset_prefix_cache",
+        "verify_and_split_kv_cache_groups",
+    }

@@ -230,8 +230,11 @@ class RequestRoute:
             if self._context is not None:
                 self._context.extend(token_ids[: self.num_context_tokens])
         path = self._router.path(self._context, depth)
-        if path & ~self._paths[-1]:
+        decided = self._starts[-1] == position > 0  # a decision for `position` itself has run nothing yet
+        if path & ~self._paths[-2 if decided else -1]:
             return False
+        if decided:
+            del self._starts[-1], self._paths[-1]
         self._starts.append(position)
         self._paths.append(path)
         self.depth = depth

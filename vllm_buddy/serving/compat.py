@@ -6,10 +6,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from vllm_buddy.errors import UnsupportedError
+
 if TYPE_CHECKING:
     import torch
     from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec
     from vllm.v1.request import Request
+
+    from vllm_buddy.method.kv_units import KVUnits
 
 TESTED_VLLM = ("0.32.0",)
 
@@ -44,8 +49,8 @@ def attention_problem(attn_groups: Sequence[Sequence[Any]]) -> str | None:
 
     attn_groups: of the runner, by KV cache group (vllm.v1.worker.utils.AttentionGroup).
     """
-    if len(attn_groups) != 1 or len(attn_groups[0]) != 1:
-        return "it needs one KV cache group with one attention backend"
+    if not attn_groups or any(len(groups) != 1 for groups in attn_groups):
+        return "it needs one attention backend for all layers"
     group = attn_groups[0][0]
     backend = group.backend.get_name()
     if reason := why_not_attention_backend(backend):
@@ -56,7 +61,7 @@ def attention_problem(attn_groups: Sequence[Sequence[Any]]) -> str | None:
 
 
 def metadata_builder(attn_groups: Sequence[Sequence[Any]]) -> "AttentionMetadataBuilder[Any]":
-    """The builder of attention metadata of the one KV cache group."""
+    """The builder of attention metadata of the first KV cache group. The layers of all groups are alike."""
     return attn_groups[0][0].get_metadata_builder(0)
 
 
@@ -136,6 +141,34 @@ def with_layers(layers: int) -> Iterator[None]:
 
     with patch.object(llama, "make_layers", make), patch.object(qwen2, "make_layers", make):
         yield
+
+
+def groups_by_units(groups: "Sequence[KVCacheGroupSpec]", units: "KVUnits") -> "list[KVCacheGroupSpec]":
+    """One KV-cache group for each unit, out of vLLM's one group of all layers.
+
+    vLLM lets all groups use the same memory, in which the i-th layers of all groups share a place, and takes the blocks
+    of all groups out of one pool.
+
+    Raises:
+        UnsupportedError: the layers are not alike, so that vLLM made several groups or sizes, or some are missing.
+    """
+    from vllm.model_executor.models.utils import extract_layer_index
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec, UniformTypeKVCacheSpecs
+
+    if len(groups) != 1 or isinstance(groups[0].kv_cache_spec, UniformTypeKVCacheSpecs):
+        raise UnsupportedError(
+            'kv_layout "units" needs layers with KV caches of one kind and size; leave it out, or start without '
+            "--kv-cache-dtype-skip-layers"
+        )
+    names = {extract_layer_index(name): name for name in groups[0].layer_names}
+    spec = groups[0].kv_cache_spec
+    if sorted(names) != list(range(units.num_layers)):
+        raise UnsupportedError(
+            f'kv_layout "units" needs a KV cache in each of {units.num_layers} layers, found {len(names)}; leave it out'
+        )
+    return [
+        KVCacheGroupSpec([names[layer] for layer in units.layers_at(unit)], spec) for unit in range(units.num_units)
+    ]
 
 
 def finished_params(freed: Any, outcome: dict[str, Any]) -> Any:

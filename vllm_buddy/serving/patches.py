@@ -1,4 +1,4 @@
-"""All changes to classes of vLLM: six wrapped methods, and a table entry for each routed model class.
+"""All changes to vLLM's code: seven wrapped functions, and a table entry for each routed model class.
 
 `_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
     Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
@@ -24,6 +24,11 @@ paths of requests that ask for them (`buddy_paths`) in chunks of their own.
     Why: each sample is a request of its own in the engine, and vLLM passes on the parameters of the one that ends last.
     Nearest hook: none; `RequestOutput` has one `kv_transfer_params` for all its outputs.
     Remove when: `CompletionOutput` has parameters of its own.
+
+`get_kv_cache_groups` makes one KV-cache group for each KV unit.
+    Why: vLLM groups layers by the kind of their caches, and those of one model are alike.
+    Nearest hook: a KVCacheSpec of our own per unit, which vLLM would take for several kinds of attention.
+    Remove when: a model class can name the groups (`SupportsKVCacheGrouping`, from vLLM 0.33 on).
 
 All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_patches.py fails
 when vLLM's side moves.
@@ -63,6 +68,7 @@ def apply() -> None:
     _wrap_normalize_arch()
     _wrap_verify()
     _wrap_process_inputs()
+    _wrap_get_kv_cache_groups()
     _wrap_make_request_output()
     if _API_SERVER in sys.modules:  # in no other process does anything stream over HTTP
         for module, class_name, method in _STREAMS:
@@ -151,6 +157,25 @@ def _wrap_process_inputs() -> None:
 
     setattr(process_inputs, _MARK, original)
     InputProcessor.process_inputs = process_inputs
+
+
+def _wrap_get_kv_cache_groups() -> None:
+    """Give each KV unit a group, where the config hook chose units. vLLM imports the function late in other modules."""
+    from vllm.v1.core import kv_cache_utils
+
+    from vllm_buddy.serving.compat import groups_by_units
+
+    original = kv_cache_utils.get_kv_cache_groups
+    if hasattr(original, _MARK):
+        return
+
+    def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
+        groups = original(vllm_config, kv_cache_spec)
+        units = getattr(vllm_config.model_config, "buddy_kv_units", None)
+        return groups if units is None else groups_by_units(groups, units)
+
+    setattr(get_kv_cache_groups, _MARK, original)
+    kv_cache_utils.get_kv_cache_groups = get_kv_cache_groups
 
 
 def _wrap_make_request_output() -> None:

@@ -144,6 +144,7 @@ def finish(engine: PretendEngine) -> None:
 
 
 both = pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
+layouts = pytest.mark.parametrize("layout", ["dense", "units"])
 
 
 @both
@@ -273,7 +274,8 @@ def test_the_metrics_show_load_price_and_choices(
 
 
 @both
-def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
+@layouts
+def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asynchronous: bool, layout: str) -> None:
     """Fails if requests of a calm minute stay deep in a busy one, numbers are touched, or a block that holds tokens of
     the lower depth is found by one who runs the depth before."""
     made = pretend(
@@ -281,6 +283,7 @@ def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asy
         asynchronous=asynchronous,
         load={"price": LOAD_PRICE, "running": [2, 4], "lowers_running": True},
         auto={"price": 0.0},
+        kv_layout=layout,
     )
     scheduler = made.scheduler
     first = made.add(auto(PROMPTS[0], 60), runs_as=fixed(auto(PROMPTS[0], 60), NUM_LAYERS))
@@ -310,13 +313,14 @@ def test_a_rising_load_lowers_requests_that_run(tiny: Callable[[str], Tiny], asy
 
 
 @both
+@layouts
 def test_a_request_that_is_computed_again_is_lowered_once_it_is_done(
-    tiny: Callable[[str], Tiny], asynchronous: bool
+    tiny: Callable[[str], Tiny], asynchronous: bool, layout: str
 ) -> None:
     """Fails if a rising load lowers a request between two chunks of tokens that it has generated before a preemption:
     they ran at its old depth, and positions would be out of order."""
     load = {"price": LOAD_PRICE, "running": [1, 3], "waiting": [0, 2], "lowers_running": True}
-    made = pretend(tiny, asynchronous=asynchronous, chunk=16, load=load, auto={"price": 0.0})
+    made = pretend(tiny, asynchronous=asynchronous, chunk=16, load=load, auto={"price": 0.0}, kv_layout=layout)
     prompt, others = PROMPTS[0], PROMPTS[1:5]
     first = made.add(auto(prompt, 120), runs_as=fixed(auto(prompt, 120), NUM_LAYERS))
     step_until(made, lambda: len(made.generated[first]) >= 60)

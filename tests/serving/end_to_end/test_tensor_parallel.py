@@ -19,11 +19,13 @@ import json, sys
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
 
-    model, artifact, asks, eager = json.load(sys.stdin)
+    model, artifact, asks, eager, layout = json.load(sys.stdin)
     llm = LLM(
         model, model_impl="buddy", dtype="float32", skip_tokenizer_init=True, enforce_eager=eager, max_model_len=512,
         kv_cache_memory_bytes=32 << 20, tensor_parallel_size=2, distributed_executor_backend="mp",
-        additional_config={"buddy": {"artifact": artifact, "paths": "free", "route_every": 4}},
+        additional_config={
+            "buddy": {"artifact": artifact, "paths": "free", "route_every": 4, "kv_layout": layout},
+        },
     )
     params = [
         SamplingParams(temperature=0, max_tokens=n, detokenize=False, extra_args={"buddy_budget": b})
@@ -35,9 +37,14 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("eager", [True, False], ids=("eager", "compiled"))
-def test_two_ranks_give_the_reference_tokens(tiny: Callable[[str], Tiny], tmp_path: Path, eager: bool) -> None:
-    """Fails if ranks run different rows of a layer, read sharded heads as whole ones, or disagree on compiled code."""
+@pytest.mark.parametrize(
+    ("eager", "layout"), [(True, "dense"), (False, "dense"), (True, "units")], ids=("eager", "compiled", "units")
+)
+def test_two_ranks_give_the_reference_tokens(
+    tiny: Callable[[str], Tiny], tmp_path: Path, eager: bool, layout: str
+) -> None:
+    """Fails if ranks run different rows of a layer, read sharded heads as whole ones, or disagree on compiled code or
+    on where a layer lies."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two ranks need two cores")
     llama = tiny("llama")
@@ -45,7 +52,7 @@ def test_two_ranks_give_the_reference_tokens(tiny: Callable[[str], Tiny], tmp_pa
     script = tmp_path / "serve.py"
     script.write_text(_SERVE)
     wanted = [(a.prompt, a.budget, a.max_tokens) for a in asks]
-    request = [str(llama.folder), str(llama.artifact_folder), wanted, eager]
+    request = [str(llama.folder), str(llama.artifact_folder), wanted, eager, layout]
     env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     done = subprocess.run(
         [sys.executable, str(script)], input=json.dumps(request), env=env, capture_output=True, text=True, timeout=300

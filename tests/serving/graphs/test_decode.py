@@ -11,8 +11,10 @@ from vllm_buddy_kernels import Kernels
 
 from tests.harness.engine import Ask, Engine, Tiny, start_engine
 from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
+from tests.serving.conftest import UNITS
 from tests.serving.end_to_end.test_golden import batch
 from tests.serving.end_to_end.test_independence import FEW, check_scenario, scenarios
+from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import depth_for_budget, layers_of
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
 from vllm_buddy.serving.graphs.capture import OutOfGraphMemory
@@ -27,13 +29,14 @@ GOLDEN = [(policy, interval, bypass) for policy in (MASKED, KV_ONLY) for interva
 @pytest.fixture(scope="module")
 def engines(tiny: Callable[[str], Tiny]) -> Callable[[str, str], Engine]:
     """Engines that move rows by kernels, by family and kernels."""
-    started: dict[tuple[str, str], Engine] = {}
+    started: dict[tuple[str, str, bool], Engine] = {}
 
-    def get(family: str, kernels: str) -> Engine:
-        if (family, kernels) not in started:
-            started[family, kernels] = start_engine(tiny(family), buddy={"kernels": kernels})
-        started[family, kernels].configure()
-        return started[family, kernels]
+    def get(family: str, kernels: str, *, units: bool = False) -> Engine:
+        key = (family, kernels, units)
+        if key not in started:
+            started[key] = start_engine(tiny(family), buddy={"kernels": kernels, **(UNITS if units else {})})
+        started[key].configure()
+        return started[key]
 
     return get
 
@@ -114,6 +117,27 @@ def test_tokens_of_replayed_steps_equal_the_reference(
         assert len(log.steps) > 20
         assert all(log.steps)
         assert (graphs._buffers.tables is not None) == (policy == MASKED and shares_blocks)
+
+
+@pytest.mark.parametrize("interval", [0, 1])
+def test_tokens_of_replayed_steps_with_units_equal_the_reference(engines: Callable[..., Engine], interval: int) -> None:
+    """Fails if a captured layer reads the block table of another unit, or one of the step before."""
+    engine = engines("llama", KERNELS, units=True)
+    engine.configure(MASKED, interval)
+    log = Log(engine.capture(SIZES))
+    asks = [Ask(ask.prompt, ask.budget, 40) for ask in batch(seed=interval)]
+    engine.check(asks, engine.run(asks, arrivals=[0, 0, 0, 1, 2, 2, 5, 9]))
+    engine.check(asks, engine.run(asks, before_step=lambda step: step == 20 and engine.preempt(0)))
+    assert len(log.steps) > 60
+    assert all(log.steps)
+    assert engine.num_blocks_in_use == 0
+
+
+def test_units_whose_tables_take_too_much_memory_are_refused_with_the_numbers(engines: Callable[..., Engine]) -> None:
+    """Fails if a server with units starts whose steps would never be replayed."""
+    engine = engines("llama", KERNELS, units=True)
+    with pytest.raises(SettingsError, match=r"takes \d+ MiB for block tables .* graphs.memory_mib"):
+        engine.capture(SIZES, memory_limit=1000)
 
 
 @FEW

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from vllm_buddy_kernels import KERNELS
 
 from vllm_buddy.method import LayerPath, Run, layers_of, path_of
-from vllm_buddy.serving.kv import POLICIES, LayerView
+from vllm_buddy.serving.kv import POLICIES, LayerView, masked
 from vllm_buddy.serving.kv.masked import Masked
+from vllm_buddy.serving.kv.packed import packed_views
 from vllm_buddy.serving.schedule.plan import RequestPlan
-from vllm_buddy.serving.worker.batch import StepBatch, check_plan
+from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch, check_plan
 
 NUM_LAYERS = 6
 BLOCK_SIZE = 4
@@ -150,6 +151,26 @@ def test_packed_slots_are_written_once_and_seen_by_their_request_alone(scenario:
     for i in range(len(scenario)):
         assert policy.layer_lengths(str(i)).tolist() == [len(slots) for slots in sequences[i].written]
         policy.forget(str(i))
+
+
+def test_views_of_requests_that_decode_on_are_made_anew_where_one_begins_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if tables and rows of requests on different paths are gathered in every step."""
+    made: list[int] = []
+
+    def counted(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+        made.append(int(batch.num_computed_tokens[0]))
+        return packed_views(batch, places)
+
+    monkeypatch.setattr(masked, "packed_views", counted)
+    policy, sequences = Masked(NUM_LAYERS), [new_sequence(number, 0) for number in range(2)]
+    for step in range(12):
+        plans = [RequestPlan((Run(1, PATHS[i]),), PATHS[i] if step == 0 else None) for i in range(2)]
+        batch = step_batch(["a", "b"], sequences, plans)
+        check_masked(batch, policy.views(batch, policy.places(batch)), sequences)
+    # The first step starts the requests, and the second is the first that repeats one.
+    assert made == [0, 1, 4, 8]
 
 
 @_SETTINGS

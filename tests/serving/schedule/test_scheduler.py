@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.harness.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Tiny, paths_told
 from tests.harness.pretend_worker import PretendEngine
-from tests.harness.tiny_models import random_prompts
+from tests.harness.tiny_models import NUM_LAYERS, random_prompts
 from tests.serving.end_to_end.test_independence import BUDGETS, CONTEXTS, PROMPTS, ask_with
 from vllm_buddy.method import PathSchedule
 
@@ -39,12 +39,19 @@ scenarios = given(
 )
 
 
-def check_scenario(tiny: Tiny, asynchronous: bool, interval, lag, num_blocks, chunk, requests, events) -> int:
+def check_scenario(
+    tiny: Tiny, asynchronous: bool, interval, lag, num_blocks, chunk, requests, events, *, units: bool = False
+) -> int:
     """Serve and compare; returns the number of tokens found in the cache."""
     from vllm.v1.request import RequestStatus
 
     engine = PretendEngine(
-        tiny, PathSchedule(interval, lag), asynchronous=asynchronous, num_blocks=num_blocks, chunk=chunk
+        tiny,
+        PathSchedule(interval, lag),
+        asynchronous=asynchronous,
+        num_blocks=(num_blocks - 1) * NUM_LAYERS // 2 + 1 if units else num_blocks,
+        chunk=chunk,
+        buddy={"kv_layout": "units", "kv_classes": 2} if units else None,
     )
     scheduler, aborted, followed = engine.scheduler, set(), set()
     for step in range(3000):
@@ -65,6 +72,8 @@ def check_scenario(tiny: Tiny, asynchronous: bool, interval, lag, num_blocks, ch
         if step > 20 and engine.idle:
             break
     assert engine.idle
+    pool = scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "a block is lost"
     for request_id, ask in engine.asks.items():
         if request_id not in aborted:
             assert engine.generated[request_id] == engine.expected(ask)
@@ -100,6 +109,21 @@ def test_every_block_found_in_the_cache_is_what_the_request_would_compute(
 
     check()
     assert hits > 1000
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
+def test_with_units_every_layer_holds_what_its_tokens_stored(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
+    """Fails if a block is given out twice or too late, or a layer is looked for in another unit than it lies in."""
+    hits = 0
+
+    @settings(_FEW, max_examples=60)
+    @scenarios
+    def check(**scenario) -> None:  # type: ignore[no-untyped-def]
+        nonlocal hits
+        hits += check_scenario(tiny("llama"), asynchronous, **scenario, units=True)
+
+    check()
+    assert hits > 500
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
@@ -160,13 +184,14 @@ def leaves_with_the_last_token_of_a_block(engine: PretendEngine) -> tuple[Ask, A
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("units", [False, True], ids=("dense", "units"))
 @pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
-def test_the_same_in_many_more_scenarios(tiny: Callable[[str], Tiny], asynchronous: bool) -> None:
+def test_the_same_in_many_more_scenarios(tiny: Callable[[str], Tiny], asynchronous: bool, units: bool) -> None:
     """The same with twenty times the scenarios."""
 
     @settings(_FEW, max_examples=2000)
     @scenarios
     def check(**scenario) -> None:  # type: ignore[no-untyped-def]
-        check_scenario(tiny("llama"), asynchronous, **scenario)
+        check_scenario(tiny("llama"), asynchronous, **scenario, units=units)
 
     check()

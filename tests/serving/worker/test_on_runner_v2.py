@@ -18,6 +18,7 @@ PLUGIN = (
     "end_to_end/test_context",
     "end_to_end/test_max_budget",
     "end_to_end/test_strict",
+    "end_to_end/test_units",
     "schedule/test_prefix_cache",
     "forward/test_lora",
     "admission/test_chooser",
@@ -56,6 +57,11 @@ def test_llama_on_v2_with_asynchronous_scheduling() -> None:
     """Fails if a plan made before the last token is known reaches the wrong step, or its count does."""
     names = ("end_to_end/test_golden", "graphs/test_decode")
     run_on("v2-async", names, "llama and (1-masked-bypass or masked-33 or masked-0-True)")
+
+
+def test_units_on_v2() -> None:
+    """Fails if V2 gives a layer the block table of another KV-cache group, or loses one when it preempts."""
+    run_on("v2-async", ("end_to_end/test_units",), "units and (1-llama or preempted and 1)")
 
 
 def test_drafts_on_v2() -> None:

@@ -171,14 +171,18 @@ class RoutedStep:
     def _forward_context(self, layers: Sequence[Any]) -> Any:
         """vLLM's forward context with the metadata and slots of each layer in this step. vLLM's own is not changed."""
         context = get_forward_context()
-        if all(view.attn_metadata is None for view in self.views):
+        if all(view.attn_metadata is None and view.metadata_of is None for view in self.views):
             return context
         attn_metadata, slot_mapping = dict(context.attn_metadata), dict(context.slot_mapping)
-        for layer, view in zip(layers, self.views, strict=True):
+        for index, (layer, view) in enumerate(zip(layers, self.views, strict=True)):
             if view.attn_metadata is not None:
                 name = layer.self_attn.attn.layer_name
                 attn_metadata[name] = view.attn_metadata
                 slot_mapping[name] = view.slot_mapping
+            elif view.metadata_of is not None:
+                name, other = (layers[i].self_attn.attn.layer_name for i in (index, view.metadata_of))
+                attn_metadata[name] = context.attn_metadata[other]
+                slot_mapping[name] = context.slot_mapping[other]
         return replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
 
 

@@ -3,8 +3,10 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
+_MOST_INDICES = 1 << 22  # of block tables that are made at once
 ONE_TOKEN = 1  # length of rows that skip a layer: their output is dropped, and no kernel sees a length of 0
 
 
@@ -13,16 +15,21 @@ class DecodeBuffers:
 
     Per layer and row: first_position and source as the op layer_slots and scatter_rows take them, slots, lengths; with
     `moves_first_blocks` also first_block, and a block table that begins there.
+
+    num_blocks: entries of the block table of one unit. num_units: whose tables lie side by side; 1 in the dense layout.
     """
 
-    def __init__(self, backbone: Any, most_rows: int, num_blocks: int, moves_first_blocks: bool) -> None:
+    def __init__(
+        self, backbone: Any, most_rows: int, num_blocks: int, moves_first_blocks: bool, num_units: int = 1
+    ) -> None:
         norm = backbone.norm.weight
         self.device, num_layers = norm.device, len(backbone.layers)
         new = partial(torch.zeros, device=self.device)
         self.num_layers = num_layers
         self.input_ids = new(most_rows, dtype=torch.int64)
         self.positions = new(most_rows, dtype=torch.int64)
-        self.block_table = new(most_rows, num_blocks, dtype=torch.int32)
+        self.num_units, self.num_blocks = num_units, num_blocks
+        self.block_table = new(most_rows, num_units * num_blocks, dtype=torch.int32)
         self.tables = new(num_layers, most_rows, num_blocks, dtype=torch.int32) if moves_first_blocks else None
         self.hidden, self.residual, self.output = new(3, most_rows, len(norm), dtype=norm.dtype).unbind()
         self.rows = torch.arange(most_rows + 1, dtype=torch.int32, device=self.device)
@@ -40,6 +47,30 @@ class DecodeBuffers:
     def table(self, size: int, layer: int) -> torch.Tensor:
         """[size, num_blocks], the block table of a layer."""
         return self.block_table[:size] if self.tables is None else self.tables[layer, :size]
+
+    def entries(self, first_block: np.ndarray, table_width: int) -> np.ndarray:
+        """Entries of `block_table` for those of a table whose units are table_width entries wide."""
+        if self.num_units == 1:
+            return first_block
+        return first_block // table_width * self.num_blocks + first_block % table_width
+
+    def fill_unit_tables(self, block_table: torch.Tensor, first_block: torch.Tensor, num_blocks: int) -> None:
+        """Do what fill_tables does, with KV units: a request has a table for each unit.
+
+        block_table: [num_rows, num_units * any]. first_block: [num_layers, num_rows], see `entries`.
+        """
+        assert self.tables is not None
+        num_rows = len(block_table)
+        given = block_table.reshape(num_rows, self.num_units, -1)
+        width = min(num_blocks, given.shape[2], self.num_blocks)
+        own = self.block_table[:num_rows]
+        own.view(num_rows, self.num_units, self.num_blocks)[:, :, :width].copy_(given[:, :, :width])
+        at_once = max(1, _MOST_INDICES // (num_rows * width))  # layers
+        for start in range(0, self.num_layers, at_once):
+            entry = first_block[start : start + at_once, :, None] + self._entries[:width]
+            entry.clamp_(max=own.shape[1] - 1)  # after the last block in use any entry will do
+            layers = self.tables[start : start + at_once, :num_rows, :width]
+            torch.gather(own.expand(len(layers), -1, -1), 2, entry.long(), out=layers)
 
     def fill_tables(self, block_table: torch.Tensor, first_block: torch.Tensor | None, num_blocks: int) -> None:
         """Take the tables of a step.

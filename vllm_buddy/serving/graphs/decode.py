@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_buddy.errors import SettingsError
 from vllm_buddy.serving.compat import metadata_to_capture
 from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.forward.pipeline import is_here
@@ -117,6 +118,13 @@ class DecodeGraphs:
         num_blocks, most_rows = -(-self._max_model_len // block_size), self.sizes[-1]
         table_bytes = 4 * len(self._layers) * most_rows * num_blocks
         moves_first_blocks = policy.moves_first_blocks and table_bytes <= memory_limit // 2
+        num_units = 1 if policy.units is None else policy.units.num_units
+        if policy.units is not None and not moves_first_blocks:
+            raise SettingsError(
+                f'kv_layout "units" with CUDA graphs takes {table_bytes >> 20} MiB for block tables of each layer, '
+                f"more than half of graphs.memory_mib {memory_limit >> 20}; raise it, or lower --max-model-len or "
+                "graphs.sizes"
+            )
         if moves_first_blocks != policy.moves_first_blocks:
             logger.warning(
                 "vllm_buddy: block tables of each layer would take %d MiB, more than half of graphs.memory_mib, so "
@@ -124,7 +132,7 @@ class DecodeGraphs:
                 "graphs.sizes",
                 table_bytes >> 20,
             )
-        self._buffers = DecodeBuffers(backbone, most_rows, num_blocks, moves_first_blocks)
+        self._buffers = DecodeBuffers(backbone, most_rows, num_blocks, moves_first_blocks, num_units)
         self._pieces: dict[tuple[int, Any], Replay] = {}  # by size and piece
         self.paths = GraphCache(memory_limit, _CAPTURE_AFTER)
 
@@ -145,10 +153,14 @@ class DecodeGraphs:
         if buffers.tables is not None:
             plan[2] = 0
             if places.first_block is not None:
-                plan[2, :, :num_rows] = places.first_block
+                plan[2, :, :num_rows] = buffers.entries(places.first_block, batch.table_width)
         async_tensor_h2d(plan, out=on_device)
         num_blocks = -(-(int(batch.num_computed_tokens.max()) + 1) // self._block_size)
-        buffers.fill_tables(batch.block_table, on_device[2, :, :num_rows] if shifted else None, num_blocks)
+        first_block = on_device[2, :, :num_rows] if shifted else None
+        if first_block is not None and batch.units is not None:
+            buffers.fill_unit_tables(batch.block_table, first_block, num_blocks)
+        else:
+            buffers.fill_tables(batch.block_table, first_block, num_blocks)
         running = mask.sum(axis=1).tolist()
         uses = tuple(Use.ALL if n == num_rows else Use.SOME if n else Use.NONE for n in running)
         seen: dict[bytes, int] = {}

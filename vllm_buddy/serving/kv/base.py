@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vllm_buddy.method.kv_policy import KVPolicyName
+from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
 
@@ -20,6 +21,9 @@ class LayerView:
     attn_metadata, slot_mapping: for these rows; None: vLLM's own for the whole batch.
     skipped: rows that do not execute the layer, on the device; see skipped_rows.
     skipped_slots: the slots that these rows write in this layer's cache all the same; None: they write nothing.
+    attended: with attn_metadata, what it was made of: tokens to compute and to attend to, and block tables, see
+        StepBatch.metadata.
+    metadata_of: without attn_metadata, the layer whose metadata by vLLM is meant; None: of the layer itself.
     """
 
     rows_np: np.ndarray | None = None
@@ -28,6 +32,8 @@ class LayerView:
     slot_mapping: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
     skipped_slots: torch.Tensor | None = None
+    attended: tuple[np.ndarray, np.ndarray, torch.Tensor] | None = None
+    metadata_of: int | None = None
     _source: torch.Tensor | None = None
 
     @property
@@ -62,6 +68,7 @@ class KVPolicy(ABC):
     num_layers: of the whole model.
     shares_blocks: whether requests may share KV blocks, through vLLM's prefix cache.
     stage: the layers that this worker runs, of the whole model; all without pipeline parallelism.
+    units: of the KV cache; None in the dense layout, the only one for policies that write every layer.
     writes_skipped: whether a skipped layer leaves entries of its own, see write_skipped.
     in_graphs: whether its decode steps can be captured. Rows that skip a layer may then run through it, and write
         where `places` says.
@@ -71,10 +78,17 @@ class KVPolicy(ABC):
     writes_skipped: ClassVar[bool]
     in_graphs: ClassVar[bool]
 
-    def __init__(self, num_layers: int, shares_blocks: bool = True, stage: slice = slice(None)) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        shares_blocks: bool = True,
+        stage: slice = slice(None),
+        units: KVUnits | None = None,
+    ) -> None:
         self.num_layers = num_layers
         self.shares_blocks = shares_blocks
         self.stage = stage
+        self.units = units
 
     @property
     def moves_first_blocks(self) -> bool:

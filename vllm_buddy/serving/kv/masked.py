@@ -15,9 +15,10 @@ import numpy as np
 
 from vllm_buddy.method import LayerPath
 from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
+from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.serving.kv.base import KVPolicy, LayerView
-from vllm_buddy.serving.kv.packed import packed_views
+from vllm_buddy.serving.kv.packed import next_views, packed_views
 from vllm_buddy.serving.schedule.plan import RequestPlan
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
@@ -50,15 +51,17 @@ class _LastStep:
             and all(plan.cached_path is None for plan in self.plans)
         )
 
-    def same_views(self, batch: StepBatch) -> list[LayerView] | None:
-        """The views, if they also fit `batch`, which repeats the step; else None.
+    def next_views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView] | None:
+        """The views of `batch`, which repeats the step, where they follow from its views; else None.
 
-        They do while decoding if each layer either holds all tokens of the requests that run it or is run by none.
-        Views with their own lengths and slots fit one step only.
+        They are the same while decoding if each layer either holds all tokens of the requests that run it or is run by
+        none. places: of `batch`.
         """
         if self.views is None or batch.num_tokens != len(self.req_ids):
             return None
-        return self.views if all(view.attn_metadata is None for view in self.views) else None
+        if all(view.attn_metadata is None for view in self.views):
+            return self.views
+        return next_views(batch, places, self.views)
 
 
 class Masked(KVPolicy):
@@ -68,12 +71,18 @@ class Masked(KVPolicy):
     writes_skipped: ClassVar[bool] = False
     in_graphs: ClassVar[bool] = True
 
-    def __init__(self, num_layers: int, shares_blocks: bool = True, stage: slice = slice(None)) -> None:
-        super().__init__(num_layers, shares_blocks, stage)
+    def __init__(
+        self,
+        num_layers: int,
+        shares_blocks: bool = True,
+        stage: slice = slice(None),
+        units: KVUnits | None = None,
+    ) -> None:
+        super().__init__(num_layers, shares_blocks, stage, units)
         self._slot: dict[str, int] = {}
         self._free = list(range(_INITIAL_SLOTS))
         self._lens = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)
-        self._first_block = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)
+        self._first_block = np.zeros((_INITIAL_SLOTS, num_layers), dtype=np.int32)  # see RunPlaces
         self._num_tokens = np.zeros(_INITIAL_SLOTS, dtype=np.int64)
         # The path of all tokens so far, per slot; None once it has changed.
         self._uniform: list[LayerPath | None] = [None] * _INITIAL_SLOTS
@@ -84,7 +93,7 @@ class Masked(KVPolicy):
 
     @property
     def moves_first_blocks(self) -> bool:
-        return self.shares_blocks
+        return self.shares_blocks or self.units is not None
 
     def forget(self, req_id: str) -> None:
         slot = self._slot.pop(req_id, None)
@@ -124,12 +133,14 @@ class Masked(KVPolicy):
         self._lens[slots] = held + count
         self._num_tokens[slots] += np.diff(batch.query_start_loc)
         last.mask = batch.run_mask.astype(np.int32)
-        last.places = RunPlaces(np.where(batch.run_mask, before, -1).T, first_block.T if first_block.any() else None)
+        moved = self.units is not None or first_block.any()
+        last.places = RunPlaces(np.where(batch.run_mask, before, -1).T, first_block.T if moved else None)
         return last.places
 
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
-        same = self._last.same_views(batch) if self._repeated else None
-        self._last.views = same or packed_views(batch, places.of(self.stage))
+        here = places.of(self.stage)
+        following = self._last.next_views(batch, here) if self._repeated else None
+        self._last.views = following or packed_views(batch, here)
         return self._last.views
 
     def _enter(self, batch: StepBatch, row: int) -> int:
@@ -148,6 +159,9 @@ class Masked(KVPolicy):
             raise RuntimeError(
                 f"request {req_id}: the KV cache holds {held} tokens, the plan continues at {num_computed}"
             )
+        if plan.places is not None:
+            unit, first_block = map(np.asarray, plan.places)
+            self._first_block[slot] = np.maximum(unit, 0) * batch.table_width + first_block
         left = None
         uniform = self._uniform[slot]
         if uniform is not None:
@@ -155,7 +169,7 @@ class Masked(KVPolicy):
             for run in plan.runs:
                 if run.path != uniform:
                     outside = ~path_mask(uniform, self.num_layers)
-                    if self.moves_first_blocks:
+                    if self.moves_first_blocks and self.units is None:  # else the plan says where they lie
                         self._first_block[slot, outside] = position // batch.block_size
                     self._uniform[slot], left = None, (uniform, position)
                     break

@@ -5,6 +5,17 @@ from typing import NamedTuple
 from vllm_buddy.method import LayerPath, Run
 
 
+class LayerPlaces(NamedTuple):
+    """Where the layers of a request lie with KV units (see method/kv_units.py).
+
+    unit: [num_layers], whose blocks a layer uses; -1: no token ran the layer yet.
+    first_block: [num_layers], the first block of that unit that holds tokens of the layer.
+    """
+
+    unit: tuple[int, ...]
+    first_block: tuple[int, ...]
+
+
 class RequestPlan(NamedTuple):
     """What one request executes in one step.
 
@@ -16,6 +27,7 @@ class RequestPlan(NamedTuple):
         layers (see draft_pace.py).
     cached_path: set in the step in which the request starts, or resumes after a preemption: the one path that all its
         tokens found in the prefix cache have executed. None in all other steps.
+    places: with KV units, set in the step in which the request starts or resumes, and where it takes up a layer.
     """
 
     runs: tuple[Run, ...]
@@ -24,6 +36,7 @@ class RequestPlan(NamedTuple):
     num_drafts: int = 0
     wanted_ngrams: int = 0
     wanted_drafts: int = 0
+    places: LayerPlaces | None = None
 
 
 StepPlan = dict[str, RequestPlan]

@@ -17,7 +17,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
-from vllm_buddy.method import Route, Run
+from vllm_buddy.method import LayerPath, Route, Run
+from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
@@ -25,9 +26,18 @@ from vllm_buddy.serving.compat import finished_params
 from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPath, RequestDrafts
 from vllm_buddy.serving.schedule.metrics import EngineMetrics
 from vllm_buddy.serving.schedule.outcome import Outcome, described
-from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
+from vllm_buddy.serving.schedule.plan import (
+    EXECUTED_ATTRIBUTE,
+    PLAN_ATTRIBUTE,
+    Executed,
+    LayerPlaces,
+    RequestPlan,
+    StepPlan,
+)
 from vllm_buddy.serving.schedule.prefix_cache import end_hash_chain, limit_publishing, salt
+from vllm_buddy.serving.schedule.request_units import RequestUnits
 from vllm_buddy.serving.schedule.route_maker import RouteMaker
+from vllm_buddy.serving.schedule.unit_blocks import use_units
 from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 
 if TYPE_CHECKING:
@@ -47,6 +57,7 @@ class RoutedRequest:
         again stands before it.
     drafts: made for it by DepthDrafts; None on a server without that drafter.
     told: number of tokens whose paths streamed chunks have told so far; None if the request does not ask for paths.
+    units: that it takes of the KV cache; None in the dense layout. sent_layers: the layers whose units workers know.
     """
 
     route: Route
@@ -56,6 +67,8 @@ class RoutedRequest:
     planned: int = 0
     drafts: RequestDrafts | None = None
     told: int | None = None
+    units: RequestUnits | None = None
+    sent_layers: LayerPath = 0
 
 
 class _Routing(_Base):
@@ -82,6 +95,9 @@ class _Routing(_Base):
             self.num_lookahead_tokens = self.num_spec_tokens
         self._observe_load()
         self._metrics.export(idle=True)
+        self._units: KVUnits | None = vllm_config.model_config.buddy_kv_units
+        if self._units is not None:
+            use_units(self.kv_cache_manager, self._units_of)
         limit_publishing(self.kv_cache_manager.coordinator, self._publishable_tokens)
 
     # --- one request -------------------------------------------------------------------------------------------
@@ -95,6 +111,8 @@ class _Routing(_Base):
                 routed.told = 0
             if self._drafting is not None:
                 routed.drafts = self._drafting.of_request(lossless=routed.outcome.lossless)
+            if self._units is not None:
+                routed.units = RequestUnits(self._units, routed.route, self.block_size)
             if (key := routed.route.cache_key) is not None:
                 salt(request, f"{self._salt_prefix}:{key}")
                 # If the path changes within the prompt, the request must not look up blocks after the change.
@@ -143,6 +161,13 @@ class _Routing(_Base):
         # Also where the change lies ahead: under asynchronous scheduling a path is decided before its token arrives.
         end_hash_chain(request, uniform // self.hash_block_size)
         return min(uniform, num_tokens)
+
+    def _units_of(self, req_id: str, num_tokens: int) -> RequestUnits:
+        """The KV units of a request, for its first num_tokens tokens."""
+        units = self._routed[req_id].units
+        assert units is not None
+        units.advance(num_tokens, self.requests[req_id].all_token_ids)
+        return units
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Add the outcome to the kv_transfer_params of the final response."""
@@ -196,7 +221,9 @@ class _Routing(_Base):
             routed.price = choice.price
             route.decide(position, request.all_token_ids)  # what ran so far, accepted drafts included
             if choice.depth < route.depth:
-                route.lower(choice.depth, position, request.all_token_ids)
+                lowered = route.lower(choice.depth, position, request.all_token_ids)
+                if lowered and routed.units is not None:
+                    routed.units.lowered(position)
         self._routing_seconds += time.perf_counter() - started
 
     def _plan(self, output: SchedulerOutput) -> StepPlan:
@@ -214,7 +241,8 @@ class _Routing(_Base):
                 runs = routed.route.runs(end - num_tokens, num_tokens, request.all_token_ids)
             routed.planned = max(routed.planned, end - len(drafts))
             num_prompt = max(0, min(end, request.num_prompt_tokens) - (end - num_tokens))
-            plan[req_id] = RequestPlan(tuple(runs), first, num_prompt, len(drafts))
+            places = _new_places(routed, starts=first is not None)
+            plan[req_id] = RequestPlan(tuple(runs), first, num_prompt, len(drafts), places=places)
         if self._drafting is not None:
             self._ask_for_drafts(plan)
         return plan
@@ -313,6 +341,15 @@ def _runs_with_drafts(
     num_padded = len(token_ids) + len(drafts) - len(known)
     *runs, last = route.copy().runs(start, num_tokens - num_padded, known)
     return [*runs, Run(last.num_tokens + num_padded, last.path)]
+
+
+def _new_places(routed: RoutedRequest, *, starts: bool) -> LayerPlaces | None:
+    """What the workers do not know yet of where a request's layers lie. starts: whether they know nothing of it."""
+    units = routed.units
+    if units is None or (not starts and units.held == routed.sent_layers):
+        return None
+    routed.sent_layers = units.held
+    return units.layer_places()
 
 
 def _decision_lag(settings: BuddySettings, vllm_config: "VllmConfig") -> int:

@@ -18,6 +18,7 @@ from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, DraftPath
 from vllm_buddy.serving.schedule.route_maker import check_schedule
 from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
 from vllm_buddy.serving.start.devices import with_device_settings
+from vllm_buddy.serving.start.kv_layout import kv_units
 from vllm_buddy.serving.start.refusals import refuse_unsupported
 from vllm_buddy.serving.start.settings import CONFIG_KEY, parse_settings
 
@@ -62,6 +63,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
                 "kv: kv_only projects K and V of skipped layers by the base weights, without a request's adapter; "
                 "with --enable-lora choose masked or zero"
             )
+        units = kv_units(settings, artifact, vllm_config)
         limits = RequestLimits.from_settings(settings, artifact, lossless=_drafts_by_depth(vllm_config))
         num_loaded, below = limits.layers.bit_count(), limits.max_budget < 1.0
         if below:
@@ -78,6 +80,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             raise SettingsError("drafts: nothing drafts; start with `vllm-buddy serve --lossless-drafts N`")
         # Attributes of the config objects travel with them to every process; additional_config alone is hashed.
         vllm_config.model_config.buddy_limits = limits
+        vllm_config.model_config.buddy_kv_units = units
         vllm_config.additional_config = {
             **vllm_config.additional_config,
             # Without unset ones: what was not given must not look given to the process that reads this.
@@ -90,11 +93,12 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         _configure_compilation(vllm_config)
         metrics.export_from_this_process(vllm_config.instance_id)
         logger.info(
-            "vllm_buddy: artifact %s (%s), KV policy %s, kernels %s, CUDA graphs %s, default budget %s, from %g to %g"
-            "%s%s",
+            "vllm_buddy: artifact %s (%s), KV policy %s, layout %s, kernels %s, CUDA graphs %s, default budget %s, "
+            "from %g to %g%s%s",
             artifact.config.name,
             artifact.digest,
             settings.kv,
+            "dense" if units is None else f"units of {units.num_classes} layers",
             settings.kernels or "none",
             "on" if settings.graphs.enabled else "off",
             limits.default_budget,

@@ -271,6 +271,21 @@ class BuddySettings(_Section):
             "Default: masked, or kv_only where tokens have depths of their own."
         ),
     )
+    kv_layout: Literal["dense", "units"] = Field(
+        default="dense",
+        description=(
+            "How the layers of a request lie in the KV cache. dense: a token takes the same memory at any budget; "
+            "units: a token on k of L layers takes about k / L of it, so that more requests fit. Needs `kv_policy` "
+            "masked."
+        ),
+    )
+    kv_classes: _Size = Field(
+        default=2,
+        description=(
+            "Layers of a KV block under `kv_layout` units, one of each class; a number that divides the model's "
+            "layers. Fewer: closer to k / L, and more work for each step."
+        ),
+    )
     paths: Literal["free", "library"] | None = Field(
         default=None,
         description=(

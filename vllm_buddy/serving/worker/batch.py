@@ -11,6 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_buddy_kernels import Kernels
 
+from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.method.path import LayerPath, path_mask
 from vllm_buddy.serving.schedule.plan import RequestPlan
 
@@ -22,7 +23,7 @@ class RunPlaces:
     """Where the runs of a step write their K and V, in some or all layers.
 
     Positions count what a layer's cache holds of a request. They lie in the request's block table from the entry
-    `first_block` on.
+    `first_block` on. With KV units, the block table is those of all units side by side.
 
     first_position: [num_layers, num_runs] int32, the position of each run's first token; -1: the run writes nothing.
     first_block: [num_layers, num_runs] int32; None: 0 everywhere.
@@ -44,10 +45,12 @@ class StepBatch:
     req_ids: [num_reqs], in row order.
     query_start_loc: [num_reqs + 1]; tokens of request i are rows query_start_loc[i] to query_start_loc[i + 1].
     num_computed_tokens: [num_reqs], tokens in the KV cache before this step.
-    block_table: [num_reqs, max_num_blocks], int32, blocks of block_size tokens.
-    slot_mapping: [num_tokens], the slots of vLLM's own metadata, one per position.
+    block_table: [num_reqs, max_num_blocks], int32, blocks of block_size tokens. With KV units: [num_reqs, num_units *
+        max_num_blocks], one table behind the other.
+    slot_mapping: [num_tokens], the slots of vLLM's own metadata, one per position; with KV units, those of unit 0.
     build_metadata: makes what the attention backend reads of CommonAttentionMetadata.
     kernels: Triton's, or their references.
+    units: of the KV cache; None in the dense layout.
     """
 
     num_layers: int
@@ -60,6 +63,7 @@ class StepBatch:
     slot_mapping: torch.Tensor
     build_metadata: Callable[[CommonAttentionMetadata], Any]
     kernels: Kernels
+    units: KVUnits | None = None
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +72,17 @@ class StepBatch:
     @property
     def num_tokens(self) -> int:
         return int(self.query_start_loc[-1])
+
+    @property
+    def table_width(self) -> int:
+        """Entries of the block table of one unit."""
+        return self.block_table.shape[1] // (1 if self.units is None else self.units.num_units)
+
+    @cached_property
+    def home_block(self) -> np.ndarray:
+        """[num_layers] int32, the entry of the block table in which vLLM's own metadata of each layer begins."""
+        home = (0,) * self.num_layers if self.units is None else self.units.home
+        return np.array(home, dtype=np.int32) * np.int32(self.table_width)
 
     @cached_property
     def run_request(self) -> np.ndarray:
@@ -136,11 +151,13 @@ class StepBatch:
     def tables(self, reqs: np.ndarray, most_tokens: int, first_block: np.ndarray | None = None) -> torch.Tensor:
         """Block tables of rows `reqs` from their first blocks on: [len(reqs), blocks of most_tokens or more], int32."""
         # In steps of _BLOCKS_STEP: Triton's attention is compiled for each divisor of the table's width.
-        num_blocks = min(-(-most_tokens // (_BLOCKS_STEP * self.block_size)) * _BLOCKS_STEP, self.block_table.shape[1])
-        if first_block is None or not first_block.any():
+        num_blocks = min(-(-most_tokens // (_BLOCKS_STEP * self.block_size)) * _BLOCKS_STEP, self.table_width)
+        start = 0 if first_block is None else int(first_block[0])
+        if first_block is None or (start % self.table_width == 0 and (first_block == start).all()):
+            table = self.block_table[:, start : start + num_blocks]
             if len(reqs) == len(self.block_table) and np.array_equal(reqs, np.arange(len(reqs))):
-                return self.block_table[:, :num_blocks]
-            return self.block_table[:, :num_blocks].index_select(0, self.to_device(reqs))
+                return table
+            return table.index_select(0, self.to_device(reqs))
         columns = np.minimum(first_block[:, None] + np.arange(num_blocks), self.block_table.shape[1] - 1)
         return self.block_table[self.to_device(reqs)[:, None], self.to_device(columns)]
 
@@ -193,3 +210,8 @@ def check_plan(
         lengths = [run.num_tokens for run in plan.runs]
         if sum(lengths) != num_tokens or min(lengths) < 1:
             raise RuntimeError(f"request {req_id}: {num_tokens} tokens scheduled, runs of {lengths} tokens planned")
+
+
+def side_by_side(tables: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The block tables of all KV-cache groups as one. tables: of equal shapes, [num_reqs, max_num_blocks]."""
+    return tables[0] if len(tables) == 1 else torch.cat(list(tables), dim=1)

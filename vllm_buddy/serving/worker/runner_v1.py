@@ -7,7 +7,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import get_forward_context
 
 from vllm_buddy.serving.compat import allocate_intermediate_tensors, runner_output
-from vllm_buddy.serving.worker.batch import StepBatch
+from vllm_buddy.serving.worker.batch import StepBatch, side_by_side
 from vllm_buddy.serving.worker.depth_drafts import DepthDrafts
 from vllm_buddy.serving.worker.state import WorkerState
 
@@ -61,9 +61,12 @@ class RoutedRunnerV1(_Base):
             plans=plans,
             query_start_loc=query_start_loc,
             num_computed_tokens=self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
-            block_table=self.input_batch.block_table[0].get_device_tensor(num_reqs),
+            block_table=side_by_side(
+                [t.get_device_tensor(num_reqs) for t in self.input_batch.block_table.block_tables]
+            ),
             block_size=state.block_size,
             slot_mapping=context.slot_mapping[layer_name],
             build_metadata=state.layer_metadata,
             kernels=state.kernels,
+            units=state.units,
         )

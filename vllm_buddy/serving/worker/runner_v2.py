@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 
 from vllm_buddy.serving.compat import runner_output
-from vllm_buddy.serving.worker.batch import StepBatch
+from vllm_buddy.serving.worker.batch import StepBatch, side_by_side
 from vllm_buddy.serving.worker.state import WorkerState
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class BuddyModelState(DefaultModelState):
         self, input_batch: Any, cudagraph_mode: Any, block_tables: Any, slot_mappings: Any, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """vLLM's metadata. Block table and slots are kept for prepare_inputs, which vLLM calls next."""
-        self._block_table, self._slot_mapping = block_tables[0], slot_mappings[0]
+        self._block_table, self._slot_mapping = side_by_side(block_tables), slot_mappings[0]
         return super().prepare_attn(input_batch, cudagraph_mode, block_tables, slot_mappings, *args, **kwargs)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
@@ -70,6 +70,7 @@ class BuddyModelState(DefaultModelState):
             slot_mapping=slot_mapping[:num_tokens],
             build_metadata=state.layer_metadata,
             kernels=state.kernels,
+            units=state.units,
         )
         return {**inputs, "step": state.step(batch)}
 

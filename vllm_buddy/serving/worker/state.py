@@ -15,6 +15,8 @@ from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method import LayerPath, full_path
+from vllm_buddy.method.kv_policy import KVPolicyName
+from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
 from vllm_buddy.serving.forward.eager import RoutedStep
@@ -42,6 +44,7 @@ class WorkerState:
     """The KV policy with its state, the kernels and the captured graphs of one worker.
 
     policy: may be replaced while no request is in flight.
+    units: of the KV cache; None in the dense layout.
     block_size: of the KV cache, in tokens; 0 until attach_kv_cache.
     graphs: of decode steps; None where none are used.
     adapters: LoRA adapters of the rows of a step; None where the server has none.
@@ -53,11 +56,8 @@ class WorkerState:
         self._vllm_config = vllm_config
         self._settings = settings = engine_settings(vllm_config)
         self.num_layers: int = vllm_config.model_config.hf_text_config.num_hidden_layers
-        self.policy: KVPolicy = POLICIES[settings.kv](
-            self.num_layers,
-            shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching),
-            stage=stage_of(self.num_layers),
-        )
+        self.units: KVUnits | None = vllm_config.model_config.buddy_kv_units
+        self.policy = self.new_policy(settings.kv)
         layers: LayerPath = vllm_config.model_config.buddy_limits.layers
         self._absent = full_path(self.num_layers) & ~layers
         # Between compiled layers torch moves the rows. Slots are computed by an op of `kernels` in either case.
@@ -73,6 +73,12 @@ class WorkerState:
         self._drafting: dict[str, int] = {}  # layers executed to draft since the last step, by request
         self._step: RoutedStep | GraphedStep | None = None
         self._capture: CudaCapture | None = None
+
+    def new_policy(self, name: KVPolicyName) -> KVPolicy:
+        """A KV policy that knows of no request."""
+        caching = bool(self._vllm_config.cache_config.enable_prefix_caching)
+        stage = stage_of(self.num_layers)
+        return POLICIES[name](self.num_layers, shares_blocks=caching, stage=stage, units=self.units)
 
     # --- start -------------------------------------------------------------------------------------------------
 

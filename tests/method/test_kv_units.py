@@ -1,0 +1,67 @@
+"""The classes of layers whose KV shares blocks."""
+
+import numpy as np
+import pytest
+
+from vllm_buddy.artifact import SHIPPED_DIR, load_artifact
+from vllm_buddy.method import full_path, path_of
+from vllm_buddy.method.kv_units import KVUnits, fit_classes
+from vllm_buddy.models.embedded import DEFAULT_MODEL
+
+MOST_EXCESS = 0.03  # of the KV at full depth, in the mean of the library's paths
+
+UNITS = KVUnits((0, 0, 1, 0, 1, 1))
+
+
+def test_every_layer_has_a_place_of_its_own_at_full_depth() -> None:
+    """Fails if two layers share a unit and a class, or a unit of full depth lacks a class."""
+    assert UNITS.home == (0, 1, 0, 2, 1, 2)
+    assert [UNITS.layers_at(unit) for unit in range(UNITS.num_units)] == [[0, 2], [1, 4], [3, 5]]
+    assert UNITS.count(full_path(6)) == UNITS.num_units == 3
+
+
+def test_the_fullest_class_decides_how_many_units_a_path_takes() -> None:
+    """Fails if a path gets fewer units than its layers need, or more."""
+    assert [UNITS.count(path_of(layers)) for layers in ((0, 5), (0, 1, 5), (0, 1, 3, 5), (0, 2, 4, 5))] == [1, 2, 3, 3]
+    assert UNITS.kv_share(path_of((0, 5))) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("num_layers", "num_classes"), [(6, 1), (6, 2), (6, 3), (12, 4), (30, 5)])
+def test_classes_are_equally_large_and_fit_no_worse_than_in_turn(num_layers: int, num_classes: int) -> None:
+    """Fails if the search leaves a class with too many layers, or ends worse than where it began."""
+    rng = np.random.default_rng(1)
+    middle = [rng.choice(np.arange(1, num_layers - 1), num_layers // 2, replace=False).tolist() for _ in range(9)]
+    paths = [path_of((0, *layers, num_layers - 1)) for layers in middle]
+    found = fit_classes(paths, num_layers, num_classes)
+    in_turn = KVUnits(tuple(layer % num_classes for layer in range(num_layers)))
+    assert np.bincount(found.class_of).tolist() == [num_layers // num_classes] * num_classes
+    assert sum(map(found.kv_share, paths)) <= sum(map(in_turn.kv_share, paths))
+    assert fit_classes(paths, num_layers, num_classes) == found
+
+
+def test_classes_that_do_not_divide_the_layers_are_refused() -> None:
+    """Fails if classes of unequal size are made, in which layers of two classes would share memory."""
+    with pytest.raises(ValueError, match="4 classes do not divide 30 layers"):
+        fit_classes([full_path(30)], 30, 4)
+
+
+def test_the_shipped_artifact_takes_hardly_more_than_its_depth() -> None:
+    """Fails if the KV of a path exceeds k / L by more than 3% of that at full depth, with two layers in a block."""
+    artifact = load_artifact(SHIPPED_DIR / DEFAULT_MODEL)
+    num_layers, trained = artifact.config.base_model.num_layers, artifact.config.budgets
+    library = [path_of(layers) for paths in artifact.config.library.values() for layers in paths]
+    units = fit_classes(library, num_layers, 2)
+    excess = [
+        units.kv_share(path) - path.bit_count() / num_layers
+        for path in library
+        if path.bit_count() >= trained[0] * num_layers
+    ]
+    assert len(excess) >= 90
+    assert np.mean(excess) <= MOST_EXCESS
+    half, three_quarters = (
+        [units.kv_share(path_of(layers)) for layers in artifact.config.library[depth]] for depth in (15, 22)
+    )
+    # 15 layers are odd, so one place is left empty. Stock's capacity over these are 1.85 and 1.28, or more.
+    assert max(half) == pytest.approx(16 / 30)
+    assert max(three_quarters) <= 24 / 30
+    assert np.mean(three_quarters) < 1 / 1.28

@@ -1,0 +1,56 @@
+"""Tables of what the KV cache holds, with either layout."""
+
+from tools.tables.results import by_key, load_rows, section, spread, table, where
+
+FILE = "cpu_kv_layouts.jsonl"
+_SERVED_TOGETHER = ("stock", "dense 0.5", "units 0.5")
+
+
+def capacity_table() -> str:
+    """Return the tokens that fit into one KV cache, by layout and budget."""
+    rows = [row for row in load_rows(FILE) if row["metric"].startswith("kv_tokens")]
+    found = by_key(rows, "metric", "variant")
+    lines = []
+    for budget in ("1.0", "0.75", "0.5"):
+        cells = [budget]
+        for variant in ("stock", f"dense {budget}", f"units {budget}"):
+            ratio = found["kv_tokens_over_stock", variant]["value"]
+            cells.append(f"{found['kv_tokens', variant]['value']:,.0f} ({ratio:.2f})")
+        lines.append(cells)
+    note = (
+        "`python -m benchmarks.speed.kv_layouts`: tokens that a KV cache of 110 MiB holds, and in brackets over stock "
+        f"vLLM's. Counted in blocks that {rows[0]['n']} prompts of whole blocks take, {where(rows[0])}."
+    )
+    return section(note, ["budget", "stock", "dense", "units"], lines)
+
+
+def pressure_table() -> str:
+    """Return what more requests than fit get, by layout."""
+    rows = [row for row in load_rows(FILE) if "requests" in row]
+    found = by_key(rows, "metric", "variant")
+    lines = [
+        [
+            variant,
+            *(spread(found[metric, variant], "{:.0f}".format) for metric in ("running_together", "preemptions")),
+            spread(found["tokens_per_s_over_stock", variant]),
+        ]
+        for variant in _SERVED_TOGETHER
+    ]
+    over_dense = spread(found["tokens_per_s_over_dense", "units 0.5"])
+    note = (
+        f"The same command: {rows[0]['requests']} requests of 512 tokens, 128 of them decoded, arrive at once. Medians "
+        f"of {rows[0]['n']} rounds with 20th to 80th percentile. Tokens/s of units over dense: {over_dense}."
+    )
+    return section(note, ["variant", "run together", "preemptions", "tokens/s over stock"], lines)
+
+
+def pace_table() -> str:
+    """Return the time of decode steps with units, over that of the dense layout."""
+    rows = [row for row in load_rows(FILE) if row["metric"] == "ms_per_step_over_dense"]
+    found = by_key(rows, "batch", "budget")
+    budgets = (1.0, 0.75, 0.5)
+    lines = [
+        [str(batch), *(spread(found[batch, budget]) for budget in budgets)]
+        for batch in dict.fromkeys(row["batch"] for row in rows)
+    ]
+    return "\n".join(table(["batch", *(f"budget {budget}" for budget in budgets)], lines))
