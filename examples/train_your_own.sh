@@ -12,7 +12,7 @@ tokens=${TOKENS:-20000} sampled=${SAMPLED:-6000} search=${SEARCH:-1024} examples
 mkdir -p "$out/data"
 cp "$text" "$out/data/text.txt"
 
-vllm-buddy sample "$out/data/sampled.jsonl" --tokens "$sampled"
+vllm-buddy sample "$out/data/sampled.jsonl" --tokens "$sampled" --batch 16
 
 cat > "$out/stage1.yaml" <<EOF
 recipe: bypass

@@ -35,7 +35,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://{HOST}:{server.port}"
 
 
-def run(*command: str | Path, cwd: Path = ROOT, stdin: str | None = None) -> str:
+def run(*command: str | Path, cwd: Path = ROOT, stdin: str | None = None, timeout_s: float = TIMEOUT_S) -> str:
     """Run a command with this Python's scripts first in PATH; returns what it prints."""
     paths = (os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "kernels"))
     environment = {
@@ -54,7 +54,7 @@ def run(*command: str | Path, cwd: Path = ROOT, stdin: str | None = None) -> str
         start_new_session=True,
     )
     try:
-        stdout, stderr = process.communicate(stdin, timeout=TIMEOUT_S)
+        stdout, stderr = process.communicate(stdin, timeout=timeout_s)
     finally:
         if process.poll() is None:  # what a script started must not outlive it
             os.killpg(process.pid, signal.SIGKILL)
@@ -133,11 +133,12 @@ def test_prune_and_compare(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_train_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the chain from a text to an artifact with a predictor breaks."""
     for name, value in {"TOKENS": "2048", "SAMPLED": "1000", "SEARCH": "128", "EXAMPLES": "8"}.items():
         monkeypatch.setenv(name, value)
-    run("bash", EXAMPLES / "train_your_own.sh", text_of_the_docs(tmp_path), tmp_path / "out")
+    run("bash", EXAMPLES / "train_your_own.sh", text_of_the_docs(tmp_path), tmp_path / "out", timeout_s=1700)
     assert json.loads((tmp_path / "out" / "artifact" / "buddy_config.json").read_text())["predictor"] is not None
 
 
