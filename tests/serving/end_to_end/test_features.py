@@ -1,6 +1,5 @@
 """Ordinary features of vLLM on one routed server: the quick cases of `python -m tools.compatibility`."""
 
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,8 +77,8 @@ def test_many_salts_and_budgets_leave_metrics_and_memory_as_they_were(served: Se
 
 def test_the_page_lists_every_case_and_every_start() -> None:
     """Fails if a case was added, renamed or removed and the page was not written again."""
-    rows = re.findall(r"^\| ([^|]+?) \| [^|]+ \| [^|]+ \|", PAGE.read_text(), flags=re.MULTILINE)
-    listed = [row for row in rows if row != "---" and not row.startswith(("feature", "start"))]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    listed = [row for row in rows if row not in ("---", "feature", "start")]
     assert sorted(listed) == sorted([case.name for case in all_cases()] + [start.name for start in STARTS])
 
 
@@ -87,4 +86,3 @@ def test_every_case_has_its_own_name() -> None:
     """Fails if a row of the page could be either of two cases."""
     names = [case.name for case in all_cases()]
     assert len(names) == len(set(names))
-    assert Path(PAGE).is_file()
