@@ -24,6 +24,7 @@ from tests.harness.tiny_models import (
 )
 from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE
 from vllm_buddy.artifact.config import FORMAT_VERSION
+from vllm_buddy.method import path_of
 from vllm_buddy.serving.admission.limits import AutoLimits
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start import hook
@@ -398,14 +399,14 @@ def test_max_budget_says_what_it_saves(llama_model: Tiny, monkeypatch: pytest.Mo
     assert limits.default_budget == 0.65
     assert limits.auto.largest == 0.65
     assert "max_budget 0.65 saves no memory" in "".join(said)
-    sets = {4: [[0, 2, 3, 7]], 6: [[0, 1, 2, 3, 4, 7]]}
+    sets = {3: [[0, 2, 7]], 4: [[0, 2, 3, 7]], 6: [[0, 1, 2, 3, 4, 7]]}
     config = llama_model.artifact.config.model_copy(update={"library": sets})
     replace(llama_model.artifact, config=config).save(folder := llama_model.folder.parent / "narrow")
-    limits = configure(llama_model, {"max_budget": 0.65, "default_budget": 0.5, "artifact": str(folder)})
-    assert limits.model_config.buddy_limits.layers == 0b10001101
-    said_of_stages = refusal(llama_model, {"max_budget": 0.65, "artifact": str(folder)}, pipeline_parallel_size=4)
-    assert "leaves no layer to pipeline stage 2, which has layers 4 to 5" in said_of_stages
+    narrow = {"max_budget": 0.65, "default_budget": 0.5, "artifact": str(folder)}
+    assert configure(llama_model, narrow).model_config.buddy_limits.layers == path_of([0, 2, 3, 7])
     assert "smallest 0.375, largest 0.65 on 4 of 8 layers" in said[-1]
+    message = refusal(llama_model, narrow, pipeline_parallel_size=4)
+    assert "leaves no layer to pipeline stage 2, which has layers 4 to 5" in message
 
 
 def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
