@@ -39,8 +39,8 @@ def pressure_table() -> str:
     over_dense = spread(found["tokens_per_cpu_s_over_dense", "units 0.5"])
     note = (
         f"The same command: {rows[0]['requests']} requests of 512 tokens, 128 of them decoded, arrive at once. Medians "
-        f"of {rows[0]['n']} rounds with 20th to 80th percentile. Tokens per second of CPU time of one thread; units over "
-        f"dense: {over_dense}."
+        f"of {rows[0]['n']} rounds with 20th to 80th percentile. Tokens per second of CPU time of one thread; units "
+        f"over dense: {over_dense}."
     )
     return section(note, ["variant", "run together", "preemptions", "tokens per CPU second over stock"], lines)
 
