@@ -55,6 +55,11 @@ Found with these cases and by fuzzing, and seen without this plugin too. The ser
   began with HTTP 200.
 - Without a tokenizer (`--skip-tokenizer-init`), a token id that the model lacks ends the engine. With this plugin it is
   refused.
+
+## Open
+
+Once in about ten runs of its case, on a busy machine, a stream that was running when `/pause?mode=wait` came did not
+end, although the engine had finished its request. Whether stock vLLM does this too is not known.
 """
 
 

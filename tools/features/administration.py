@@ -57,16 +57,18 @@ def pause_and_keep(c: Client) -> Any:
     return expected
 
 
-@case(_GROUP, "pause and resume: abort, wait")
+@case(_GROUP, "pause and resume: abort, wait", slow=True)
 def pause_and_abort(c: Client) -> Any:
     """Running requests end, and the next ones are served."""
     for mode in ("abort", "wait"):
         chunks = c.stream("/v1/completions", prompt=_TEXT, max_tokens=60, ignore_eos=True)
         next(chunks)
-        assert c.post(f"/pause?mode={mode}")[0] == 200
-        ended = len(list(chunks))
-        assert ended >= (59 if mode == "wait" else 0)
-        assert c.post("/resume")[0] == 200
+        try:
+            assert c.post(f"/pause?mode={mode}")[0] == 200
+            ended = len(list(chunks))
+            assert ended >= (59 if mode == "wait" else 0)
+        finally:
+            assert c.post("/resume")[0] == 200
         c.complete(_TEXT)
     c.wait_idle()
 
