@@ -82,6 +82,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality.quality_table,
     "token": quality.token_table,
     "routing": quality.routing_table,
+    "qwen": quality.qwen_table,
     "recipes": quality.recipes_table,
     "static": quality.static_table,
     "auto": auto.auto_table,
@@ -94,7 +95,7 @@ PAGES = {
     ROOT / "README.md": ["claims", "speed at a glance", "quality at a glance"],
     DOCS / "serving.md": ["prices"],
     DOCS / "settings.md": ["settings"],
-    DOCS / "quality.md": ["token", "routing", "quality", "auto", "recipes", "static"],
+    DOCS / "quality.md": ["token", "routing", "quality", "qwen", "auto", "recipes", "static"],
     DOCS / "benchmarks.md": [
         "decode",
         "mixed",

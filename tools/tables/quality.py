@@ -44,6 +44,39 @@ def static_table() -> str:
     return _quality(load_rows("quality_static.json"))
 
 
+def qwen_table() -> str:
+    """Return the shipped artifact of Qwen2.5-Coder-0.5B: perplexity against static pruning, and GSM8K."""
+    rows, solved = load_rows("quality_qwen.json"), load_rows("quality_qwen_gsm8k.jsonl")
+    accuracy = {row["budget"]: row for row in solved}
+    found = by_key(rows, "policy", "budget", "metric")
+    lines = []
+    for budget in sorted(accuracy, reverse=True):
+        policy = "dense" if budget == 1.0 else "buddy"
+        perplexity = found[policy, budget, "perplexity"]
+        ratio, static = perplexity["value"] / _dense(rows)["perplexity"]["value"], ""
+        if budget < 1.0:
+            static = f"{found['evenly_spaced', budget, 'perplexity']['value']:,.0f}"
+        right = accuracy[budget]
+        lines.append(
+            [
+                str(perplexity["layers"]),
+                f"{perplexity['value']:.2f}",
+                f"{ratio:.2f}",
+                *(_shown(found[policy, budget, metric]["value"], ".3f") for metric in ("kl", "agreement")),
+                f"{right['accuracy']:.0%} ± {right['error']:.0%}",
+                static,
+            ]
+        )
+    tokens, questions = _dense(rows)["perplexity"]["n"], solved[0]["rows"]
+    note = (
+        f"{tokens:,} scored tokens of the last fifth of WikiText-2's validation split; {questions} questions of GSM8K "
+        "that training has not seen, answered greedily in at most 256 tokens (± standard error). *Static*: perplexity "
+        "with evenly spaced layers left out and nothing in their place."
+    )
+    heads = ["layers of 24", "perplexity", "over dense", "KL", "agreement", "GSM8K", "static"]
+    return section(note, heads, lines)
+
+
 def over_dense(rows: list[Row], policy: str, layers: int) -> float:
     """Return a policy's perplexity over that of the unrouted model."""
     found = by_key(rows, "policy", "layers", "metric")
