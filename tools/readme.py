@@ -73,6 +73,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "memory": speed.memory_table,
     "kv capacity": memory.capacity_table,
     "kv pressure": memory.pressure_table,
+    "kv pace": memory.pace_table,
     "start": speed.start_table,
     "layer calls": speed.layer_calls_table,
     "quality": quality.quality_table,
@@ -122,7 +123,7 @@ PAGES = {
         "capabilities",
         "static",
     ],
-    ROOT / "docs" / "memory.md": ["kv capacity", "kv pressure"],
+    ROOT / "docs" / "memory.md": ["kv capacity", "kv pressure", "kv pace"],
     CARD: ["quality"],
     TOKEN_CARD: ["token"],
 }
