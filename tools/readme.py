@@ -77,6 +77,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "max budget": speed.max_budget_table,
     "kv capacity": memory.capacity_table,
     "kv pressure": memory.pressure_table,
+    "kv pace": memory.pace_table,
     "start": speed.start_table,
     "layer calls": speed.layer_calls_table,
     "quality": quality.quality_table,
@@ -113,7 +114,7 @@ PAGES = {
     ],
     DOCS / "speculation.md": ["speculation", "profile of depths", "profile of speed-ups"],
     DOCS / "max_budget.md": ["max budget"],
-    DOCS / "memory.md": ["kv capacity", "kv pressure"],
+    DOCS / "memory.md": ["kv capacity", "kv pressure", "kv pace"],
     CARD: ["quality"],
     TOKEN_CARD: ["token"],
 }

@@ -1,6 +1,6 @@
 """Tables of what the KV cache holds, with either layout."""
 
-from tools.tables.results import by_key, load_rows, section, spread, where
+from tools.tables.results import by_key, load_rows, section, spread, table, where
 
 FILE = "cpu_kv_layouts.jsonl"
 _SERVED_TOGETHER = ("stock", "dense 0.5", "units 0.5")
@@ -32,11 +32,26 @@ def pressure_table() -> str:
         [
             variant,
             *(spread(found[metric, variant], "{:.0f}".format) for metric in ("running_together", "preemptions")),
+            spread(found["tokens_per_cpu_s_over_stock", variant]),
         ]
         for variant in _SERVED_TOGETHER
     ]
+    over_dense = spread(found["tokens_per_cpu_s_over_dense", "units 0.5"])
     note = (
         f"The same command: {rows[0]['requests']} requests of 512 tokens, 128 of them decoded, arrive at once. Medians "
-        f"of {rows[0]['n']} rounds with 20th to 80th percentile."
+        f"of {rows[0]['n']} rounds with 20th to 80th percentile. Tokens per second of CPU time of one thread; units "
+        f"over dense: {over_dense}."
     )
-    return section(note, ["variant", "run together", "preemptions"], lines)
+    return section(note, ["variant", "run together", "preemptions", "tokens per CPU second over stock"], lines)
+
+
+def pace_table() -> str:
+    """Return the time of decode steps with units, over that of the dense layout."""
+    rows = [row for row in load_rows(FILE) if row["metric"] == "cpu_ms_per_step_over_dense"]
+    found = by_key(rows, "batch", "budget")
+    budgets = (1.0, 0.75, 0.5)
+    lines = [
+        [str(batch), *(spread(found[batch, budget]) for budget in budgets)]
+        for batch in dict.fromkeys(row["batch"] for row in rows)
+    ]
+    return "\n".join(table(["batch", *(f"budget {budget}" for budget in budgets)], lines))
