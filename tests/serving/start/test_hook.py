@@ -404,7 +404,7 @@ def test_max_budget_says_what_it_saves(llama_model: Tiny, monkeypatch: pytest.Mo
     replace(llama_model.artifact, config=config).save(folder := llama_model.folder.parent / "narrow")
     narrow = {"max_budget": 0.65, "default_budget": 0.5, "artifact": str(folder)}
     assert configure(llama_model, narrow).model_config.buddy_limits.layers == path_of([0, 2, 3, 7])
-    assert "smallest 0.375, largest 0.65 on 4 of 8 layers" in said[-1]
+    assert "from 0.375 to 0.65 on 4 of 8 layers" in said[-1]
     message = refusal(llama_model, narrow, pipeline_parallel_size=4)
     assert "leaves no layer to pipeline stage 2, which has layers 4 to 5" in message
 
