@@ -1,8 +1,11 @@
 """Tries ordinary features of vLLM with routing on, and writes what came out to docs/compatibility.md.
 
-`python -m tools.compatibility` runs all cases on SmolLM2 with its shipped artifact, first on a server of stock vLLM,
-then on a routed one at budgets 1.0, 0.75 and "auto". What a case returns at 1.0 must be what it returns on stock. Then
-it starts a server in each of several ways. It takes about 25 minutes on 2 cores.
+    python -m tools.compatibility                # about 25 minutes on 2 cores
+    python -m tools.compatibility --only seed    # the cases with "seed" in their names
+
+All cases run on SmolLM2 with its shipped artifact, first on a server of stock vLLM, then on a routed one at budgets
+1.0, 0.75 and "auto". What a case returns at 1.0 must be what it returns on stock. Then a server is started in each of
+several ways.
 """
 
 import argparse
@@ -65,7 +68,9 @@ end, although the engine had finished its request. Whether stock vLLM does this 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the cases and write the page; returns 1 if one fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compatibility", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--only", nargs="*", default=[], help="parts of names; runs these, and leaves the other rows of the page"
     )

@@ -1,4 +1,6 @@
-"""Sends what nobody should send, drawn at random but the same on every run: `python -m tools.fuzz`.
+"""Sends what nobody should send, drawn at random but the same on every run.
+
+    python -m tools.fuzz
 
 Three parts, of 20,000 cases by default: options of requests, checked in this process; artifacts, damaged in every
 field and byte; and requests to a server of SmolLM2, followed by a flood of cache salts and budgets. A case fails if the
@@ -23,7 +25,9 @@ _SERVER_CASES, _FLOOD = 400, 2000
 
 def main(argv: list[str] | None = None) -> int:
     """Run the cases, and print how many there were, what came of them and how long they took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=20_000, help="in all (default: %(default)s)")
     parser.add_argument("--no-server", action="store_true", help="leave out the server")
     parser.add_argument("--log", type=Path, default=Path("results/fuzz-server.log"), help="of the server")

@@ -5,6 +5,7 @@ The paths are real: those of the shipped artifact with depths per token, for the
     python -m tools.picture
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from html import escape
@@ -34,6 +35,9 @@ svg { font: 12px system-ui, sans-serif; }
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m tools.picture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     PICTURE.write_text(draw())
     return 0
 

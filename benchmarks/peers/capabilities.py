@@ -132,7 +132,7 @@ CAPABILITIES: dict[str, dict[str, Known]] = {
         ECONOMIZE: Known("partly", "read", "economize/arch/base.py: layers on several devices, one after the other"),
     },
     "LoRA adapters per request": {
-        BUDDY: Known("no", "test", "tests/serving/start/test_hook.py: refused at start"),
+        BUDDY: Known("partly", "test", "tests/serving/end_to_end/test_adapters.py: on CPU; refused on a GPU"),
         NGRAM: _VLLM,
         PRUNED: _VLLM,
         ECONOMIZE: Known("no", "read", "economize/core/model.py: techniques are the model's, not the request's"),

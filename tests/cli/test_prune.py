@@ -114,7 +114,7 @@ def test_the_card_says_how_to_make_it_again(
         ("sleb", ["--text", "a", "--orders", "b"], "measured on --text or read from --orders; give one of them"),
         ("sleb", ["--text", "a", "--tokens", "0"], "tokens: Input should be greater than or equal to 1"),
         ("random", ["--text", "a"], "the order of 'random' comes from the layers' positions, so --text says nothing"),
-        ("reverse", ["--model", "none"], "none holds no config.json"),
+        ("reverse", ["--model", "none"], "no model at none"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(
@@ -139,13 +139,13 @@ def test_a_model_that_routing_does_not_know_is_refused(
     model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fails if an artifact is written for a model that no server accepts."""
-    folder = tmp_path / "mistral"
+    folder = tmp_path / "gemma"
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(model_with_tokenizer / "model.safetensors")
     config = json.loads((model_with_tokenizer / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
     assert _prune("reverse", tmp_path / "out", folder) == 2
-    assert "model type 'mistral' is not supported; known are llama, qwen2, qwen3" in capsys.readouterr().err
+    assert "model type 'gemma' is not supported; known are llama, mistral, qwen2, qwen3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

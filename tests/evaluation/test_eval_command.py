@@ -146,7 +146,7 @@ def test_orders_of_another_model(data: list[str], model_with_tokenizer: Path, te
         (["--policy", "sleb"], "has not been measured for bytes"),
         (["--policy", "sleb", "--calibration", "none.txt"], "cannot read the text file none.txt"),
         (["--orders", "none.json"], "cannot read the layer orders none.json"),
-        (["--model", "none"], "none holds no config.json"),
+        (["--model", "none"], "no model at none"),
     ],
 )
 def test_mistakes_are_one_line(

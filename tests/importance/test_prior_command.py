@@ -141,14 +141,14 @@ def test_folders_that_cannot_be_used(
     assert _prior(model_with_tokenizer, tmp_path, text_file) == 2
     assert "is not an empty folder; name a new one" in capsys.readouterr().err
     assert _prior(tmp_path / "none", tmp_path / "out", text_file) == 2
-    assert "holds no config.json" in capsys.readouterr().err
+    assert "is neither a folder nor an embedded model" in capsys.readouterr().err
     bare = save_tiny_model(tmp_path / "bare", "qwen3")
     assert _prior(bare, tmp_path / "out", text_file) == 2
     assert "has no tokenizer files" in capsys.readouterr().err
     config = json.loads((bare / "config.json").read_text())
     (bare / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
     assert _prior(bare, tmp_path / "out", text_file) == 2
-    assert "model type 'gpt2' is not supported; known are llama, qwen2, qwen3" in capsys.readouterr().err
+    assert "model type 'gpt2' is not supported; known are llama, mistral, qwen2, qwen3" in capsys.readouterr().err
     (bare / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     assert _prior(bare, tmp_path / "out", text_file) == 2
     assert "transformers cannot read config.json" in capsys.readouterr().err

@@ -190,5 +190,5 @@ def test_other_architectures_are_refused(tmp_path_factory: pytest.TempPathFactor
     with pytest.raises(UnsupportedError, match="layers with sliding_attention are not supported"):
         routed_logits(model, [1], [full_path(NUM_LAYERS)], MASKED)
     model.config.model_type = "mixtral"
-    with pytest.raises(UnsupportedError, match="'mixtral' is not supported; known are llama, qwen2, qwen3"):
+    with pytest.raises(UnsupportedError, match="'mixtral' is not supported; known are llama, mistral, qwen2, qwen3"):
         routed_logits(model, [1], [full_path(NUM_LAYERS)], MASKED)

@@ -36,7 +36,6 @@ def test_files_that_claims_point_to_exist() -> None:
 @pytest.mark.parametrize(
     ("capability", "reason"),
     [
-        ("LoRA adapters per request", "LoRA"),
         ("mixture-of-experts models", "a mixture-of-experts model"),
     ],
 )

@@ -159,9 +159,9 @@ def test_views_of_requests_that_decode_on_are_made_anew_where_one_begins_a_block
     """Fails if tables and rows of requests on different paths are gathered in every step."""
     made: list[int] = []
 
-    def counted(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
+    def counted(batch: StepBatch, places: RunPlaces, home_block: np.ndarray) -> list[LayerView]:
         made.append(int(batch.num_computed_tokens[0]))
-        return packed_views(batch, places)
+        return packed_views(batch, places, home_block)
 
     monkeypatch.setattr(masked, "packed_views", counted)
     policy, sequences = Masked(NUM_LAYERS), [new_sequence(number, 0) for number in range(2)]

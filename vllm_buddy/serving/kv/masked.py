@@ -140,7 +140,7 @@ class Masked(KVPolicy):
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
         here = places.of(self.stage)
         following = self._last.next_views(batch, here) if self._repeated else None
-        self._last.views = following or packed_views(batch, here)
+        self._last.views = following or packed_views(batch, here, batch.home_block[self.stage])
         return self._last.views
 
     def _enter(self, batch: StepBatch, row: int) -> int:

@@ -15,12 +15,15 @@ from vllm_buddy.serving.kv.base import LayerView
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
 
-def packed_views(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
-    """One view per layer. Layers whose runs have the same places share one. places: of these layers."""
+def packed_views(batch: StepBatch, places: RunPlaces, home_block: np.ndarray) -> list[LayerView]:
+    """One view per layer. Layers whose runs have the same places share one.
+
+    places, home_block: of these layers; see StepBatch.
+    """
     runs_it = places.first_position >= 0
     keys = places.first_position
     if places.first_block is not None:
-        keys = np.concatenate([keys, places.first_block * runs_it, batch.home_block[:, None]], axis=1)
+        keys = np.concatenate([keys, places.first_block * runs_it, home_block[:, None]], axis=1)
     distinct: dict[bytes, int] = {}
     view_of_layer = [distinct.setdefault(key, len(distinct)) for key in map(bytes, np.ascontiguousarray(keys))]
     views, own = [], []
@@ -29,7 +32,7 @@ def packed_views(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
         if not executes.any():
             views.append(LayerView(rows_np=batch.token_rows(executes)))
             continue
-        vllms = _vllms_view(batch, layer, places) if executes.all() else None
+        vllms = _vllms_view(batch, layer, places, home_block) if executes.all() else None
         if vllms is None:
             own.append(layer)
         views.append(vllms or LayerView())
@@ -40,16 +43,16 @@ def packed_views(batch: StepBatch, places: RunPlaces) -> list[LayerView]:
     return [views[view] for view in view_of_layer]
 
 
-def _vllms_view(batch: StepBatch, layer: int, places: RunPlaces) -> LayerView | None:
+def _vllms_view(batch: StepBatch, layer: int, places: RunPlaces, home_block: np.ndarray) -> LayerView | None:
     """vLLM's own metadata, if it fits: every token so far executed the layer, and all requests have it in one unit."""
     if not np.array_equal(places.first_position[layer], batch.run_position):
         return None
     start = 0 if places.first_block is None else places.first_block[layer, 0]
     if places.first_block is not None and (places.first_block[layer] != start).any():
         return None
-    if batch.home_block[layer] == start:
+    if home_block[layer] == start:
         return LayerView()
-    others = np.flatnonzero(batch.home_block == start)
+    others = np.flatnonzero(home_block == start)
     return LayerView(metadata_of=int(others[0])) if len(others) else None
 
 
