@@ -17,7 +17,7 @@ from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_buddy.models.embedded.fetch", lambda report: Path("/models/embedded"))
+    monkeypatch.setattr("vllm_buddy.models.embedded.fetch", lambda name, report: Path("/models/embedded"))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,17 @@ def test_embedded_model_where_none_is_named(given: list[str]) -> None:
     assert argv[0] == "/models/embedded"
     assert argv[-2:] == ["--served-model-name", "smollm2-135m"]
     assert "buddy" in argv
+
+
+@pytest.mark.usefixtures("embedded")
+def test_embedded_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if vLLM takes the name of an embedded model for a hub id, or a folder of that name is passed over."""
+    argv = complete(["qwen2.5-coder-0.5b", "--port", "1"])
+    assert argv[:3] == ["/models/embedded", "--port", "1"]
+    assert argv[-2:] == ["--served-model-name", "qwen2.5-coder-0.5b"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen2.5-coder-0.5b").mkdir()
+    assert complete(["qwen2.5-coder-0.5b"])[0] == "qwen2.5-coder-0.5b"
 
 
 @pytest.mark.usefixtures("embedded")

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vllm_buddy.cli.plugin_check import require_plugin
 from vllm_buddy.errors import BuddyError, ServerError
@@ -69,19 +70,27 @@ def _split_value(argument: str) -> list[str]:
 
 
 def complete(argv: list[str]) -> list[str]:
-    """Add `--model-impl buddy` if it is not given, and the embedded model if no model is named."""
+    """Add `--model-impl buddy` if it is not given, and the default embedded model if no model is named.
+
+    The name of an embedded model stands for its folder.
+    """
+    from vllm_buddy.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, fetch
+
     if not _has(argv, _MODEL_IMPL):
         argv = [*argv, "--model-impl", "buddy"]
-    if (argv and not argv[0].startswith("-")) or _has(argv, _MODEL):
-        return argv
     # vLLM takes the model as the first argument only, so an option in first place means that no model is named.
-    from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
-
-    print(f"vllm-buddy: no model is named; serving the embedded model {DEFAULT_MODEL}", flush=True)
-    folder = fetch(report=lambda line: print(f"vllm-buddy: {line}", flush=True))
+    if argv[0].startswith("-"):
+        if _has(argv, _MODEL):
+            return argv
+        print(f"vllm-buddy: no model is named; serving the embedded model {DEFAULT_MODEL}", flush=True)
+        argv = [DEFAULT_MODEL, *argv]
+    name = argv[0]
+    if name not in EMBEDDED_MODELS or Path(name).is_dir():
+        return argv
+    folder = fetch(name, report=lambda line: print(f"vllm-buddy: {line}", flush=True))
     if not _has(argv, _SERVED_NAME):
-        argv = [*argv, "--served-model-name", DEFAULT_MODEL]
-    return [str(folder), *argv]
+        argv = [*argv, "--served-model-name", name]
+    return [str(folder), *argv[1:]]
 
 
 def _has(argv: list[str], pattern: re.Pattern[str]) -> bool:
