@@ -22,6 +22,12 @@ def shown(value: Any) -> str:
     return line if len(line) <= _MOST_CHARACTERS else f"{line[: _MOST_CHARACTERS - 3]}..."
 
 
+def cut(text: str, most: int = 300) -> str:
+    """`text` as one line of at most `most` characters, for a message."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 class BuddyError(ValueError):
     """Base of all errors that vllm_buddy raises on bad input."""
 
@@ -52,6 +58,10 @@ class EmbeddedModelError(BuddyError):
 
 class ServerError(BuddyError):
     """A server that this package started did not become ready, or stopped."""
+
+
+class HubError(BuddyError):
+    """The Hugging Face hub does not give a repository."""
 
 
 class ModelError(BuddyError):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import engines
+from benchmarks.harness.chat import greedy_answers
 from vllm_buddy.artifact import SHIPPED_DIR
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 from vllm_buddy.models.folder import load_tokenizer
@@ -60,37 +60,12 @@ def main() -> None:
     asked["one depth"] = (args.artifact, {})
     if args.before is not None:
         asked["before"] = (args.before, {})
-    answers = {name: answer(folder, settings) for name, (folder, settings) in asked.items()}
+    answers = {
+        name: greedy_answers(fetch(), {"artifact": str(folder), **settings}, QUESTIONS, BUDGETS, MOST_TOKENS)
+        for name, (folder, settings) in asked.items()
+    }
     args.out.write_text(page(answers))
     print(f"written to {args.out}")
-
-
-def answer(artifact: Path, settings: Mapping[str, Any]) -> dict[float, list[list[int]]]:
-    """Return the answers at each budget, as token ids."""
-    from vllm import SamplingParams
-
-    tokenizer = load_tokenizer(fetch())
-    config = {"buddy": {"artifact": str(artifact), **settings}}
-    llm = engines.start_engine(str(fetch()), model_impl="buddy", additional_config=config, enforce_eager=True, seed=0)
-    prompts, sampling = [], []
-    for budget in BUDGETS:
-        for question in QUESTIONS:
-            message = [{"role": "user", "content": question}]
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
-            prompts.append({"prompt_token_ids": list(ids)})
-            sampling.append(
-                SamplingParams(
-                    temperature=0,
-                    max_tokens=MOST_TOKENS,
-                    detokenize=False,
-                    stop_token_ids=[tokenizer.eos_token_id],
-                    extra_args={"buddy_budget": budget},
-                )
-            )
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    found = [list(output.outputs[0].token_ids) for output in outputs]
-    num = len(QUESTIONS)
-    return {budget: found[i * num : (i + 1) * num] for i, budget in enumerate(BUDGETS)}
 
 
 def repeated(token_ids: Sequence[int], n: int = 4) -> float:

@@ -4,7 +4,7 @@
 
 Questions come from the end of the file, which the recipes leave out of training. Answers are greedy, with the chat
 template, and right if the last number in them is the last number of the solution in the file. The error is the binomial
-standard error. `differs` counts answers that are right at a budget and wrong at 1.0, and the other way round.
+standard error. `differs` counts answers that are right at a budget and wrong at the first one, and the other way round.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import engines
+from benchmarks.harness.chat import greedy_answers
 from benchmarks.harness.result_rows import environment, report
 from vllm_buddy.artifact import identify, load_artifact, resolve_artifact
 from vllm_buddy.cli.progress import note
@@ -44,15 +44,19 @@ def main() -> None:
     folder = find_model(args.model, note)
     artifact = resolve_artifact(args.artifact, lambda: identify(folder))
     questions, solutions = last_rows(DataFile.read(args.data), args.rows)
-    answers = ask(folder, artifact, questions, args.budgets)
-    right = {budget: [number(a) == number(s) for a, s in zip(answers[budget], solutions)] for budget in args.budgets}
+    settings, tokenizer = {"artifact": str(artifact)}, load_tokenizer(folder)
+    answers = {
+        budget: [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+        for budget, found in greedy_answers(folder, settings, questions, args.budgets, MOST_TOKENS).items()
+    }
+    right = {budget: list(map(is_right, answers[budget], solutions)) for budget in args.budgets}
     rows = []
     for budget, marks in right.items():
         share = sum(marks) / len(marks)
         rows.append(
             {
                 "metric": "gsm8k_accuracy",
-                "model": folder.name,
+                "model": identify(folder).id,
                 "artifact": load_artifact(artifact).digest,
                 "budget": budget,
                 "accuracy": round(share, 4),
@@ -73,26 +77,9 @@ def last_rows(file: DataFile, count: int) -> tuple[list[str], list[str]]:
     return [row["instruction"] for row in rows], [row["output"] for row in rows]
 
 
-def ask(model: Path, artifact: Path, questions: Sequence[str], budgets: Sequence[float]) -> dict[float, list[str]]:
-    """Return the answers at each budget."""
-    from vllm import SamplingParams
-
-    tokenizer = load_tokenizer(model)
-    config = {"buddy": {"artifact": str(artifact)}}
-    llm = engines.start_engine(str(model), model_impl="buddy", additional_config=config, enforce_eager=True, seed=0)
-    stops = llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
-    stops = stops if isinstance(stops, list) else [stops]
-    prompts, sampling = [], []
-    for budget in budgets:
-        for question in questions:
-            message = [{"role": "user", "content": question}]
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
-            prompts.append({"prompt_token_ids": list(ids)})
-            options: dict[str, Any] = {"temperature": 0, "max_tokens": MOST_TOKENS, "detokenize": False}
-            sampling.append(SamplingParams(**options, stop_token_ids=stops, extra_args={"buddy_budget": budget}))
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    texts = [tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True) for output in outputs]
-    return {b: texts[i * len(questions) : (i + 1) * len(questions)] for i, b in enumerate(budgets)}
+def is_right(answer: str, solution: str) -> bool:
+    """Whether both end with the same number."""
+    return number(answer) is not None and number(answer) == number(solution)
 
 
 def number(text: str) -> float | None:

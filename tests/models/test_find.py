@@ -62,6 +62,12 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         find_model("no-such-owner/model")
 
 
+def test_a_name_that_no_file_system_takes() -> None:
+    """Fails if a text in the place of a model ends in a traceback."""
+    with pytest.raises(ModelError, match=r"no model at xxx.*\.\.\.: File name too long"):
+        find_model("x" * 5000)
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "smollm", "a/b/c"])
 def test_what_is_nothing_is_refused(name: str) -> None:
     """Fails if a misspelt folder is looked for on the hub."""

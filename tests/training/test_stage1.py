@@ -16,9 +16,10 @@ from vllm_buddy.artifact import RUN_FILE, identify, load_artifact
 from vllm_buddy.baselines import LayerOrder, OrderFile
 from vllm_buddy.cli import main
 from vllm_buddy.errors import BuddyError, DataError, TrainingError
-from vllm_buddy.method import PathSchedule, RequestRoute, layers_of
+from vllm_buddy.method import PathSchedule, RequestRoute, batched, layers_of
 from vllm_buddy.method.reference import generate, routed_logits
-from vllm_buddy.training import checkpoint
+from vllm_buddy.training import checkpoint, start
+from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.loop import LOG_FILE
 from vllm_buddy.training.stage1_record import finish_run
 from vllm_buddy.training.stage1_settings import Stage1Settings
@@ -278,10 +279,23 @@ def test_every_recipe_is_valid(name: str) -> None:
     assert Stage1Settings.read(RECIPES_DIR / name, {"out": "out"}).num_steps > 0
 
 
-def test_checkpointed_activations_change_nothing_but_memory(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Fails if gradients differ where activations are computed again, or a stopped run cannot switch to it."""
+def test_checkpointed_activations_change_nothing_but_memory(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if activations are kept all the same, gradients differ, or a stopped run cannot switch to it."""
+    calls: list[int] = []
+    checkpointed = batched.checkpointed
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(losses))
+        return checkpointed(*args, **kwargs)
+
+    monkeypatch.setattr(batched, "checkpointed", counted)
     again = settings | {"out": tmp_path / "again", "checkpoint_activations": True}
-    losses = [run(one)[2] for one in (settings, again)]
+    losses: list[list[float]] = []
+    for one in (settings, again):
+        losses.append(run(one)[2])
+    assert set(calls) == {1}
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert Stage1Settings(**settings).digest == Stage1Settings(**again).digest
 
@@ -305,6 +319,30 @@ def test_orders_of_another_model_come_from_a_file(
     assert library is not None
     assert library[NUM_LAYERS - 2][0] == [0, 1, 2, 4, 6, 7]
     assert stage.settings.orders is not None
+
+
+def test_the_regression_is_not_made_twice(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a run that is killed while it explores begins again with the closed-form start."""
+    exploring = settings | RECIPES["bypass explored first"]
+    with pytest.raises(KeyboardInterrupt):
+        run(exploring, 1)
+    monkeypatch.setattr(start, "fit_bypass", None)
+    run(exploring)
+
+
+def test_a_dry_run_measures(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if the numbers of a dry run are not those of this model and these settings."""
+    checked = Stage1Settings(**settings)
+    found = dry_run(checked, settings["model"])
+    weights, repair, moments = found.memory.values()
+    parameters = sum(p.numel() for p in load_model(settings["model"]).parameters())
+    hidden, middle = 128, NUM_LAYERS - 2
+    assert weights == 4 * parameters
+    assert repair == 4 * 4 * middle * 2 * hidden * checked.rank
+    assert moments == 3 * 4 * middle * hidden**2
+    assert found.disk == 6 * 4 * 32 * checked.top_logits * 6  # sequences, their tokens, and bytes of a logit
+    assert found.peak > weights
+    assert found.seconds == pytest.approx(checked.tokens / found.tokens_per_second)
 
 
 def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import time
 from functools import partial
 from typing import Any
 
-from tools.features.case import Differs, Refused, case
+from tools.features.case import Refused, case
 from tools.features.client import Client, token_ids
 
 _GROUP = "Administration"
@@ -116,11 +116,3 @@ def weight_transfer(c: Client) -> Any:
     assert status >= 400
     c.complete(_TEXT)
     return Refused("refused at start with --weight-transfer-config")
-
-
-@case(_GROUP, "LoRA adapters")
-def lora_adapters(c: Client) -> Any:
-    """Refused at start with --enable-lora; without it there is no such model."""
-    status, _ = c.post("/v1/completions", {"model": "adapter", "prompt": "a"})
-    assert status == 404
-    return Refused("refused at start with --enable-lora") if c.routed else Differs("needs --enable-lora")

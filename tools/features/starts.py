@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
 from tools.features.case import Differs, Refused
 from tools.features.client import BUDGETS, MODEL, Client, token_ids
 from tools.features.endings import vanish_in_decode
@@ -19,6 +23,7 @@ from vllm_buddy.errors import ServerError
 
 _TEXT = "The road went on and on, and"
 _RUN_BATCH_TIMEOUT_S = 600.0
+_RANK = 8  # of the LoRA adapter
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,40 @@ def _compiled(model: Path, artifact: str, folder: Path) -> None:
                 check(client(process, model, budget))
 
 
+def _lora(model: Path, artifact: str, folder: Path) -> None:
+    """An adapter changes the answers of the requests that name it, and of no others, in one batch."""
+    adapter = _write_adapter(model, folder / "adapter")
+    arguments = ["--enable-lora", "--max-lora-rank", str(_RANK), "--lora-modules", f"adapted={adapter}"]
+    with server(model, folder / "lora.log", artifact=artifact, arguments=arguments) as process:
+        for budget in BUDGETS:
+            c = client(process, model, budget)
+            plain, adapted = (token_ids(c.complete(_TEXT, model=name)) for name in (MODEL, "adapted"))
+            assert plain != adapted
+            names = [MODEL, "adapted"] * 4
+            at_once = c.at_once(*[lambda c=c, name=name: c.complete(_TEXT, model=name) for name in names])
+            assert [token_ids(answer) for answer in at_once] == [plain, adapted] * 4
+
+
+def _write_adapter(model: Path, folder: Path) -> Path:
+    """Write a random LoRA adapter of all query projections in PEFT's format; returns `folder`."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    with safe_open(model / "model.safetensors", framework="np") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys() if ".q_proj.weight" in name}  # noqa: SIM118
+    for name, (num_out, num_in) in shapes.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{module}.lora_A.weight"] = rng.normal(0, 0.1, (_RANK, num_in)).astype(np.float32)
+        tensors[f"{module}.lora_B.weight"] = rng.normal(0, 0.1, (num_out, _RANK)).astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 STARTS = (
+    Start("--enable-lora", _lora),
+    Start("--pipeline-parallel-size 2", _with(["--pipeline-parallel-size", "2"])),
     Start("--max-num-seqs 1", _with(["--max-num-seqs", "1"])),
     Start("--block-size 16", _block_size_16),
     Start("--block-size 32", _with(["--block-size", "32"])),

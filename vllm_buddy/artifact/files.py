@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from vllm_buddy.errors import ArtifactError, shown
+from vllm_buddy.errors import ArtifactError, cut, shown
 
 MOST_CONFIG_BYTES = 16 << 20  # a library of thousands of paths takes some hundred kilobytes
 MOST_WEIGHTS_BYTES = 4 << 30  # in memory, as float32; the bypasses of an 8-billion-parameter model take 0.1 GiB
@@ -137,9 +137,3 @@ def one_line(error: Exception) -> str:
 
 def _place(error: Any) -> str:
     return shown(".".join(str(part) for part in error["loc"]))[1:-1] or "it"
-
-
-def cut(text: str, most: int = 300) -> str:
-    """`text` as one line of at most `most` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 3]}..."

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllm_buddy.artifact.artifact import FILES, load_artifact
-from vllm_buddy.artifact.files import cut, one_line
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.artifact.shipped import shipped_artifacts
-from vllm_buddy.errors import ArtifactError
+from vllm_buddy.errors import ArtifactError, HubError, cut
+from vllm_buddy.hub import download, is_hub_id
 
 
 def resolve_artifact(name: str | None, base_model: Callable[[], BaseModelIdentity], *, by_token: bool = False) -> Path:
@@ -35,16 +35,13 @@ def resolve_artifact(name: str | None, base_model: Callable[[], BaseModelIdentit
     except OSError as error:
         raise ArtifactError(f"no artifact at {cut(name)}: {error.strerror}") from None
     known = ", ".join(shipped) or "none"
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if not is_hub_id(name):
         raise ArtifactError(f"no artifact at {cut(name)}: it is neither a folder nor a shipped artifact ({known})")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
-    except Exception as error:  # the hub client raises many kinds: offline, missing, forbidden
+        return download(name, FILES)
+    except HubError as error:
         raise ArtifactError(
-            f"artifact '{cut(name)}' is no folder, no shipped artifact ({known}), and the hub does not give it: "
-            f"{one_line(error)}"
+            f"artifact '{cut(name)}' is no folder, no shipped artifact ({known}), and the hub does not give it: {error}"
         ) from None
 
 

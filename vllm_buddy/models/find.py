@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_buddy.errors import ModelError
+from vllm_buddy.errors import HubError, ModelError, cut
+from vllm_buddy.hub import download, is_hub_id
 from vllm_buddy.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, fetch
 
 # All that a model folder needs; not the other formats that repositories also hold.
@@ -23,19 +24,20 @@ def find_model(name: Path | str | None, report: Callable[[str], None] = lambda _
     """
     text = DEFAULT_MODEL if name is None else str(name)
     folder = Path(text).expanduser()
-    if name is not None and folder.is_dir():
-        return folder
+    try:
+        if name is not None and folder.is_dir():
+            return folder
+    except OSError as error:
+        raise ModelError(f"no model at {cut(text)}: {error.strerror}") from None
     if text in EMBEDDED_MODELS:
         return fetch(text, report=report)
     known = ", ".join(EMBEDDED_MODELS)
-    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
-        raise ModelError(f"no model at {text}: it is neither a folder nor an embedded model ({known})")
-    from huggingface_hub import snapshot_download
-
+    if not is_hub_id(text):
+        raise ModelError(f"no model at {cut(text)}: it is neither a folder nor an embedded model ({known})")
     report(f"downloading {text} from the hub, or taking it from its cache")
     try:
-        return Path(snapshot_download(text, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the hub client raises many kinds: offline, missing, forbidden
+        return download(text, _HUB_FILES)
+    except HubError as error:
         raise ModelError(
             f"model '{text}' is no folder, no embedded model ({known}), and the hub does not give it: {error}. "
             f"Download it where the hub can be reached (`hf download {text} --local-dir DIR`) and name DIR"

@@ -88,26 +88,37 @@ def _register_models() -> None:
         MODELS_CONFIG_MAP[routed] = BuddyModelConfig
 
 
+def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the function `name` of a class or module by what `around` makes of it, unless that has been done.
+
+    around: called with vLLM's function.
+    """
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+    wrapped = around(original)
+    setattr(wrapped, _MARK, original)
+    setattr(owner, name, wrapped)
+
+
 def _wrap_normalize_arch() -> None:
     """Map a supported architecture to its routed class, and refuse the others by name."""
     from vllm.model_executor.models.registry import _ModelRegistry
 
-    original = _ModelRegistry._normalize_arch
-    if hasattr(original, _MARK):
-        return
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def normalize_arch(self: Any, architecture: str, model_config: Any) -> str:
+            if getattr(model_config, "model_impl", None) != MODEL_IMPL:
+                return original(self, architecture, model_config)
+            if architecture not in ROUTED_ARCHITECTURES:
+                raise ValueError(
+                    f"--model-impl buddy does not support the architecture {architecture!r}; "
+                    f"supported are {', '.join(ROUTED_ARCHITECTURES)}"
+                )
+            return ROUTED_ARCHITECTURES[architecture]
 
-    def normalize_arch(self: Any, architecture: str, model_config: Any) -> str:
-        if getattr(model_config, "model_impl", None) != MODEL_IMPL:
-            return original(self, architecture, model_config)
-        if architecture not in ROUTED_ARCHITECTURES:
-            raise ValueError(
-                f"--model-impl buddy does not support the architecture {architecture!r}; "
-                f"supported are {', '.join(ROUTED_ARCHITECTURES)}"
-            )
-        return ROUTED_ARCHITECTURES[architecture]
+        return normalize_arch
 
-    setattr(normalize_arch, _MARK, original)
-    _ModelRegistry._normalize_arch = normalize_arch
+    _wrap(_ModelRegistry, "_normalize_arch", around)
 
 
 def _wrap_verify() -> None:
@@ -116,17 +127,15 @@ def _wrap_verify() -> None:
 
     from vllm_buddy.serving.admission.options import verify_options
 
-    original = SamplingParams.verify
-    if hasattr(original, _MARK):
-        return
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def verify(self: SamplingParams, model_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, model_config, *args, **kwargs)
+            if getattr(model_config, "model_impl", None) == MODEL_IMPL:
+                verify_options(self, model_config)
 
-    def verify(self: SamplingParams, model_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, model_config, *args, **kwargs)
-        if getattr(model_config, "model_impl", None) == MODEL_IMPL:
-            verify_options(self, model_config)
+        return verify
 
-    setattr(verify, _MARK, original)
-    SamplingParams.verify = verify
+    _wrap(SamplingParams, "verify", around)
 
 
 def _wrap_process_inputs() -> None:
@@ -136,27 +145,25 @@ def _wrap_process_inputs() -> None:
 
     from vllm_buddy.serving.admission.options import verify_token_ids, verify_with_prompt
 
-    original = InputProcessor.process_inputs
-    if hasattr(original, _MARK):
-        return
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
+            params = request.sampling_params
+            if getattr(self.model_config, "model_impl", None) == MODEL_IMPL and isinstance(params, SamplingParams):
+                verify_token_ids(request.prompt_token_ids, self.model_config.get_vocab_size())
+                limits = self.model_config.buddy_limits
+                verify_with_prompt(
+                    params,
+                    len(request.prompt_token_ids),
+                    is_streaming_input=request.resumable,
+                    full_prompt=limits.full_prompt(params.extra_args),
+                    max_budget=limits.max_budget,
+                )
+            return request
 
-    def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        params = request.sampling_params
-        if getattr(self.model_config, "model_impl", None) == MODEL_IMPL and isinstance(params, SamplingParams):
-            verify_token_ids(request.prompt_token_ids, self.model_config.get_vocab_size())
-            limits = self.model_config.buddy_limits
-            verify_with_prompt(
-                params,
-                len(request.prompt_token_ids),
-                is_streaming_input=request.resumable,
-                full_prompt=limits.full_prompt(params.extra_args),
-                max_budget=limits.max_budget,
-            )
-        return request
+        return process_inputs
 
-    setattr(process_inputs, _MARK, original)
-    InputProcessor.process_inputs = process_inputs
+    _wrap(InputProcessor, "process_inputs", around)
 
 
 def _wrap_get_kv_cache_groups() -> None:
@@ -165,17 +172,15 @@ def _wrap_get_kv_cache_groups() -> None:
 
     from vllm_buddy.serving.compat import groups_by_units
 
-    original = kv_cache_utils.get_kv_cache_groups
-    if hasattr(original, _MARK):
-        return
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
+            groups = original(vllm_config, kv_cache_spec)
+            units = getattr(vllm_config.model_config, "buddy_kv_units", None)
+            return groups if units is None else groups_by_units(groups, units)
 
-    def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
-        groups = original(vllm_config, kv_cache_spec)
-        units = getattr(vllm_config.model_config, "buddy_kv_units", None)
-        return groups if units is None else groups_by_units(groups, units)
+        return get_kv_cache_groups
 
-    setattr(get_kv_cache_groups, _MARK, original)
-    kv_cache_utils.get_kv_cache_groups = get_kv_cache_groups
+    _wrap(kv_cache_utils, "get_kv_cache_groups", around)
 
 
 def _wrap_make_request_output() -> None:
@@ -184,44 +189,41 @@ def _wrap_make_request_output() -> None:
 
     from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY, with_samples
 
-    original = RequestState.make_request_output
-    if hasattr(original, _MARK):
-        return
-
-    def make_request_output(self: RequestState, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        parent = self.parent_req
-        if parent is None:
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def make_request_output(self: RequestState, *args: Any, **kwargs: Any) -> Any:
+            output = original(self, *args, **kwargs)
+            parent = self.parent_req
+            if parent is None:
+                return output
+            # The fifth argument; only our scheduler puts an outcome there.
+            told = kwargs.get("kv_transfer_params", args[4] if len(args) > 4 else None)
+            samples: dict[int, Any] = parent.__dict__.setdefault("buddy_samples", {})
+            if told and OUTCOME_KEY in told:
+                samples[self.request_index] = told[OUTCOME_KEY]
+            if samples and output is not None and output.finished:
+                output.kv_transfer_params = with_samples(output.kv_transfer_params, samples, parent.n)
             return output
-        # The fifth argument; only our scheduler puts an outcome there.
-        told = kwargs.get("kv_transfer_params", args[4] if len(args) > 4 else None)
-        samples: dict[int, Any] = parent.__dict__.setdefault("buddy_samples", {})
-        if told and OUTCOME_KEY in told:
-            samples[self.request_index] = told[OUTCOME_KEY]
-        if samples and output is not None and output.finished:
-            output.kv_transfer_params = with_samples(output.kv_transfer_params, samples, parent.n)
-        return output
 
-    setattr(make_request_output, _MARK, original)
-    RequestState.make_request_output = make_request_output
+        return make_request_output
+
+    _wrap(RequestState, "make_request_output", around)
 
 
 def _wrap_stream(serving: type, method: str) -> None:
     """Stream what the scheduler tells of the paths of a request that asks for them."""
     from vllm_buddy.serving.admission.options import wants_paths
 
-    original = getattr(serving, method)
-    if hasattr(original, _MARK):
-        return
-    signature = inspect.signature(original)
+    def around(original: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
+        signature = inspect.signature(original)
 
-    def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
-        if not wants_paths(request.vllm_xargs):
-            return original(self, request, *args, **kwargs)
-        return _stream_with_paths(original, signature.bind(self, request, *args, **kwargs))
+        def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
+            if not wants_paths(request.vllm_xargs):
+                return original(self, request, *args, **kwargs)
+            return _stream_with_paths(original, signature.bind(self, request, *args, **kwargs))
 
-    setattr(stream, _MARK, original)
-    setattr(serving, method, stream)
+        return stream
+
+    _wrap(serving, method, around)
 
 
 async def _stream_with_paths(

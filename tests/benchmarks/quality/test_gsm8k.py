@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.gsm8k import last_rows, number
+from benchmarks.quality.gsm8k import is_right, last_rows, number
 from vllm_buddy.data_file import DataFile
 
 
@@ -22,6 +22,12 @@ from vllm_buddy.data_file import DataFile
 def test_the_last_number_is_the_answer(text: str, value: float | None) -> None:
     """Fails if thousands, decimals or a full stop at the end change the number."""
     assert number(text) == value
+
+
+def test_an_answer_without_a_number_is_wrong() -> None:
+    """Fails if a loop of words is right because its solution was misread, too."""
+    assert is_right("in all 1,000.", "999+1=1000")
+    assert not is_right("no idea", "no number")
 
 
 def test_questions_come_from_the_end(tmp_path: Path) -> None:

@@ -42,7 +42,11 @@ def test_a_path_equals_the_quantised_pruned_model(tiny: Callable[[str], Tiny], t
             assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
             assert ours.outputs[0].cumulative_logprob == theirs.outputs[0].cumulative_logprob
             assert ours.kv_transfer_params["buddy"]["depth"] == depth_for_budget(asked, NUM_LAYERS)
-    # Beside requests of another depth, layers run a part of the rows.
-    mixed = routed.run([Ask(prompts[0], b, NUM_TOKENS) for b in (budget, 1.0, 0.75)])
-    assert mixed[0].kv_transfer_params["buddy"]["depth"] == NUM_LAYERS_KEPT
-    assert len({output.outputs[0].token_ids[0] for output in mixed} | {-1}) > 1
+    # Beside requests of another depth, layers run a part of the rows. The likeliest first token is as likely as alone,
+    # but for the rounding of other batch sizes.
+    mixed = [Ask(prompts[0], b, 1, {"logprobs": 0}) for b in (budget, 1.0, 0.75)]
+    alone = [routed.run([ask])[0] for ask in mixed]
+    assert len({round(output.outputs[0].cumulative_logprob, 2) for output in alone}) == len(mixed)
+    for together, one in zip(routed.run(mixed), alone, strict=True):
+        assert together.kv_transfer_params["buddy"]["depth"] == one.kv_transfer_params["buddy"]["depth"]
+        assert together.outputs[0].cumulative_logprob == pytest.approx(one.outputs[0].cumulative_logprob, abs=0.05)

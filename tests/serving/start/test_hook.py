@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.harness.engine import Tiny
 from tests.harness.tiny_models import (
@@ -225,6 +226,9 @@ def test_depths_per_token_are_refused_under_zero_and_bring_kv_only(llama_model: 
         ({"schedule": {"decode": "token"}}, {}, '"kv_only" writes every layer of every token'),
         ({"schedule": {"decode": "token"}, "kv_policy": "masked"}, {}, 'schedule "token"'),
         ({}, {"speculative_config": NGRAM}, "start without a speculator"),
+        ({}, {"pipeline_parallel_size": 2}, "use tensor or data parallelism"),
+        ({}, {"enable_lora": True}, "start without --enable-lora"),
+        ({"max_budget": 0.75}, {}, "set max_budget to 1"),
         (
             {"kv_classes": 3},
             {},
@@ -549,6 +553,14 @@ def test_pipeline_stages_start_where_they_were_tried(llama_model: Tiny) -> None:
         config: Any = SimpleNamespace(parallel_config=parallel, use_v2_model_runner=is_v2)
         assert asked_for["pipeline parallelism on Model Runner V2"](config) == is_v2
         assert asked_for["pipeline parallelism with this executor"](config) == (backend == "ray")
+
+
+def test_adapters_are_served_where_they_were_tried() -> None:
+    """Fails if kernels that know one mapping of rows to adapters are given another row set without a word."""
+    asked_for = {name: check for name, check, _ in _CHECKS}
+    for is_v2 in (False, True):
+        config: Any = SimpleNamespace(lora_config=object(), use_v2_model_runner=is_v2)
+        assert asked_for["LoRA adapters on a GPU"](config) == (is_v2 or torch.cuda.is_available())
 
 
 def test_the_lossless_drafter_lets_requests_ask_for_it(llama_model: Tiny) -> None:
