@@ -43,7 +43,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
             SamplingParams.verify,
             InputProcessor.process_inputs,
             RequestState.make_request_output,
-            kv_cache_utils.get_kv_cache_groups,
+            getattr(kv_cache_utils, "get_kv_cache_groups", None),
             OpenAIServingChat.chat_completion_stream_generator,
             OpenAIServingCompletion.completion_stream_generator,
         )
@@ -100,7 +100,15 @@ def test_the_registered_classes_exist_and_are_routed() -> None:
         assert MODELS_CONFIG_MAP[routed] is BuddyModelConfig
 
 
-OF_UNITS = ("cache_blocks of a group", "find_longest_cache_hit of a group")
+OF_UNITS = (
+    "get_kv_cache_groups",
+    "get_num_blocks_to_allocate",
+    "allocate_new_blocks",
+    "find_longest_cache_hit",
+    "cache_blocks of a group",
+    "find_longest_cache_hit of a group",
+    "get_computed_blocks",
+)
 
 
 def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
@@ -114,10 +122,10 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.sampling_params import SamplingParams
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
     from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
     from vllm.v1.engine.input_processor import InputProcessor
@@ -144,7 +152,10 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
         "update_from_output": (Scheduler.update_from_output, ["self", "scheduler_output", "model_runner_output"]),
         "_free_request": (Scheduler._free_request, ["self", "request"]),
         "cache_blocks": (KVCacheCoordinator.cache_blocks, ["self", "request", "num_computed_tokens"]),
-        "get_kv_cache_groups": (original(get_kv_cache_groups), ["vllm_config", "kv_cache_spec"]),
+        "get_kv_cache_groups": (
+            original(getattr(kv_cache_utils, "get_kv_cache_groups", None)),
+            ["vllm_config", "kv_cache_spec"],
+        ),
         "get_num_blocks_to_allocate": (
             KVCacheCoordinator.get_num_blocks_to_allocate,
             ["self", "request_id", "num_tokens", "new_computed_blocks"],

@@ -144,12 +144,16 @@ def with_layers(layers: int) -> Iterator[None]:
 
 
 def units_problem() -> str | None:
-    """Why this vLLM cannot have KV units; None if it can."""
+    """Why this vLLM cannot have KV units; None if it can.
+
+    Before 0.32 the coordinator does not say which tokens of a group may be cached; in 0.33 groups are made elsewhere.
+    """
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 
-    if hasattr(KVCacheCoordinator, "get_num_cacheable_tokens"):
+    if hasattr(KVCacheCoordinator, "get_num_cacheable_tokens") and hasattr(kv_cache_utils, "get_kv_cache_groups"):
         return None
-    return f"they need vLLM 0.32 or later, this is {vllm_version()}"
+    return f"they work with vLLM 0.32, this is {vllm_version()}"
 
 
 def groups_by_units(groups: "Sequence[KVCacheGroupSpec]", units: "KVUnits") -> "list[KVCacheGroupSpec]":
