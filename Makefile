@@ -5,10 +5,10 @@ JOBS ?= 2
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo doctor test test-all lint format bench docs clean
+.PHONY: help setup demo doctor test test-all test-versions lint format bench docs clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12    the interpreter .venv is made with (3.11 or later)"
 	@echo "  DEVICE=cpu|cuda      which vLLM to install; auto: cuda where nvidia-smi finds a GPU"
@@ -30,6 +30,9 @@ test: setup  ## the fast tests
 
 test-all: setup  ## all tests, also the slow ones
 	@$(VENV)/python -m pytest -m "slow or not slow"
+
+test-versions: setup  ## golden tests with each older vLLM that is supported, 20 minutes a version
+	@$(VENV)/python -m tools.versions
 
 lint: setup  ## ruff and mypy
 	@$(VENV)/ruff check .

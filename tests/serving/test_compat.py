@@ -1,6 +1,7 @@
 """What is taken from one version of vLLM: attention metadata that can be captured. No device."""
 
 import inspect
+from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,15 +43,17 @@ class Builder:
     def build(self, common_prefix_len: int, shared: CommonAttentionMetadata, fast_build: bool = False) -> Any:
         assert common_prefix_len == 0
         assert fast_build, "the metadata would lie in the builder's own buffers"
-        return FlashAttentionMetadata(
-            num_actual_tokens=shared.num_actual_tokens,
-            max_query_len=shared.max_query_len,
-            query_start_loc=shared.query_start_loc,
-            max_seq_len=shared.max_seq_len,
-            seq_lens=shared.seq_lens,
-            block_table=shared.block_table_tensor,
-            slot_mapping=shared.slot_mapping,
-        )
+        given = {
+            "num_actual_tokens": shared.num_actual_tokens,
+            "max_query_len": shared.max_query_len,
+            "query_start_loc": shared.query_start_loc,
+            "max_seq_len": shared.max_seq_len,
+            "seq_lens": shared.seq_lens,
+            "block_table": shared.block_table_tensor,
+            "slot_mapping": shared.slot_mapping,
+        }
+        required = {f.name: None for f in fields(FlashAttentionMetadata) if f.default is MISSING}
+        return FlashAttentionMetadata(**required | given)
 
     def _get_scheduler_metadata(self, **asked: Any) -> torch.Tensor:
         self.asked = asked

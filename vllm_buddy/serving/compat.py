@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vllm_buddy.method.kv_units import KVUnits
 
-TESTED_VLLM = ("0.32.0",)
+TESTED_VLLM = ("0.29.0", "0.31.0", "0.32.0")  # the last one with all tests, the others as `make test-versions` does
 
 # Attention backends whose metadata can be built once per layer within a step.
 SUPPORTED_ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -55,7 +55,7 @@ def attention_problem(attn_groups: Sequence[Sequence[Any]]) -> str | None:
     backend = group.backend.get_name()
     if reason := why_not_attention_backend(backend):
         return f"the attention backend is {backend}: {reason}"
-    if group.kernel_block_size is not None:
+    if getattr(group, "kernel_block_size", None) is not None:  # vLLM 0.31 and before have none
         return f"{backend} works on KV blocks of {group.kernel_block_size} tokens; set --block-size to that"
     return None
 
@@ -141,6 +141,19 @@ def with_layers(layers: int) -> Iterator[None]:
 
     with patch.object(llama, "make_layers", make), patch.object(qwen2, "make_layers", make):
         yield
+
+
+def units_problem() -> str | None:
+    """Why this vLLM cannot have KV units; None if it can.
+
+    Before 0.32 the coordinator does not say which tokens of a group may be cached; in 0.33 groups are made elsewhere.
+    """
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+
+    if hasattr(KVCacheCoordinator, "get_num_cacheable_tokens") and hasattr(kv_cache_utils, "get_kv_cache_groups"):
+        return None
+    return f"they work with vLLM 0.32, this is {vllm_version()}"
 
 
 def groups_by_units(groups: "Sequence[KVCacheGroupSpec]", units: "KVUnits") -> "list[KVCacheGroupSpec]":

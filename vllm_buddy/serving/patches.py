@@ -170,7 +170,10 @@ def _wrap_get_kv_cache_groups() -> None:
     """Give each KV unit a group, where the config hook chose units. vLLM imports the function late in other modules."""
     from vllm.v1.core import kv_cache_utils
 
-    from vllm_buddy.serving.compat import groups_by_units
+    from vllm_buddy.serving.compat import groups_by_units, units_problem
+
+    if units_problem():  # the config hook refuses units then
+        return
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:

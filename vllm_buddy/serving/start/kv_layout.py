@@ -8,6 +8,7 @@ from vllm_buddy.method import LayerPath, path_of
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.kv_units import KVUnits, fit_classes
+from vllm_buddy.serving.compat import units_problem
 from vllm_buddy.serving.start.settings import BuddySettings
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def expected_paths(artifact: Artifact) -> list[LayerPath]:
 
 
 def _why_not(settings: BuddySettings, num_layers: int, vllm_config: "VllmConfig") -> str | None:
+    if reason := units_problem():
+        return reason
     if settings.kv != MASKED:
         return f'KV policy "{settings.kv}" writes every layer of every token, so units would save nothing; set "masked"'
     if settings.schedule.by_token:
