@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.baselines.base import MEASURED, POSITIONAL, check_static_method
+from vllm_buddy.baselines.static_settings import MeasuringSettings
 from vllm_buddy.errors import BaselineError
 from vllm_buddy.importance import CalibrationText
 from vllm_buddy.models.folder import load_model, load_tokenizer
 
 SHIPPED_DIR = Path(__file__).parent / "orders"
-WINDOW = 512
+_USUAL = MeasuringSettings()
 
 Report = Callable[[str, int, int], None]
 
@@ -33,6 +34,7 @@ class LayerOrder(BaseModel):
     calibration_sha256: str = Field(description="SHA-256 of the text's bytes")
     num_tokens: int = Field(description="number of calibration tokens, from the start of the text")
     window: int = Field(description="tokens per window")
+    candidates: int | None = Field(default=None, description="layers that each round of a search tried; null: all")
     layers: list[int] = Field(description="middle layers in order of removal")
 
 
@@ -120,13 +122,14 @@ def measure_order(
     name: str,
     model_dir: Path,
     text: CalibrationText,
-    tokens: int | None = None,
-    window: int = WINDOW,
+    settings: MeasuringSettings = _USUAL,
     report: Report = lambda *_: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> LayerOrder:
     """Measure the order of method `name` on the start of `text`.
 
-    tokens: number of calibration tokens; None: the method's default. report: called as report(name, done, total).
+    settings: how; their model is not looked at. report: called as report(name, done, total). note: called with lines of
+    text about the work.
 
     Raises:
         BaselineError: the method is unknown, or its order is not measured but follows from positions.
@@ -137,13 +140,16 @@ def measure_order(
     if name not in MEASURED:
         raise BaselineError(f"the order of '{name}' is not measured; measured are {', '.join(MEASURED)}")
     method = MEASURED[name]
-    windows, _ = text.windows(load_tokenizer(model_dir), window, tokens or method.tokens)
-    layers = method.order(load_model(model_dir, method.dtype), windows, partial(report, name))
+    windows, _ = text.windows(load_tokenizer(model_dir), settings.window, settings.tokens or method.tokens)
+    model, candidates = load_model(model_dir, method.dtype), settings.candidates if method.searches else None
+    search = {"candidates": candidates, "note": lambda line: note(f"{name}: {line}")} if method.searches else {}
+    layers = method.order(model, windows, partial(report, name), **search)
     return LayerOrder(
         method=name,
         calibration=text.name,
         calibration_sha256=text.sha256,
         num_tokens=windows.numel(),
-        window=window,
+        window=settings.window,
+        candidates=candidates,
         layers=layers,
     )

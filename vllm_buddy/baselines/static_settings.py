@@ -45,6 +45,12 @@ class MeasuringSettings(BaseModel):
         + ")",
     )
     window: int = Field(default=512, ge=2, description="tokens per window")
+    candidates: int | None = Field(
+        default=None,
+        ge=1,
+        description="layers that sleb tries in each round after the first: those that cost least when they were last "
+        "tried (absent: all)",
+    )
 
 
 class OrdersSettings(MeasuringSettings):
