@@ -166,6 +166,11 @@ def test_command_measures_and_keeps(
     order = layer_order("sleb", identify(model_with_tokenizer), files=[file])
     assert f"sleb: {' '.join(map(str, order))}" in capsys.readouterr().out
     assert {(o.calibration, o.num_tokens, o.window) for o in file.orders} == {("text.txt", 64, 32)}
+    assert main([*command, "--methods", "sleb,taylor", "--candidates", "2", "--dtype", "bfloat16"]) == 0
+    assert "sleb: at most 2 windows x " in capsys.readouterr().err
+    assert {order.method: order.candidates for order in OrderFile.load(out).orders} == {
+        "shortgpt": None, "sleb": 2, "taylor": None,
+    }  # fmt: skip
 
 
 def test_mistakes_are_one_line(
@@ -177,6 +182,8 @@ def test_mistakes_are_one_line(
     for options, message in (
         (["--methods", "reverse"], "'reverse' is not a method that is measured; known are shortgpt, sleb"),
         (["--text", str(tmp_path / "none")], "cannot read the text file"),
+        (["--device", "cuda:77", *SIZES], "no device 'cuda:77'; here are auto, cpu"),
+        (["--candidates", "0"], "candidates: Input should be greater than or equal to 1"),
         (["--tokens", "5000"], "text.txt holds 1000 tokens, but 5000 for calibration"),
     ):
         assert main(["orders", str(out), "--text", str(text_file), "--model", str(model_with_tokenizer), *options]) == 2

@@ -25,7 +25,7 @@ class MeasuredMethod:
         removal.
         A method that searches takes candidates= and note= too, see `sleb_order`.
     tokens: default number of calibration tokens.
-    dtype: dtype of the model during the measurement. Taylor sums gradients over windows, for which bf16 is too coarse.
+    dtype: usual dtype of the model. Gradients of many layers lose more to bf16 than losses do.
     """
 
     order: Callable[..., list[int]]

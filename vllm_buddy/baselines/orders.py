@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
@@ -16,6 +17,7 @@ from vllm_buddy.baselines.base import MEASURED, POSITIONAL, check_static_method
 from vllm_buddy.baselines.static_settings import MeasuringSettings
 from vllm_buddy.errors import BaselineError
 from vllm_buddy.importance import CalibrationText
+from vllm_buddy.models.device import find_device
 from vllm_buddy.models.folder import load_model, load_tokenizer
 
 SHIPPED_DIR = Path(__file__).parent / "orders"
@@ -134,14 +136,16 @@ def measure_order(
     Raises:
         BaselineError: the method is unknown, or its order is not measured but follows from positions.
         CalibrationError: the text is too short.
-        ModelError, UnsupportedError: the model in `model_dir` cannot be used.
+        ModelError, UnsupportedError: the model in `model_dir` or the device cannot be used.
     """
     check_static_method(name)
     if name not in MEASURED:
         raise BaselineError(f"the order of '{name}' is not measured; measured are {', '.join(MEASURED)}")
     method = MEASURED[name]
     windows, _ = text.windows(load_tokenizer(model_dir), settings.window, settings.tokens or method.tokens)
-    model, candidates = load_model(model_dir, method.dtype), settings.candidates if method.searches else None
+    candidates = settings.candidates if method.searches else None
+    dtype = method.dtype if settings.dtype is None else getattr(torch, settings.dtype)
+    model = load_model(model_dir, dtype, find_device(settings.device))
     search = {"candidates": candidates, "note": lambda line: note(f"{name}: {line}")} if method.searches else {}
     layers = method.order(model, windows, partial(report, name), **search)
     return LayerOrder(

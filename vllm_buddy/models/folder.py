@@ -29,7 +29,7 @@ def load_config(folder: Path) -> Any:
     return config
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
     """Load the causal language model in `folder` for inference.
 
     Raises:
@@ -42,7 +42,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{folder} is quantised; measure the model it was made from, the artifact fits both")
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval().to(device)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: transformers cannot load the model ({error})") from None
 
