@@ -18,6 +18,7 @@ RANKS = {
     "vllm_buddy.errors": 0,
     "vllm_buddy.method": 1,
     "vllm_buddy.data_file": 1,
+    "vllm_buddy.hub": 1,
     "vllm_buddy.artifact": 2,
     "vllm_buddy.models": 3,
     "vllm_buddy.importance": 4,

@@ -17,8 +17,8 @@ from vllm_buddy.baselines.base import MEASURED, POSITIONAL, check_static_method
 from vllm_buddy.baselines.static_settings import MeasuringSettings
 from vllm_buddy.errors import BaselineError
 from vllm_buddy.importance import CalibrationText
-from vllm_buddy.models.device import find_device
 from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.torch_device import find_device
 
 SHIPPED_DIR = Path(__file__).parent / "orders"
 _USUAL = MeasuringSettings()

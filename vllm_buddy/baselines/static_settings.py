@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from vllm_buddy.artifact.provenance import command_line
 from vllm_buddy.baselines.base import MEASURED, STATIC_METHODS, check_static_method
 from vllm_buddy.errors import BaselineError
-from vllm_buddy.models.device import DEVICE_HELP, Dtype
+from vllm_buddy.models.torch_device import DEVICE_HELP, Dtype
 
 
 def _names(value: Any) -> Any:

@@ -18,8 +18,8 @@ from vllm_buddy.importance.library import nested_library
 from vllm_buddy.importance.normalise import normalise
 from vllm_buddy.importance.perplexity import perplexity_by_budget
 from vllm_buddy.importance.prior_settings import PriorSettings
-from vllm_buddy.models.device import find_device
 from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.torch_device import find_device
 
 Report = Callable[[str, int, int], None]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_buddy.artifact.provenance import command_line
-from vllm_buddy.models.device import DEVICE_HELP, Dtype
+from vllm_buddy.models.torch_device import DEVICE_HELP, Dtype
 
 
 class PriorSettings(BaseModel):

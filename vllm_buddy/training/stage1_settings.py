@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_buddy.errors import TrainingError
+from vllm_buddy.models.quantised import Quantisation
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -153,6 +154,11 @@ class Stage1Settings(BaseModel):
         default=2560, ge=1, description="tokens of text that paths are compared on in the search"
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="dtype of the forward pass")
+    base_quantisation: Quantisation | None = Field(
+        default=None,
+        description="int8 or nf4: the base model's linear layers in 8 or 4 bits, which saves memory; the artifact is "
+        "one of the unquantised model all the same (absent: not quantised)",
+    )
     seed: int = Field(default=0, ge=0, description="seed of all random draws")
     save_every: int = Field(default=50, ge=1, description="optimizer steps between checkpoints")
     cache_dir: Path | None = Field(default=None, description="folder for the full model's logits; absent: `out`")

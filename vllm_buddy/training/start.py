@@ -172,7 +172,7 @@ def _starting_bypass(
         return Bypass(**state["bypass"])
     windows = corpus.take(settings.init_tokens)
     note(f"fitting the bypass of {middle} layers by regression on {windows.numel()} tokens")
-    bypass = fit_bypass(model, windows, settings.rank)
+    bypass = fit_bypass(model, windows, settings.rank, checkpoint=settings.checkpoint_activations)
     save_state(path, {"digest": digest, "bypass": _parts(bypass)})
     return bypass
 
