@@ -256,7 +256,7 @@ def _artifact(
     bypass, deltas = repair.bypass(), repair.deltas()
     prior = PriorConfig(indicator=settings.prior, calibration="as `vllm-buddy orders` has it", num_tokens=0)
     if settings.paths == SEARCHED:
-        names = ", ".join(source.file.name for source in settings.data)
+        names = ", ".join(source.name for source in settings.data)
         prior = PriorConfig(indicator="searched", calibration=names, num_tokens=settings.search_tokens)
     elif settings.paths != LEARNED:
         prior = prior.model_copy(update={"indicator": settings.paths})

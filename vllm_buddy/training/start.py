@@ -144,7 +144,7 @@ def _searched(
     if settings.router_windows:
         for number, source in enumerate(settings.data):
             windows = corpus.take(settings.search_tokens // 2, number)
-            by_source.append(_search(model, windows, bypass, smallest, source.file.name, note))
+            by_source.append(_search(model, windows, bypass, smallest, source.name, note))
     return Start(order, by_source, bypass)
 
 
