@@ -1,10 +1,11 @@
 """`vllm-buddy sample`: samples text from the model itself, as training text for `vllm-buddy train`."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,16 +62,24 @@ def run(args: argparse.Namespace) -> int:
     if args.out.suffix != ".jsonl" or args.out.is_dir():
         raise TrainingError(f"{args.out} must be a file that ends in .jsonl: `vllm-buddy train` goes by the suffix")
     partial = args.out.with_name(f"{args.out.name}.partial")
-    try:
+    with _writing(partial):
         partial.write_text("")
+    try:
         _sample(args, partial)
-        os.replace(partial, args.out)
-    except OSError as error:
-        raise TrainingError(f"cannot write {args.out}: {error.strerror or error}") from None
+        with _writing(args.out):
+            os.replace(partial, args.out)
     finally:
         if partial.is_file() and not partial.stat().st_size:
             partial.unlink()
     return 0
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _sample(args: argparse.Namespace, out: Path) -> None:
@@ -85,7 +94,7 @@ def _sample(args: argparse.Namespace, out: Path) -> None:
         raise TrainingError(f"--max-tokens {args.max_tokens} and an opener are beyond the model's {longest} tokens")
     generate = _generate(model_dir, sampler.length, args.batch, args.temperature)
     for rows, done in sampler.rounds(args.tokens, ROUND * args.batch, generate):
-        with out.open("a") as file:
+        with _writing(out), out.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         print(f"sampled {done} of {args.tokens} tokens", flush=True)
 
