@@ -65,23 +65,36 @@ class DataFile:
             DataError: the row is neither.
         """
         assert self.rows is not None
-        row = self.rows[index] if isinstance(self.rows[index], dict) else {}
-        if isinstance(row.get("text"), str):
-            return row["text"]
-        if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
-            raise DataError(f"{self.path}: row {index} has neither `text` nor `instruction` and `output`")
-        return None
+        return plain_text(self.rows[index], f"{self.path}: row {index}")
 
     def exchange(self, index: int, tokenizer: Any) -> Exchange:
         """Return row `index`, for which `plain` returns None, in the form that the model sees."""
         assert self.rows is not None
-        row = self.rows[index]
-        question = "\n\n".join(part for part in (row["instruction"], row.get("input") or "") if part)
-        if not tokenizer.chat_template:
-            return Exchange(f"{question}\n\n", f"{question}\n\n{row['output']}", row["output"])
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        return Exchange(prompt, tokenizer.apply_chat_template(messages, tokenize=False), row["output"])
+        return exchange(self.rows[index], tokenizer)
+
+
+def plain_text(row: Any, where: str) -> str | None:
+    """Return the field `text` of a row; None if the row is an instruction with an answer. where: names it in errors.
+
+    Raises:
+        DataError: the row is neither.
+    """
+    row = row if isinstance(row, dict) else {}
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
+        raise DataError(f"{where} has neither `text` nor `instruction` and `output`")
+    return None
+
+
+def exchange(row: Any, tokenizer: Any) -> Exchange:
+    """Return a row for which `plain_text` returns None in the form that the model sees."""
+    question = "\n\n".join(part for part in (row["instruction"], row.get("input") or "") if part)
+    if not tokenizer.chat_template:
+        return Exchange(f"{question}\n\n", f"{question}\n\n{row['output']}", row["output"])
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    return Exchange(prompt, tokenizer.apply_chat_template(messages, tokenize=False), row["output"])
 
 
 def _read_bytes(path: Path) -> bytes:

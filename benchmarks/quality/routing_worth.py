@@ -21,6 +21,7 @@ import torch
 from benchmarks.harness.result_rows import RESULTS_DIR, environment, write_rows
 from benchmarks.harness.rounds import Refused, at_least
 from vllm_buddy.artifact import SHIPPED_DIR, load_artifact
+from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation import HfEngine, Policy, Sample, Task, Variant
 from vllm_buddy.method import PathSchedule, TokenSchedule, depth_for_budget
 from vllm_buddy.method.kv_policy import KV_ONLY
@@ -92,9 +93,12 @@ def unseen(recipe: Path, data_dir: Path, count: int) -> dict[str, np.ndarray]:
     tokenizer = load_tokenizer(fetch())
     used = settings.tokens // settings.length
     seen = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, used, settings.seed)
-    whole = [source.model_copy(update={"share": 1.0}) for source in settings.data]
+    files = [source for source in settings.data if isinstance(source, DataSource)]
+    if len(files) < len(settings.data):
+        raise EvaluationError(f"{recipe} trains on data sets; what it leaves over can be told of files alone")
+    whole = [source.model_copy(update={"share": 1.0}) for source in files]
     every = Corpus.read(whole, settings.data_dir, tokenizer, settings.length, 0, settings.seed)
-    found = fresh_windows(seen, every, settings.data)
+    found = fresh_windows(seen, every, files)
     return {name: windows[:count] for name, windows in found.items()}
 
 
@@ -109,7 +113,7 @@ def fresh_windows(seen: Corpus, every: Corpus, sources: Sequence[DataSource]) ->
     found = {}
     for source, start, end in zip(sources, every.starts[:-1], every.starts[1:]):
         known = read if source.share < 1 else trained
-        found[source.file.name] = np.array([w for w in every.sequences[start:end] if w.tobytes() not in known])
+        found[source.name] = np.array([w for w in every.sequences[start:end] if w.tobytes() not in known])
     return found
 
 

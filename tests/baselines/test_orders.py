@@ -1,6 +1,7 @@
 """Tests of pruning orders: in which order layers are removed, and to which model an order belongs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from vllm_buddy.baselines import (
     shipped_orders,
     static_path,
 )
-from vllm_buddy.baselines.sleb import sleb_order
+from vllm_buddy.baselines.sleb import search_cost, sleb_order
 from vllm_buddy.cli.main import main
 from vllm_buddy.errors import BaselineError
 from vllm_buddy.importance.layer_stack import LayerStack
@@ -82,6 +83,35 @@ def test_sleb_measures_again_after_each_layer(model: nn.Module, windows: torch.T
     assert gone != once_and_for_all  # otherwise this test could not distinguish the two
 
 
+@pytest.mark.parametrize("candidates", [None, 100, 2])
+def test_sleb_costs_what_it_says(
+    model: nn.Module, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch, candidates: int | None
+) -> None:
+    """Fails if hidden states are computed twice, a search is longer than said, or fewer candidates save nothing."""
+    passes = {"layer": 0, "_summed_loss": 0}
+    for name in passes:
+        original = getattr(LayerStack, name)
+
+        def counted(*args: Any, name: str = name, original: Any = original) -> torch.Tensor:
+            passes[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(LayerStack, name, counted)
+    notes: list[str] = []
+    order = sleb_order(model, windows, lambda done, total: None, candidates, notes.append)
+    assert sorted(order) == list(range(1, NUM_LAYERS - 1))
+    most, forecast = search_cost(NUM_LAYERS, candidates), (2, 1)
+    layers, heads = passes["layer"] - forecast[0], passes["_summed_loss"] - forecast[1]
+    assert 0 < layers <= len(windows) * most.layers
+    assert 0 < heads <= len(windows) * most.heads
+    plain = sum(left * (left + 3) // 2 for left in range(2, NUM_LAYERS - 1))  # each round from the first layer on
+    assert layers < len(windows) * plain * (1.0 if candidates != 2 else 0.7)
+    assert len(notes) == 1
+    assert f"{most.layers:,} layer and {most.heads:,} head passes" in notes[0]
+    if candidates == 100:
+        assert order == sleb_order(model, windows, lambda done, total: None)
+
+
 @pytest.mark.parametrize("num_layers", [3, 4, 8, 30])
 @pytest.mark.parametrize("method", POSITIONAL)
 def test_positional_orders_hold_every_middle_layer_once(method: str, num_layers: int) -> None:
@@ -136,6 +166,11 @@ def test_command_measures_and_keeps(
     order = layer_order("sleb", identify(model_with_tokenizer), files=[file])
     assert f"sleb: {' '.join(map(str, order))}" in capsys.readouterr().out
     assert {(o.calibration, o.num_tokens, o.window) for o in file.orders} == {("text.txt", 64, 32)}
+    assert main([*command, "--methods", "sleb,taylor", "--candidates", "2", "--dtype", "bfloat16"]) == 0
+    assert "sleb: at most 2 windows x " in capsys.readouterr().err
+    assert {order.method: order.candidates for order in OrderFile.load(out).orders} == {
+        "shortgpt": None, "sleb": 2, "taylor": None,
+    }  # fmt: skip
 
 
 def test_mistakes_are_one_line(
@@ -147,6 +182,8 @@ def test_mistakes_are_one_line(
     for options, message in (
         (["--methods", "reverse"], "'reverse' is not a method that is measured; known are shortgpt, sleb"),
         (["--text", str(tmp_path / "none")], "cannot read the text file"),
+        (["--device", "cuda:77", *SIZES], "no device 'cuda:77'; here are auto, cpu"),
+        (["--candidates", "0"], "candidates: Input should be greater than or equal to 1"),
         (["--tokens", "5000"], "text.txt holds 1000 tokens, but 5000 for calibration"),
     ):
         assert main(["orders", str(out), "--text", str(text_file), "--model", str(model_with_tokenizer), *options]) == 2

@@ -1,15 +1,19 @@
 """The command `vllm-buddy sample`."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial as partial_of
 from pathlib import Path
 
 import pytest
 
 from tests.importance.conftest import model_with_tokenizer
-from vllm_buddy.cli import main
+from vllm_buddy.cli import main, sample
+from vllm_buddy.training.drawn_text import Draw, Drawn
 
 __all__ = ["model_with_tokenizer"]
 
@@ -20,7 +24,7 @@ __all__ = ["model_with_tokenizer"]
         (["a.jsonl", "--tokens", "0"], "must be positive"),
         (["a.jsonl", "--temperature", "nan"], "must be positive"),
         (["a.jsonl", "--temperature", "inf"], "must be positive"),
-        (["a.txt"], "must end in .jsonl"),
+        (["a.txt"], "ends in .jsonl"),
         (["none/a.jsonl"], "cannot write"),
     ],
 )
@@ -31,6 +35,44 @@ def test_bad_input_is_refused_before_vllm_starts(
     out, *options = arguments
     assert main(["sample", str(tmp_path / out), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [None, "rows of an earlier run"])
+def test_what_is_there_stays_until_all_is_drawn(
+    model_with_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """Fails if a run that does not come to its end empties the file, or leaves an empty one."""
+    out, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
+    if before is not None:
+        out.write_text(before)
+    command = ["sample", str(out), "--model", str(model_with_tokenizer), "--tokens", "40", "--max-tokens", "20"]
+
+    def generate(draws: Sequence[Draw], *, rounds: int = 1) -> list[Drawn]:
+        if len(calls) == rounds:
+            raise RuntimeError("killed")
+        calls.append(len(draws))
+        return [Drawn("x", 1) for _ in draws]
+
+    calls: list[int] = []
+    for rounds, rows in ((0, None), (1, 2), (1000, 40)):
+        calls.clear()
+        monkeypatch.setattr(sample, "_generate", lambda *_, rounds=rounds: partial_of(generate, rounds=rounds))
+        with contextlib.nullcontext() if rounds == 1000 else pytest.raises(RuntimeError, match="killed"):
+            assert main(command) == 0
+        if rounds < 1000:
+            assert (out.read_text() if out.exists() else None) == before
+            assert (len(partial.read_text().splitlines()) if partial.exists() else None) == rows
+    assert len(out.read_text().splitlines()) == rows
+    assert not partial.exists()
+
+
+def test_a_sample_longer_than_the_model_is_refused(
+    model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a length beyond the model's ends in vLLM's traceback."""
+    out = tmp_path / "a.jsonl"
+    assert main(["sample", str(out), "--model", str(model_with_tokenizer), "--max-tokens", "4096"]) == 2
+    assert "beyond the model's 2048 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.slow

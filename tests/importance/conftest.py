@@ -40,7 +40,11 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def model_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Llama whose tokens are bytes."""
-    folder = save_tiny_model(tmp_path_factory.mktemp("bytes"), "llama")
+    return with_byte_tokenizer(save_tiny_model(tmp_path_factory.mktemp("bytes"), "llama"))
+
+
+def with_byte_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer whose tokens are bytes to the folder of a model, and return the folder."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

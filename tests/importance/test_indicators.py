@@ -18,6 +18,7 @@ from vllm_buddy.method.reference import routed_logits
 
 # float32 sums over a layer's weights or a window's tokens in another order
 RELATIVE_TOLERANCE = 1e-4
+BF16_TOLERANCE = 0.03  # 8 bits of mantissa, through 8 layers and back
 
 
 def _silent(done: int, total: int) -> None:
@@ -37,6 +38,14 @@ def test_taylor_is_the_sum_of_weight_times_gradient(measured: Measured) -> None:
         sum((p.detach() * p.grad).abs().sum().item() for p in layer.parameters()) for layer in model.model.layers[1:-1]
     ]
     np.testing.assert_allclose(found, wanted, rtol=RELATIVE_TOLERANCE)
+
+
+def test_taylor_in_bf16_sums_in_float32(measured: Measured) -> None:
+    """Fails if gradients of many windows are summed in bf16, where small ones are lost."""
+    wanted = INDICATORS["taylor"].measure(measured.model, measured.windows, _silent)
+    model = copy.deepcopy(measured.model).bfloat16()
+    found = INDICATORS["taylor"].measure(model, measured.windows.repeat(16, 1), _silent)
+    np.testing.assert_allclose(found, wanted, rtol=BF16_TOLERANCE)
 
 
 def test_taylor_leaves_the_model_as_it_was(measured: Measured) -> None:

@@ -77,6 +77,21 @@ def test_card_and_record_say_what_was_done(
     assert "taylor: 2 of 2" in shown.err
 
 
+def test_device_and_dtype(
+    model_with_tokenizer: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a device that is not there ends in a traceback, or the dtype is not recorded."""
+    assert _prior(model_with_tokenizer, tmp_path / "none", text_file, "--device", "cuda:77") == 2
+    assert "no device 'cuda:77'; here are auto, cpu" in capsys.readouterr().err
+    assert _prior(model_with_tokenizer, tmp_path / "none", text_file, "--dtype", "int8") == 2
+    assert "dtype: Input should be 'bfloat16' or 'float32'" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    options = ["--device", "cpu", "--dtype", "bfloat16", "--heldout", "64"]
+    assert _prior(model_with_tokenizer, tmp_path / "out", text_file, *options) == 0
+    assert "`masked`, bfloat16." in (tmp_path / "out" / "README.md").read_text()
+    assert 'dtype: "bfloat16"' in (tmp_path / "out" / "run.yaml").read_text()
+
+
 def test_record_names_the_code_that_ran(
     model_with_tokenizer: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from vllm_buddy.method.reference import generate, routed_logits
 from vllm_buddy.training import checkpoint, start
 from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.loop import LOG_FILE
+from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.stage1_record import finish_run
 from vllm_buddy.training.stage1_settings import Stage1Settings
 
@@ -300,6 +301,26 @@ def test_checkpointed_activations_change_nothing_but_memory(
     assert Stage1Settings(**settings).digest == Stage1Settings(**again).digest
 
 
+def test_the_closed_form_start_keeps_no_activations(settings: dict[str, Any]) -> None:
+    """Fails if the start of a run that recomputes activations keeps them, or begins with another bypass."""
+    model = load_model(settings["model"]).requires_grad_(False)
+    windows = torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(0))
+    kept: list[int] = []
+    found = []
+    for again in (False, True):
+        kept.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            found.append(fit_bypass(model, windows, 4, checkpoint=again))
+    assert torch.equal(found[0].up, found[1].up)
+    assert torch.equal(found[0].down, found[1].down)
+    assert kept[1] < kept[0] / 4
+
+
 def test_orders_of_another_model_come_from_a_file(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +363,7 @@ def test_a_dry_run_measures(settings: dict[str, Any], tmp_path: Path) -> None:
     assert moments == 3 * 4 * middle * hidden**2
     assert found.disk == 6 * 4 * 32 * checked.top_logits * 6  # sequences, their tokens, and bytes of a logit
     assert found.peak > weights
+    assert found.start_peak > weights
     assert found.seconds == pytest.approx(checked.tokens / found.tokens_per_second)
 
 
@@ -366,7 +388,7 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert main(["train", *words, f"data=[{{file: {data}}}]", f"recipe={recipe}", f"paths={paths}", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "base weights (float32)" in said
-    assert ("closed-form start" in said.splitlines()[2]) == (recipe == "bypass")
+    assert said.count("closed-form start") == (3 if recipe == "bypass" else 0)
     assert "tokens/s on random paths: 768 tokens take 0.0 hours" in said
     assert not settings["out"].exists()
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
-from vllm_buddy.baselines.by_importance import Progress, delta_ppl_order, shortgpt_order, taylor_order
+from vllm_buddy.baselines.by_importance import delta_ppl_order, shortgpt_order, taylor_order
 from vllm_buddy.baselines.by_position import evenly_spaced_order, random_order, reverse_order
 from vllm_buddy.baselines.sleb import sleb_order
 from vllm_buddy.errors import BaselineError
@@ -24,18 +23,20 @@ class MeasuredMethod:
 
     order: (model, windows [num_windows, window] of token ids, progress(done, total)) -> the middle layers in order of
         removal.
+        A method that searches takes candidates= and note= too, see `sleb_order`.
     tokens: default number of calibration tokens.
-    dtype: dtype of the model during the measurement. Taylor sums gradients over windows, for which bf16 is too coarse.
+    dtype: usual dtype of the model. Gradients of many layers lose more to bf16 than losses do.
     """
 
-    order: Callable[[nn.Module, torch.Tensor, Progress], list[int]]
+    order: Callable[..., list[int]]
     tokens: int
     dtype: torch.dtype = torch.bfloat16
+    searches: bool = False
 
 
 MEASURED = {
     "shortgpt": MeasuredMethod(shortgpt_order, tokens=16384),
-    "sleb": MeasuredMethod(sleb_order, tokens=4096),
+    "sleb": MeasuredMethod(sleb_order, tokens=4096, searches=True),
     "delta_ppl": MeasuredMethod(delta_ppl_order, tokens=8192),
     "taylor": MeasuredMethod(taylor_order, tokens=8192, dtype=torch.float32),
 }

@@ -9,16 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.baselines.base import MEASURED, POSITIONAL, check_static_method
+from vllm_buddy.baselines.static_settings import MeasuringSettings
 from vllm_buddy.errors import BaselineError
 from vllm_buddy.importance import CalibrationText
 from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.torch_device import find_device
 
 SHIPPED_DIR = Path(__file__).parent / "orders"
-WINDOW = 512
+_USUAL = MeasuringSettings()
 
 Report = Callable[[str, int, int], None]
 
@@ -33,6 +36,7 @@ class LayerOrder(BaseModel):
     calibration_sha256: str = Field(description="SHA-256 of the text's bytes")
     num_tokens: int = Field(description="number of calibration tokens, from the start of the text")
     window: int = Field(description="tokens per window")
+    candidates: int | None = Field(default=None, description="layers that each round of a search tried; null: all")
     layers: list[int] = Field(description="middle layers in order of removal")
 
 
@@ -120,30 +124,36 @@ def measure_order(
     name: str,
     model_dir: Path,
     text: CalibrationText,
-    tokens: int | None = None,
-    window: int = WINDOW,
+    settings: MeasuringSettings = _USUAL,
     report: Report = lambda *_: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> LayerOrder:
     """Measure the order of method `name` on the start of `text`.
 
-    tokens: number of calibration tokens; None: the method's default. report: called as report(name, done, total).
+    settings: how; their model is not looked at. report: called as report(name, done, total). note: called with lines of
+    text about the work.
 
     Raises:
         BaselineError: the method is unknown, or its order is not measured but follows from positions.
         CalibrationError: the text is too short.
-        ModelError, UnsupportedError: the model in `model_dir` cannot be used.
+        ModelError, UnsupportedError: the model in `model_dir` or the device cannot be used.
     """
     check_static_method(name)
     if name not in MEASURED:
         raise BaselineError(f"the order of '{name}' is not measured; measured are {', '.join(MEASURED)}")
     method = MEASURED[name]
-    windows, _ = text.windows(load_tokenizer(model_dir), window, tokens or method.tokens)
-    layers = method.order(load_model(model_dir, method.dtype), windows, partial(report, name))
+    windows, _ = text.windows(load_tokenizer(model_dir), settings.window, settings.tokens or method.tokens)
+    candidates = settings.candidates if method.searches else None
+    dtype = method.dtype if settings.dtype is None else getattr(torch, settings.dtype)
+    model = load_model(model_dir, dtype, find_device(settings.device))
+    search = {"candidates": candidates, "note": lambda line: note(f"{name}: {line}")} if method.searches else {}
+    layers = method.order(model, windows, partial(report, name), **search)
     return LayerOrder(
         method=name,
         calibration=text.name,
         calibration_sha256=text.sha256,
         num_tokens=windows.numel(),
-        window=window,
+        window=settings.window,
+        candidates=candidates,
         layers=layers,
     )

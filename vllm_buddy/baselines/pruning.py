@@ -1,5 +1,6 @@
 """Prunes a model statically and writes it in two forms: a checkpoint for stock vLLM, and an artifact for vllm_buddy."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +40,15 @@ class PrunedModel:
         return self.artifact.config.base_model
 
 
-def prune(settings: PruneSettings, model_dir: Path, report: Report = lambda *_: None) -> PrunedModel:
+def prune(
+    settings: PruneSettings,
+    model_dir: Path,
+    report: Report = lambda *_: None,
+    note: Callable[[str], None] = lambda _: None,
+) -> PrunedModel:
     """Decide which layers of the model in `model_dir` are kept. Nothing is written.
 
-    report: progress of measuring an order. Only that step loads the model, and it is the last one.
+    report, note: progress of measuring an order. Only that step loads the model, and it is the last one.
 
     Raises:
         BuddyError: the model, the number of layers, the order or the text cannot be used.
@@ -58,7 +64,7 @@ def prune(settings: PruneSettings, model_dir: Path, report: Report = lambda *_: 
         )
     measured = None
     if text is not None:
-        measured = measure_order(settings.method, model_dir, text, settings.tokens, settings.window, report)
+        measured = measure_order(settings.method, model_dir, text, settings, report, note)
     elif settings.method in MEASURED:
         try:
             measured = find_order(settings.method, base, files)

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from vllm_buddy.artifact.provenance import command_line
 from vllm_buddy.baselines.base import MEASURED, STATIC_METHODS, check_static_method
 from vllm_buddy.errors import BaselineError
+from vllm_buddy.models.torch_device import DEVICE_HELP, Dtype
 
 
 def _names(value: Any) -> Any:
@@ -45,6 +46,19 @@ class MeasuringSettings(BaseModel):
         + ")",
     )
     window: int = Field(default=512, ge=2, description="tokens per window")
+    candidates: int | None = Field(
+        default=None,
+        ge=1,
+        description="layers that sleb tries in each round after the first: those that cost least when they were last "
+        "tried (absent: all)",
+    )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: Dtype | None = Field(
+        default=None,
+        description="dtype of the model, bfloat16 or float32 (absent: "
+        + ", ".join(f"{name} {str(method.dtype).removeprefix('torch.')}" for name, method in MEASURED.items())
+        + ")",
+    )
 
 
 class OrdersSettings(MeasuringSettings):

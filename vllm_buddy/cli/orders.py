@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if not file.base_model.same_model(base):
         raise BaselineError(f"{settings.out} holds orders of {file.base_model.summary()}, not of {base.summary()}")
     for name in settings.methods:
-        order = measure_order(name, folder, text, settings.tokens, settings.window, print_progress)
+        order = measure_order(name, folder, text, settings, print_progress, note)
         file = file.with_order(order)
         file.save(settings.out)
         print(f"{name}: {' '.join(map(str, order.layers))}", flush=True)

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     commit = source_commit()
     model_dir = find_model(settings.model, note)
-    pruned = prune(settings, model_dir, print_progress)
+    pruned = prune(settings, model_dir, print_progress, note)
     artifact, checkpoint = settings.out / ARTIFACT_DIR, settings.out / CHECKPOINT_DIR
     try:
         save_pruned(pruned, model_dir, settings.out)

@@ -1,44 +1,41 @@
 """`vllm-buddy sample`: samples text from the model itself, as training text for `vllm-buddy train`."""
 
 import argparse
+import contextlib
 import json
 import math
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.cli.progress import note
 from vllm_buddy.errors import TrainingError
 
-LONGEST_OPENER = 64  # tokens that an opener may have
-OPENERS = (
-    "Question: How do I",
-    "Question: How to",
-    "Question: What is the best way to",
-    "Question: To",
-    "To make",
-    "To clean",
-    "How to",
-    "Use a",
-    "The",
-    "In",
-    "A",
-    "When",
-    "Once upon a time",
-    "It was",
-    "The history of",
-    "Scientists",
-)
+if TYPE_CHECKING:
+    from vllm_buddy.training.drawn_text import Draw, Drawn, Generate
+
+ROUND = 4  # times --batch samples are drawn before rows are written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="*.jsonl file to write, with one row per sample")
     parser.add_argument(
-        "out", type=Path, metavar="OUT", help="*.jsonl file to write, with one row with `text` per sample"
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="folder, name of an embedded model, or hub id (default: the default embedded model)",
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: the embedded model)")
     parser.add_argument(
         "--tokens", type=int, default=200_000, metavar="N", help="number of tokens to sample (default: 200000)"
     )
     parser.add_argument(
-        "--opener", action="append", metavar="TEXT", help="beginning of samples; several are used in turn"
+        "--plain",
+        action="store_true",
+        help="continue the openers as plain text; otherwise a model with a chat template writes questions and answers",
+    )
+    parser.add_argument(
+        "--opener", action="append", metavar="TEXT", help="beginning of samples, or of questions; several take turns"
     )
     parser.add_argument(
         "--max-tokens", type=int, default=224, metavar="N", help="largest length of a sample (default: 224)"
@@ -53,48 +50,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sample with the unrouted model in vLLM and write the file; returns 0.
 
+    Rows go to OUT.partial first, which replaces OUT when all are there.
+
     Raises:
-        TrainingError: a number is not positive, or OUT does not end in .jsonl or cannot be written.
+        TrainingError: a number is not positive or too large for the model, or OUT does not end in .jsonl or cannot be
+            written.
+        ModelError: the model or its tokenizer cannot be used.
     """
     if min(args.tokens, args.max_tokens, args.batch) < 1 or not 0 < args.temperature < math.inf:
         raise TrainingError("--tokens, --max-tokens, --batch and --temperature must be positive numbers")
-    if args.out.suffix != ".jsonl":
-        raise TrainingError(f"{args.out} must end in .jsonl, because `vllm-buddy train` goes by the suffix")
+    if args.out.suffix != ".jsonl" or args.out.is_dir():
+        raise TrainingError(f"{args.out} must be a file that ends in .jsonl: `vllm-buddy train` goes by the suffix")
+    partial = args.out.with_name(f"{args.out.name}.partial")
+    with _writing(partial):
+        partial.write_text("")
     try:
-        args.out.open("a").close()  # what is there stays until there is something to write
+        _sample(args, partial)
+        with _writing(args.out):
+            os.replace(partial, args.out)
+    finally:
+        if partial.is_file() and not partial.stat().st_size:
+            partial.unlink()
+    return 0
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise TrainingError(f"cannot write {args.out}: {error.strerror or error}") from None
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _sample(args: argparse.Namespace, out: Path) -> None:
+    from vllm_buddy.models.find import find_model
+    from vllm_buddy.models.folder import load_config, load_tokenizer
+    from vllm_buddy.training.drawn_text import Sampler
+
+    model_dir = find_model(args.model, note)
+    sampler = Sampler(load_tokenizer(model_dir), args.max_tokens, args.seed, plain=args.plain, openers=args.opener)
+    longest = load_config(model_dir).max_position_embeddings
+    if sampler.length > longest:
+        raise TrainingError(f"--max-tokens {args.max_tokens} and an opener are beyond the model's {longest} tokens")
+    generate = _generate(model_dir, sampler.length, args.batch, args.temperature)
+    for rows, done in sampler.rounds(args.tokens, ROUND * args.batch, generate):
+        with _writing(out), out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        print(f"sampled {done} of {args.tokens} tokens", flush=True)
+
+
+def _generate(model_dir: Path, length: int, batch: int, temperature: float) -> "Generate":
+    """Start the unrouted model in vLLM; returns the function that draws from it."""
     from vllm import LLM, SamplingParams
 
-    from vllm_buddy.models.find import find_model
     from vllm_buddy.models.kv_size import kv_bytes
+    from vllm_buddy.training.drawn_text import Drawn
 
-    model_dir, length = find_model(args.model, note), args.max_tokens + LONGEST_OPENER
     llm = LLM(
         str(model_dir),
         dtype="bfloat16",
         max_model_len=length,
-        kv_cache_memory_bytes=kv_bytes(model_dir, args.batch, length, "bfloat16"),
-        max_num_seqs=args.batch,
+        kv_cache_memory_bytes=kv_bytes(model_dir, batch, length, "bfloat16"),
+        max_num_seqs=batch,
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
-    openers = args.opener or OPENERS
-    done, number = 0, 0
-    while done < args.tokens:
-        wanted = math.ceil((args.tokens - done) / args.max_tokens)
-        numbers = range(number, number + min(wanted, 4 * args.batch))
-        prompts = [openers[i % len(openers)] for i in numbers]
-        sampling = [
-            SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed * 1_000_003 + i)
-            for i in numbers
-        ]
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        with args.out.open("a" if number else "w") as file:
-            for prompt, output in zip(prompts, outputs, strict=True):
-                file.write(json.dumps({"text": prompt + output.outputs[0].text}) + "\n")
-        done += sum(len(output.outputs[0].token_ids) for output in outputs)
-        number = numbers.stop
-        print(f"sampled {done} of {args.tokens} tokens", flush=True)
-    return 0
+
+    def generate(draws: "Sequence[Draw]") -> "list[Drawn]":
+        prompts: Any = [{"prompt_token_ids": draw.prompt} for draw in draws]
+        sampling = [SamplingParams(temperature=temperature, max_tokens=d.max_tokens, seed=d.seed) for d in draws]
+        outputs = (output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False))
+        return [Drawn(output.text, len(output.token_ids)) for output in outputs]
+
+    return generate

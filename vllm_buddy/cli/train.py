@@ -106,6 +106,8 @@ def config_and_overrides(args: argparse.Namespace) -> tuple[Path | None, dict[st
 def _summary(run: "DryRun", settings: "Stage1Settings") -> list[str]:
     """Return the lines of --dry-run."""
     lines = [f"{what:46} {size / 1e9:8.2f} GB" for what, size in run.memory.items()]
+    if run.start_peak:
+        lines.append(f"{'measured peak of the closed-form start':46} {run.start_peak / 1e9:8.2f} GB")
     lines.append(f"{'measured peak, activations included':46} {run.peak / 1e9:8.2f} GB")
     if run.disk:
         folder = settings.cache_dir or settings.out

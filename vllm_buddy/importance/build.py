@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PriorConfig
@@ -18,6 +19,7 @@ from vllm_buddy.importance.normalise import normalise
 from vllm_buddy.importance.perplexity import perplexity_by_budget
 from vllm_buddy.importance.prior_settings import PriorSettings
 from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.torch_device import find_device
 
 Report = Callable[[str, int, int], None]
 
@@ -43,15 +45,15 @@ def build_prior(settings: PriorSettings, model_dir: Path, report: Report = lambd
     Raises:
         CalibrationError: the indicator is unknown, or the text cannot be used.
         UnsupportedError: the model is not a dense Llama, Mistral, Qwen2 or Qwen3, or is quantised.
-        ArtifactError, ModelError: the folder holds no model, or one that cannot be loaded.
+        ArtifactError, ModelError: the folder holds no model, or one that cannot be loaded, or there is no such device.
     """
     find_indicator(settings.indicator)
     if settings.compare and not settings.heldout:
         raise CalibrationError("a comparison of indicators needs held-out text to compare on; give --heldout N as well")
     text = CalibrationText.read(settings.text)
     base = identify(model_dir, settings.base_model_id)
-    # load_model defaults to fp32, in which gradients do not underflow.
-    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+    model = load_model(model_dir, getattr(torch, settings.dtype), find_device(settings.device))
+    tokenizer = load_tokenizer(model_dir)
     windows, heldout = text.windows(tokenizer, settings.window, settings.tokens, settings.heldout)
     names = [settings.indicator]
     if settings.compare:

@@ -1,10 +1,13 @@
 """Runs the layers of a Hugging Face model one by one on a window of tokens that all have the same path."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+_ROWS = 128  # positions whose logits are in memory at once
 
 
 class LayerStack:
@@ -48,5 +51,20 @@ class LayerStack:
 
     def loss(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Return the mean next-token loss in nats per token, a float32 scalar. hidden: output of the last layer."""
-        logits = self._lm_head(self._backbone.norm(hidden))[0, :-1]
-        return nn.functional.cross_entropy(logits.float(), token_ids[1:].to(self.device))
+        return torch.stack(list(self.loss_parts(hidden, token_ids))).sum() / (len(token_ids) - 1)
+
+    def loss_parts(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the next-token loss of some positions after others, summed; each is computed when it is asked for.
+
+        Logits of a part are not kept for the backward pass but computed again there.
+        """
+        states, targets = hidden[0, :-1], token_ids[1:].to(self.device)
+        for part in (slice(start, start + _ROWS) for start in range(0, len(states), _ROWS)):
+            if torch.is_grad_enabled():
+                yield checkpoint(self._summed_loss, states[part], targets[part], use_reentrant=False)
+            else:
+                yield self._summed_loss(states[part], targets[part])
+
+    def _summed_loss(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self._lm_head(self._backbone.norm(states))
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -68,7 +68,7 @@ def _perplexity_section(result: PriorResult, settings: PriorSettings) -> list[st
         "## Perplexity",
         "",
         f"On the {settings.heldout:,} tokens of {result.text.name} that follow the calibration part, in windows of "
-        f"{settings.window} tokens scored each by itself, KV policy `masked`, float32. Lower is better.",
+        f"{settings.window} tokens scored each by itself, KV policy `masked`, {settings.dtype}. Lower is better.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)),
         "",

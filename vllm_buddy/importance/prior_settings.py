@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_buddy.artifact.provenance import command_line
+from vllm_buddy.models.torch_device import DEVICE_HELP, Dtype
 
 
 class PriorSettings(BaseModel):
@@ -27,6 +28,8 @@ class PriorSettings(BaseModel):
     compare: bool = Field(
         default=False, description="also measure the other indicators, for the table in the model card"
     )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: Dtype = Field(default="float32", description="dtype of the model: bfloat16 or float32")
 
     def command(self) -> str:
         """Return the command line that makes the same artifact again."""

@@ -5,6 +5,8 @@ over all windows.
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from vllm_buddy.importance.layer_stack import LayerStack
 def taylor_importance(model: nn.Module, windows: torch.Tensor, progress: Callable[[int, int], None]) -> np.ndarray:
     """Return the Taylor importance per middle layer.
 
-    This needs memory for the gradients of all middle layers.
+    Gradients are summed over windows in float32, whatever the model's dtype; this needs memory for those of all middle
+    layers.
 
     windows: [num_windows, window] token ids. Returns [num_layers - 2], float64.
     """
@@ -26,21 +29,32 @@ def taylor_importance(model: nn.Module, windows: torch.Tensor, progress: Callabl
     wanted_before = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     middle = backbone.layers[1:-1]
+    sums = [{p: torch.zeros_like(p, dtype=torch.float32) for p in layer.parameters()} for layer in middle]
+    hooks = []
     try:
-        for layer in middle:
-            layer.requires_grad_(True)
+        for parameter, gradient in chain.from_iterable(part.items() for part in sums):
+            parameter.requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(partial(_move, gradient)))
         for done, window in enumerate(windows, start=1):
             with torch.enable_grad():
                 hidden = stack.run(range(stack.num_layers), stack.embed(window))
                 (stack.loss(hidden, window) / len(windows)).backward()
             progress(done, len(windows))
-        return np.array([sum(_weight_times_gradient(p) for p in layer.parameters()) for layer in middle])
+        return np.array([sum(_weight_times_gradient(p, g) for p, g in part.items()) for part in sums])
     finally:
+        for hook in hooks:
+            hook.remove()
         for parameter, wanted in wanted_before.items():
             parameter.grad = None
             parameter.requires_grad_(wanted)
 
 
-def _weight_times_gradient(parameter: nn.Parameter) -> float:
+def _move(into: torch.Tensor, parameter: nn.Parameter) -> None:
+    """Add a parameter's gradient to `into`, and free it."""
     assert parameter.grad is not None
-    return float((parameter.detach() * parameter.grad).abs().sum(dtype=torch.float64))
+    into += parameter.grad
+    parameter.grad = None
+
+
+def _weight_times_gradient(parameter: nn.Parameter, gradient: torch.Tensor) -> float:
+    return float((parameter.detach() * gradient).abs().sum(dtype=torch.float64))

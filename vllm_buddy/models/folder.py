@@ -8,6 +8,7 @@ from torch import nn
 
 from vllm_buddy.errors import ModelError, UnsupportedError
 from vllm_buddy.method.reference import check_config
+from vllm_buddy.models.quantised import Quantisation, make_differentiable, quantisation_config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -29,22 +30,36 @@ def load_config(folder: Path) -> Any:
     return config
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantisation: Quantisation | None = None,
+) -> nn.Module:
     """Load the causal language model in `folder` for inference.
 
+    quantisation: of the linear layers, made while they are loaded; gradients pass them.
+
     Raises:
-        ModelError: the files cannot be loaded.
+        ModelError: the files cannot be loaded, or the package that quantises is missing.
         UnsupportedError: the model is not a dense Llama, Mistral, Qwen2 or Qwen3, or is quantised.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
     if getattr(config, "quantization_config", None):
-        raise UnsupportedError(f"{folder} is quantised; measure the model it was made from, the artifact fits both")
+        raise UnsupportedError(
+            f"{folder} is quantised; measure the model it was made from, the artifact fits both. Where that does not "
+            "fit into memory, `vllm-buddy train base_quantisation=nf4` quantises it while it is loaded"
+        )
+    quantised = {}
+    if quantisation is not None:
+        quantised = {"quantization_config": quantisation_config(quantisation, dtype), "device_map": {"": device}}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **quantised).eval()
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: transformers cannot load the model ({error})") from None
+    return model.to(device) if quantisation is None else make_differentiable(model)
 
 
 def load_tokenizer(folder: Path) -> Any:

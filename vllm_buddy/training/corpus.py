@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import TrainingError
-from vllm_buddy.training.stage1_settings import DataSource
+from vllm_buddy.training.hub_rows import documents
+from vllm_buddy.training.stage1_settings import DatasetSource, Source
+
+ROWS_AT_ONCE = 256  # of a data set, that are read and tokenized together
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Corpus:
     sequences: [num_sequences, length], int32.
     order: [num_used], indices into `sequences`. A source that is used up starts again from its beginning.
     starts: [num_sources + 1], index of the first sequence of each source.
-    digest: hash of `sequences`. sha256: hash of each file, by its name.
+    digest: hash of `sequences`. sha256: hash of each file, or of the token ids of a data set, by its name.
     """
 
     sequences: np.ndarray
@@ -32,26 +36,22 @@ class Corpus:
 
     @classmethod
     def read(
-        cls, sources: Sequence[DataSource], folder: Path | None, tokenizer: Any, length: int, used: int, seed: int
+        cls, sources: Sequence[Source], folder: Path | None, tokenizer: Any, length: int, used: int, seed: int
     ) -> "Corpus":
-        """Read and tokenize the files, cut them into sequences and fix the order of training.
+        """Read and tokenize the sources, cut them into sequences and fix the order of training.
 
         used: number of sequences that training takes.
 
         Raises:
-            DataError: a file is missing, empty, binary or in another format.
-            TrainingError: a file is too short for one sequence.
+            DataError: a file or a data set is missing, empty, binary or in another format.
+            TrainingError: a source is too short for one sequence.
         """
         parts, hashes = [], {}
         rng = np.random.default_rng(seed)
         for source in sources:
-            path = source.file if folder is None else folder / source.file
-            file = DataFile.read(path)
-            hashes[source.file.name] = file.sha256
-            ids = _tokenize(file, tokenizer)
-            ids = ids[: int(len(ids) * source.share)]
+            ids, hashes[source.name] = _token_ids(source, folder, tokenizer)
             if len(ids) < length:
-                raise TrainingError(f"{path} gives {len(ids)} tokens, less than one sequence of {length}")
+                raise TrainingError(f"{source.name} gives {len(ids)} tokens, less than one sequence of {length}")
             parts.append(rng.permutation(ids[: len(ids) // length * length].reshape(-1, length)))
         sequences = np.concatenate(parts)
         starts = np.cumsum([0, *map(len, parts)])
@@ -80,11 +80,34 @@ class Corpus:
         return torch.from_numpy(self.sequences[chosen].astype(np.int64))
 
 
-def _tokenize(file: DataFile, tokenizer: Any) -> np.ndarray:
+def _token_ids(source: Source, folder: Path | None, tokenizer: Any) -> tuple[np.ndarray, str]:
+    """Return the token ids of the part of a source that is used, int32, and the hash that run.yaml records."""
+    if isinstance(source, DatasetSource):
+        ids = _dataset_ids(source, folder, tokenizer)
+        return ids, hashlib.sha256(ids.tobytes()).hexdigest()
+    file = DataFile.read(source.file if folder is None else folder / source.file)
     if file.rows is None:
-        return np.array(tokenizer(file.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
-    plain = [file.plain(index) for index in range(len(file.rows))]
-    documents = [file.exchange(i, tokenizer).whole if text is None else text for i, text in enumerate(plain)]
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = np.array(tokenizer(file.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+    else:
+        plain = [file.plain(index) for index in range(len(file.rows))]
+        ids = _encoded(
+            [file.exchange(i, tokenizer).whole if text is None else text for i, text in enumerate(plain)], tokenizer
+        )
+    return ids[: int(len(ids) * source.share)], file.sha256
+
+
+def _dataset_ids(source: DatasetSource, folder: Path | None, tokenizer: Any) -> np.ndarray:
+    """Read rows until there are `source.tokens` tokens; of a stream no more than that is read."""
+    rows = documents(source, folder, tokenizer)
+    parts, count = [np.empty(0, dtype=np.int32)], 0
+    while (source.tokens is None or count < source.tokens) and (batch := list(islice(rows, ROWS_AT_ONCE))):
+        parts.append(_encoded(batch, tokenizer))
+        count += len(parts[-1])
+    return np.concatenate(parts)[: source.tokens]
+
+
+def _encoded(texts: list[str], tokenizer: Any) -> np.ndarray:
+    """The token ids of documents, each with an end-of-text token after it if the model has one."""
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return np.array([token for ids in encoded for token in (*ids, *end)], dtype=np.int32)

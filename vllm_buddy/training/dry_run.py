@@ -1,8 +1,9 @@
 """What a run of stage 1 will take: memory by part, disk, and the time of its steps, measured on a few of them."""
 
+import re
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.loop import TrainingRun
+from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.routing import RandomRouting
 from vllm_buddy.training.stage1 import check_settings
@@ -22,7 +24,9 @@ from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.teacher import BYTES_PER_LOGIT, Teacher
 
 STEPS = 3  # the first one warms up
+START_SEQUENCES = 4  # of the closed-form start: twice as many as are in memory at once
 _FLOAT32 = 4
+_STATUS = Path("/proc/self/status")
 _STATES = 4  # float32 numbers for each trained one: itself, its gradient and two moments of AdamW
 
 
@@ -30,12 +34,15 @@ _STATES = 4  # float32 numbers for each trained one: itself, its gradient and tw
 class DryRun:
     """What a run takes.
 
-    memory: bytes of each part that stays for a whole phase. peak: bytes that the process had at most, activations
-    included, on the device that trains. disk: bytes of the full model's logits. tokens_per_second: of training steps on
-    random paths. seconds: of all training steps; the closed-form start and the search for paths come on top.
+    memory: bytes of each part that stays for a whole phase. start_peak, peak: bytes that the process had at most, in
+    the closed-form start (0: there is none) and in training steps, activations included, on the device that trains.
+    Outside Linux and CUDA, `peak` is the larger of both. disk: bytes of the full model's logits. tokens_per_second: of
+    training steps on random paths. seconds: of all training steps; the closed-form start and the search for paths come
+    on top.
     """
 
     memory: dict[str, int]
+    start_peak: int
     peak: int
     disk: int
     tokens_per_second: float
@@ -61,7 +68,8 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         settings.tokens // settings.length,
         settings.seed,
     )
-    model: Any = load_model(model_dir, getattr(torch, settings.dtype)).to(accelerator.device).requires_grad_(False)
+    dtype, quantisation = getattr(torch, settings.dtype), settings.base_quantisation
+    model: Any = load_model(model_dir, dtype, accelerator.device, quantisation).requires_grad_(False)
     # Before LoRA adds parameters of its own.
     base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     middle, hidden = base.num_layers - 2, base.hidden_size
@@ -73,14 +81,19 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
     else:
         repair = LoraRepair(model, settings.rank, settings.lora_alpha)
     memory = {
-        f"base weights ({settings.dtype})": base_bytes,
+        f"base weights ({quantisation or settings.dtype})": base_bytes,
         "repair: weights, gradients, moments of AdamW": _STATES
         * _FLOAT32
         * sum(parameter.numel() for parameter in repair.parameters()),
     }
     if settings.recipe == "bypass" and settings.init_tokens:
         memory["closed-form start: three sums per layer"] = 3 * _FLOAT32 * middle * hidden**2
-    disk = 0
+    disk = start_peak = 0
+    if settings.recipe == "bypass" and settings.init_tokens:
+        windows = corpus.take(START_SEQUENCES * settings.length)
+        fit_bypass(model, windows, settings.rank, checkpoint=settings.checkpoint_activations)
+        start_peak = _peak_bytes(accelerator.device)
+        _forget_peak(accelerator.device)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
         few = settings.model_copy(update={"out": out, "tokens": STEPS * settings.batch * settings.length})
@@ -93,13 +106,23 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         frozen = repair.disabled if isinstance(repair, LoraRepair) else nullcontext
         TrainingRun(few, corpus, model, repair, routing, teacher, accelerator, frozen, rows.append).train()
     speed = float(np.mean([row["tokens_per_second"] for row in rows[1:]]))
-    return DryRun(memory, _peak_bytes(accelerator.device), disk, speed, settings.tokens / speed)
+    return DryRun(memory, start_peak, _peak_bytes(accelerator.device), disk, speed, settings.tokens / speed)
 
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.is_file():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text()).group(1)) * 1024  # type: ignore[union-attr]
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # see proc(5)

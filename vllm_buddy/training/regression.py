@@ -6,10 +6,12 @@ output metric G), so that the rank is spent where it matters to the loss. Becaus
 rank r can start as exactly a linear map of rank r / 2; training makes it nonlinear.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
@@ -73,11 +75,14 @@ def fit_bypass(
     token_ids: torch.Tensor,
     rank: int,
     batch_size: int = 2,
+    *,
+    checkpoint: bool = False,
 ) -> Bypass:
     """Return the initial bypass of all middle layers.
 
     model: a Hugging Face Llama, Mistral, Qwen2 or Qwen3. token_ids: [num_sequences, length], int64. rank: even.
-    batch_size: sequences whose states and gradients are in memory at once.
+    batch_size: sequences whose states and gradients are in memory at once; their logits never are.
+    checkpoint: keep no activations inside the layers for the backward pass but compute them again there.
     """
     if rank < 2 or rank % 2:
         raise ValueError(f"a bypass starts as pairs of units, so its rank must be even and positive, not {rank}")
@@ -86,7 +91,7 @@ def fit_bypass(
     device = net.model.embed_tokens.weight.device
     moments = [LayerMoments(config.hidden_size, device) for _ in range(config.num_hidden_layers - 2)]
     for start in range(0, len(token_ids), batch_size):
-        states = _states_with_gradient(net, token_ids[start : start + batch_size].to(device))
+        states = _states_with_gradient(net, token_ids[start : start + batch_size].to(device), checkpoint)
         for layer, moment in enumerate(moments, start=1):
             before, after = (s.detach().flatten(0, 1).float() for s in states[layer : layer + 2])
             gradient = states[layer + 1].grad
@@ -100,17 +105,18 @@ def fit_bypass(
     )
 
 
-def _states_with_gradient(net: Any, token_ids: torch.Tensor) -> list[torch.Tensor]:
+def _states_with_gradient(net: Any, token_ids: torch.Tensor, checkpoint: bool) -> list[torch.Tensor]:
     """Return the hidden states before each layer and after the last, [batch, length, hidden], with their gradients."""
     backbone = net.model
     hidden, rotary = embed(net, token_ids)
     states = [hidden]
+    run = partial(checkpointed, dense_layer, use_reentrant=False) if checkpoint else dense_layer
     with torch.enable_grad():
         for layer in backbone.layers:
             hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
             hidden.retain_grad()
             states[-1] = hidden
-            hidden = dense_layer(layer, hidden, rotary)
+            hidden = run(layer, hidden, rotary)
             states.append(hidden)
         hidden.retain_grad()
         next_token_loss(backbone.norm(hidden), net.lm_head.weight, token_ids).backward()

@@ -91,13 +91,15 @@ def run_stage1(
     corpus = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, drawn, settings.seed)
     token_windows = np.unique(corpus.order[: settings.token_windows])
     corpus = dataclasses.replace(corpus, order=corpus.order[:used])
-    model: Any = load_model(model_dir, getattr(torch, settings.dtype)).to(accelerator.device).requires_grad_(False)
+    dtype, quantisation = getattr(torch, settings.dtype), settings.base_quantisation
+    model: Any = load_model(model_dir, dtype, accelerator.device, quantisation).requires_grad_(False)
     if settings.length > model.config.max_position_embeddings:
         raise TrainingError(f"length {settings.length} is beyond the model's {model.config.max_position_embeddings}")
     teacher = None
     if settings.recipe != "paper":
         folder = (settings.cache_dir or settings.out) / f"teacher-{base.fingerprint}-{corpus.digest}"
-        teacher = Teacher(model, corpus, settings.top_logits, folder / f"{settings.dtype}-{settings.top_logits}")
+        form = settings.dtype if quantisation is None else f"{settings.dtype}-{quantisation}"
+        teacher = Teacher(model, corpus, settings.top_logits, folder / f"{form}-{settings.top_logits}")
     explored, main = split(settings, corpus)
     start = find_start(settings, base, order, model, corpus, explored, teacher, accelerator, report, note)
     repair, frozen = _repair(settings, model, start)
@@ -254,7 +256,7 @@ def _artifact(
     bypass, deltas = repair.bypass(), repair.deltas()
     prior = PriorConfig(indicator=settings.prior, calibration="as `vllm-buddy orders` has it", num_tokens=0)
     if settings.paths == SEARCHED:
-        names = ", ".join(source.file.name for source in settings.data)
+        names = ", ".join(source.name for source in settings.data)
         prior = PriorConfig(indicator="searched", calibration=names, num_tokens=settings.search_tokens)
     elif settings.paths != LEARNED:
         prior = prior.model_copy(update={"indicator": settings.paths})

@@ -8,7 +8,7 @@ from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, card_origin, car
 from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
 from vllm_buddy.training.loop import LOG_FILE, TrainingRun
-from vllm_buddy.training.stage1_settings import Stage1Settings
+from vllm_buddy.training.stage1_settings import DatasetSource, Source, Stage1Settings
 
 _REPAIRS = {
     "bypass": "A low-rank bypass of rank {rank} stands in for each layer that is skipped; the base model's weights are "
@@ -31,14 +31,7 @@ def finish_run(
     record: dict[str, Any] = {
         **run_header(command, commit, settings.seed),
         "settings": json.loads(settings.model_dump_json(exclude={"data", "data_dir", "cache_dir", "out"})),
-        "data": {
-            source.file.name: {
-                "sha256": run.corpus.sha256[source.file.name],
-                "weight": source.weight,
-                "share": source.share,
-            }
-            for source in settings.data
-        },
+        "data": {source.name: {"sha256": run.corpus.sha256[source.name], **_how(source)} for source in settings.data},
         "started_from": run.started_from,
         "lengths": [{"from_step": step, "tokens": tokens} for step, tokens in run.lengths],
         "base_model": artifact.config.base_model.model_dump(),
@@ -47,6 +40,13 @@ def finish_run(
         "router_fit": run.router_figures,
     }
     (settings.out / RUN_FILE).write_text(to_yaml(record))
+
+
+def _how(source: Source) -> dict[str, Any]:
+    """How a source was read."""
+    if isinstance(source, DatasetSource):
+        return source.model_dump(exclude_none=True)
+    return {"weight": source.weight, "share": source.share}
 
 
 def _token_lines(artifact: Artifact) -> list[str]:
@@ -72,7 +72,7 @@ def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> st
         if config.has_decision_module
         else "There is no Decision Module: every request of one budget runs the same layers."
     )
-    trained = f"Trained on {settings.tokens:,} tokens of {', '.join(source.file.name for source in settings.data)}"
+    trained = f"Trained on {settings.tokens:,} tokens of {', '.join(source.name for source in settings.data)}"
     if settings.start_from is not None:
         trained += f", from the bypass of {settings.start_from} on"
     lines = [

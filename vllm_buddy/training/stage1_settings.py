@@ -2,14 +2,21 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from vllm_buddy.errors import TrainingError
+from vllm_buddy.models.quantised import Quantisation
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+
+Weight = Annotated[
+    float,
+    Field(gt=0, allow_inf_nan=False, description="share of the training sequences, relative to the other sources"),
+]
 
 
 class DataSource(BaseModel):
@@ -21,13 +28,50 @@ class DataSource(BaseModel):
         description="*.txt: plain text. *.json (a list) or *.jsonl: rows with `text`, or with `instruction`, `input` "
         "and `output`, which are formatted with the model's chat template"
     )
-    weight: float = Field(
-        default=1.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="share of the training sequences, relative to the other files",
-    )
+    weight: Weight = 1.0
     share: float = Field(default=1.0, gt=0, le=1, description="share of the file that is used, from its beginning")
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+
+class DatasetSource(BaseModel):
+    """A data set that the package `datasets` loads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = Field(description="name of a data set on the hub, or a folder of files that `datasets` knows")
+    config: str | None = Field(default=None, description="configuration of the data set, if it has several")
+    split: str = Field(default="train", description="split, such as train or validation")
+    revision: str | None = Field(default=None, description="commit of a data set on the hub; without it, the newest")
+    column: str | None = Field(
+        default=None,
+        description="column with text, or with a list of messages for the chat template (absent: rows as in files)",
+    )
+    streaming: bool = Field(default=False, description="read rows as they are needed instead of downloading all first")
+    tokens: int | None = Field(
+        default=None, ge=1, description="tokens that are read, from the beginning (absent: all; a stream needs it)"
+    )
+    weight: Weight = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "DatasetSource":
+        if self.streaming and self.tokens is None:
+            raise ValueError("with streaming, say how many `tokens` are read, so that a stopped run finds the same")
+        return self
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.dataset, self.config, self.split) if part)
+
+
+def _kind(source: Any) -> str:
+    named = "dataset" in source if isinstance(source, dict) else isinstance(source, DatasetSource)
+    return "dataset" if named else "file"
+
+
+Source = Annotated[Annotated[DataSource, Tag("file")] | Annotated[DatasetSource, Tag("dataset")], Discriminator(_kind)]
 
 
 # Settings that leave the loss curve as it is, or may change while a run stands.
@@ -40,7 +84,7 @@ class Stage1Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     out: Path = Field(description="folder for artifact, checkpoint and log; a stopped run in it is resumed")
-    data: tuple[DataSource, ...] = Field(min_length=1, description="training text")
+    data: tuple[Source, ...] = Field(min_length=1, description="training text: files, and data sets of `datasets`")
     data_dir: Path | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )
@@ -153,6 +197,11 @@ class Stage1Settings(BaseModel):
         default=2560, ge=1, description="tokens of text that paths are compared on in the search"
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="dtype of the forward pass")
+    base_quantisation: Quantisation | None = Field(
+        default=None,
+        description="int8 or nf4: the base model's linear layers in 8 or 4 bits, which saves memory; the artifact is "
+        "one of the unquantised model all the same (absent: not quantised)",
+    )
     seed: int = Field(default=0, ge=0, description="seed of all random draws")
     save_every: int = Field(default=50, ge=1, description="optimizer steps between checkpoints")
     cache_dir: Path | None = Field(default=None, description="folder for the full model's logits; absent: `out`")

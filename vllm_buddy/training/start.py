@@ -144,7 +144,7 @@ def _searched(
     if settings.router_windows:
         for number, source in enumerate(settings.data):
             windows = corpus.take(settings.search_tokens // 2, number)
-            by_source.append(_search(model, windows, bypass, smallest, source.file.name, note))
+            by_source.append(_search(model, windows, bypass, smallest, source.name, note))
     return Start(order, by_source, bypass)
 
 
@@ -172,7 +172,7 @@ def _starting_bypass(
         return Bypass(**state["bypass"])
     windows = corpus.take(settings.init_tokens)
     note(f"fitting the bypass of {middle} layers by regression on {windows.numel()} tokens")
-    bypass = fit_bypass(model, windows, settings.rank)
+    bypass = fit_bypass(model, windows, settings.rank, checkpoint=settings.checkpoint_activations)
     save_state(path, {"digest": digest, "bypass": _parts(bypass)})
     return bypass
 
