@@ -112,8 +112,8 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.is_file():
-        return int(re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text()).group(1)) * 1024  # type: ignore[union-attr]
+    if _STATUS.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text())):
+        return int(found.group(1)) * 1024
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
