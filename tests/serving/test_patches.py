@@ -34,6 +34,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import RequestState
 
@@ -44,6 +45,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
             InputProcessor.process_inputs,
             RequestState.make_request_output,
             kv_cache_utils.get_kv_cache_groups,
+            DPLBAsyncMPClient.get_core_engine_for_request,
             OpenAIServingChat.chat_completion_stream_generator,
             OpenAIServingCompletion.completion_stream_generator,
         )
@@ -117,6 +119,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
@@ -141,6 +144,10 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
         "update_from_output": (Scheduler.update_from_output, ["self", "scheduler_output", "model_runner_output"]),
         "_free_request": (Scheduler._free_request, ["self", "request"]),
         "cache_blocks": (KVCacheCoordinator.cache_blocks, ["self", "request", "num_computed_tokens"]),
+        "get_core_engine_for_request": (
+            original(DPLBAsyncMPClient.get_core_engine_for_request),
+            ["self", "request"],
+        ),
         "get_kv_cache_groups": (original(get_kv_cache_groups), ["vllm_config", "kv_cache_spec"]),
         "get_num_blocks_to_allocate": (
             KVCacheCoordinator.get_num_blocks_to_allocate,
