@@ -6,9 +6,10 @@ the last `window`, of which n_d have depth d and n_<d a smaller one, the part of
 
     [N n_<d / n, N (n_<d + n_d) / n) ,
 
-where replica r holds [r, r + 1). A replica belongs to the home if it holds at least a quarter of the part, or of
-itself if that is less: traffic that wavers a little does not mix depths. A request goes to the least loaded replica of
-its home. Affinity yields to load: where that replica has more than
+where replica r holds [r, r + 1). The part is rounded to whole replicas: one belongs to the home if half of it lies in
+the part, or half of the part in it. Traffic that wavers, and depths that are served faster and so come back sooner, do
+not mix depths on a replica. A request goes to the least loaded replica of its home. Affinity yields to load: where that
+replica has more than
 
     spill + 2 * (load of the least loaded of all)
 
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 WINDOW = 512
-_SMALLEST_PART = 0.25
+_ROUNDING = 1e-9
 
 
 class BudgetAffinity:
@@ -56,8 +57,8 @@ class BudgetAffinity:
         scale = num_replicas / len(self._seen)
         start = scale * sum(1 for seen in self._seen if seen < depth)
         part = scale * of_depth
-        smallest = _SMALLEST_PART * min(1.0, part)
-        return [r for r in range(num_replicas) if min(r + 1, start + part) - max(r, start) >= smallest]
+        half = 0.5 * min(1.0, part) - _ROUNDING
+        return [r for r in range(num_replicas) if min(r + 1, start + part) - max(r, start) >= half]
 
     def _least(self, replicas: Iterable[int], loads: Sequence[float]) -> int:
         """The least loaded of these; equal ones take turns."""
