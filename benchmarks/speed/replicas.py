@@ -1,6 +1,6 @@
 """Measures two data-parallel replicas with budget affinity and without: does it pay to keep budgets apart?
 
-    python -m benchmarks.speed.replicas            # SmolLM2-135M, CPU, about 15 minutes on 2 cores
+    python -m benchmarks.speed.replicas            # SmolLM2-135M, CPU, about 25 minutes on 2 cores
 
 Two servers stay up, each with two replicas: with affinity, and with `affinity.enabled: false`, where vLLM balances by
 load alone. Users send requests one after the other, so that the number in flight is constant. Half of the users ask for
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--users", type=at_least(2), default=32, help="requests in flight; default: 32")
     parser.add_argument("--tokens", type=at_least(2), default=64, help="output tokens of a request; default: 64")
     parser.add_argument("--seconds", type=positive_number, default=20.0, help="that are counted; default: 20")
-    parser.add_argument("--warm-up", type=positive_number, default=8.0, help="seconds before; default: 8")
+    parser.add_argument("--warm-up", type=positive_number, default=15.0, help="seconds before; default: 15")
     parser.add_argument("--model", type=Path, help="folder of a model; default: the embedded one")
     parser.add_argument("--artifact", type=Path, default=SHIPPED_DIR / DEFAULT_MODEL, help="default: the shipped one")
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_replicas.jsonl")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_buddy.serving.admission.affinity import WINDOW, BudgetAffinity
+from vllm_buddy.serving.admission.affinity import REMEMBERED, BudgetAffinity
 
 loads_of_replicas = st.lists(st.integers(0, 100), min_size=1, max_size=6)
 depths = st.lists(st.integers(3, 30), min_size=1, max_size=40)
@@ -75,7 +75,7 @@ def test_a_busy_home_spills_to_the_least_loaded(home: int, other: int, chosen: i
 
 def test_old_traffic_is_forgotten() -> None:
     """Fails if homes follow what the server saw a day ago."""
-    affinity = after([15] * WINDOW + [30] * WINDOW, 2)
+    affinity = after([15] * 500 + [30] * 2 * REMEMBERED, 2)
     assert affinity.home(30, 2) == [0, 1]
 
 

@@ -1,8 +1,8 @@
 """Budget affinity: requests of like depth go to the same replica. Numbers only, nothing of vLLM or Ray.
 
 A decode step costs the union of its requests' paths, so a batch of one budget is faster than one of several. Replicas
-are therefore put in order, and each depth has a *home*: the replicas of its part of the traffic. With n requests among
-the last `window`, of which n_d have depth d and n_<d a smaller one, the part of depth d on N replicas is
+are therefore put in order, and each depth has a *home*: the replicas of its part of the traffic. Of the n newest
+requests, n_d have depth d and n_<d a smaller one. The part of depth d on N replicas is
 
     [N n_<d / n, N (n_<d + n_d) / n) ,
 
@@ -21,7 +21,7 @@ and the rule is to take the least loaded.
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-WINDOW = 512
+REMEMBERED = 64
 _ROUNDING = 1e-9
 
 
@@ -29,12 +29,13 @@ class BudgetAffinity:
     """Chooses the replica of each arriving request.
 
     spill: at least 0, requests more than twice those of the least loaded replica that a home may have.
-    window: number of newest requests whose depths count, at least 1.
+    remembered: number of newest requests for each replica whose depths count, at least 1.
     """
 
-    def __init__(self, spill: int, window: int = WINDOW) -> None:
+    def __init__(self, spill: int, remembered: int = REMEMBERED) -> None:
         self._spill = spill
-        self._seen: deque[float] = deque(maxlen=window)
+        self._remembered = remembered
+        self._seen: deque[float] = deque()
         self._turn = 0
 
     def choose(self, depth: float, loads: Sequence[float]) -> int:
@@ -44,6 +45,8 @@ class BudgetAffinity:
             least one, requests that each has; replicas keep their places from call to call.
         """
         self._seen.append(depth)
+        while len(self._seen) > self._remembered * len(loads):
+            self._seen.popleft()
         self._turn += 1
         least = self._least(range(len(loads)), loads)
         home = self._least(self.home(depth, len(loads)), loads)
