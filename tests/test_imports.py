@@ -40,6 +40,7 @@ RANKS = {
     "vllm_buddy.serving.patches": 6.1,
     "vllm_buddy.serving.plugin": 6.2,
     "vllm_buddy.evaluation.vllm_engine": 7,  # asks a routed engine, as a user does
+    "vllm_buddy.ray": 7,
     "vllm_buddy.cli": 8,
     "vllm_buddy.__main__": 9,
 }

@@ -14,7 +14,17 @@ PEERS = "peers.compare"
 ROUNDS = (
     *(
         f"speed.{n}"
-        for n in ("decode", "prefill", "mixed", "profile_step", "serving", "memory", "kv_layouts", "in_process")
+        for n in (
+            "decode",
+            "prefill",
+            "mixed",
+            "profile_step",
+            "serving",
+            "memory",
+            "kv_layouts",
+            "in_process",
+            "replicas",
+        )
     ),
     PEERS,
 )
@@ -32,6 +42,8 @@ ROUNDS = (
         ("speed.profile_step", "--union-paths", "-1"),
         ("speed.prefill", "--prompt-tokens", "0"),
         ("speed.mixed", "--each", "0"),
+        ("speed.replicas", "--users", "1"),
+        ("speed.replicas", "--seconds", "0"),
         ("speed.serving", "--rates", "0"),
         ("speed.serving", "--prefix-rates", "-2"),
         ("speed.serving", "--seconds", "0"),

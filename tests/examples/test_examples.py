@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vllm_buddy.cli.server_process import HOST, ServerProcess
+from vllm_buddy.cli.server_process import HOST, ServerProcess, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -119,6 +121,34 @@ def test_offline() -> None:
         ]
         * 3
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ray_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if two replicas behind Ray's HTTP proxy do not answer, or budgets meet on one."""
+    pytest.importorskip("ray")
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: Ray's sockets lie in it
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        printed = run(sys.executable, EXAMPLES / "ray_serve.py", str(free_port()), timeout_s=1700)
+        logs = Path(folder, "ray", "session_latest", "logs").glob("worker-*.err")
+        called = re.findall(r" (\w+) request-(\d+)-at-(\S+) -- CALL", "".join(log.read_text() for log in logs))
+    assert re.findall(r"^(\S+) +(\S+) layers", printed, re.MULTILINE) == [("0.5", "15.0"), ("1.0", "30.0")] * 8
+    assert len(called) == 16
+    settled = {(budget, replica) for replica, number, budget in called if int(number) >= 4}
+    assert len(settled) == len({replica for _, replica in settled}) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ray_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the rows of a batch lose their budgets, or do not tell what they ran."""
+    pytest.importorskip("ray")
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        printed = run(sys.executable, EXAMPLES / "ray_data.py", timeout_s=1700)
+    found = Counter(re.findall(r"^(\S+) +(\S+) layers", printed, re.MULTILINE))
+    assert found == {("1.0", "30.0"): 3, ("0.75", "22.0"): 3, ("0.5", "15.0"): 3}
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import RequestState
 
@@ -44,6 +45,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
             InputProcessor.process_inputs,
             RequestState.make_request_output,
             getattr(kv_cache_utils, "get_kv_cache_groups", None),
+            DPLBAsyncMPClient.get_core_engine_for_request,
             OpenAIServingChat.chat_completion_stream_generator,
             OpenAIServingCompletion.completion_stream_generator,
         )
@@ -128,6 +130,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
@@ -155,6 +158,10 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
         "get_kv_cache_groups": (
             original(getattr(kv_cache_utils, "get_kv_cache_groups", None)),
             ["vllm_config", "kv_cache_spec"],
+        ),
+        "get_core_engine_for_request": (
+            original(DPLBAsyncMPClient.get_core_engine_for_request),
+            ["self", "request"],
         ),
         "get_num_blocks_to_allocate": (
             KVCacheCoordinator.get_num_blocks_to_allocate,

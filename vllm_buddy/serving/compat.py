@@ -184,6 +184,18 @@ def groups_by_units(groups: "Sequence[KVCacheGroupSpec]", units: "KVUnits") -> "
     ]
 
 
+def replica_loads(client: Any) -> list[float]:
+    """Requests of each data-parallel replica, [num_replicas]; those that wait count twice.
+
+    client: vLLM's DPLBAsyncMPClient. As in its own balancer, a replica has the greater of two numbers: its last report
+    to all API servers, which is up to 0.1 s old, and what this one has in flight, as if the others had as much.
+    """
+    return [
+        max(client.client_count * client.engine_inflight[engine], waiting + running) + waiting
+        for engine, (waiting, running, _) in zip(client.core_engines, client.lb_engines)
+    ]
+
+
 def finished_params(freed: Any, outcome: dict[str, Any]) -> Any:
     """What Scheduler._free_request returns, with `outcome` added to the request's kv_transfer_params under "buddy".
 

@@ -1,4 +1,4 @@
-"""All changes to vLLM's code: seven wrapped functions, and a table entry for each routed model class.
+"""All changes to vLLM's code: eight wrapped functions, and a table entry for each routed model class.
 
 `_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
     Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
@@ -24,6 +24,11 @@ paths of requests that ask for them (`buddy_paths`) in chunks of their own.
     Why: each sample is a request of its own in the engine, and vLLM passes on the parameters of the one that ends last.
     Nearest hook: none; `RequestOutput` has one `kv_transfer_params` for all its outputs.
     Remove when: `CompletionOutput` has parameters of its own.
+
+`DPLBAsyncMPClient.get_core_engine_for_request` chooses the data-parallel replica of a request that names none.
+    Why: batches of like budgets are faster, and vLLM's balancer looks at load alone.
+    Nearest hook: the header `X-data-parallel-rank`, which a client would have to send without knowing the load.
+    Remove when: the balancer is a class that can be named.
 
 `get_kv_cache_groups` makes one KV-cache group for each KV unit.
     Why: vLLM groups layers by the kind of their caches, and those of one model are alike.
@@ -70,6 +75,7 @@ def apply() -> None:
     _wrap_process_inputs()
     _wrap_get_kv_cache_groups()
     _wrap_make_request_output()
+    _wrap_get_core_engine_for_request()
     if _API_SERVER in sys.modules:  # in no other process does anything stream over HTTP
         for module, class_name, method in _STREAMS:
             _wrap_stream(getattr(import_module(module), class_name), method)
@@ -164,6 +170,27 @@ def _wrap_process_inputs() -> None:
         return process_inputs
 
     _wrap(InputProcessor, "process_inputs", around)
+
+
+def _wrap_get_core_engine_for_request() -> None:
+    """Choose a replica by budget and load, where vLLM chooses one by load."""
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
+
+    from vllm_buddy.serving.admission.replicas import ReplicaChooser
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_core_engine_for_request(self: DPLBAsyncMPClient, request: Any) -> Any:
+            is_ours = getattr(self.vllm_config.model_config, "model_impl", None) == MODEL_IMPL
+            if is_ours and request.data_parallel_rank is None and request.request_id not in self.reqs_in_flight:
+                chooser = self.__dict__.get("buddy_replicas")
+                if chooser is None:
+                    chooser = self.buddy_replicas = ReplicaChooser(self.vllm_config)
+                request.data_parallel_rank = chooser.rank(self, request)
+            return original(self, request)
+
+        return get_core_engine_for_request
+
+    _wrap(DPLBAsyncMPClient, "get_core_engine_for_request", around)
 
 
 def _wrap_get_kv_cache_groups() -> None:

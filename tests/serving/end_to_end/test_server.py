@@ -32,9 +32,12 @@ LOAD = {"load": {"price": LOAD_PRICE, "running": [0, 1], "waiting": [50, 60], "l
 
 
 class Server:
-    """vLLM's API server on the tiny Llama, in a process of its own with an engine process behind it."""
+    """vLLM's API server on the tiny Llama, in a process of its own with an engine process behind it.
 
-    def __init__(self, tiny: Tiny, log: Any) -> None:
+    options: more for its command line. variables: more for its environment.
+    """
+
+    def __init__(self, tiny: Tiny, log: Any, *options: str, **variables: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -45,8 +48,8 @@ class Server:
         command += ["--served-model-name", "tiny", "--port", str(port), "--host", "127.0.0.1"]
         command += ["--model-impl", "buddy", "--additional-config", json.dumps(settings)]
         command += ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
-        command += ["--block-size", str(BLOCK_SIZE), "--kv-cache-memory-bytes", str(32 << 20)]
-        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        command += ["--block-size", str(BLOCK_SIZE), "--kv-cache-memory-bytes", str(32 << 20), *options]
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **variables}
         self.process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -86,11 +89,11 @@ class Server:
         assert done == "[DONE]"
         return [json.loads(chunk) for chunk in chunks]
 
-    def metrics(self) -> dict[str, float]:
-        """Samples of our families, without labels and buckets."""
+    def metrics(self, engine: int = 0) -> dict[str, float]:
+        """Samples of our families of one engine, without labels and buckets."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=REQUEST_TIMEOUT_S) as response:
             text = response.read().decode()
-        found = re.findall(r'^(vllm_buddy:\w+)\{engine="0"\} (\S+)$', text, flags=re.MULTILINE)
+        found = re.findall(rf'^(vllm_buddy:\w+)\{{engine="{engine}"\}} (\S+)$', text, flags=re.MULTILINE)
         assert len(found) == len(dict(found)), "a sample is there twice"
         return {name: float(value) for name, value in found}
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from vllm_buddy.artifact import Artifact
@@ -190,6 +190,10 @@ class RequestLimits:
     lossless: bool = False
     prompt: Literal["routed", "full"] = "routed"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A process that gets vLLM's configuration from another one may not have loaded plugins: see `_restored`."""
+        return _restored, tuple(getattr(self, field.name) for field in fields(self))
+
     @classmethod
     def from_settings(cls, settings: BuddySettings, artifact: Artifact, *, lossless: bool = False) -> "RequestLimits":
         """What the settings and the artifact allow. lossless: whether the server has the drafter for it.
@@ -352,6 +356,18 @@ class RequestLimits:
                 f"{self.auto.smallest:g} to {self.auto.largest:g}",
             )
         return budget
+
+
+def _restored(*values: Any) -> RequestLimits:
+    """Unpickle RequestLimits, and load vLLM's plugins, this one among them.
+
+    On a GPU, Ray Serve LLM makes the configuration in another process than the one that starts vLLM's client from it.
+    vLLM loads plugins where it makes a configuration, so that the client would not check what requests ask for.
+    """
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return RequestLimits(*values)
 
 
 def _check_max_budget(settings: BuddySettings, min_budget: float, *, lossless: bool) -> None:

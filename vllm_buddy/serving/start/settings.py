@@ -162,6 +162,22 @@ class GraphSettings(_Section):
         return sizes
 
 
+class AffinitySettings(_Section):
+    """Which data-parallel replica runs a request that names none."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Whether requests of like budget go to the same replica. false: vLLM balances by load alone.",
+    )
+    spill: _Count = Field(
+        default=8,
+        description=(
+            "Requests that a replica may have beyond twice those of the least loaded one. Further ones go to the "
+            "latter, whatever their budget."
+        ),
+    )
+
+
 class ScheduleSettings(_Section):
     """Whether all tokens of a request run one depth, or each a depth of its own."""
 
@@ -319,6 +335,7 @@ class BuddySettings(_Section):
     auto: AutoSettings = AutoSettings()
     load: LoadSettings | None = None
     graphs: GraphSettings = GraphSettings()
+    affinity: AffinitySettings = AffinitySettings()
 
     @property
     def kv(self) -> KVPolicyName:

@@ -1,0 +1,97 @@
+"""Budget affinity for Ray Serve LLM: a request router that sends requests of like budget to the same replica.
+
+Name it in the deployment that serves the model:
+
+    deployment_config=dict(
+        request_router_config=RequestRouterConfig(request_router_class="vllm_buddy.ray.BudgetRouter")
+    )
+"""
+
+from typing import Any
+
+try:
+    from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+except ImportError as error:
+    raise ImportError(
+        "vllm_buddy.ray needs Ray Serve: pip install 'vllm-buddy[ray]'. Ray's own extra, ray[llm], would replace vLLM "
+        "by the version that it pins"
+    ) from error
+
+from vllm_buddy.errors import BudgetError, SettingsError
+from vllm_buddy.method import parse_budget
+from vllm_buddy.serving.admission.affinity import BudgetAffinity
+
+
+class BudgetRouter(RequestRouter):
+    """Sends a request to the replica of its budget, or to the least loaded one: see admission/affinity.py.
+
+    Each ingress process has a router of its own. It learns the load of a replica from what it sends there and from the
+    replica's answers, as Ray's own router does, but does not forget it after 10 s.
+    """
+
+    def initialize_state(self, default_budget: float | str = 1.0, auto_budget: float = 0.75, spill: int = 8) -> None:
+        """Take `request_router_kwargs`.
+
+        default_budget: the server's, of requests that name none; "auto" too. auto_budget: of requests with budget
+            "auto", whose depth is chosen on the replica. spill: requests that a replica may have beyond twice those of
+            the least loaded one.
+
+        Raises:
+            SettingsError: one of them is out of range.
+        """
+        if not isinstance(spill, int) or spill < 0:
+            raise SettingsError(f"request_router_kwargs: spill is {spill!r}; allowed is a whole number from 0 up")
+        try:
+            self._auto_budget = parse_budget(auto_budget)
+            self._default_budget = self._auto_budget if default_budget == "auto" else parse_budget(default_budget)
+        except BudgetError as error:
+            raise SettingsError(f"request_router_kwargs: {error}") from None
+        self._affinity = BudgetAffinity(spill)
+        self._loads: dict[ReplicaID, int] = {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The replica of the request's budget, then the others: Ray takes them if the first does not answer."""
+        # In the same order on every call and in every ingress process.
+        replicas = sorted(candidate_replicas, key=lambda replica: replica.replica_id.unique_id)
+        budget = self._budget(pending_request)
+        if budget is None or not replicas:
+            return [replicas]
+        loads = [self._loads.get(replica.replica_id, 0) for replica in replicas]
+        chosen = replicas.pop(self._affinity.choose(budget, loads))
+        return [[chosen], replicas]
+
+    def _budget(self, pending: PendingRequest | None) -> float | None:
+        """The budget of a request; None if it is not one for text, or one that the replica will refuse."""
+        from vllm_buddy.serving.admission.options import BUDGET_KEY, LOSSLESS, MODE_KEY  # with vLLM, as its requests
+
+        request: Any = pending.args[0] if pending is not None and pending.args else None
+        if not hasattr(request, "vllm_xargs"):
+            return None
+        options = request.vllm_xargs or {}
+        if options.get(MODE_KEY) == LOSSLESS:
+            return 1.0
+        value = options.get(BUDGET_KEY, self._default_budget)
+        try:
+            return self._auto_budget if value == "auto" else parse_budget(value)
+        except BudgetError:
+            return None
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._loads = {r.replica_id: self._loads.get(r.replica_id, 0) for r in replicas}
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._loads[replica_id] = self._loads.get(replica_id, 0) + 1
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        """A replica has said how many requests it has from all routers."""
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+        self._loads[replica_id] = num_ongoing_requests
+
+    def decrement_queue_len_cache(self, replica_id: ReplicaID) -> None:
+        """A request has ended."""
+        super().decrement_queue_len_cache(replica_id)
+        self._loads[replica_id] = max(0, self._loads.get(replica_id, 0) - 1)
