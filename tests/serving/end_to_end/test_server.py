@@ -34,17 +34,24 @@ LOAD = {"load": {"price": LOAD_PRICE, "running": [0, 1], "waiting": [50, 60], "l
 class Server:
     """vLLM's API server on the tiny Llama, in a process of its own with an engine process behind it.
 
-    options: of vLLM's command line, beside those that all tests need.
+    options: of vLLM's command line, beside those that all tests need. module: the program; that of the default has one
+        API server.
     """
 
-    def __init__(self, tiny: Tiny, log: Any, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tiny: Tiny,
+        log: Any,
+        options: Sequence[str] = (),
+        module: Sequence[str] = ("vllm.entrypoints.openai.api_server",),
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         buddy = {"artifact": str(tiny.artifact_folder), "paths": "free", "route_every": SCHEDULE.interval, **LOAD}
         settings = {"buddy": buddy}
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny.folder)]
+        command = [sys.executable, "-m", *module, "--model", str(tiny.folder)]
         command += ["--served-model-name", "tiny", "--port", str(port), "--host", "127.0.0.1"]
         command += ["--model-impl", "buddy", "--additional-config", json.dumps(settings)]
         command += ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
@@ -54,8 +61,8 @@ class Server:
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+    def wait(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
