@@ -1,16 +1,19 @@
-"""A real Prometheus scrapes a real server: two API servers in front of two engines."""
+"""A real server, two API servers in front of two engines, with a real Prometheus and a receiver of traces."""
 
+import gzip
 import json
 import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
 
 import pytest
 
@@ -30,11 +33,47 @@ WAIT_S = 60.0
 NUM_REQUESTS = 24
 
 
+class Traces(BaseHTTPRequestHandler):
+    """Keeps the attributes of each span that is sent to it, by OTLP over HTTP."""
+
+    received: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    told = {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+                    self.received.append({"name": span.name, **told})
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def server(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def traces() -> Iterator[str]:
+    """Where a server sends traces to."""
+    receiver = ThreadingHTTPServer(("127.0.0.1", 0), Traces)
+    threading.Thread(target=receiver.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        yield f"http://127.0.0.1:{receiver.server_port}/v1/traces"
+    receiver.shutdown()
+    receiver.server_close()
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Callable[[str], Tiny], traces: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log_path = tmp_path_factory.mktemp("server") / "log"
     with log_path.open("w") as log:
-        options = ["--api-server-count", "2", "--data-parallel-size", "2"]
+        options = ["--api-server-count", "2", "--data-parallel-size", "2", "--otlp-traces-endpoint", traces]
         server = Server(tiny("llama"), log, options, ("vllm_buddy", "serve"))
         try:
             server.wait(START_TIMEOUT_S)
@@ -123,3 +162,18 @@ def test_panels_have_data_and_no_alert_fires(server: Server, query: Callable[[st
     empty = {where for where, text in panels if not has_data(text)}
     assert empty == {"panel Drafts accepted"}  # the server has no speculator
     assert query('ALERTS{alertstate="firing"}') == []
+
+
+def test_the_span_of_a_request_tells_budget_and_depth(server: Server) -> None:
+    """Fails if vLLM makes its spans, or sends them, in a way that leaves out what the request ran."""
+    status, answer = server.complete(PROMPTS[0], budget("0.75"))
+    assert status == 200
+
+    def found() -> list[dict[str, Any]]:
+        return [s for s in Traces.received if s["name"] == "llm_request" and s.get("vllm_buddy.budget") == 0.75]
+
+    _until(lambda: bool(found()))
+    outcome = answer["kv_transfer_params"]["buddy"]
+    (span,) = found()
+    assert span["vllm_buddy.depth"] == outcome["depth"]
+    assert span["vllm_buddy.layers_executed_mean"] == outcome["layers_executed_mean"]
