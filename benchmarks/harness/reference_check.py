@@ -14,6 +14,7 @@ from vllm_buddy.artifact import Artifact
 from vllm_buddy.method import LayerPath, PathSchedule, Route, Router, TokenRouter, TokenSchedule
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
+from vllm_buddy.serving.admission.options import BUDGET_KEY, FULL_PROMPT, PROMPT_KEY, ROUTED_PROMPT
 from vllm_buddy.serving.schedule.route_maker import RouteMaker
 
 NUM_LIKELIEST = 20  # compared tokens of a distribution; vLLM returns no more
@@ -33,7 +34,7 @@ class Routing:
     layers: number per token. path: the layers of the whole model that stock vLLM runs; None for buddy.
     budget, router, schedule: of buddy. bypass: whether rows that skip a layer go through its bypass.
     tokens: chooses the depths of single tokens; None: those of a request have the same. by_token: whether it does so
-        in prompts, and in decoded tokens.
+        in prompts, and in decoded tokens. full_prompt: whether prompts run all layers.
     """
 
     name: str
@@ -46,18 +47,21 @@ class Routing:
     tokens: TokenRouter | None = None
     by_token: tuple[bool, bool] = (False, False)
     kv_policy: str = MASKED
+    full_prompt: bool = False
 
     def route(self, prompt: Sequence[int]) -> Route:
         """The route of one of its requests."""
         assert self.router is not None
         maker = RouteMaker(self.router, self.schedule, TokenSchedule(), self.tokens, self.by_token)
         assert self.budget is not None
-        return maker.route(self.budget, prompt, len(prompt), None)
+        return maker.route(self.budget, prompt, len(prompt), None, full_prompt=self.full_prompt)
 
     @property
     def extra_args(self) -> dict[str, Any] | None:
         """Options that its requests pass to the plugin."""
-        return None if self.budget is None else {"buddy_budget": self.budget}
+        if self.budget is None:
+            return None
+        return {BUDGET_KEY: self.budget, PROMPT_KEY: FULL_PROMPT if self.full_prompt else ROUTED_PROMPT}
 
 
 class Reference:

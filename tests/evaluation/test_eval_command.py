@@ -86,12 +86,12 @@ def test_policies_score_the_same_as_alone(data: list[str], artifact: Path, tmp_p
 
 
 def test_variants_take_routing_away(data: list[str], artifact: Path, tmp_path: Path) -> None:
-    """Fails if the variants `frozen` and `prompt_only` do not switch routing off."""
-    names = f"buddy,buddy:frozen,buddy:prompt_only,x:prompt_only={artifact}"
+    """Fails if `frozen` and `prompt_only` do not switch routing off, or `full_prompt` not that of the context."""
+    names = f"buddy,buddy:frozen,buddy:prompt_only,x:prompt_only={artifact},buddy:full_prompt"
     rows = _eval(data, tmp_path / "a.json", "--policy", names, "--budgets", "0.5", "--route-every", "2")
     perplexity = {row["policy"]: row["value"] for row in rows if row["metric"] == "perplexity"}
     assert perplexity["buddy:prompt_only"] == perplexity["x:prompt_only"]
-    assert len({perplexity[name] for name in ("dense", "buddy", "buddy:frozen", "buddy:prompt_only")}) == 4
+    assert len(set(perplexity.values())) == len(perplexity) - 1
 
 
 def test_path_library_and_kv_policy_are_used(data: list[str], tmp_path: Path) -> None:
@@ -130,6 +130,7 @@ def test_orders_of_another_model(data: list[str], model_with_tokenizer: Path, te
     [
         (["--policy", "budy"], "unknown policy 'budy'; known are dense, buddy, shortgpt"),
         (["--policy", "buddy,buddy"], "policy 'buddy' is named twice"),
+        (["--policy", "buddy:full_prompt", "--engine", "vllm"], "policy 'buddy:full_prompt' needs engine hf"),
         (["--budgets", "1.0,1.5"], "budget is 1.5; allowed is a number in (0, 1]"),
         (["--budgets", "half"], "budgets are 'half', but must be numbers in (0, 1] with commas between them"),
         (["--budgets", "0.1"], "leaves 0 of 8 layers, but at least 3 must run; the smallest allowed budget is 0.375"),

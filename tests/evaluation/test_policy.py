@@ -42,7 +42,7 @@ def test_names(text: str, parts: tuple[object, ...]) -> None:
     [
         ("budy", "unknown policy 'budy'; known are dense, buddy, shortgpt, sleb, .*, and NAME=DIR"),
         ("", "unknown policy ''"),
-        ("buddy:frosen", "unknown variant 'frosen'; known are frozen, prompt_only"),
+        ("buddy:frosen", "unknown variant 'frosen'; known are frozen, prompt_only, token, shuffled, full_prompt"),
         ("sleb:frozen", "'sleb' has no router, so no variant 'frozen'"),
         ("dense:frozen", "'dense' has no router"),
         ("sleb=a", "needs a folder and a name that is not one of dense, buddy"),
@@ -99,6 +99,18 @@ def test_prompt_only_never_changes_its_path(tiny: Tiny) -> None:
     assert all(len(policy.route(sample, DEPTH)) == 1 for sample in samples)
     assert any(len(routed.route(sample, DEPTH)) > 1 for sample in samples)
     assert all(policy.route(s, DEPTH)[0].path == routed.route(s, DEPTH)[0].path for s in samples)
+
+
+def test_full_prompt_runs_all_layers_in_the_context_alone(tiny: Tiny) -> None:
+    """Fails if the context is routed, or the scored tokens run another path than those of the whole request."""
+    schedule = PathSchedule(4)
+    policy = Policy("buddy:full_prompt", tiny.artifact, schedule, full_prompt=True)
+    routed = Policy("buddy", tiny.artifact, schedule)
+    for sample in random_samples(MANY):
+        first, *rest = policy.route(sample, DEPTH)
+        assert first == (sample.num_context, policy.router.full)
+        plain = [run.path for run in routed.route(sample, DEPTH) for _ in range(run.num_tokens)]
+        assert [run.path for run in rest for _ in range(run.num_tokens)] == plain[sample.num_context :]
 
 
 def test_a_sample_leaves_something_to_score() -> None:

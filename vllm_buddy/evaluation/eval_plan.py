@@ -15,6 +15,7 @@ from vllm_buddy.evaluation.eval_settings import EvalSettings
 from vllm_buddy.evaluation.policy import (
     DENSE,
     FROZEN,
+    FULL_PROMPT,
     PROMPT_ONLY,
     SHUFFLED,
     TOKEN,
@@ -90,7 +91,7 @@ def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIden
             f"{artifact.config.base_model.summary()}, but the model is {base.summary()}"
         )
     schedule = artifact.schedule(0 if spec.variant == PROMPT_ONLY else settings.route_every)
-    policy = Policy(spec.name, artifact, schedule, settings.library)
+    policy = Policy(spec.name, artifact, schedule, settings.library, full_prompt=spec.variant == FULL_PROMPT)
     if by_token:
         return _token_policy(policy, settings, depths, shuffled=spec.variant == SHUFFLED)
     allowed = policy.router.depths

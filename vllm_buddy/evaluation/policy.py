@@ -9,7 +9,8 @@
 
 `:frozen` after the name of an artifact (`buddy:frozen`, `NAME:frozen=DIR`) gives every token the router's most common
 path at its depth; `:prompt_only` switches re-routing off. `:token` chooses the path of each token (schedule `token`),
-so that a budget is a mean; `:shuffled` deals the same paths to the tokens of each sample at random.
+so that a budget is a mean; `:shuffled` deals the same paths to the tokens of each sample at random. `:full_prompt` runs
+the context at full depth, as `buddy_prompt: "full"` does with a prompt in serving.
 """
 
 import zlib
@@ -26,7 +27,17 @@ from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.baselines import STATIC_METHODS, bare_artifact, static_artifact, with_fixed_paths
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.sample import Sample
-from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router, Run, TokenRoute, TokenSchedule
+from vllm_buddy.method import (
+    LayerPath,
+    PathSchedule,
+    RequestRoute,
+    Route,
+    Router,
+    Run,
+    SplitRoute,
+    TokenRoute,
+    TokenSchedule,
+)
 
 DENSE = "dense"
 BUDDY = "buddy"
@@ -34,7 +45,8 @@ FROZEN = "frozen"
 PROMPT_ONLY = "prompt_only"
 TOKEN = "token"
 SHUFFLED = "shuffled"
-VARIANTS = (FROZEN, PROMPT_ONLY, TOKEN, SHUFFLED)
+FULL_PROMPT = "full_prompt"
+VARIANTS = (FROZEN, PROMPT_ONLY, TOKEN, SHUFFLED, FULL_PROMPT)
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class Policy:
     library: bool | None = None  # see Artifact.router
     tokens: TokenSchedule | None = None  # of schedule `token`; None: each request has one depth
     shuffled: bool = False  # whether the paths of a sample's tokens are dealt at random
+    full_prompt: bool = False  # whether the context runs all layers
 
     @cached_property
     def router(self) -> Router:
@@ -102,8 +115,13 @@ class Policy:
         """
         if self.tokens is not None:
             return self._token_runs(sample, depth, self.tokens)
-        route = RequestRoute(self.router, self.schedule, depth, sample.inputs, sample.num_context)
+        route: Route = self._route_of_depth(depth, sample)
+        if self.full_prompt:
+            route = SplitRoute(self._route_of_depth(self.router.num_layers, sample), route, sample.num_context)
         return route.runs(0, len(sample.inputs), sample.inputs)
+
+    def _route_of_depth(self, depth: int, sample: Sample) -> RequestRoute:
+        return RequestRoute(self.router, self.schedule, depth, sample.inputs, sample.num_context)
 
     def _token_runs(self, sample: Sample, depth: int, schedule: TokenSchedule) -> list[Run]:
         assert self.artifact.token is not None  # checked where the policy is made

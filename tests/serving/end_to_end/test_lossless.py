@@ -117,6 +117,7 @@ def test_layers_draft_where_no_ngram_is_found(
             assert outcome["layers_drafting_mean"] > 0
 
 
+@pytest.mark.slow
 def test_two_hundred_prompts_are_answered_as_by_the_full_model(lossless_of: Callable[..., Engine]) -> None:
     """Fails if a rare course of drafts, neighbours, preemptions and cache hits changes a token."""
     engine = lossless_of("llama")

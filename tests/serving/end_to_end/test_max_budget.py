@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.harness.engine import BLOCK_SIZE, Ask, Engine, Tiny, make_tiny, start_engine
-from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, PREDICTOR_DEPTHS
-from tests.serving.end_to_end import test_golden, test_pipeline_parallel
-from vllm_buddy.method import path_of
+from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, PREDICTOR_DEPTHS, load_model
+from tests.serving.end_to_end import test_adapters, test_golden, test_pipeline_parallel
+from vllm_buddy.method import PathSchedule, path_of
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 
 MAX_BUDGET = 0.625  # five of eight layers
@@ -185,3 +185,25 @@ def test_defaults_stay_within(llama: Engine) -> None:
     whole, auto = (output.kv_transfer_params["buddy"] for output in llama.run(asks))
     assert (whole["budget"], whole["depth"]) == (0.625, 5)
     assert auto["depth"] == 4  # the largest of the predictor's grid of 3, 4, 6 and 8
+
+
+@pytest.mark.slow
+def test_adapters_of_layers_that_are_absent_are_left_out(narrow: Callable[[str], Tiny], tmp_path: Path) -> None:
+    """Fails if a LoRA adapter of all layers stops a server without some of them, or lands on other layers."""
+    from vllm.lora.request import LoRARequest
+
+    tiny = narrow("qwen2")
+    model = load_model(tiny.folder)
+    test_adapters.write_adapter(tmp_path / "adapter", model, seed=1).merge_into(model)
+    adapted = Tiny(tiny.folder, tiny.artifact_folder, model, tiny.artifact)
+    engine = start_engine(
+        tiny,
+        buddy={"max_budget": MAX_BUDGET, "paths": "library", "kv_policy": MASKED},
+        enable_lora=True,
+        max_lora_rank=test_adapters.RANK,
+    )
+    engine.configure(MASKED, 4, library=True)
+    asks = [replace(ask, adapter=LoRARequest("one", 1, str(tmp_path / "adapter"))) for ask in batch(seed=8)]
+    for ask, output in zip(asks, engine.run(asks), strict=True):
+        expected = adapted.expected(ask, MASKED, PathSchedule(4), library=True)
+        assert list(output.outputs[0].token_ids) == expected.token_ids

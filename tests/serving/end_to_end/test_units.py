@@ -181,6 +181,7 @@ def test_tokens_do_not_depend_on_what_happens_beside_a_request(units_of: Callabl
 
 @FEW
 @scenarios
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_it_when_blocks_run_out_either(crowded_units: Engine, **scenario) -> None:
     """The same where vLLM preempts, evicts cached blocks and gives them to others."""
     check_scenario(crowded_units, "masked", **scenario)

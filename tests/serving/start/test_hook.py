@@ -613,6 +613,7 @@ def start(tiny: Tiny, model_impl: str, **environment: str) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_switched_off_it_refuses_buddy_and_nothing_else(llama_model: Tiny) -> None:
     """Fails if `--model-impl buddy` serves the stock model where the plugin is switched off."""
     said = start(llama_model, "buddy", VLLM_BUDDY_DISABLE="1")

@@ -44,6 +44,7 @@ def run_on(runner: str, names: tuple[str, ...], chosen: str = "") -> None:
     assert "skipped" not in last_line, last_line
 
 
+@pytest.mark.slow
 def test_llama_on_v2() -> None:
     """Fails if V2 serves other tokens than the reference, in decode, prefill or after preemption."""
     run_on(
@@ -59,6 +60,7 @@ def test_llama_on_v2_with_asynchronous_scheduling() -> None:
     run_on("v2-async", names, "llama and (1-masked-bypass or masked-33 or masked-0-True)")
 
 
+@pytest.mark.slow
 def test_units_on_v2() -> None:
     """Fails if V2 gives a layer the block table of another KV-cache group, or loses one when it preempts."""
     run_on("v2-async", ("end_to_end/test_units",), "units and (1-llama or preempted and 1)")
