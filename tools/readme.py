@@ -93,6 +93,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "kv capacity": memory.capacity_table,
     "kv pressure": memory.pressure_table,
     "kv pace": memory.pace_table,
+    "conversations": memory.conversations_table,
+    "full prompt": memory.full_prompt_table,
     "start": speed.start_table,
     "layer calls": speed.layer_calls_table,
     "quality": quality.quality_table,
@@ -130,7 +132,7 @@ PAGES = {
     ],
     DOCS / "speculation.md": ["speculation", "profile of depths", "profile of speed-ups"],
     DOCS / "max_budget.md": ["max budget"],
-    DOCS / "memory.md": ["kv capacity", "kv pressure", "kv pace"],
+    DOCS / "memory.md": ["kv capacity", "kv pressure", "kv pace", "conversations", "full prompt"],
     CARD: ["quality"],
     TOKEN_CARD: ["token"],
 }

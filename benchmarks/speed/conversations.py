@@ -71,7 +71,7 @@ def main() -> int:
     args = parser.parse_args()
     env = environment()
     model, artifact = fetch(report=print), load_artifact(SHIPPED_DIR / DEFAULT_MODEL)
-    text = load_tokenizer(model)("\n\n".join(passages()), add_special_tokens=False)["input_ids"]
+    text = load_tokenizer(model)("\n\n".join(passages()), add_special_tokens=False, verbose=False)["input_ids"]
     rng = np.random.default_rng(0)
     checked = [_passage(text, rng, CHECKED_TOKENS) for _ in range(NUM_CHECKED)]
     served = []

@@ -1,8 +1,10 @@
 """Tables of what the KV cache holds, with either layout."""
 
-from tools.tables.results import by_key, load_rows, section, spread, table, where
+from tools.tables.results import by_key, load_rows, percent, rounds_note, section, spread, table, where
 
 FILE = "cpu_kv_layouts.jsonl"
+TALK = "cpu_conversations.jsonl"
+FULL_PROMPT = "quality_full_prompt_{}.json"  # one of each KV policy
 _SERVED_TOGETHER = ("stock", "dense 0.5", "units 0.5")
 
 
@@ -55,3 +57,45 @@ def pace_table() -> str:
         for batch in dict.fromkeys(row["batch"] for row in rows)
     ]
     return "\n".join(table(["batch", *(f"budget {budget}" for budget in budgets)], lines))
+
+
+def conversations_table() -> str:
+    """Return what conversations at mixed budgets get, by layout, KV policy and prompt mode."""
+    rows = load_rows(TALK)
+    found = by_key(rows, "metric", "variant")
+    lines = []
+    for row in (row for row in rows if row["metric"] == "hit_rate"):
+        name = row["variant"]
+        kinds = [row["layout"] or "", row["kv_policy"] or "", row["prompts"] or "stock vLLM, full depth"]
+        over = [spread(found.get((f"{metric}_over_stock", name))) or "1" for metric in ("tokens_per_s", "ttft_ms")]
+        lines.append([*kinds, percent(row["p50"]), *over])
+    note = (
+        "`python -m benchmarks.speed.conversations`: 16 users over one system prompt of 1,000 tokens, three turns "
+        f"each, budgets 1.0, 0.875, 0.75 and 0.5. {rounds_note(rows)}"
+    )
+    heads = ["layout", "KV policy", "prompts", "prompt tokens found in the cache", "tokens/s over stock"]
+    return section(note, [*heads, "time to first token over stock"], lines)
+
+
+def full_prompt_table() -> str:
+    """Return what prompts at full depth are worth in quality, by KV policy."""
+    lines = []
+    for policy in ("masked", "kv_only"):
+        found = by_key(load_rows(FULL_PROMPT.format(policy)), "policy", "budget", "metric")
+        dense = found["dense", 1.0, "perplexity"]["value"]
+        for budget in (0.875, 0.75, 0.5):
+            cells = [policy, str(budget)]
+            for name in ("buddy", "buddy:full_prompt"):
+                kl, perplexity = (found[name, budget, metric]["value"] for metric in ("kl", "perplexity"))
+                cells += [f"{kl:.3f}", f"{perplexity / dense:.3f}"]
+            lines.append(cells)
+    command = (
+        "vllm-buddy eval --text wikitext2_valid.txt --text-skip 219094 --text-tokens 12288 --window 256 --context 128 "
+        "--budgets 0.875,0.75,0.5 --policy buddy,buddy:full_prompt --kv-policy masked"
+    )
+    note = (
+        f"`{command}`, and the same with `kv_only`: the first 128 tokens of each window are the prompt, the others are "
+        "scored. KL from the full model in nats per token, and perplexity over that of the full model."
+    )
+    heads = [f"{figure}, {prompts} prompts" for prompts in ("routed", "full") for figure in ("KL", "perplexity")]
+    return section(note, ["KV policy", "budget", *heads], lines)

@@ -544,6 +544,33 @@ def test_what_cannot_be_routed_is_refused_with_the_reason(llama_model: Tiny, nam
     configure(llama_model, additional_config={}, **{**options, "model_impl": "auto"})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_server_says_so_in_one_line_and_ends(llama_model: Tiny, name: str) -> None:
+    """Fails if `vllm-buddy serve` starts such a server, or shows its user a traceback, or nothing."""
+    options, told = UNSUPPORTED[name]
+    settings = {"buddy": {"artifact": str(llama_model.artifact_folder)}}
+    arguments = as_arguments({**BASE, "additional_config": settings, **options})
+    command = [sys.executable, "-m", "vllm_buddy", "serve", str(llama_model.folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S)
+    assert done.returncode == 2, done.stderr[-2000:]
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("vllm-buddy: error:"))
+    assert told in error
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options of vLLM's engine as arguments of its server."""
+    found = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return found
+
+
 def test_pipeline_stages_start_where_they_were_tried(llama_model: Tiny) -> None:
     """Fails if pipeline parallelism is refused, or an executor or a model runner of which nothing is known is not."""
     assert configure(llama_model, pipeline_parallel_size=2).parallel_config.worker_cls.startswith("vllm_buddy.")
