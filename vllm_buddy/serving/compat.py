@@ -186,18 +186,19 @@ def finished_params(freed: Any, outcome: dict[str, Any]) -> Any:
 def add_figures(stats: "SchedulerStats", figures: "Figures") -> None:
     """Send figures with vLLM's statistics of a step.
 
-    vLLM sends the fields of SchedulerStats and nothing else, and this is the free one: statistics of an encoder-cache
-    connector, which text models do not have.
+    vLLM sends the fields of SchedulerStats and nothing else, and this is the one of any content: statistics of a KV
+    connector, which routed servers do not have.
     """
-    stats.ec_connector_stats = {_FIGURES: figures}
+    stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), _FIGURES: figures}
 
 
 def take_figures(stats: "SchedulerStats | None") -> "Figures":
     """Remove the figures from statistics that arrived, before vLLM looks for a connector that they belong to."""
-    if stats is None or stats.ec_connector_stats is None:
+    carried = None if stats is None else stats.kv_connector_stats
+    if stats is None or not carried:
         return {}
-    figures = stats.ec_connector_stats.get(_FIGURES, {})
-    stats.ec_connector_stats = None
+    figures = carried.pop(_FIGURES, {})
+    stats.kv_connector_stats = carried or None
     return figures
 
 

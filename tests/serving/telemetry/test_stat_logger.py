@@ -11,6 +11,7 @@ from tests.harness.pretend_worker import PretendEngine
 from tests.harness.shown_metrics import ShownMetrics
 from tests.harness.tiny_models import NUM_LAYERS, random_prompts
 from vllm_buddy.method import PathSchedule
+from vllm_buddy.serving.compat import add_figures, take_figures
 from vllm_buddy.serving.telemetry.families import budget_label, families
 from vllm_buddy.serving.telemetry.stat_logger import BuddyStatLogger
 
@@ -122,6 +123,19 @@ def test_metrics_are_of_the_classes_of_vllms_own(tiny: Callable[[str], Tiny]) ->
     BuddyStatLogger(engine_of(tiny).config, [0], vllms)
     assert set(made) == {f"vllm_buddy:{f.name}" for f in families(NUM_LAYERS, has_auto=True, lossless=False)}
     assert made["vllm_buddy:prompt_tokens"]["labelnames"] == ["model_name", "engine", "budget"]
+
+
+def test_other_statistics_stay() -> None:
+    """Fails if what carries the figures takes a connector's statistics with it, or is left for vLLM to look into."""
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    for connectors in (None, {"bytes": 3}):
+        stats = SchedulerStats(kv_connector_stats=connectors)
+        add_figures(stats, {"load": {"": [0.5]}})
+        assert take_figures(stats) == {"load": {"": [0.5]}}
+        assert stats.kv_connector_stats == connectors
+        assert take_figures(stats) == {}
+    assert take_figures(None) == {}
 
 
 def test_every_budget_has_a_label() -> None:
