@@ -57,11 +57,26 @@ def settings_table() -> str:
     return "\n".join(table(["key", "default", "meaning"], rows))
 
 
+def metrics_table() -> str:
+    """Return a table with one row per metric of the plugin."""
+    from vllm_buddy.serving.telemetry.families import PREFIX, families
+
+    rows = []
+    some = {f.name for f in families(1, has_auto=False, lossless=False)}
+    auto = {f.name for f in families(1, has_auto=True, lossless=False)} - some
+    for family in families(1, has_auto=True, lossless=True):
+        where = "" if family.name in some else 'with budget "auto"' if family.name in auto else "with lossless drafts"
+        label = f", by `{family.label}`" if family.label else ""
+        rows.append([f"`{PREFIX}{family.name}`", family.kind + label, family.description, where])
+    return "\n".join(table(["metric", "kind", "meaning", "where"], rows))
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "claims": front.claims,
     "speed at a glance": front.speed_at_a_glance,
     "quality at a glance": front.quality_at_a_glance,
     "settings": settings_table,
+    "metrics": metrics_table,
     "prices": auto.prices_table,
     "decode": speed.decode_table,
     "prefill": speed.prefill_table,
@@ -96,6 +111,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
 DOCS = ROOT / "docs"
 PAGES = {
     ROOT / "README.md": ["claims", "speed at a glance", "quality at a glance"],
+    DOCS / "operations.md": ["metrics"],
     DOCS / "serving.md": ["prices"],
     DOCS / "settings.md": ["settings"],
     DOCS / "quality.md": ["token", "routing", "quality", "qwen", "auto", "recipes", "static"],

@@ -49,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
         if budget == FAILS:
             self._send_event({"error": {"message": "the engine died", "code": 500}})
         elif budget != BREAKS_OFF:
+            last = {"index": 0, "finish_reason": "length", "delta": {}}
+            self._send_event({"choices": [last], "kv_transfer_params": {"buddy": OUTCOME}})
             self._send_event({"choices": [], "usage": USAGE})
         self._send_chunk("data: [DONE]\n\n")
         self._send_chunk("")
@@ -92,9 +94,10 @@ def test_whole_answer_carries_the_outcome(client: ChatClient) -> None:
 
 
 def test_streamed_answer_is_put_together(client: ChatClient) -> None:
-    """Fails if the first event, which has no content, or the last, which has no choice, breaks the text."""
+    """Fails if the first event, which has no content, or the last, which has no choice, breaks the text, or the outcome
+    is lost."""
     answer = client.ask("Hi", 0.5, stream=True)
-    assert (answer.text, answer.num_tokens, answer.outcome) == ("Hello", 2, None)
+    assert (answer.text, answer.num_tokens, answer.outcome) == ("Hello", 2, OUTCOME)
     assert Handler.received[0]["stream_options"] == {"include_usage": True}
 
 

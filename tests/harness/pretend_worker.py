@@ -106,6 +106,7 @@ class PretendEngine:
             block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.float32
         )
         layers = {f"model.layers.{layer}.self_attn.attn": spec for layer in range(NUM_LAYERS)}
+        self.config = config
         self.units = config.model_config.buddy_kv_units
         self.scheduler = make_scheduler(
             vllm_config=config,
@@ -130,6 +131,7 @@ class PretendEngine:
         self.asks: dict[str, Ask] = {}
         self.generated: dict[str, list[int]] = {}
         self.told: dict[str, list[dict[str, Any]]] = {}  # what outputs say under kv_transfer_params["buddy"]
+        self.stats: list[Any] = []  # vLLM's SchedulerStats of each step
         self.cache_hits = 0
 
     # --- requests ----------------------------------------------------------------------------------------------
@@ -177,6 +179,8 @@ class PretendEngine:
         if self._in_flight:
             output, result = self._in_flight.popleft()
             for outputs in self.scheduler.update_from_output(output, result).values():
+                if outputs.scheduler_stats is not None:
+                    self.stats.append(outputs.scheduler_stats)
                 for request_output in outputs.outputs:
                     self.generated[request_output.request_id].extend(request_output.new_token_ids)
                     if (params := request_output.kv_transfer_params) is not None:

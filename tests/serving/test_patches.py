@@ -36,7 +36,8 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.core_client import DPLBAsyncMPClient
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.metrics.loggers import StatLoggerManager
 
     def found() -> tuple[Callable[..., Any], ...]:
         return (
@@ -46,6 +47,8 @@ def test_applying_the_patches_again_changes_nothing() -> None:
             RequestState.make_request_output,
             getattr(kv_cache_utils, "get_kv_cache_groups", None),
             DPLBAsyncMPClient.get_core_engine_for_request,
+            StatLoggerManager.__init__,
+            OutputProcessor.do_tracing,
             OpenAIServingChat.chat_completion_stream_generator,
             OpenAIServingCompletion.completion_stream_generator,
         )
@@ -132,6 +135,8 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
     from vllm.v1.engine.core_client import DPLBAsyncMPClient
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -149,10 +154,20 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
             original(OpenAIServingCompletion.completion_stream_generator),
             ["self", "request", "engine_inputs", "result_generator"],
         ),
+        "stat loggers": (original(StatLoggerManager.__init__), ["self", "vllm_config", "engine_idxs"]),
+        "record": (
+            AggregateStatLoggerBase.record,
+            ["self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"],
+        ),
+        "do_tracing": (
+            original(OutputProcessor.do_tracing),
+            ["self", "engine_core_output", "req_state", "iteration_stats"],
+        ),
         "Scheduler": (Scheduler.__init__, ["self", "vllm_config"]),
         "schedule": (Scheduler.schedule, ["self"]),
         "add_request": (Scheduler.add_request, ["self", "request"]),
         "update_from_output": (Scheduler.update_from_output, ["self", "scheduler_output", "model_runner_output"]),
+        "make_stats": (Scheduler.make_stats, ["self"]),
         "_free_request": (Scheduler._free_request, ["self", "request"]),
         "cache_blocks": (KVCacheCoordinator.cache_blocks, ["self", "request", "num_computed_tokens"]),
         "get_kv_cache_groups": (

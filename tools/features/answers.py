@@ -115,12 +115,16 @@ def streaming(c: Client) -> Any:
 
 @case(_GROUP, "streaming: outcome in the response")
 def outcome_of_a_stream(c: Client) -> Any:
-    """vLLM sends no kv_transfer_params with chunks."""
-    chunks = list(c.stream("/v1/completions", prompt="The river was"))
-    if not c.routed:
-        return None
-    assert not any(chunk.get("kv_transfer_params") for chunk in chunks)
-    return Differs("vLLM's chunks have no place for it; metrics count the request")
+    """The chunk with the reason why the request finished has it, in completions and in chats."""
+    chat = [{"role": "user", "content": "Name a colour."}]
+    for path, body in (("/v1/completions", {"prompt": "The river was"}), ("/v1/chat/completions", {"messages": chat})):
+        chunks = list(c.stream(path, max_tokens=8, **body))
+        told = [chunk for chunk in chunks if "kv_transfer_params" in chunk]
+        if c.routed:
+            assert [bool(chunk["choices"][0]["finish_reason"]) for chunk in told] == [True]
+            assert told[0]["kv_transfer_params"]["buddy"]["auto"] == (c.budget == "auto")
+        else:
+            assert told == []
 
 
 @case(_GROUP, "streaming n > 1")

@@ -121,7 +121,7 @@ class Client:
         return replace(self, budget=budget) if self.routed else self
 
     def metric(self, name: str) -> float:
-        """The sum of a metric's samples. A routed server writes its own once a second, and when it runs out of work."""
+        """The sum of a metric's samples."""
         text = self.get("/metrics")[1]
         return sum(float(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, flags=re.MULTILINE))
 

@@ -21,8 +21,7 @@ class Answer:
     """The answer to one request.
 
     budget: as it was asked for, a number or "auto".
-    outcome: what the plugin reports about the request (`kv_transfer_params.buddy` of the response); None for a streamed
-        answer, because the streaming API has no field for it.
+    outcome: what the plugin reports about the request (`kv_transfer_params.buddy` of the response, or of a chunk).
     """
 
     prompt: str
@@ -105,19 +104,25 @@ class ChatClient:
 
 
 def _read_whole(answer: "ChatCompletion") -> tuple[str, "CompletionUsage", dict[str, Any] | None]:
-    outcome = (getattr(answer, "kv_transfer_params", None) or {}).get("buddy")
     if answer.usage is None:
         raise ServerError("the server sent an answer without its usage")
-    return answer.choices[0].message.content or "", answer.usage, outcome
+    return answer.choices[0].message.content or "", answer.usage, _outcome(answer)
 
 
-def _read_stream(chunks: "Iterable[ChatCompletionChunk]") -> tuple[str, "CompletionUsage", None]:
+def _read_stream(
+    chunks: "Iterable[ChatCompletionChunk]",
+) -> tuple[str, "CompletionUsage", dict[str, Any] | None]:
     parts: list[str] = []
-    usage = None
+    usage = outcome = None
     for chunk in chunks:
+        outcome = _outcome(chunk) or outcome
         parts += [choice.delta.content or "" for choice in chunk.choices]
         if chunk.usage is not None:
             usage = chunk.usage
     if usage is None:
         raise ServerError("the server broke off an answer: the stream ended before its usage arrived")
-    return "".join(parts), usage, None
+    return "".join(parts), usage, outcome
+
+
+def _outcome(answer: "ChatCompletion | ChatCompletionChunk") -> dict[str, Any] | None:
+    return (getattr(answer, "kv_transfer_params", None) or {}).get("buddy")

@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     import torch
     from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import KVCacheGroupSpec
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import Request
 
     from vllm_buddy.method.kv_units import KVUnits
+    from vllm_buddy.serving.telemetry.families import Figures
 
 TESTED_VLLM = ("0.29.0", "0.31.0", "0.32.0")  # the last one with all tests, the others as `make test-versions` does
+_FIGURES = "vllm_buddy"
 
 # Attention backends whose metadata can be built once per layer within a step.
 SUPPORTED_ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -203,6 +206,36 @@ def finished_params(freed: Any, outcome: dict[str, Any]) -> Any:
     """
     kv_params, ec_params = freed
     return {**(kv_params or {}), "buddy": outcome}, ec_params
+
+
+def add_figures(stats: "SchedulerStats", figures: "Figures") -> None:
+    """Send figures with vLLM's statistics of a step.
+
+    vLLM sends the fields of SchedulerStats and nothing else, and this is the one of any content: statistics of a KV
+    connector, which routed servers do not have.
+    """
+    stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), _FIGURES: figures}
+
+
+def take_figures(stats: "SchedulerStats | None") -> "Figures":
+    """Remove the figures from statistics that arrived, before vLLM looks for a connector that they belong to."""
+    carried = None if stats is None else stats.kv_connector_stats
+    if stats is None or not carried:
+        return {}
+    figures = carried.pop(_FIGURES, {})
+    stats.kv_connector_stats = carried or None
+    return figures
+
+
+def first_prefill(request: "Request") -> tuple[int, int] | None:
+    """Length of the prompt of a request that was just scheduled, and how much of it was cached.
+
+    None if the request was scheduled before.
+    """
+    stats = request.prefill_stats
+    if stats is None or request.num_preemptions > 0:
+        return None
+    return stats.num_prompt_tokens, stats.num_cached_tokens
 
 
 def rehash_blocks(request: "Request", salt: Any) -> None:

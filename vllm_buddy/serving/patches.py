@@ -1,4 +1,4 @@
-"""All changes to vLLM's code: eight wrapped functions, and a table entry for each routed model class.
+"""All changes to vLLM's code: ten wrapped functions, and a table entry for each routed model class.
 
 `_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
     Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
@@ -15,7 +15,7 @@
     Remove when: that validator gets the tokenized prompt.
 
 `OpenAIServingChat.chat_completion_stream_generator` and `OpenAIServingCompletion.completion_stream_generator` send the
-paths of requests that ask for them (`buddy_paths`) in chunks of their own.
+outcome of a request in its last chunk, and its paths, if it asks for them (`buddy_paths`), in chunks of their own.
     Why: vLLM's streamed chunks leave out the `kv_transfer_params` that its whole responses have.
     Nearest hook: `--middleware`, which would have to parse the answers of all requests.
     Remove when: vLLM streams `kv_transfer_params`.
@@ -30,6 +30,17 @@ paths of requests that ask for them (`buddy_paths`) in chunks of their own.
     Nearest hook: the header `X-data-parallel-rank`, which a client would have to send without knowing the load.
     Remove when: the balancer is a class that can be named.
 
+`StatLoggerManager.__init__` adds the logger that shows the metrics `vllm_buddy:*`.
+    Why: for models that are routed only, and offline too.
+    Nearest hook: the entry points `vllm.stat_logger_plugins`. One that is installed turns on the statistics of every
+    server, also of one without routing that was started with `--disable-log-stats`; and `LLM` does not load them.
+    Remove when: a plugin can decline a configuration.
+
+`OutputProcessor.do_tracing` adds budget and depth to the span of a request.
+    Why: vLLM makes the span, with a fixed list of attributes, and ends it in one call.
+    Nearest hook: OpenTelemetry's span processors, which see the span but not the request; one is used.
+    Remove when: vLLM takes further attributes.
+
 `get_kv_cache_groups` makes one KV-cache group for each KV unit.
     Why: vLLM groups layers by the kind of their caches, and those of one model are alike.
     Nearest hook: a KVCacheSpec of our own per unit, which vLLM would take for several kinds of attention.
@@ -40,10 +51,8 @@ when vLLM's side moves.
 """
 
 import inspect
-import json
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
 from importlib import import_module
 from typing import Any
 
@@ -64,7 +73,6 @@ _STREAMS = (
     ("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat", "chat_completion_stream_generator"),
     ("vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion", "completion_stream_generator"),
 )
-_DONE = "data: [DONE]\n\n"
 
 
 def apply() -> None:
@@ -76,6 +84,8 @@ def apply() -> None:
     _wrap_get_kv_cache_groups()
     _wrap_make_request_output()
     _wrap_get_core_engine_for_request()
+    _wrap_stat_loggers()
+    _wrap_do_tracing()
     if _API_SERVER in sys.modules:  # in no other process does anything stream over HTTP
         for module, class_name, method in _STREAMS:
             _wrap_stream(getattr(import_module(module), class_name), method)
@@ -239,47 +249,60 @@ def _wrap_make_request_output() -> None:
     _wrap(RequestState, "make_request_output", around)
 
 
+def _wrap_stat_loggers() -> None:
+    """Record the scheduler's figures beside vLLM's own, where a front end makes its loggers."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: StatLoggerManager, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            if getattr(vllm_config.model_config, "model_impl", None) == MODEL_IMPL:
+                from vllm_buddy.serving.telemetry.stat_logger import BuddyStatLogger
+
+                vllms = next(logger for logger in self.stat_loggers if isinstance(logger, PrometheusStatLogger))
+                # First, because it takes the figures out of what the others read.
+                self.stat_loggers.insert(0, BuddyStatLogger(vllm_config, self.engine_indexes, vllms))
+
+        return init
+
+    _wrap(StatLoggerManager, "__init__", around)
+
+
+def _wrap_do_tracing() -> None:
+    """Tell the outcome of a request in its span."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def do_tracing(self: OutputProcessor, engine_core_output: Any, *args: Any, **kwargs: Any) -> None:
+            outcome = (engine_core_output.kv_transfer_params or {}).get(OUTCOME_KEY)
+            if outcome is None:
+                return original(self, engine_core_output, *args, **kwargs)
+            from vllm_buddy.serving.telemetry.spans import with_outcome
+
+            with with_outcome(outcome):
+                return original(self, engine_core_output, *args, **kwargs)
+
+        return do_tracing
+
+    _wrap(OutputProcessor, "do_tracing", around)
+
+
 def _wrap_stream(serving: type, method: str) -> None:
-    """Stream what the scheduler tells of the paths of a request that asks for them."""
+    """Stream what the scheduler tells of a request, its paths only if it asks for them."""
     from vllm_buddy.serving.admission.options import wants_paths
+    from vllm_buddy.serving.telemetry.stream import with_outcome
 
     def around(original: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
         signature = inspect.signature(original)
 
         def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
-            if not wants_paths(request.vllm_xargs):
+            if getattr(self.model_config, "model_impl", None) != MODEL_IMPL:
                 return original(self, request, *args, **kwargs)
-            return _stream_with_paths(original, signature.bind(self, request, *args, **kwargs))
+            call = signature.bind(self, request, *args, **kwargs)
+            return with_outcome(original, call, tells_paths=wants_paths(request.vllm_xargs))
 
         return stream
 
     _wrap(serving, method, around)
-
-
-async def _stream_with_paths(
-    original: Callable[..., AsyncIterator[str]], call: inspect.BoundArguments
-) -> AsyncIterator[str]:
-    """vLLM's chunks, each followed by one without choices that has the kv_transfer_params of its tokens."""
-    told: list[dict[str, Any]] = []
-
-    async def listen(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async for result in results:
-            output = result[1] if isinstance(result, tuple) else result  # completions: with the number of its prompt
-            if "buddy" in (params := output.kv_transfer_params or {}):
-                told.append(params)
-            yield result
-
-    call.arguments["result_generator"] = listen(call.arguments["result_generator"])
-    head: dict[str, Any] = {}
-    async with aclosing(original(*call.args, **call.kwargs)) as chunks:  # type: ignore[type-var]
-        async for chunk in chunks:
-            if not head and chunk != _DONE:
-                first = json.loads(chunk.removeprefix("data: "))
-                head = {key: first.get(key) for key in ("id", "object", "created", "model")}
-            if chunk != _DONE:
-                yield chunk
-            for params in told:
-                yield f"data: {json.dumps({**head, 'choices': [], 'kv_transfer_params': params})}\n\n"
-            told.clear()
-            if chunk == _DONE:
-                yield chunk

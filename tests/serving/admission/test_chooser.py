@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from tests.harness.engine import Ask, Engine, Tiny
 from tests.harness.pretend_worker import PretendEngine
+from tests.harness.shown_metrics import ShownMetrics
 from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE, random_prompts
 from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, budget_for_depth
 from vllm_buddy.method.reference import routed_logits
@@ -247,30 +247,23 @@ def test_an_abort_of_everything_leaves_no_load(tiny: Callable[[str], Tiny], asyn
     assert made.scheduler._chooser.level == 0
 
 
-def test_the_metrics_show_load_price_and_choices(
-    tiny: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_metrics_show_load_price_and_choices(tiny: Callable[[str], Tiny]) -> None:
     """Fails if a server under load looks idle in /metrics, or an idle one loaded, or numbers count as chosen."""
     made = pretend(tiny, asynchronous=False, load={"price": LOAD_PRICE, "running": [0, 4]})
-    metrics = made.scheduler._metrics
-    monkeypatch.setattr(metrics, "_export_to", tmp_path / "engine.prom")
-
-    def sample(name: str) -> float:
-        lines = (tmp_path / "engine.prom").read_text().splitlines()
-        (value,) = (line.split()[-1] for line in lines if line.startswith(f'vllm_buddy:{name}{{engine="0"}}'))
-        return float(value)
-
+    shown = ShownMetrics(made.config)
+    assert (shown.value("load"), shown.value("auto_price")) == (0, PREDICTOR_PRICE)
     depth = chosen_depth(tiny("llama"), auto(PROMPTS[0], 30))
     for number, prompt in enumerate(PROMPTS[:2]):
         ask = auto(prompt, 30) if number == 0 else Ask(prompt, 1.0, 30)
         made.add(ask, runs_as=fixed(ask, depth) if number == 0 else None)
     made.step()
-    metrics.export(idle=True)
-    assert (sample("load"), sample("auto_price")) == (0.5, (PREDICTOR_PRICE + LOAD_PRICE) / 2)
+    shown.take(made)
+    assert (shown.value("load"), shown.value("auto_price")) == (0.5, (PREDICTOR_PRICE + LOAD_PRICE) / 2)
     finish(made)
-    assert (sample("load"), sample("auto_price")) == (0, PREDICTOR_PRICE)
-    assert (sample("auto_budget_count"), sample("budget_count")) == (1, 2)
-    assert sample("auto_budget_sum") == budget_for_depth(depth, NUM_LAYERS)
+    shown.take(made)
+    assert (shown.value("load"), shown.value("auto_price")) == (0, PREDICTOR_PRICE)
+    assert (shown.value("auto_budget_count"), shown.value("budget_count")) == (1, 2)
+    assert shown.value("auto_budget_sum") == budget_for_depth(depth, NUM_LAYERS)
 
 
 @both

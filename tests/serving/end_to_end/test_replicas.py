@@ -21,7 +21,7 @@ def test_budgets_run_on_replicas_of_their_own(tiny: Callable[[str], Tiny], tmp_p
     options = ("--data-parallel-size", "2", "--data-parallel-size-local", "2")
     log_path = tmp_path / "log"
     with log_path.open("w") as log:
-        server = Server(tiny("llama"), log, *options, VLLM_CPU_OMP_THREADS_BIND="0|1")
+        server = Server(tiny("llama"), log, options, VLLM_CPU_OMP_THREADS_BIND="0|1")
         try:
             server.wait()
             for asked in BUDGETS * 4:  # until both budgets have a home

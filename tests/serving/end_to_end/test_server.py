@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,17 +34,25 @@ LOAD = {"load": {"price": LOAD_PRICE, "running": [0, 1], "waiting": [50, 60], "l
 class Server:
     """vLLM's API server on the tiny Llama, in a process of its own with an engine process behind it.
 
-    options: more for its command line. variables: more for its environment.
+    options: of vLLM's command line, beside those that all tests need. module: the program; that of the default has one
+        API server. variables: more for its environment.
     """
 
-    def __init__(self, tiny: Tiny, log: Any, *options: str, **variables: str) -> None:
+    def __init__(
+        self,
+        tiny: Tiny,
+        log: Any,
+        options: Sequence[str] = (),
+        module: Sequence[str] = ("vllm.entrypoints.openai.api_server",),
+        **variables: str,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         buddy = {"artifact": str(tiny.artifact_folder), "paths": "free", "route_every": SCHEDULE.interval, **LOAD}
         settings = {"buddy": buddy}
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny.folder)]
+        command = [sys.executable, "-m", *module, "--model", str(tiny.folder)]
         command += ["--served-model-name", "tiny", "--port", str(port), "--host", "127.0.0.1"]
         command += ["--model-impl", "buddy", "--additional-config", json.dumps(settings)]
         command += ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
@@ -54,8 +62,8 @@ class Server:
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+    def wait(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
@@ -90,10 +98,11 @@ class Server:
         return [json.loads(chunk) for chunk in chunks]
 
     def metrics(self, engine: int = 0) -> dict[str, float]:
-        """Samples of our families of one engine, without labels and buckets."""
+        """Samples of our families that have vLLM's labels and no other."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=REQUEST_TIMEOUT_S) as response:
             text = response.read().decode()
-        found = re.findall(rf'^(vllm_buddy:\w+)\{{engine="{engine}"\}} (\S+)$', text, flags=re.MULTILINE)
+        labels = rf'\{{engine="{engine}",model_name="tiny"\}}'
+        found = re.findall(rf"^(vllm_buddy:\w+){labels} (\S+)$", text, flags=re.MULTILINE)
         assert len(found) == len(dict(found)), "a sample is there twice"
         return {name: float(value) for name, value in found}
 
@@ -181,7 +190,15 @@ def test_a_stream_tells_paths_as_it_goes_and_the_outcome_at_its_end(
     # A client that reads slowly may get fewer, because vLLM merges chunks; a local one reads the first as it comes.
     assert paths_told(told[0]["paths"]) == expected.paths[: len(PROMPTS[1])]
     assert len({chunk["id"] for chunk in chunks}) == 1
-    assert not any("kv_transfer_params" in chunk for chunk in server.stream(PROMPTS[1], budget("0.5")))
+
+
+def test_a_stream_tells_the_outcome_in_its_last_chunk(server: Server) -> None:
+    """Fails if streaming clients do not learn what their request got, or must read a chunk that vLLM does not send."""
+    *before, last = server.stream(PROMPTS[1], budget("0.5"))
+    whole = server.complete(PROMPTS[1], budget("0.5"))[1]
+    assert last["kv_transfer_params"] == whole["kv_transfer_params"]
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert not any("kv_transfer_params" in chunk for chunk in before)
 
 
 # As JSON text: NaN and 1e400 are not JSON by the letter, but Python's parser takes them.
@@ -314,7 +331,6 @@ def test_no_budget_one_and_true_are_the_whole_model(server: Server, body: str) -
 
 def test_metrics_count_what_was_served(server: Server) -> None:
     """Fails if a family is missing, or counts something else than the requests between two scrapes."""
-    time.sleep(1.1)  # the engine writes its metrics once a second, and when it runs out of work
     server.complete(PROMPTS[0], budget("1.0"), 2)
     before = server.metrics()
     asked = ((PROMPTS[0], 0.5), (PROMPTS[1], 0.75), (PROMPTS[2], 1.0))
@@ -331,6 +347,9 @@ def test_metrics_count_what_was_served(server: Server) -> None:
     assert grown["layer_tokens_skipped_total"] == sum((NUM_LAYERS - o["depth"]) * o["tokens"] for o in outcomes)
     assert grown["reroutes_total"] == sum(o["reroutes"] for o in outcomes)
     assert grown["decisions_total"] > 0
+    # One request at a time, so a step runs the layers of its path, prompts in one step.
+    assert grown["step_layers_count"] == 4 * NUM_TOKENS
+    assert grown["step_layers_sum"] == sum(o["depth"] * NUM_TOKENS for o in outcomes)
     assert grown["routing_seconds_count"] > 0
     assert 0 < grown["routing_seconds_sum"] < 1
 

@@ -1,32 +1,46 @@
-"""The file in which metrics go from the engine's process to the API server's."""
+"""What the scheduler counts between two steps."""
 
-import shutil
-from pathlib import Path
-
-from tests.harness.full_disk import full_disk
+from vllm_buddy.method import Run
 from vllm_buddy.serving.schedule.metrics import EngineMetrics
+from vllm_buddy.serving.schedule.plan import Executed, RequestPlan
 
 
-def test_a_full_disk_stops_metrics_only_as_long_as_it_is_full(tmp_path: Path) -> None:
-    """Fails if a full disk ends the engine, leaves half a file to the scraper, or stops metrics for good."""
-    path = tmp_path / "engine-0.prom"
-    metrics = EngineMetrics(8, 0, path, has_auto=True)
-    metrics.export(idle=True)
-    before = path.read_text()
-    metrics.observe_routing(1e-4)
-    with full_disk():
-        metrics.export(idle=True)
-    assert path.read_text() == before
-    assert list(tmp_path.iterdir()) == [path]
-    metrics.export(idle=True)
-    assert path.read_text() != before
+def test_a_step_counts_the_union_of_its_paths() -> None:
+    """Fails if the layers that a batch pays for are those of one request, or of all of them added up."""
+    metrics = EngineMetrics(collects=True)
+    plan = {
+        "a": RequestPlan((Run(1, 0b10011), Run(4, 0b10101)), None),
+        "b": RequestPlan((Run(1, 0b10001),), None),
+    }
+    metrics.observe_plan(plan)
+    assert metrics.take() == {"step_layers": {"": [4]}}
 
 
-def test_a_folder_that_is_gone_ends_the_export(tmp_path: Path) -> None:
-    """Fails if an engine that outlives its API server trips over the folder that this one removed."""
-    metrics = EngineMetrics(8, 0, tmp_path / "metrics" / "engine-0.prom", has_auto=False)
-    (tmp_path / "metrics").mkdir()
-    metrics.export(idle=True)
-    shutil.rmtree(tmp_path / "metrics")
-    metrics.export(idle=True)
-    assert not (tmp_path / "metrics").exists()
+def test_figures_are_taken_once() -> None:
+    """Fails if what one step told is told again by the next, or steps between two statistics get lost."""
+    metrics = EngineMetrics(collects=True)
+    for _ in range(2):
+        metrics.observe_step([Executed(2, 10, 5, 5)], num_layers=8)
+        metrics.observe_routing(0.25)
+        metrics.show_load(0.5, 1.0)
+    metrics.observe_prompt(0.62, 20, 16)
+    assert metrics.take() == {
+        "layer_tokens_executed": {"": [20]},
+        "layer_tokens_skipped": {"": [12]},
+        "routing_seconds": {"": [0.25, 0.25]},
+        "load": {"": [0.5]},
+        "auto_price": {"": [1.0]},
+        "prompt_tokens": {"0.7": [20]},
+        "prompt_tokens_cached": {"0.7": [16]},
+    }
+    assert metrics.take() == {}
+
+
+def test_nothing_is_kept_for_nobody() -> None:
+    """Fails if an engine without statistics, whose figures nobody takes, keeps them forever."""
+    metrics = EngineMetrics(collects=False)
+    metrics.observe_step([Executed(2, 10, 5, 5)], num_layers=8)
+    metrics.observe_plan({"a": RequestPlan((Run(1, 0b101),), None)})
+    metrics.observe_routing(0.25)
+    assert metrics.take() == {}
+    assert metrics.routing_seconds == 0.25

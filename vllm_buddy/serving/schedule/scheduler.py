@@ -22,7 +22,7 @@ from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
-from vllm_buddy.serving.compat import finished_params
+from vllm_buddy.serving.compat import add_figures, finished_params, first_prefill
 from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPath, RequestDrafts
 from vllm_buddy.serving.schedule.metrics import EngineMetrics
 from vllm_buddy.serving.schedule.outcome import Outcome, described
@@ -43,6 +43,7 @@ from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler as _Base
+    from vllm.v1.metrics.stats import SchedulerStats
 else:
     _Base = object
 
@@ -84,7 +85,7 @@ class _Routing(_Base):
         self._routes = RouteMaker.of(settings, artifact, _decision_lag(settings, vllm_config))
         self._routed: dict[str, RoutedRequest] = {}  # by request id
         self._routing_seconds = 0.0  # of the current step
-        self._metrics = EngineMetrics.for_engine(vllm_config)
+        self._metrics = EngineMetrics(collects=self.log_stats)
         self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
         self._lowers_running = settings.load is not None and settings.load.lowers_running
         self._drafting: Drafting | None = None
@@ -93,8 +94,6 @@ class _Routing(_Base):
             self._drafting = Drafting(path, settings.drafts, self.num_spec_tokens)
             # vLLM reserves no slots for what a drafter of method custom_class writes.
             self.num_lookahead_tokens = self.num_spec_tokens
-        self._observe_load()
-        self._metrics.export(idle=True)
         self._units: KVUnits | None = vllm_config.model_config.buddy_kv_units
         if self._units is not None:
             use_units(self.kv_cache_manager, self._units_of)
@@ -194,10 +193,15 @@ class _Routing(_Base):
         self._routing_seconds += time.perf_counter() - started
         output = super().schedule(*args, **kwargs)
         started = time.perf_counter()
-        setattr(output, PLAN_ATTRIBUTE, self._plan(output))
+        plan = self._plan(output)
+        setattr(output, PLAN_ATTRIBUTE, plan)
         if output.num_scheduled_tokens:
             self._routing_seconds += time.perf_counter() - started
             self._metrics.observe_routing(self._routing_seconds)
+            self._metrics.observe_plan(plan)
+            for new in output.scheduled_new_reqs:
+                if (prompt := first_prefill(self.requests[new.req_id])) is not None:
+                    self._metrics.observe_prompt(self._routed[new.req_id].outcome.budget, *prompt)
         return output
 
     def _lower_running(self) -> None:
@@ -274,9 +278,15 @@ class _Routing(_Base):
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._tell_paths(outputs)
-        self._observe_load()
-        self._metrics.export(idle=not self.has_unfinished_requests())
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
+        """vLLM's statistics, with our figures. Called at the end of a step, when the requests that ended have left."""
+        self._observe_load()
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            add_figures(stats, self._metrics.take())
+        return stats
 
     def _tell_paths(self, outputs: Any) -> None:
         """Add the paths of the tokens that ran to what vLLM streams of requests that ask for them and go on.

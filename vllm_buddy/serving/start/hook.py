@@ -13,7 +13,7 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.method.kv_policy import KV_ONLY
 from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
-from vllm_buddy.serving.schedule import SCHEDULER, metrics
+from vllm_buddy.serving.schedule import SCHEDULER
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, DraftPath
 from vllm_buddy.serving.schedule.route_maker import check_schedule
 from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
@@ -91,7 +91,6 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         if vllm_config.speculative_config is not None:
             vllm_config.scheduler_config.async_scheduling = False  # vLLM decides after this hook; see refusals.py
         _configure_compilation(vllm_config)
-        metrics.export_from_this_process(vllm_config.instance_id)
         logger.info(
             "vllm_buddy: artifact %s (%s), KV policy %s, layout %s, kernels %s, CUDA graphs %s, default budget %s, "
             "from %g to %g%s%s",

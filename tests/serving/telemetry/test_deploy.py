@@ -1,0 +1,99 @@
+"""The dashboard, the alert rules and the compose file in deploy/."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.harness.engine import Tiny
+from tests.harness.pretend_worker import PretendEngine
+from tests.harness.shown_metrics import ShownMetrics
+from tools.dashboard import DASHBOARD
+from vllm_buddy.method import PathSchedule
+
+ROOT = Path(__file__).resolve().parents[3]
+DEPLOY = ROOT / "deploy"
+PROMETHEUS = DEPLOY / "prometheus"
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """(where, expression in PromQL) of all panels and rules."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", ()):
+            yield f"panel {panel['title']}", target["expr"]
+    for group in yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"]:
+        for rule in group["rules"]:
+            yield f"rule {rule['alert']}", rule["expr"]
+
+
+def test_the_dashboard_is_up_to_date() -> None:
+    """Fails if a panel changed and the file was not written again."""
+    done = subprocess.run([sys.executable, "-m", "tools.dashboard", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run `python -m tools.dashboard`"
+
+
+def test_every_metric_that_is_named_exists(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if a panel or a rule names a metric that neither the plugin nor vLLM shows: it would be empty forever."""
+    from prometheus_client import REGISTRY
+    from vllm.v1.spec_decode.metrics import SpecDecodingProm
+
+    config = PretendEngine(tiny("llama"), PathSchedule(0), asynchronous=False, num_blocks=17, chunk=64).config
+    config.model_config.buddy_limits = replace(config.model_config.buddy_limits, lossless=True)
+    ShownMetrics(config)
+    speculator: Any = SimpleNamespace(num_speculative_tokens=1)
+    SpecDecodingProm(speculator, ["engine"], {0: ["0"]})
+    shown = {sample.name for family in REGISTRY.collect() for sample in family.samples}
+    named = {(where, name) for where, text in expressions() for name in re.findall(r"vllm(?:_buddy)?:\w+", text)}
+    assert len({name for _, name in named if name.startswith("vllm_buddy:")}) > 10
+    assert sorted((where, name) for where, name in named if name not in shown) == []
+
+
+@pytest.mark.parametrize(
+    "check", [("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")], ids=" ".join
+)
+def test_promtool_accepts_the_rules(check: tuple[str, ...]) -> None:
+    """Fails if a rule does not parse, or is silent or loud in a case where it should not be."""
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed; it is in Debian's package `prometheus`")
+    done = subprocess.run(["promtool", *check], cwd=PROMETHEUS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_rule_has_a_case() -> None:
+    """Fails if a rule is added that was never seen to fire."""
+    rules = yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"]
+    fired = {
+        check["alertname"]
+        for case in yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
+        for check in case["alert_rule_test"]
+        if check["exp_alerts"]
+    }
+    assert {rule["alert"] for group in rules for rule in group["rules"]} == fired
+
+
+def test_the_parts_find_each_other() -> None:
+    """Fails if a file is mounted that does not exist, or a service is looked for where it is not."""
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    mounts = [mount.split(":")[:2] for service in services.values() for mount in service["volumes"]]
+    inside = {target: DEPLOY / source for source, target in mounts if source.startswith(".")}
+    assert all(path.is_dir() for path in inside.values())
+    scraped = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"][0]
+    assert scraped["job_name"] == "vllm"  # the rules name it
+    (target,) = scraped["static_configs"][0]["targets"]
+    assert target in [f"{name}:{port.split(':')[-1]}" for name, s in services.items() for port in s["ports"]]
+    provisioning = inside["/etc/grafana/provisioning"]
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert source["url"] == f"http://prometheus:{services['prometheus']['ports'][0].split(':')[-1]}"
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "dashboards.yml").read_text())["providers"]
+    assert (inside[provider["options"]["path"]] / DASHBOARD.name).is_file()
+    copied = re.findall(r"^COPY (.*) \S+$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert all((ROOT / name).exists() for line in copied for name in line.split())

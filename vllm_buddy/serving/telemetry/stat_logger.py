@@ -1,0 +1,92 @@
+"""Shows the scheduler's figures among vLLM's own metrics: in the front end's process, with the same labels.
+
+vLLM sends statistics with the outputs of a step (`SchedulerStats` in `EngineCoreOutputs`) from the process of each
+engine, on this machine or another, to one of its API servers, and gives them there to its stat loggers. This is one.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PrometheusStatLogger
+
+from vllm_buddy.serving.compat import take_figures
+from vllm_buddy.serving.telemetry.families import PREFIX, Family, families
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.metrics.stats import SchedulerStats
+
+_LABELS = ["model_name", "engine"]  # of vLLM's metrics
+
+
+class BuddyStatLogger(AggregateStatLoggerBase):
+    """Records the figures of all engines of one front end in the metrics `vllm_buddy:*`.
+
+    vllms: the stat logger behind vLLM's own metrics. Ours are of the same classes, so that they are found in the same
+        place: in the registry of prometheus_client, or under Ray Serve among Ray's metrics.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int], vllms: PrometheusStatLogger) -> None:
+        limits = vllm_config.model_config.buddy_limits
+        self._model_name = vllm_config.model_config.served_model_name
+        self._families = {
+            family.name: family
+            for family in families(limits.num_layers, has_auto=limits.auto is not None, lossless=limits.lossless)
+        }
+        _unregister()
+        self._metrics = {family.name: _metric(family, vllms) for family in self._families.values()}
+        self._series: dict[tuple[str, str, int], Any] = {
+            (family.name, value, engine): self._labelled(family, value, engine)
+            for family in self._families.values()
+            for value in family.values
+            for engine in engine_indexes
+        }
+        if limits.auto is not None:
+            for engine in engine_indexes:
+                self._series["auto_price", "", engine].set(limits.auto.price)  # without load
+
+    def record(
+        self,
+        scheduler_stats: "SchedulerStats | None",
+        iteration_stats: Any,  # noqa: ARG002 - vLLM's interface
+        mm_cache_stats: Any = None,  # noqa: ARG002
+        engine_idx: int = 0,
+    ) -> None:
+        """Take the figures out of the statistics and add them to the metrics of that engine."""
+        for name, by_label in take_figures(scheduler_stats).items():
+            for value, figures in by_label.items():
+                series, kind = self._series[name, value, engine_idx], self._families[name].kind
+                for figure in figures:
+                    if kind == "counter":
+                        series.inc(figure)
+                    elif kind == "gauge":
+                        series.set(figure)
+                    else:
+                        series.observe(figure)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to log."""
+
+    def _labelled(self, family: Family, value: str, engine: int) -> Any:
+        own = (value,) if family.label else ()
+        return self._metrics[family.name].labels(self._model_name, str(engine), *own)
+
+
+def _metric(family: Family, vllms: PrometheusStatLogger) -> Any:
+    about = {
+        "name": PREFIX + family.name,
+        "documentation": family.description,
+        "labelnames": [*_LABELS, *([family.label] if family.label else [])],
+    }
+    if family.kind == "counter":
+        return vllms._counter_cls(**about)
+    if family.kind == "gauge":
+        return vllms._gauge_cls(**about, multiprocess_mode="mostrecent")
+    return vllms._histogram_cls(**about, buckets=list(family.buckets))
+
+
+def _unregister() -> None:
+    """Forget the metrics of an engine that this process started before, as vLLM does with its own."""
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", "").startswith(PREFIX):
+            REGISTRY.unregister(collector)
