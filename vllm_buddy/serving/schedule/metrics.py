@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from vllm_buddy.method import Route
+from vllm_buddy.serving.admission.objectives import Objectives
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import Executed
 
@@ -33,14 +34,23 @@ _SECONDS_BUCKETS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 class EngineMetrics:
     """The metrics of one engine, in a registry of their own.
 
-    has_auto, lossless: whether to include those of budget "auto" and of lossless mode.
+    has_auto, lossless: whether to include those of budget "auto" and of lossless mode. objectives_s: the service
+    objectives by name, in seconds.
     """
 
     def __init__(
-        self, num_layers: int, engine: int, export_to: Path | None, *, has_auto: bool, lossless: bool = False
+        self,
+        num_layers: int,
+        engine: int,
+        export_to: Path | None,
+        *,
+        has_auto: bool,
+        lossless: bool = False,
+        objectives_s: Mapping[str, float] | None = None,
     ) -> None:
         self._registry = CollectorRegistry()
         self._export_to = export_to
+        self._engine = engine
         self._next_export = 0.0
         self.routing_seconds = 0.0  # total, read by benchmarks
         layers = [float(n) for n in range(1, num_layers + 1)]
@@ -65,6 +75,16 @@ class EngineMetrics:
             )
             self._auto_price = self._gauge("auto_price", "Price of compute, nats per token for all layers.", engine)
             self._load = self._gauge("load", "Load that the price follows, from 0 to 1.", engine)
+        if objectives_s:
+            self._unreachable = self._gauge(
+                "slo_unreachable", "1 while a service objective is missed at the smallest budget, else 0.", engine
+            )
+            objective = self._gauges("slo_objective_seconds", "Service objective for the 99th percentile.")
+            self._observed = self._gauges(
+                "slo_observed_seconds", "The 99th percentile of the last 30 seconds; NaN if nothing was observed."
+            )
+            for name, seconds in objectives_s.items():
+                objective.labels(engine, name).set(seconds)
         if lossless:
             self._depth_drafted = self._counter("depth_drafts", "Drafts made on the model's own layers.", engine)
             self._drafting = self._counter("layer_tokens_drafting", "Layers executed to make these drafts.", engine)
@@ -78,7 +98,14 @@ class EngineMetrics:
         # With several API servers vLLM collects the metrics of all processes itself (PROMETHEUS_MULTIPROC_DIR).
         export_to = Path(folder) / f"engine-{engine}.prom" if folder and not _multiprocess() else None
         limits = vllm_config.model_config.buddy_limits
-        return cls(limits.num_layers, engine, export_to, has_auto=limits.auto is not None, lossless=limits.lossless)
+        return cls(
+            limits.num_layers,
+            engine,
+            export_to,
+            has_auto=limits.auto is not None,
+            lossless=limits.lossless,
+            objectives_s=None if limits.auto is None else limits.auto.objectives_s,
+        )
 
     def observe_request(self, outcome: Outcome, route: Route) -> None:
         """Count a request that has ended, whether it finished or was aborted."""
@@ -99,6 +126,12 @@ class EngineMetrics:
         """Set the level of load and the price of budget "auto" that it leads to."""
         self._load.set(level)
         self._auto_price.set(price)
+
+    def show_objectives(self, objectives: Objectives) -> None:
+        """Set what was observed of the service objectives, and whether one is out of reach."""
+        for name, seconds in objectives.observed_s.items():
+            self._observed.labels(self._engine, name).set(seconds)
+        self._unreachable.set(objectives.unreachable)
 
     def observe_drafts(self, counts: Executed, num_accepted: int | None) -> None:
         """Count the layers that drafted for a request, and those of its drafts that a step checked.
@@ -141,6 +174,11 @@ class EngineMetrics:
         return Gauge(
             f"vllm_buddy:{name}", description, ["engine"], registry=self._registry, multiprocess_mode="mostrecent"
         ).labels(engine)
+
+    def _gauges(self, name: str, description: str) -> Gauge:
+        """One for each service objective."""
+        labels = ["engine", "objective"]
+        return Gauge(f"vllm_buddy:{name}", description, labels, registry=self._registry, multiprocess_mode="mostrecent")
 
     def _histogram(self, name: str, description: str, buckets: Iterable[float], engine: int) -> Histogram:
         return Histogram(
