@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from vllm_buddy.method import Route
-from vllm_buddy.serving.admission.objectives import Objectives
+from vllm_buddy.serving.admission.slo import Objectives
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import Executed
 

@@ -56,7 +56,8 @@ class RoutedRequest:
     """What the scheduler keeps of a request, from its arrival to its end.
 
     asked: what it lets "auto" choose; None for a budget that is a number.
-    excess: of its prompt, see BudgetChooser; None as `asked`. price: the highest at which "auto" was decided for it.
+    excess: of its prompt, see BudgetChooser; None as `asked`.
+    price: at which "auto" was decided for it last. Once it runs, only a higher one decides again.
     planned: number of tokens that were planned so far, without drafts that may be rejected. A request that is computed
         again stands before it.
     drafts: made for it by DepthDrafts; None on a server without that drafter.
@@ -225,11 +226,12 @@ class _Routing(_Base):
         if self._meter is None or chooser is None or not self.waiting:
             return
         started = time.perf_counter()
-        for request in islice(self.waiting, min(_MOST_STARTING, self.max_num_running_reqs - len(self.running))):
+        room = max(0, self.max_num_running_reqs - len(self.running))
+        for request in islice(self.waiting, min(room, _MOST_STARTING)):
             routed = self._routed[request.request_id]
-            if routed.asked is None or routed.excess is None:
+            if routed.asked is None or routed.excess is None or routed.planned or request.num_computed_tokens:
                 continue
-            if routed.planned or request.num_computed_tokens or routed.route.uniform_length is not None:
+            if routed.route.uniform_length is not None:  # its hash chain has ended, which cannot be undone
                 continue
             if chooser.price_of(routed.asked) != routed.price:
                 choice = chooser.choose(routed.asked, routed.excess)
@@ -317,7 +319,7 @@ class _Routing(_Base):
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         if self._meter is not None:
             sampled = zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids)
-            self._meter.gets_token(req_id for req_id, tokens in sampled if tokens)
+            self._meter.gets_token(req_id for req_id, tokens in sampled if len(tokens))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._tell_paths(outputs)
         idle = not self.has_unfinished_requests()

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from benchmarks.harness.simulated_server import Trace, arrivals
-from benchmarks.speed.objectives import (
+from benchmarks.speed.slo import (
     DEPTHS,
     HAND_SET,
     KINDS,
@@ -90,5 +90,5 @@ def test_a_picture_of_the_traces(tmp_path) -> None:
     """Fails if the picture cannot be drawn."""
     trace = Trace(itl=[(0.5, 0.01), (1.5, 0.02)], ttft=[(0.1, 0.2)], budgets=[(1.0, 0.5)])
     names = ("price 0", *HAND_SET, f"objective: ITL of {LOOSE}")
-    plot({kind: dict.fromkeys(names, trace) for kind in KINDS}, tmp_path / "objectives.png")
-    assert (tmp_path / "objectives.png").stat().st_size > 10_000
+    plot({kind: dict.fromkeys(names, trace) for kind in KINDS}, tmp_path / "slo.png")
+    assert (tmp_path / "slo.png").stat().st_size > 10_000

@@ -1,6 +1,6 @@
 """Compares service objectives with hand-set load prices on a model of a server, in simulated time.
 
-    python -m benchmarks.speed.objectives --plot docs/objectives.png      # about a minute on one core
+    python -m benchmarks.speed.slo --plot docs/slo.png      # about a minute on one core
 
 `benchmarks.harness.simulated_server` is the server; the choice of budgets, its price and its objectives are those of
 the real one. First all layers run for all requests, which tells the rate that the full model sustains (*dense*). Then
@@ -33,7 +33,7 @@ from benchmarks.harness.simulated_server import (
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.limits import AutoLimits
 from vllm_buddy.serving.admission.load import LoadPrice
-from vllm_buddy.serving.admission.objectives import Objectives
+from vllm_buddy.serving.admission.slo import Objectives
 from vllm_buddy.serving.start.settings import ITL, TTFT
 
 NUM_LAYERS = 30
@@ -50,12 +50,12 @@ METRICS = ("p99_itl_ms", "p99_over_objective", "p99_ttft_ms", "mean_budget")
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed.objectives",
+        prog="python -m benchmarks.speed.slo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seeds", type=positive_int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS_DIR / "simulated_objectives.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS_DIR / "simulated_slo.jsonl")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="picture of the first seed")
     args = parser.parse_args()
     env = environment("cpu")

@@ -146,14 +146,12 @@ class Objectives:
 
     def _add_first(self, now: float, first: FirstToken) -> None:
         self._prefills.append(first.prefill_s)
-        seconds = first.waited_s + first.prefill_s
-        self._percentiles[TTFT].add(now, seconds)
-        # What was late for its wait is the queue's affair.
-        self._trials[TTFT].add(seconds if first.prefill_s > first.waited_s else 0.0)
+        self._percentiles[TTFT].add(now, first.waited_s + first.prefill_s)
+        self._trials[TTFT].add(first.prefill_s)
 
     def _see_queue(self, wait_s: float) -> None:
         objective = self.objective_s[TTFT]
-        wait = wait_s / max(objective - self._usual_prefill, objective / 2)
+        wait = wait_s / max(objective - self._usual_prefill, objective / 10)
         self._queue_level = max(on_line(wait, WAIT), min(self._queue_level, on_line(wait, self._falling_wait)))
 
     @property

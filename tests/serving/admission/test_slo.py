@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from vllm_buddy.serving.admission import objectives as module
+from vllm_buddy.serving.admission import slo as module
 from vllm_buddy.serving.admission.latency import FirstToken, Latencies
-from vllm_buddy.serving.admission.objectives import BEYOND, QUANTILE, STEP, WINDOW_S, Objectives, Percentile
+from vllm_buddy.serving.admission.slo import BEYOND, QUANTILE, STEP, WINDOW_S, Objectives, Percentile
 
 STEP_S = 0.02
 
