@@ -114,8 +114,11 @@ class SimulatedServer:
 
     def _step(self) -> None:
         self._lower_running()
+        starting = []
         while self._waiting and len(self._running) < MAX_SEQS and self._room() > 0:
-            self._start(self._waiting.popleft())
+            starting.append(self._waiting.popleft())
+            self._start(starting[-1])
+        self._meter.starts(request.name for request in starting)
         room, scheduled = MAX_TOKENS, []
         for request in self._running:
             tokens = min(room, request.prompt_left or 1)
@@ -140,7 +143,6 @@ class SimulatedServer:
         if self._chooser.objectives is not None:  # as the scheduler does
             choice = self._chooser.choose(self._limits.budget(), request.excess)
             request.price, request.depth = choice.price, choice.depth
-        self._meter.starts([request.name])
         self._running.append(request)
 
     def _room(self) -> int:

@@ -53,6 +53,14 @@ def test_the_wait_is_that_of_the_oldest_or_of_a_new_one_at_the_pace_of_the_queue
     assert measured.wait_s == 7 * 0.5
     clock.now += 9.0
     assert meter.take().wait_s == 10.5
+    meter.starts([f"r{number}" for number in range(3, 10)])
+    meter.arrives("new")  # to a server that has room: the pace of the queue is not its own
+    assert meter.take().wait_s == 0
+    meter.ends("new")
+    meter.arrives("r9")
+    meter.starts([])
+    clock.now += 0.1
+    assert meter.take().wait_s > 0.5
     for number in range(10):
         meter.ends(f"r{number}")  # aborted, some in the queue
     assert meter.take().wait_s == 0

@@ -27,7 +27,7 @@ class Latencies:
 
     itls: times between tokens, each with the number of requests whose newest token came so long after the one before.
     first_tokens: those that came. wait_s: how long the oldest request in the queue has waited, or how long a new one
-    would wait at the pace at which requests left the queue, whichever is more; 0: none waits.
+    would wait behind a queue at the pace at which requests left it, whichever is more; 0: none waits.
     """
 
     now: float
@@ -53,6 +53,7 @@ class LatencyMeter:
         self._clock = clock
         self._times: dict[str, _Times] = {}
         self._waiting: dict[str, float] = {}  # in the order of arrival
+        self._leaves_some = False  # whether requests wait for more than the next step
         self._last_start = -math.inf
         self._intervals: deque[float] = deque(maxlen=_STARTS)
         self._measured = Latencies(0.0)
@@ -63,7 +64,7 @@ class LatencyMeter:
         self._times[request_id] = _Times(now)
 
     def starts(self, request_ids: Iterable[str]) -> None:
-        """Note the requests that a step takes from the queue. One that is preempted does not start again."""
+        """Note the requests, if any, that a step takes from the queue. One that is preempted does not start again."""
         now = self._clock()
         for request_id in request_ids:
             arrived = self._waiting.pop(request_id, None)
@@ -73,6 +74,7 @@ class LatencyMeter:
             if arrived <= self._last_start:  # else the server waited for it
                 self._intervals.append(now - self._last_start)
             self._last_start = now
+        self._leaves_some = bool(self._waiting)
 
     def gets_token(self, request_ids: Iterable[str]) -> None:
         """Note the requests to which a step gave tokens; several at once, as of drafts, are one."""
@@ -97,7 +99,8 @@ class LatencyMeter:
         measured, self._measured = self._measured, Latencies(0.0)
         measured.now = self._clock()
         if self._waiting:
-            oldest = measured.now - next(iter(self._waiting.values()))
-            interval = sum(self._intervals) / len(self._intervals) if self._intervals else 0.0
-            measured.wait_s = max(oldest, len(self._waiting) * interval)
+            measured.wait_s = measured.now - next(iter(self._waiting.values()))
+            if self._leaves_some and self._intervals:
+                pace = sum(self._intervals) / len(self._intervals)
+                measured.wait_s = max(measured.wait_s, len(self._waiting) * pace)
         return measured
