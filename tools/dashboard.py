@@ -108,6 +108,15 @@ ROWS: dict[str, Sequence[Panel]] = {
             "Empty without a Budget Predictor.",
         ),
         Panel(
+            "Service objectives",
+            {
+                "{{objective}}, p99, engine {{engine}}": by_engine("vllm_buddy:slo_observed_seconds"),
+                "{{objective}}, objective": by_engine("vllm_buddy:slo_objective_seconds"),
+            },
+            "As the scheduler measures them. Empty without the setting slo.",
+            "s",
+        ),
+        Panel(
             "Requests",
             {
                 "running, engine {{engine}}": by_engine("vllm:num_requests_running"),

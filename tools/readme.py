@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from tools.tables import auto, drafts, front, memory, peers, quality, speed, steps
 from tools.tables.results import ROOT, table
 
+if TYPE_CHECKING:
+    from vllm_buddy.serving.telemetry.families import Family
+
 CARD = ROOT / "vllm_buddy" / "shipped" / "smollm2-135m" / "README.md"
 TOKEN_CARD = CARD.parent.with_name("smollm2-135m-token") / CARD.name
 
@@ -59,16 +62,26 @@ def settings_table() -> str:
 
 def metrics_table() -> str:
     """Return a table with one row per metric of the plugin."""
-    from vllm_buddy.serving.telemetry.families import PREFIX, families
+    from vllm_buddy.serving.telemetry.families import families
 
     rows = []
-    some = {f.name for f in families(1, has_auto=False, lossless=False)}
-    auto = {f.name for f in families(1, has_auto=True, lossless=False)} - some
-    for family in families(1, has_auto=True, lossless=True):
-        where = "" if family.name in some else 'with budget "auto"' if family.name in auto else "with lossless drafts"
-        label = f", by `{family.label}`" if family.label else ""
-        rows.append([f"`{PREFIX}{family.name}`", family.kind + label, family.description, where])
+    kinds: dict[str, dict[str, Any]] = {
+        "": {},
+        'with budget "auto"': {"has_auto": True},
+        "with `slo`": {"objectives": ("itl", "ttft")},
+        "with lossless drafts": {"lossless": True},
+    }
+    seen: set[str] = set()
+    for where, kind in kinds.items():
+        found = [f for f in families(1, **{"has_auto": False, "lossless": False, **kind}) if f.name not in seen]
+        seen |= {family.name for family in found}
+        rows += [_metric_row(family, where) for family in found]
     return "\n".join(table(["metric", "kind", "meaning", "where"], rows))
+
+
+def _metric_row(family: "Family", where: str) -> list[str]:
+    label = f", by `{family.label}`" if family.label else ""
+    return [f"`vllm_buddy:{family.name}`", family.kind + label, family.description, where]
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -84,6 +97,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "schedules": speed.schedules_table,
     "serving": speed.serving_table,
     "overload": auto.overload_table,
+    "objectives": auto.objectives_table,
     "profile": steps.profile_table,
     "union": steps.union_table,
     "peers": peers.peers_table,
@@ -122,6 +136,7 @@ PAGES = {
         "schedules",
         "serving",
         "overload",
+        "objectives",
         "profile",
         "start",
         "layer calls",

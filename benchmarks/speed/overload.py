@@ -1,14 +1,16 @@
-"""Measures inter-token latency under more requests than the full model can serve, with and without a load price.
+"""Measures inter-token latency under more requests than the full model can serve, by what sets the price of "auto".
 
-    python -m benchmarks.speed.overload --plot docs/overload.png      # SmolLM2-135M, CPU, about 12 minutes on 2 cores
+    python -m benchmarks.speed.overload --plot docs/overload.png      # SmolLM2-135M, CPU, about 16 minutes on 2 cores
 
-Three servers stay up: stock vLLM, and two of buddy with `default_budget: auto` and price 0, so that an idle server runs
-all layers for every request. One of the two has a `load.price`: when requests wait, or many run, new requests get fewer
-layers. No request asks for a budget.
+Four servers stay up: stock vLLM, and three of buddy with `default_budget: auto` and price 0, so that an idle server
+runs all layers for every request. One of the three has a `load.price`: when requests wait, or many run, new requests
+get fewer layers. Another has a service objective, `slo.itl_ms`, so that the two can be compared at the same latency: it
+is what the server with the load price came to in one run at the start, or --itl-ms. No request asks for a budget.
 
 The rate that the full model sustains (*dense sustains*) is the requests/s that stock vLLM finishes when a burst arrives
-at once. Each round then sends to both buddy servers: requests one at a time (unloaded), and a Poisson process of 1.5
-times that rate. The p99 inter-token latency (ITL) under load is divided by that of the same server unloaded. `vllm
+at once. Each round then sends to the buddy servers requests one at a time (unloaded), and, for each of --arrivals, in a
+*step* a Poisson process of 1.5 times that rate, in a *ramp* one that rises to it from 1 request/s, in a *burst* 64
+requests at once. The p99 inter-token latency (ITL) under load is divided by that of the same server unloaded. `vllm
 bench serve` sends and times the requests; price, load and the chosen budgets are read from /metrics.
 
 All servers have a small token limit per step, as is usual where latency between tokens matters: a long prompt then
@@ -21,8 +23,8 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,8 @@ LIMITS = ("--max-num-batched-tokens", "16", "--max-num-seqs", "16")
 LOAD_SETTINGS: dict[str, Any] = {"load": {"price": 12.0, "running": [1, 4], "waiting": [1, 4]}}
 GAUGES = ("vllm_buddy:load", "vllm_buddy:auto_price", "vllm:num_requests_running", "vllm:num_requests_waiting")
 CHECKED_BUDGETS = (1.0, 0.5)
+AUTO, BY_HAND, OBJECTIVE = "auto, price 0", "auto, price follows load", "auto, objective"
+STEP, RAMP, BURST = ARRIVALS = ("step", "ramp", "burst")
 METRICS = (
     "unloaded_p99_itl_ms",
     "p50_itl_ms",
@@ -67,6 +71,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_rounds_option(parser, 3)
+    parser.add_argument("--arrivals", nargs="+", choices=ARRIVALS, default=[STEP], help="default: step")
+    parser.add_argument("--itl-ms", type=positive_number, help="objective; default: what the load price comes to")
     parser.add_argument("--seconds", type=positive_number, default=30, help="of arrivals in a run")
     parser.add_argument("--burst", type=positive_int, default=64, help="requests that tell what dense sustains")
     parser.add_argument("--alone", type=positive_int, default=16, help="requests of an unloaded run")
@@ -90,11 +96,10 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
     """
     artifact = load_artifact(artifact_dir)
     rounds, rows = Rounds(args.rounds), []
-    with (
-        tempfile.TemporaryDirectory(prefix="vllm_buddy-overload-") as work,
-        open_servers(model, artifact, artifact_dir, Path(work)) as (stock, *autos),
-    ):
-        rounds.mark_checked(check([stock, *autos], model, artifact))
+    with tempfile.TemporaryDirectory(prefix="vllm_buddy-overload-") as work, ExitStack() as stack:
+        stock, *autos = open_servers(stack, model, artifact, artifact_dir, Path(work))
+        checked = check([stock, *autos], model, artifact)
+        rounds.mark_checked(checked)
         burst = Load(WORKLOAD, float("inf"), args.seconds, args.burst)
         for served in (stock, *autos):  # warms up
             send(served, Load(WORKLOAD, float("inf"), 1, 16), seed=0)
@@ -104,57 +109,113 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
             rounds.add(index, stock.name, sustained_per_s=sustained[-1])
         rate = OVERLOAD * float(np.median(sustained))
         print(f"dense sustains {np.median(sustained):.2f} requests/s; {rate:.2f} will arrive", flush=True)
-        load = Load(WORKLOAD, round(rate, 2), args.seconds, args.burst)
+        loads = {kind: arriving(kind, rate, args.seconds, args.burst) for kind in args.arrivals}
+        by_hand = next(served for served in autos if served.name == BY_HAND)
+        step = arriving(STEP, rate, args.seconds, args.burst)
+        itl_ms = args.itl_ms or send(by_hand, *step.sent(seed=0))["p99_itl_ms"]
+        print(f"the objective is a p99 of {itl_ms:.2f} ms between tokens", flush=True)
+        slo = {"slo": {"itl_ms": float(itl_ms)}}
+        autos.append(open_auto(stack, OBJECTIVE, slo, model, artifact, artifact_dir, Path(work)))
+        checked += check(autos[-1:], model, artifact)
+        rounds.mark_checked(_variant(s, kind) for s in autos if s.name in checked for kind in loads)
+        send(autos[-1], Load(WORKLOAD, float("inf"), 1, 16), seed=0)
         for index in range(args.rounds):
             for served in autos if index % 2 == 0 else reversed(autos):
-                traced = run(rounds, served, load, index, args.alone)
-                if index + 1 == args.rounds:
-                    rows += traced
+                for kind, load in loads.items():
+                    traced = run(rounds, served, kind, load, index, args.alone)
+                    if index + 1 == args.rounds and kind == args.arrivals[0]:
+                        rows += traced
             print(f"round {index + 1} of {args.rounds} done", flush=True)
     figures = [rounds.row("sustained_per_s", rounds.values("sustained_per_s", stock.name), variant=stock.name)]
-    about = {"rate": load.rate, "requests": load.num_requests, "workload": WORKLOAD.name}
-    for served in autos:
-        name = served.name
-        ratio = rounds.values("p99_itl_ms", name) / rounds.values("unloaded_p99_itl_ms", name)
-        figures += [rounds.row(metric, rounds.values(metric, name), variant=name, **about) for metric in METRICS]
-        figures.append(rounds.row("p99_itl_over_unloaded", ratio, variant=name, **about))
+    for kind, load in loads.items():
+        for served in autos:
+            name = _variant(served, kind)
+            about = {"variant": served.name, "arrivals": kind, "requests": load.num_requests}
+            about |= {"rate": round(rate, 2), "workload": WORKLOAD.name}
+            about |= {"objective_ms": round(float(itl_ms), 2)} if served.name == OBJECTIVE else {}
+            ratio = rounds.values("p99_itl_ms", name) / rounds.values("unloaded_p99_itl_ms", name)
+            figures += [rounds.row(metric, rounds.values(metric, name), **about) for metric in METRICS]
+            figures.append(rounds.row("p99_itl_over_unloaded", ratio, **about))
     return figures + rows
 
 
-@contextmanager
-def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path) -> Iterator[list[Served]]:
-    """Yield stock, auto with a constant price, and auto with a price that follows the load."""
-    num_layers = artifact.config.base_model.num_layers
+@dataclass(frozen=True)
+class Arriving:
+    """Requests that arrive in one of ARRIVALS. options: of `vllm bench serve`, beside those of the load."""
+
+    load: Load
+    options: tuple[str, ...] = ()
+
+    @property
+    def num_requests(self) -> int:
+        return self.load.num_requests
+
+    def sent(self, seed: int) -> tuple[Any, ...]:
+        """Return the arguments of `send` after the server."""
+        return (self.load, seed, *self.options)
+
+
+def arriving(kind: str, rate: float, seconds: float, burst: int) -> Arriving:
+    """Return the load of one of ARRIVALS. rate: requests/s that arrive at most. burst: requests that arrive at once."""
+    if kind == STEP:
+        return Arriving(Load(WORKLOAD, round(rate, 2), seconds, burst))
+    if kind == BURST:
+        return Arriving(Load(WORKLOAD, float("inf"), seconds, burst))
+    top = max(2, round(rate))  # vLLM takes whole numbers
+    ramp = ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1", "--ramp-up-end-rps", str(top))
+    return Arriving(Load(WORKLOAD, float("inf"), seconds, max(8, round((1 + top) / 2 * seconds))), ramp)
+
+
+def _variant(served: Served, kind: str) -> str:
+    """The name of a server's figures in Rounds."""
+    return f"{served.name}, {kind}"
+
+
+def open_servers(stack: ExitStack, model: Path, artifact: Artifact, artifact_dir: Path, work: Path) -> list[Served]:
+    """Return stock, auto with a constant price, and auto with a price that follows the load."""
+    stock = open_server(stack, "stock", model, work, "--model-impl", "auto", *LIMITS)
+    dense = Routing(name="dense", layers=artifact.config.base_model.num_layers, path=artifact.router().full)
+    autos: dict[str, dict[str, Any]] = {AUTO: {}, BY_HAND: LOAD_SETTINGS}
+    return [
+        Served("stock", stock, (), [dense]),
+        *(open_auto(stack, name, settings, model, artifact, artifact_dir, work) for name, settings in autos.items()),
+    ]
+
+
+def open_auto(
+    stack: ExitStack,
+    name: str,
+    settings: dict[str, Any],
+    model: Path,
+    artifact: Artifact,
+    artifact_dir: Path,
+    work: Path,
+) -> Served:
+    """Return a server that chooses budgets at price 0, with further settings."""
+    buddy = {"artifact": str(artifact_dir), "default_budget": "auto", "auto": {"price": 0.0}, **settings}
+    config = json.dumps({"buddy": buddy})
+    log_name = name.replace(",", "").replace(" ", "-")
+    server = open_server(stack, log_name, model, work, "--additional-config", config, *LIMITS)
     router, schedule = artifact.router(), artifact.schedule()
-    with ExitStack() as stack:
-        stock = open_server(stack, "stock", model, work, "--model-impl", "auto", *LIMITS)
-        dense = Routing(name="dense", layers=num_layers, path=router.full)
-        served = [Served("stock", stock, (), [dense])]
-        for name, settings in (("auto, price 0", {}), ("auto, price follows load", LOAD_SETTINGS)):
-            buddy = {"artifact": str(artifact_dir), "default_budget": "auto", "auto": {"price": 0.0}, **settings}
-            config = json.dumps({"buddy": buddy})
-            log_name = name.replace(",", "").replace(" ", "-")
-            server = open_server(stack, log_name, model, work, "--additional-config", config, *LIMITS)
-            # The check sends budgets as numbers: a budget that the server chooses would follow the load of the check.
-            depths = {b: depth_for_budget(b, num_layers) for b in CHECKED_BUDGETS}
-            routings = [
-                Routing(name=f"{name}: {b}", layers=depth, budget=b, router=router, schedule=schedule)
-                for b, depth in depths.items()
-            ]
-            served.append(Served(name, server, (), routings))
-        yield served
+    # The check sends budgets as numbers: a budget that the server chooses would follow the load of the check.
+    depths = {b: depth_for_budget(b, artifact.config.base_model.num_layers) for b in CHECKED_BUDGETS}
+    routings = [
+        Routing(name=f"{name}: {b}", layers=depth, budget=b, router=router, schedule=schedule)
+        for b, depth in depths.items()
+    ]
+    return Served(name, server, (), routings)
 
 
-def run(rounds: Rounds, served: Served, load: Load, index: int, alone: int) -> list[dict[str, Any]]:
+def run(rounds: Rounds, served: Served, kind: str, load: Arriving, index: int, alone: int) -> list[dict[str, Any]]:
     """Run a server unloaded, then overloaded. Adds the figures to `rounds` and returns the rows second by second."""
-    unloaded = send(served, Load(load.workload, float("inf"), 1, alone), index + 1, "--max-concurrency", "1")
+    unloaded = send(served, Load(WORKLOAD, float("inf"), 1, alone), index + 1, "--max-concurrency", "1")
     before = auto_budgets(served.server)
     with Poll(served.server) as poll:
-        loaded = send(served, load, index + 1)
+        loaded = send(served, *load.sent(index + 1))
     after = auto_budgets(served.server)
     rounds.add(
         index,
-        served.name,
+        _variant(served, kind),
         unloaded_p99_itl_ms=unloaded["p99_itl_ms"],
         p50_itl_ms=loaded["p50_itl_ms"],
         p99_itl_ms=loaded["p99_itl_ms"],

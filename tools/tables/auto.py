@@ -4,6 +4,7 @@ from tools.tables.results import Row, by_key, load_rows, number, rounds_note, se
 
 MIXED = "mixed"
 _LATENCIES = ("unloaded_p99_itl_ms", "p50_itl_ms", "p99_itl_ms")
+_OTHERS = ("p99_itl_over_unloaded", "p99_ttft_ms", "output_tokens_per_s", "mean_budget")
 
 
 def auto_table() -> str:
@@ -37,16 +38,17 @@ def _auto_line(row: Row) -> list[str]:
 
 def overload_table() -> str:
     """Return the latency between tokens at 1.5 times the load that the full model sustains."""
-    rows = [row for row in load_rows("cpu_overload.jsonl") if "metric" in row]
-    found = {(row["variant"], row["metric"]): row for row in rows}
-    names = list(dict.fromkeys(row["variant"] for row in rows if row["metric"] == "p99_itl_ms"))
+    rows = _overload_rows()
+    found = by_key(rows, "arrivals", "variant", "metric")
+    names = list(dict.fromkeys((row["arrivals"], row["variant"]) for row in rows if row["metric"] == "p99_itl_ms"))
     sustained = next(row for row in rows if row["metric"] == "sustained_per_s")
-    loaded = found[names[0], "p99_itl_ms"]
+    loaded = found[(*names[0], "p99_itl_ms")]
     note = (
         f"`python -m benchmarks.speed.overload`: stock vLLM sustains {spread(sustained)} requests/s of "
         f"{loaded['workload']} tokens; {number(loaded['rate'])} arrive. {rounds_note([loaded])} Latencies in ms."
     )
     heads = [
+        "arrivals",
         "server",
         "ITL p99 unloaded",
         "ITL p50",
@@ -58,22 +60,48 @@ def overload_table() -> str:
     ]
     lines = [
         [
-            name,
-            *(spread(found[name, metric]) for metric in _LATENCIES),
-            spread(found[name, "p99_itl_over_unloaded"]),
-            *(spread(found[name, metric]) for metric in ("p99_ttft_ms", "output_tokens_per_s", "mean_budget")),
+            arrivals,
+            _with_objective(name, found[arrivals, name, "p99_itl_ms"]),
+            *(spread(found[arrivals, name, metric]) for metric in (*_LATENCIES, *_OTHERS)),
         ]
-        for name in names
+        for arrivals, name in names
     ]
     return section(note, heads, lines)
 
 
+def _with_objective(name: str, row: Row) -> str:
+    return f"{name} {number(row['objective_ms'])}" if "objective_ms" in row else name
+
+
+def _overload_rows() -> list[Row]:
+    # Files that were written before there were several kinds of arrivals do not name it.
+    return [{"arrivals": "step", **row} for row in load_rows("cpu_overload.jsonl") if "metric" in row]
+
+
 def overload_figures() -> dict[str, float]:
     """Return p99 latency over that of an unloaded server, by whether the price follows the load, and what it costs."""
-    rows = by_key([row for row in load_rows("cpu_overload.jsonl") if "metric" in row], "variant", "metric")
+    rows = by_key([row for row in _overload_rows() if row["arrivals"] == "step"], "variant", "metric")
     names = ("price 0", "price follows load")
     found = {name: float(rows[f"auto, {name}", "p99_itl_over_unloaded"]["p50"]) for name in names}
     return {**found, "mean budget": float(rows[f"auto, {names[1]}", "mean_budget"]["p50"])}
+
+
+def objectives_table() -> str:
+    """Return service objectives and hand-set load prices under three kinds of arrivals, in simulated time."""
+    rows = load_rows("simulated_slo.jsonl")
+    sustained, *rows = rows
+    found = by_key(rows, "arrivals", "variant", "metric")
+    note = (
+        f"`python -m benchmarks.speed.slo`: the full model sustains {number(sustained['p50'])} requests/s of the "
+        f"simulated server, up to {number(rows[0]['rate'])} arrive. Medians of {rows[0]['n']} seeds with 20th to 80th "
+        "percentile. Latencies in ms."
+    )
+    metrics = ("p99_itl_ms", "p99_over_objective", "p99_ttft_ms", "mean_budget")
+    lines = [
+        [arrivals, variant, *(spread(found.get((arrivals, variant, metric))) for metric in metrics)]
+        for arrivals, variant in dict.fromkeys((row["arrivals"], row["variant"]) for row in rows)
+    ]
+    return section(note, ["arrivals", "price", "ITL p99", "p99 over objective", "TTFT p99", "mean budget"], lines)
 
 
 def prices_table() -> str:

@@ -1,11 +1,13 @@
 """Tests the arithmetic of the overload benchmark, and its picture."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
+from benchmarks.speed import overload
 from benchmarks.speed.overload import auto_budgets, itl_by_second, metrics
 from benchmarks.speed.overload_plot import plot_overload
 
@@ -64,3 +66,58 @@ def test_a_picture_of_the_rows(tmp_path: Path) -> None:
     assert (tmp_path / "overload.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="nothing to draw"):
         plot_overload([], tmp_path / "none.png")
+
+
+class _Stand:
+    """Stands in for a server of the benchmark and what it answers to `vllm bench serve`."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.server = name, _Server(METRICS)
+
+
+def test_all_kinds_of_arrivals_are_sent_and_the_objective_is_what_the_load_price_came_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a kind of arrivals is not sent as itself, or the objective is not the latency to compare at."""
+    sent: list[tuple[str, Any, tuple[str, ...]]] = []
+    opened: list[dict[str, Any]] = []
+    budgets = iter((float(i), float(i)) for i in range(1000))
+
+    def send(served: Any, load: Any, seed: int, *options: str) -> dict[str, Any]:
+        sent.append((served.name, load, options))
+        return {
+            "request_throughput": 4.0,
+            "p50_itl_ms": 10.0,
+            "p99_itl_ms": 17.0 if served.name == overload.BY_HAND else 20.0,
+            "p99_ttft_ms": 100.0,
+            "output_throughput": 400.0,
+            "start_times": [0.0],
+            "ttfts": [0.1],
+            "itls": [[0.01]],
+        }
+
+    def open_auto(stack: Any, name: str, settings: dict[str, Any], *others: Any) -> _Stand:
+        opened.append(settings)
+        return _Stand(name)
+
+    monkeypatch.setattr(overload, "send", send)
+    monkeypatch.setattr(overload, "open_auto", open_auto)
+    monkeypatch.setattr(
+        overload, "open_servers", lambda *_: [_Stand("stock"), _Stand(overload.AUTO), _Stand(overload.BY_HAND)]
+    )
+    monkeypatch.setattr(overload, "check", lambda servers, *_: [served.name for served in servers])
+    monkeypatch.setattr(overload, "load_artifact", lambda folder: None)
+    monkeypatch.setattr(overload, "auto_budgets", lambda server: next(budgets))
+    args = argparse.Namespace(rounds=2, seconds=10.0, burst=64, alone=2, arrivals=overload.ARRIVALS, itl_ms=None)
+    rows = overload.measure(tmp_path, tmp_path, args)
+    assert opened == [{"slo": {"itl_ms": 17.0}}]
+    figures = {(row["variant"], row["arrivals"], row["metric"]): row for row in rows if "arrivals" in row}
+    assert len(figures) == 3 * 3 * (len(overload.METRICS) + 1)
+    assert figures[overload.OBJECTIVE, "ramp", "p99_itl_ms"]["objective_ms"] == 17.0
+    assert figures[overload.BY_HAND, "step", "mean_budget"]["p50"] == 1.0
+    own = [(load, options) for name, load, options in sent if name == overload.OBJECTIVE]
+    step, ramp, burst = [(load, options) for load, options in own if "--max-concurrency" not in options][1:4]
+    assert (step[0].rate, step[0].num_requests, step[1]) == (6.0, 60, ())
+    assert (ramp[0].rate, ramp[0].num_requests) == (float("inf"), 35)
+    assert ramp[1][-1] == "6"
+    assert (burst[0].rate, burst[0].num_requests, burst[1]) == (float("inf"), 64, ())

@@ -1,5 +1,9 @@
 """Budget "auto": what the predictor chooses is what runs, at the price of the moment, and nobody else notices."""
 
+import itertools
+import math
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,8 +18,10 @@ from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PR
 from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, budget_for_depth
 from vllm_buddy.method.reference import routed_logits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
+from vllm_buddy.serving.admission.latency import Latencies, LatencyMeter
 from vllm_buddy.serving.admission.limits import AutoLimits
 from vllm_buddy.serving.admission.load import LoadPrice
+from vllm_buddy.serving.admission.slo import Objectives
 
 PROMPTS = [tuple(p) for p in random_prompts(12, seed=81, min_tokens=3, max_tokens=90)]
 LOAD_PRICE = 40.0
@@ -46,7 +52,7 @@ def chosen_depth(
 # --- the choice, alone -------------------------------------------------------------------------------------------
 
 
-def chooser(load: LoadPrice | None = None, **changes: Any) -> BudgetChooser:
+def chooser(load: LoadPrice | None = None, objectives: Objectives | None = None, **changes: Any) -> BudgetChooser:
     """Over depths 3, 4, 6, 8 of 8 whose excess, whatever the prompt, is 2.4, 1.2, 0.4 and 0 nats.
 
     A depth d costs excess + price * d / 8, so 8 is cheapest up to price 1.6, 6 up to 3.2, 4 up to 9.6.
@@ -57,11 +63,11 @@ def chooser(load: LoadPrice | None = None, **changes: Any) -> BudgetChooser:
     decision = FoldedDecision(table, table, np.zeros(1, np.float32), np.zeros((3, 1), np.float32), b2)
     usual = AutoLimits(8, PREDICTOR_DEPTHS, smallest=0.375, largest=1.0, price=1.0, load_price=None, load_floor=0.375)
     limits = replace(usual, **changes)
-    return BudgetChooser(FoldedPredictor(decision, PREDICTOR_DEPTHS, 8), limits, load)
+    return BudgetChooser(FoldedPredictor(decision, PREDICTOR_DEPTHS, 8), limits, load, objectives)
 
 
 def choose(made: BudgetChooser, *asked: float) -> tuple[float, int, float]:
-    return tuple(made.choose(made._limits.budget(*asked), [1]))
+    return tuple(made.choose(made._limits.budget(*asked), made.take_in([1])))
 
 
 def full_load(load_price: float) -> LoadPrice:
@@ -101,6 +107,22 @@ def test_load_alone_does_not_go_below_its_floor() -> None:
     assert choose(made, 4.0) == (0.5, 4, 50.0)  # would be 4 without load, too
     assert choose(made, 60.0) == (0.4, 3, 60.0)
     assert choose(made, 0.0, 0.375, 0.5) == (0.5, 4, 50.0)  # a range below the floor: its upper end
+
+
+def test_objectives_raise_the_price_as_far_as_the_level_asks() -> None:
+    """Fails if a missed objective changes nothing, goes below the floor, or outlasts the work of the server."""
+    made = chooser(objectives=Objectives({"ttft": 1.0}), load_floor=0.5)
+    assert choose(made) == (1.0, 8, 1.0)
+    made.observe_latencies(Latencies(0.0, wait_s=0.3), idle=False)
+    assert 0 < made.level < 1
+    assert choose(made) == (0.8, 6, made.price)
+    made.observe_latencies(Latencies(1.0, wait_s=5.0), idle=False)
+    assert made.level == 1
+    assert choose(made) == (0.5, 4, made.price)
+    assert choose(made, 50.0) == (0.4, 3, 50.0)  # a bid of its own
+    made.observe_latencies(Latencies(2.0), idle=True)
+    assert (made.level, made.price) == (0.0, 1.0)
+    assert choose(made) == (1.0, 8, 1.0)
 
 
 # --- the scheduler, with a worker that only keeps books ----------------------------------------------------------
@@ -326,6 +348,94 @@ def test_a_request_that_is_computed_again_is_lowered_once_it_is_done(
     assert route.lowered[0][0] >= len(prompt) + 59
     step_until(made, lambda: made.idle)
     assert len(made.generated[first]) == 120
+
+
+def pace(made: PretendEngine, layer_s: float) -> None:
+    """Let the clock of latencies go on by a time for each layer of the deepest request of a step."""
+    scheduler, now, schedule = made.scheduler, [time.perf_counter()], made.scheduler.schedule
+    scheduler._meter = LatencyMeter(lambda: now[0])
+
+    def paced() -> Any:
+        output = schedule()
+        routes = {req_id: routed.route for req_id, routed in scheduler._routed.items()}
+        for new in output.scheduled_new_reqs:  # the depth of "auto" is the one of this moment
+            if made.asks[new.req_id].options:
+                made.expect(new.req_id, fixed(made.asks[new.req_id], routes[new.req_id].depth))
+        now[0] += layer_s * max((routes[req_id].depth for req_id in output.num_scheduled_tokens), default=0)
+        return output
+
+    scheduler.schedule = paced
+
+
+@both
+@layouts
+def test_a_missed_objective_lowers_what_runs_and_what_waits(
+    tiny: Callable[[str], Tiny], asynchronous: bool, layout: str
+) -> None:
+    """Fails if latencies are measured wrongly, a request that waited runs the depth of the calm before, numbers are
+    touched, or a block is found that another path made."""
+    made = pretend(tiny, asynchronous=asynchronous, slo={"itl_ms": 25.0}, auto={"price": 0.0}, kv_layout=layout)
+    scheduler = made.scheduler
+    pace(made, layer_s=0.01)  # the fewest layers take 30 ms
+    scheduler.max_num_running_reqs = scheduler.max_num_active_reqs = 6
+    autos = [made.add(auto(prompt, 60)) for prompt in PROMPTS[:9]]
+    number = made.add(Ask(PROMPTS[9], 0.5, 60))
+    calm = {request_id: outcome(made, request_id) for request_id in autos}
+    assert set(calm.values()) == {(NUM_LAYERS, 0.0)}
+    step_until(made, lambda: scheduler._chooser.level == 1)
+    running = [request.request_id for request in scheduler.running if request.request_id in autos]
+    assert 0 < len(running) < len(autos)
+    routes = [scheduler._routed[request_id].route for request_id in running]
+    step_until(made, lambda: all(route.depth == PREDICTOR_DEPTHS[0] for route in routes))
+    assert routes[0].lowered
+    depths: dict[str, int] = {}
+    while not made.idle:
+        depths |= {request_id: outcome(made, request_id)[0] for request_id in autos if request_id in scheduler._routed}
+        made.step()
+    assert depths[running[0]] == NUM_LAYERS
+    assert all(depths[request_id] == PREDICTOR_DEPTHS[0] for request_id in autos if request_id not in running)
+    assert all(len(tokens) == 60 for tokens in made.generated.values())
+    assert made.generated[number] == made.expected(made.asks[number])
+    assert scheduler._chooser.objectives.observed_s["itl"] == pytest.approx(0.08)
+    assert (scheduler._chooser.level, scheduler._chooser.price) == (0, 0)
+
+
+def test_a_request_with_a_salt_of_its_own_keeps_it_when_its_depth_changes(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if a depth that is chosen again drops the user's salt from the prefix cache, or adds to the old one."""
+    made = pretend(tiny, asynchronous=False, slo={"ttft_ms": 100.0}, auto={"price": 0.0})
+    scheduler = made.scheduler
+    scheduler._meter = LatencyMeter(itertools.count(time.perf_counter()).__next__)  # a second later at each look
+    request_id = made.add(auto(PROMPTS[0], 4))
+    request, routed = scheduler.requests[request_id], scheduler._routed[request_id]
+    assert routed.route.depth == NUM_LAYERS
+    request.cache_salt = "mine"
+    scheduler._observe_load(idle=False)
+    scheduler._choose_again_for_waiting()
+    depth = routed.route.depth
+    assert depth == routed.outcome.depth < NUM_LAYERS
+    assert request.cache_salt == ("mine", f"{scheduler._salt_prefix}:{routed.route.cache_key}")
+    scheduler._chooser.observe_latencies(Latencies(1e6), idle=True)
+    scheduler._choose_again_for_waiting()
+    assert routed.route.depth == NUM_LAYERS
+    assert request.cache_salt == "mine"
+
+
+def test_the_metrics_show_objectives(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if an operator cannot see an objective, what was observed of it, or that it is out of reach."""
+    made = pretend(tiny, asynchronous=False, slo={"itl_ms": 5.0, "ttft_ms": 1e6}, auto={"price": 0.0})
+    shown = ShownMetrics(made.config)
+    assert shown.value("slo_objective_seconds", objective="itl") == 0.005
+    assert shown.value("slo_objective_seconds", objective="ttft") == 1000
+    assert math.isnan(shown.value("slo_observed_seconds", objective="itl") or 0.0)
+    objectives = made.scheduler._chooser.objectives
+    start = time.perf_counter()
+    for step in range(1000):
+        objectives.observe(Latencies(start + 0.02 * step, itls=Counter({0.02: 1})))
+    made.add(auto(PROMPTS[0], 4))
+    made.step()
+    shown.take(made)
+    assert shown.value("slo_observed_seconds", objective="itl") == 0.02
+    assert shown.value("slo_unreachable") == 1
 
 
 # --- a real engine -----------------------------------------------------------------------------------------------

@@ -136,6 +136,16 @@ def test_a_good_configuration_gets_our_scheduler_and_worker(llama_model: Tiny) -
         {"load": {"price": 90.0, "hysteresis": 1}},
         {"load": {"price": 90.0, "hysteresis": -0.1}},
         {"load": {"price": 90.0, "hysteresis": math.nan}},
+        {"slo": {}},
+        {"slo": {"itl_ms": 0}},
+        {"slo": {"itl_ms": -5.0}},
+        {"slo": {"ttft_ms": math.nan}},
+        {"slo": {"ttft_ms": math.inf}},
+        {"slo": {"ttft_ms": "500"}},
+        {"slo": {"itl": 50}},
+        {"slo": {"itl_ms": 50, "floor": 0}},
+        {"slo": {"itl_ms": 50, "hysteresis": 1}},
+        {"slo": 50},
     ],
     ids=str,
 )
@@ -177,6 +187,7 @@ AUTO_ALONE: tuple[dict[str, Any], ...] = (
     {"auto": {"price": 0.1}},
     {"load": {"price": 0.1}},
     {"load": {"price": 0.1, "waiting": [1, 8]}},
+    {"slo": {"itl_ms": 50}},
     {"default_budget": "auto", "auto": {"price": 0.0}},
 )
 
@@ -360,6 +371,18 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"load": {"price": PREDICTOR_PRICE}},
         "is not above the price without load, 8",
     ),
+    "two prices": (
+        {"load": {"price": 90.0}, "slo": {"itl_ms": 50}},
+        "'load' sets by hand the price that 'slo' finds from latencies; leave out one of load.price and slo",
+    ),
+    "objective without a choice": (
+        {"auto": {"max": 0.5}, "slo": {"itl_ms": 50, "floor": 0.5}},
+        "slo has no two budgets to choose between",
+    ),
+    "floor of objectives above the range": (
+        {"auto": {"max": 0.8}, "slo": {"itl_ms": 50, "floor": 0.9}},
+        "slo.floor 0.9 lies outside",
+    ),
 }
 
 
@@ -424,6 +447,11 @@ def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monk
     assert limits.auto == AutoLimits(NUM_LAYERS, PREDICTOR_DEPTHS, 0.45, 1.0, 2.0, 9.0, 0.8)
     told = 'default budget auto, from 0.45 to 1, "auto" chooses among 0.45, 0.5, 0.8, 1 at price 2, 9 when fully loaded'
     assert said[-1].endswith(told)
+    settings = {"min_budget": 0.45, "slo": {"itl_ms": 50, "floor": 0.5}}
+    keeping = configure(llama_model, settings)
+    assert keeping.model_config.buddy_limits.auto.objectives_s == {"itl": 0.05}
+    assert said[-1].endswith("0.8, 1 at price 8 and above, down to 0.5, to keep p99 of itl within 50 ms")
+    assert engine_settings(keeping).slo.itl_ms == 50
     # The engine's process reads them again; what nobody gave must not look given there.
     read = engine_settings(config)
     assert read.load.waiting == (0, 4)

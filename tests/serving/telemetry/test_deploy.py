@@ -47,7 +47,9 @@ def test_every_metric_that_is_named_exists(tiny: Callable[[str], Tiny]) -> None:
     from vllm.v1.spec_decode.metrics import SpecDecodingProm
 
     config = PretendEngine(tiny("llama"), PathSchedule(0), asynchronous=False, num_blocks=17, chunk=64).config
-    config.model_config.buddy_limits = replace(config.model_config.buddy_limits, lossless=True)
+    limits = config.model_config.buddy_limits
+    auto = replace(limits.auto, objectives_s={"itl": 0.05, "ttft": 0.5})
+    config.model_config.buddy_limits = replace(limits, lossless=True, auto=auto)
     ShownMetrics(config)
     speculator: Any = SimpleNamespace(num_speculative_tokens=1)
     SpecDecodingProm(speculator, ["engine"], {0: ["0"]})

@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.method import FoldedPredictor, depth_for_budget
+from vllm_buddy.serving.admission.latency import Latencies
 from vllm_buddy.serving.admission.limits import AutoBudget, AutoLimits, budget_of_depth
 from vllm_buddy.serving.admission.load import LoadPrice
+from vllm_buddy.serving.admission.price_scale import PriceScale
+from vllm_buddy.serving.admission.slo import Objectives
 from vllm_buddy.serving.start.settings import BuddySettings
 
 
@@ -21,14 +26,25 @@ class Choice(NamedTuple):
 class BudgetChooser:
     """Chooses the depth of each arriving request with budget "auto".
 
-    load: None if the price does not follow the load.
+    load: None if the price does not follow the load. objectives: None if it does not keep latencies. There is at most
+    one of them.
     """
 
-    def __init__(self, predictor: FoldedPredictor, limits: AutoLimits, load: LoadPrice | None) -> None:
+    def __init__(
+        self,
+        predictor: FoldedPredictor,
+        limits: AutoLimits,
+        load: LoadPrice | None = None,
+        objectives: Objectives | None = None,
+    ) -> None:
         self._predictor = predictor
         self._limits = limits
         self._load = load
+        self.objectives = objectives
         self._floor = depth_for_budget(limits.load_floor, limits.num_layers)
+        self._lowerable = [place for place, depth in enumerate(predictor.depths) if depth in limits.lowerable]
+        self._scale = None if objectives is None else PriceScale(limits.lowerable, limits.num_layers, limits.price)
+        self._scale_price = limits.price
 
     @classmethod
     def from_settings(
@@ -37,16 +53,19 @@ class BudgetChooser:
         """The chooser that the settings describe; None without a Budget Predictor."""
         if artifact.predictor is None or limits is None:
             return None
-        load = settings.load
-        follows = None
+        load, slo = settings.load, settings.slo
+        follows = keeps = None
         if load is not None:
             follows = LoadPrice(load.price, load.waiting, load.running, load.kv_use, load.hysteresis)
-        return cls(artifact.predictor, limits, follows)
+        if slo is not None:
+            keeps = Objectives(slo.objectives_s, slo.hysteresis)
+        return cls(artifact.predictor, limits, follows, keeps)
 
     @property
     def level(self) -> float:
         """The level of load, in [0, 1]."""
-        return 0.0 if self._load is None else self._load.level
+        follows = self._load or self.objectives
+        return 0.0 if follows is None else follows.level
 
     @property
     def price(self) -> float:
@@ -62,13 +81,25 @@ class BudgetChooser:
         if self._load is not None:
             self._load.observe(num_waiting, num_running, kv_use)
 
-    def choose(self, asked: AutoBudget, token_ids: Sequence[int]) -> Choice:
-        """The cheapest depth for a prompt at the present price. token_ids: of the prompt, at least one.
+    def observe_latencies(self, measured: Latencies, *, idle: bool) -> None:
+        """Take in what requests have waited for. idle: whether there is no request left."""
+        if self.objectives is not None and self._scale is not None:
+            self._scale_price = self._scale.price(self.objectives.observe(measured, idle=idle))
 
-        A depth that is the cheapest under load only is raised to that of load.floor, or to the one chosen without load
-        if that is less.
-        """
+    def take_in(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The excess of each depth for the prompt of an arriving request, see FoldedPredictor. It is counted once."""
         excess = self._predictor.excess(token_ids)
+        if self.objectives is not None and self._scale is not None:
+            self._scale.add(excess[self._lowerable])
+            self._scale_price = self._scale.price(self.objectives.level)
+        return excess
+
+    def choose(self, asked: AutoBudget, excess: np.ndarray) -> Choice:
+        """The cheapest depth for a prompt at the present price. excess: of the prompt, as `take_in` returns it.
+
+        A depth that is the cheapest under load only is raised to that of load.floor or slo.floor, or to the one chosen
+        without load if that is less.
+        """
         price = self._price(asked.price)
         depth = self._predictor.depth(excess, price, asked.depths)
         if price > asked.price:
@@ -78,4 +109,6 @@ class BudgetChooser:
         return Choice(budget_of_depth(depth, self._limits.num_layers, asked), depth, price)
 
     def _price(self, base: float) -> float:
+        if self.objectives is not None:
+            return max(base, self._scale_price)
         return base if self._load is None else self._load.price(base)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from vllm_buddy.artifact import Artifact
@@ -57,7 +57,7 @@ class AutoLimits:
     """What the server lets the Budget Predictor choose.
 
     depths: its whole grid. smallest, largest: budgets. load_price: when fully loaded; None: as `price`.
-    load_floor: the smallest budget that load alone leads to.
+    load_floor: the smallest budget that load alone leads to. objectives_s: see SloSettings; empty: there are none.
     """
 
     num_layers: int
@@ -67,6 +67,7 @@ class AutoLimits:
     price: float
     load_price: float | None
     load_floor: float
+    objectives_s: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_settings(cls, settings: BuddySettings, artifact: Artifact, min_budget: float) -> "AutoLimits | None":
@@ -80,7 +81,7 @@ class AutoLimits:
             BudgetError: the range holds no budget of the predictor's grid.
         """
         is_default = settings.default_budget == AUTO
-        predictor, auto, load = artifact.config.predictor, settings.auto, settings.load
+        predictor, auto, load, slo = artifact.config.predictor, settings.auto, settings.load, settings.slo
         if predictor is None:
             if not is_default and not settings.for_auto:
                 return None
@@ -91,6 +92,7 @@ class AutoLimits:
                 f'"{AUTO}"; make one with `vllm-buddy train-budget`, or {" and ".join(ways)}'
             )
         smallest = min_budget if auto.min is None else auto.min
+        follows = load or slo
         limits = cls(
             num_layers=artifact.config.base_model.num_layers,
             depths=predictor.depths,
@@ -98,13 +100,15 @@ class AutoLimits:
             largest=settings.max_budget if auto.max is None else auto.max,
             price=predictor.price if auto.price is None else auto.price,
             load_price=None if load is None else load.price,
-            load_floor=smallest if load is None or load.floor is None else load.floor,
+            load_floor=smallest if follows is None or follows.floor is None else follows.floor,
+            objectives_s={} if slo is None else slo.objectives_s,
         )
         limits._check(
             min_budget,
             settings.max_budget,
             lowest="the smallest budget a request may ask for" if auto.min is None else "auto.min",
             highest="max_budget" if auto.max is None else "auto.max",
+            floor="load.floor" if slo is None else "slo.floor",
         )
         if is_default or settings.for_auto:
             limits.budget()
@@ -131,10 +135,21 @@ class AutoLimits:
     def summary(self) -> str:
         """For the log."""
         loaded = "" if self.load_price is None else f", {self.load_price:g} when fully loaded"
+        if self.objectives_s:
+            kept = " and ".join(f"{name} within {s * 1e3:g} ms" for name, s in self.objectives_s.items())
+            loaded = f" and above, down to {self.load_floor:g}, to keep p99 of {kept}"
         return f"among {self._grid()} at price {self.price:g}{loaded}"
 
-    def _check(self, min_budget: float, max_budget: float, lowest: str, highest: str) -> None:
-        """Raise SettingsError for limits that contradict each other. lowest, highest: where both ends come from."""
+    @property
+    def lowerable(self) -> tuple[int, ...]:
+        """The depths of the grid among which load alone can choose, ascending."""
+        return self._within(self.load_floor, self.largest)
+
+    def _check(self, min_budget: float, max_budget: float, lowest: str, highest: str, floor: str) -> None:
+        """Raise SettingsError for limits that contradict each other.
+
+        lowest, highest: where both ends come from. floor: the setting that load_floor comes from.
+        """
         if self.smallest < min_budget:
             raise SettingsError(
                 f"auto.min {self.smallest:g} is below the smallest budget a request may ask for, {min_budget:g}"
@@ -145,13 +160,18 @@ class AutoLimits:
             raise SettingsError(f"{highest} {self.largest:g} is below {lowest}, {self.smallest:g}")
         if not self.smallest <= self.load_floor <= self.largest:
             raise SettingsError(
-                f'load.floor {self.load_floor:g} lies outside what "{AUTO}" may choose, {self.smallest:g} to '
+                f'{floor} {self.load_floor:g} lies outside what "{AUTO}" may choose, {self.smallest:g} to '
                 f"{self.largest:g}"
             )
         if self.load_price is not None and self.load_price <= self.price:
             raise SettingsError(
                 f"load.price {self.load_price:g} is not above the price without load, {self.price:g}, so that load "
                 "would change nothing"
+            )
+        if self.objectives_s and len(self.lowerable) < 2:
+            raise SettingsError(
+                f'slo has no two budgets to choose between: "{AUTO}" chooses among {self._grid()}, and the smallest '
+                f"that slo may lead to is {self.load_floor:g}; lower slo.floor, or raise auto.max"
             )
 
     def _within(self, smallest: float, largest: float) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class LoadPrice:
     ) -> None:
         self._load_price = load_price
         self._up = (waiting, running, kv_use)
-        self._down = tuple(None if ends is None else _lowered(ends, hysteresis) for ends in self._up)
+        self._down = tuple(None if ends is None else lowered(ends, hysteresis) for ends in self._up)
         self.level = 0.0
 
     def observe(self, num_waiting: int, num_running: int, kv_use: float) -> float:
@@ -46,13 +46,18 @@ class LoadPrice:
         return max(base, (1 - self.level) * base + self.level * self._load_price)
 
 
-def _lowered(ends: Range, hysteresis: float) -> Range:
+def lowered(ends: Range, hysteresis: float) -> Range:
+    """The line for the way down."""
     low, high = ends
     gap = hysteresis * (high - low)
     return max(0.0, low - gap), high - gap
 
 
+def on_line(x: float, ends: Range) -> float:
+    """0 up to the first end, 1 from the second on, linear in between."""
+    low, high = ends
+    return min(1.0, max(0.0, (x - low) / (high - low)))
+
+
 def _load(signals: Iterable[float], lines: Iterable[Range | None]) -> float:
-    return max(
-        min(1.0, max(0.0, (x - ends[0]) / (ends[1] - ends[0]))) for x, ends in zip(signals, lines) if ends is not None
-    )
+    return max(on_line(x, ends) for x, ends in zip(signals, lines) if ends is not None)

@@ -52,4 +52,4 @@ class ReplicaChooser:
             return asked.depth
         assert self._chooser is not None
         assert token_ids is not None
-        return self._chooser.choose(asked, token_ids).depth
+        return self._chooser.choose(asked, self._chooser.take_in(token_ids)).depth

@@ -8,6 +8,7 @@ from functools import reduce
 from operator import or_
 
 from vllm_buddy.method import Route
+from vllm_buddy.serving.admission.slo import Objectives
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import Executed, StepPlan
 from vllm_buddy.serving.telemetry.families import Figures, budget_label
@@ -49,6 +50,12 @@ class EngineMetrics:
         self._set("load", level)
         self._set("auto_price", price)
 
+    def show_objectives(self, objectives: Objectives) -> None:
+        """Set what was observed of the service objectives, and whether one is out of reach."""
+        for name, seconds in objectives.observed_s.items():
+            self._set("slo_observed_seconds", seconds, name)
+        self._set("slo_unreachable", float(objectives.unreachable))
+
     def observe_drafts(self, counts: Executed, num_accepted: int | None) -> None:
         """Count the layers that drafted for a request, and those of its drafts that a step checked.
 
@@ -84,9 +91,9 @@ class EngineMetrics:
             figures = self._of(name, label)
             figures[:] = [sum(figures) + amount]
 
-    def _set(self, name: str, value: float) -> None:
+    def _set(self, name: str, value: float, label: str = "") -> None:
         if self._collects:
-            self._of(name)[:] = [value]
+            self._of(name, label)[:] = [value]
 
     def _observe(self, name: str, value: float) -> None:
         if self._collects:

@@ -16,10 +16,14 @@ from vllm_buddy.serving.compat import rehash_blocks, stop_hashing
 TokenLimit = Callable[[Request, int], int]
 
 
-def salt(request: Request, key: str) -> None:
-    """Make `key` part of the request's block hashes, beside a salt that the user may have sent."""
+def salt(request: Request, key: str | None) -> None:
+    """Make `key` part of the request's block hashes, beside a salt that the user may have sent.
+
+    None: take away an earlier one. The request has no blocks yet.
+    """
+    users = request.cache_salt[0] if isinstance(request.cache_salt, tuple) else request.cache_salt
     # A pair, not a string: a user can send any string, so a string could be made to reach the blocks of a path.
-    rehash_blocks(request, (request.cache_salt, key))
+    rehash_blocks(request, users if key is None else (users, key))
 
 
 def end_hash_chain(request: Request, num_blocks: int) -> None:

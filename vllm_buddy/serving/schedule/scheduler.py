@@ -7,10 +7,11 @@ workers with vLLM's SchedulerOutput, and the layers executed come back with its 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,6 +21,7 @@ from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import LayerPath, Route, Run
 from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
+from vllm_buddy.serving.admission.latency import LatencyMeter
 from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
 from vllm_buddy.serving.compat import add_figures, finished_params, first_prefill
@@ -47,13 +49,16 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+_MOST_STARTING = 16  # requests that are looked at, of those that may leave the queue in a step
+
 
 @dataclass
 class RoutedRequest:
     """What the scheduler keeps of a request, from its arrival to its end.
 
     asked: what it lets "auto" choose; None for a budget that is a number.
-    price: the highest at which "auto" was decided for it so far.
+    excess: of its prompt, see BudgetChooser; None as `asked`.
+    price: at which "auto" was decided for it last. Once it runs, only a higher one decides again.
     planned: number of tokens that were planned so far, without drafts that may be rejected. A request that is computed
         again stands before it.
     drafts: made for it by DepthDrafts; None on a server without that drafter.
@@ -64,6 +69,7 @@ class RoutedRequest:
     route: Route
     outcome: Outcome
     asked: AutoBudget | None = None
+    excess: np.ndarray | None = None
     price: float = 0.0
     planned: int = 0
     drafts: RequestDrafts | None = None
@@ -87,7 +93,8 @@ class _Routing(_Base):
         self._routing_seconds = 0.0  # of the current step
         self._metrics = EngineMetrics(collects=self.log_stats)
         self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
-        self._lowers_running = settings.load is not None and settings.load.lowers_running
+        self._meter = None if settings.slo is None else LatencyMeter()
+        self._lowers_running = settings.slo is not None or (settings.load is not None and settings.load.lowers_running)
         self._drafting: Drafting | None = None
         if self._limits.lossless:
             path = DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
@@ -110,14 +117,20 @@ class _Routing(_Base):
                 routed.told = 0
             if self._drafting is not None:
                 routed.drafts = self._drafting.of_request(lossless=routed.outcome.lossless)
-            if self._units is not None:
-                routed.units = RequestUnits(self._units, routed.route, self.block_size)
-            if (key := routed.route.cache_key) is not None:
-                salt(request, f"{self._salt_prefix}:{key}")
-                # If the path changes within the prompt, the request must not look up blocks after the change.
-                self._publishable_tokens(request, request.num_tokens)
+            self._prepare_cache(request, routed)
+            if self._meter is not None and not request.resumable:  # a session waits for its client, too
+                self._meter.arrives(request.request_id)
             self._metrics.observe_routing(time.perf_counter() - started)
         super().add_request(request)
+
+    def _prepare_cache(self, request: Request, routed: RoutedRequest) -> None:
+        """Make what a request's place in the KV cache needs of its route, before it has any."""
+        if self._units is not None:
+            routed.units = RequestUnits(self._units, routed.route, self.block_size)
+        if (key := routed.route.cache_key) is not None:
+            salt(request, f"{self._salt_prefix}:{key}")
+            # If the path changes within the prompt, the request must not look up blocks after the change.
+            self._publishable_tokens(request, request.num_tokens)
 
     def _route(self, request: Request) -> RoutedRequest:
         """Decide budget, depth and first path of an arriving request."""
@@ -133,10 +146,11 @@ class _Routing(_Base):
             route = self._new_route(request, asked.budget)
             return RoutedRequest(route, Outcome(asked.budget, asked.depth, lossless=asked.lossless))
         assert self._chooser is not None  # "auto" was refused otherwise
-        self._observe_load()
-        choice = self._chooser.choose(asked, request.all_token_ids[:num_context])
+        self._observe_load(idle=False)
+        excess = self._chooser.take_in(request.all_token_ids[:num_context])
+        choice = self._chooser.choose(asked, excess)
         route = self._new_route(request, choice.budget)
-        return RoutedRequest(route, Outcome(*choice), asked, choice.price)
+        return RoutedRequest(route, Outcome(*choice), asked, excess, choice.price)
 
     def _new_route(self, request: Request, budget: float) -> Route:
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
@@ -172,6 +186,8 @@ class _Routing(_Base):
         """Add the outcome to the kv_transfer_params of the final response."""
         freed = super()._free_request(request, *args, **kwargs)
         routed = self._routed.pop(request.request_id)
+        if self._meter is not None:
+            self._meter.ends(request.request_id)
         # Accepted drafts ran on decisions that were made on a copy.
         num_run = min(request.num_computed_tokens, request.num_tokens - 1)
         routed.route.decide(num_run, request.all_token_ids)
@@ -187,6 +203,7 @@ class _Routing(_Base):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's step, with the plan attached."""
         self._routing_seconds = 0.0
+        self._choose_again_for_waiting()
         self._lower_running()
         started = time.perf_counter()
         self._routes.see_newest((self._routed[r.request_id].route, r.all_token_ids) for r in self.running)
@@ -204,6 +221,32 @@ class _Routing(_Base):
                     self._metrics.observe_prompt(self._routed[new.req_id].outcome.budget, *prompt)
         return output
 
+    def _choose_again_for_waiting(self) -> None:
+        """With service objectives, decide budget "auto" at the price of the moment in which a request leaves the queue.
+
+        A burst arrives at the price of the calm before it. Requests in the queue have run nothing yet.
+        """
+        chooser = self._chooser
+        if self._meter is None or chooser is None or not self.waiting:
+            return
+        started = time.perf_counter()
+        room = max(0, self.max_num_running_reqs - len(self.running))
+        for request in islice(self.waiting, min(room, _MOST_STARTING)):
+            routed = self._routed[request.request_id]
+            if routed.asked is None or routed.excess is None or routed.planned or request.num_computed_tokens:
+                continue
+            if routed.route.uniform_length is not None:  # its hash chain has ended, which cannot be undone
+                continue
+            if chooser.price_of(routed.asked) != routed.price:
+                choice = chooser.choose(routed.asked, routed.excess)
+                routed.price = choice.price
+                routed.outcome = Outcome(*choice)
+                if choice.depth != routed.route.depth:
+                    routed.route = self._new_route(request, choice.budget)
+                    salt(request, None)
+                    self._prepare_cache(request, routed)
+        self._routing_seconds += time.perf_counter() - started
+
     def _lower_running(self) -> None:
         """Where the price has risen since it was decided, lower decoding requests of budget "auto" to the new choice.
 
@@ -217,11 +260,11 @@ class _Routing(_Base):
         for request in self.running:
             routed, position = self._routed[request.request_id], request.num_computed_tokens
             asked, route = routed.asked, routed.route
-            if asked is None or chooser.price_of(asked) <= routed.price:
+            if asked is None or routed.excess is None or chooser.price_of(asked) <= routed.price:
                 continue
             if position < max(request.num_prompt_tokens, routed.planned):  # tokens that ran, or will run, at its depth
                 continue
-            choice = chooser.choose(asked, request.all_token_ids[: route.num_context_tokens])
+            choice = chooser.choose(asked, routed.excess)
             routed.price = choice.price
             route.decide(position, request.all_token_ids)  # what ran so far, accepted drafts included
             if choice.depth < route.depth:
@@ -232,6 +275,8 @@ class _Routing(_Base):
 
     def _plan(self, output: SchedulerOutput) -> StepPlan:
         starting = {request.req_id for request in output.scheduled_new_reqs}
+        if self._meter is not None:
+            self._meter.starts(starting)
         starting |= output.scheduled_cached_reqs.resumed_req_ids
         plan: StepPlan = {}
         for req_id, num_tokens in output.num_scheduled_tokens.items():
@@ -276,13 +321,16 @@ class _Routing(_Base):
                     by_depth = self._drafting.observe(routed.drafts, counts, num_accepted)
                     self._metrics.observe_drafts(counts, num_accepted if by_depth else None)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
+        if self._meter is not None:
+            sampled = zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids)
+            self._meter.gets_token(req_id for req_id, tokens in sampled if len(tokens))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._tell_paths(outputs)
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
         """vLLM's statistics, with our figures. Called at the end of a step, when the requests that ended have left."""
-        self._observe_load()
+        self._observe_load(idle=not self.has_unfinished_requests())
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             add_figures(stats, self._metrics.take())
@@ -311,18 +359,24 @@ class _Routing(_Base):
         num_new = len(sampled[model_runner_output.req_id_to_index[req_id]])
         return max(0, min(num_new, request.max_tokens - request.num_output_tokens) - 1)
 
-    def _observe_load(self) -> None:
+    def _observe_load(self, *, idle: bool) -> None:
         """Let the price of budget "auto" follow the load: at each arrival that it decides, and after each step.
 
         The last step before the server runs out of work leaves no load.
         """
-        if self._chooser is None:
+        chooser = self._chooser
+        if chooser is None:
             return
-        num_running, num_waiting = self.get_request_counts()
-        # A streaming-input session without input waits for its client, not for the server.
-        num_waiting -= self.num_waiting_for_streaming_input
-        self._chooser.observe(num_waiting, num_running, self.kv_cache_manager.usage)
-        self._metrics.show_load(self._chooser.level, self._chooser.price)
+        if self._meter is not None:
+            chooser.observe_latencies(self._meter.take(), idle=idle)
+        else:
+            num_running, num_waiting = self.get_request_counts()
+            # A streaming-input session without input waits for its client, not for the server.
+            num_waiting -= self.num_waiting_for_streaming_input
+            chooser.observe(num_waiting, num_running, self.kv_cache_manager.usage)
+        self._metrics.show_load(chooser.level, chooser.price)
+        if chooser.objectives is not None:
+            self._metrics.show_objectives(chooser.objectives)
 
 
 class BuddyScheduler(_Routing, Scheduler):

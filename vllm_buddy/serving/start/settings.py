@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "buddy"
 AUTO: Literal["auto"] = "auto"
+ITL, TTFT = "itl", "ttft"  # the service objectives
 
 # Settings that used to stand at the top level, and where they are.
 _MOVED = {
@@ -57,6 +58,7 @@ def _tuple_of_json(value: Any) -> Any:
 _Budget = Annotated[float, BeforeValidator(_budget)]
 _BudgetOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_budget_or_auto)]
 _Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -127,6 +129,42 @@ class LoadSettings(_Section):
         if pair is not None and not pair[0] < pair[1]:
             raise ValueError(f"the first of the two must be the smaller, found {list(pair)}")
         return pair
+
+
+class SloSettings(_Section):
+    """Latencies that the price of budget "auto" keeps."""
+
+    itl_ms: _Milliseconds | None = Field(
+        default=None,
+        description=(
+            "Milliseconds between two tokens of a request that the 99th percentile is to stay within. The price of "
+            '"auto" then rises as far as is needed, and no further. Default: there is no such objective.'
+        ),
+    )
+    ttft_ms: _Milliseconds | None = Field(
+        default=None, description="The same for the milliseconds from a request's arrival to its first token."
+    )
+    floor: _Budget | None = Field(
+        default=None, description="Smallest budget that the objectives alone lead to. Default: `auto.min`."
+    )
+    hysteresis: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of an objective by which a latency must be below it before the price falls.",
+    )
+
+    @model_validator(mode="after")
+    def _any(self) -> "SloSettings":
+        if not self.objectives_s:
+            raise ValueError("slo has no objective; give slo.itl_ms, slo.ttft_ms or both")
+        return self
+
+    @property
+    def objectives_s(self) -> dict[str, float]:
+        """The objectives by name, in seconds."""
+        given = {ITL: self.itl_ms, TTFT: self.ttft_ms}
+        return {name: ms / 1e3 for name, ms in given.items() if ms is not None}
 
 
 class GraphSettings(_Section):
@@ -334,8 +372,17 @@ class BuddySettings(_Section):
     drafts: DraftSettings = DraftSettings()
     auto: AutoSettings = AutoSettings()
     load: LoadSettings | None = None
+    slo: SloSettings | None = None
     graphs: GraphSettings = GraphSettings()
     affinity: AffinitySettings = AffinitySettings()
+
+    @model_validator(mode="after")
+    def _one_price(self) -> "BuddySettings":
+        if self.load is not None and self.slo is not None:
+            raise ValueError(
+                "'load' sets by hand the price that 'slo' finds from latencies; leave out one of load.price and slo"
+            )
+        return self
 
     @property
     def kv(self) -> KVPolicyName:
@@ -353,7 +400,7 @@ class BuddySettings(_Section):
         names = [
             f"auto.{name}" for name, value in self.auto if name in self.auto.model_fields_set and value is not None
         ]
-        return names if self.load is None else [*names, "load"]
+        return names + [name for name in ("load", "slo") if getattr(self, name) is not None]
 
 
 def known_settings() -> dict[str, FieldInfo]:

@@ -1,6 +1,6 @@
 """The metrics `vllm_buddy:*`, and the form in which figures for them go from the scheduler to the API server."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,10 +29,10 @@ class Family:
     values: tuple[str, ...] = ("",)
 
 
-def families(num_layers: int, *, has_auto: bool, lossless: bool) -> Iterator[Family]:
+def families(num_layers: int, *, has_auto: bool, lossless: bool, objectives: Iterable[str] = ()) -> Iterator[Family]:
     """The metrics of a server. has_auto, lossless: whether it has budget "auto", and lossless mode.
 
-    num_layers: of the model.
+    num_layers: of the model. objectives: names of the service objectives that the server keeps.
     """
     layers = tuple(float(n) for n in range(1, num_layers + 1))
     budgets = tuple(f"{end:g}" for end in BUDGETS)
@@ -64,6 +64,24 @@ def families(num_layers: int, *, has_auto: bool, lossless: bool) -> Iterator[Fam
         yield Family("auto_budget", "histogram", "Budget that was chosen for finished requests.", BUDGETS)
         yield Family("auto_price", "gauge", "Price of compute, nats per token for all layers.")
         yield Family("load", "gauge", "Load that the price follows, from 0 to 1.")
+    if names := tuple(objectives):
+        yield Family(
+            "slo_objective_seconds",
+            "gauge",
+            "Service objective for the 99th percentile.",
+            label="objective",
+            values=names,
+        )
+        yield Family(
+            "slo_observed_seconds",
+            "gauge",
+            "The 99th percentile of the last 30 seconds; NaN if nothing was observed.",
+            label="objective",
+            values=names,
+        )
+        yield Family(
+            "slo_unreachable", "gauge", "1 while a service objective is missed at the smallest budget, else 0."
+        )
     if lossless:
         yield Family("depth_drafts", "counter", "Drafts made on the model's own layers.")
         yield Family("depth_drafts_accepted", "counter", "Those that all layers confirmed.")

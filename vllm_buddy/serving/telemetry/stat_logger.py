@@ -4,6 +4,7 @@ vLLM sends statistics with the outputs of a step (`SchedulerStats` in `EngineCor
 engine, on this machine or another, to one of its API servers, and gives them there to its stat loggers. This is one.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY
@@ -28,10 +29,13 @@ class BuddyStatLogger(AggregateStatLoggerBase):
 
     def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int], vllms: PrometheusStatLogger) -> None:
         limits = vllm_config.model_config.buddy_limits
+        objectives_s = {} if limits.auto is None else limits.auto.objectives_s
         self._model_name = vllm_config.model_config.served_model_name
         self._families = {
             family.name: family
-            for family in families(limits.num_layers, has_auto=limits.auto is not None, lossless=limits.lossless)
+            for family in families(
+                limits.num_layers, has_auto=limits.auto is not None, lossless=limits.lossless, objectives=objectives_s
+            )
         }
         _unregister()
         self._metrics = {family.name: _metric(family, vllms) for family in self._families.values()}
@@ -44,6 +48,10 @@ class BuddyStatLogger(AggregateStatLoggerBase):
         if limits.auto is not None:
             for engine in engine_indexes:
                 self._series["auto_price", "", engine].set(limits.auto.price)  # without load
+        for name, seconds in objectives_s.items():
+            for engine in engine_indexes:
+                self._series["slo_objective_seconds", name, engine].set(seconds)
+                self._series["slo_observed_seconds", name, engine].set(math.nan)
 
     def record(
         self,
