@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tools.tables import auto, drafts, front, memory, peers, quality, speed, steps
 from tools.tables.results import ROOT, table

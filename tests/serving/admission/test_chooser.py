@@ -431,7 +431,7 @@ def test_the_metrics_show_objectives(tiny: Callable[[str], Tiny]) -> None:
     start = time.perf_counter()
     for step in range(1000):
         objectives.observe(Latencies(start + 0.02 * step, itls=Counter({0.02: 1})))
-    made.add(auto(PROMPTS[0], 4))
+    made.add(Ask(PROMPTS[0], 1.0, 4))
     made.step()
     shown.take(made)
     assert shown.value("slo_observed_seconds", objective="itl") == 0.02
