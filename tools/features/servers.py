@@ -34,12 +34,12 @@ _ARGUMENTS = (
     '{"backend": "xgrammar", "disable_any_whitespace": true}',
 )
 # The pages of an operator are there in developer mode only.
-_PROGRAM = ("env", "VLLM_SERVER_DEV_MODE=1", "VLLM_ENABLE_V1_MULTIPROCESSING=1", sys.executable, "-m")
+PROGRAM = ("env", "VLLM_SERVER_DEV_MODE=1", "VLLM_ENABLE_V1_MULTIPROCESSING=1", sys.executable, "-m")
 
 
 @contextmanager
 def server(
-    model: Path, log: Path, *, artifact: str | None, arguments: Sequence[str] = (), program: Sequence[str] = _PROGRAM
+    model: Path, log: Path, *, artifact: str | None, arguments: Sequence[str] = (), program: Sequence[str] = PROGRAM
 ) -> Iterator[ServerProcess]:
     """A server of `model` that is ready, and is stopped in the end.
 

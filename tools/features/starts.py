@@ -17,13 +17,15 @@ from tools.features.client import BUDGETS, MODEL, Client, token_ids
 from tools.features.endings import vanish_in_decode
 from tools.features.prompts import chunked_prompt, prefix_caching
 from tools.features.sampling import greedy_in_a_batch, prompt_logprobs, several_samples
-from tools.features.servers import client, server
+from tools.features.servers import PROGRAM, client, server
 from vllm_buddy.cli.server_process import free_port
 from vllm_buddy.errors import ServerError
 
 _TEXT = "The road went on and on, and"
 _RUN_BATCH_TIMEOUT_S = 600.0
 _RANK = 8  # of the LoRA adapter
+# On a CPU, vLLM must be told which cores each stage has.
+_TWO_CPUS = ("env", "VLLM_CPU_OMP_THREADS_BIND=0|1", *PROGRAM)
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Start:
     run: Callable[[Path, str, Path], Refused | Differs | None]
 
 
-def _with(arguments: Sequence[str], *checks: Callable[[Client], Any]) -> Callable[[Path, str, Path], None]:
+def _with(
+    arguments: Sequence[str], *checks: Callable[[Client], Any], program: Sequence[str] = PROGRAM
+) -> Callable[[Path, str, Path], None]:
     """Run `checks` at each budget on a server that is started with `arguments` added."""
 
     def run(model: Path, artifact: str, folder: Path) -> None:
         log = folder / ("start" + "".join(arguments).replace("/", "") + ".log")
-        with server(model, log, artifact=artifact, arguments=arguments) as process:
+        with server(model, log, artifact=artifact, arguments=arguments, program=program) as process:
             for budget in BUDGETS:
                 for check in checks or _USUAL:
                     check(client(process, model, budget))
@@ -164,7 +168,7 @@ def _write_adapter(model: Path, folder: Path) -> Path:
 
 STARTS = (
     Start("--enable-lora", _lora),
-    Start("--pipeline-parallel-size 2", _with(["--pipeline-parallel-size", "2"])),
+    Start("--pipeline-parallel-size 2", _with(["--pipeline-parallel-size", "2"], program=_TWO_CPUS)),
     Start("--max-num-seqs 1", _with(["--max-num-seqs", "1"])),
     Start("--block-size 16", _block_size_16),
     Start("--block-size 32", _with(["--block-size", "32"])),

@@ -4,7 +4,6 @@ from tools.tables.results import by_key, load_rows, percent, rounds_note, sectio
 
 FILE = "cpu_kv_layouts.jsonl"
 TALK = "cpu_conversations.jsonl"
-FULL_PROMPT = "quality_full_prompt_{}.json"  # one of each KV policy
 _SERVED_TOGETHER = ("stock", "dense 0.5", "units 0.5")
 
 
@@ -78,24 +77,23 @@ def conversations_table() -> str:
 
 
 def full_prompt_table() -> str:
-    """Return what prompts at full depth are worth in quality, by KV policy."""
+    """Return what prompts at full depth are worth in quality."""
+    found = by_key(load_rows("quality_full_prompt.json"), "policy", "budget", "metric")
+    dense = found["dense", 1.0, "perplexity"]["value"]
     lines = []
-    for policy in ("masked", "kv_only"):
-        found = by_key(load_rows(FULL_PROMPT.format(policy)), "policy", "budget", "metric")
-        dense = found["dense", 1.0, "perplexity"]["value"]
-        for budget in (0.875, 0.75, 0.5):
-            cells = [policy, str(budget)]
-            for name in ("buddy", "buddy:full_prompt"):
-                kl, perplexity = (found[name, budget, metric]["value"] for metric in ("kl", "perplexity"))
-                cells += [f"{kl:.3f}", f"{perplexity / dense:.3f}"]
-            lines.append(cells)
+    for budget in (0.875, 0.75, 0.5):
+        cells = [str(budget)]
+        for name in ("buddy", "buddy:full_prompt"):
+            kl, perplexity = (found[name, budget, metric]["value"] for metric in ("kl", "perplexity"))
+            cells += [f"{kl:.3f}", f"{perplexity / dense:.3f}"]
+        lines.append(cells)
     command = (
         "vllm-buddy eval --text wikitext2_valid.txt --text-skip 219094 --text-tokens 12288 --window 256 --context 128 "
-        "--budgets 0.875,0.75,0.5 --policy buddy,buddy:full_prompt --kv-policy masked"
+        "--budgets 0.875,0.75,0.5 --policy buddy,buddy:full_prompt"
     )
     note = (
-        f"`{command}`, and the same with `kv_only`: the first 128 tokens of each window are the prompt, the others are "
-        "scored. KL from the full model in nats per token, and perplexity over that of the full model."
+        f"`{command}`: the first 128 tokens of each window are the prompt, the others are scored. KL from the full "
+        "model in nats per token, and perplexity over that of the full model."
     )
     heads = [f"{figure}, {prompts} prompts" for prompts in ("routed", "full") for figure in ("KL", "perplexity")]
-    return section(note, ["KV policy", "budget", *heads], lines)
+    return section(note, ["budget", *heads], lines)
