@@ -18,6 +18,7 @@ GOLDEN = (
     "tests/serving/test_compat.py",
     "tests/serving/test_patches.py",
     "tests/serving/schedule/test_prefix_cache.py",
+    "tests/serving/telemetry",
     *(
         f"tests/serving/end_to_end/test_{name}.py"
         for name in (
