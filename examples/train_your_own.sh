@@ -3,12 +3,12 @@
 #
 #     examples/train_your_own.sh TEXT OUT
 #
-# As it stands, a trial of the steps. For a real one set TOKENS=800000 SAMPLED=120000 SEARCH=2560 EXAMPLES=1100,
+# As it stands, a trial of the steps. For a real one set TOKENS=800000 SAMPLED=300000 SEARCH=2560 EXAMPLES=600,
 # which takes hours on two CPU cores, and give text of the kind that will be served. recipes/ has the settings of the
 # shipped artifacts.
 set -euo pipefail
 text=$(realpath "$1") out=$2
-tokens=${TOKENS:-20000} sampled=${SAMPLED:-6000} search=${SEARCH:-1024} examples=${EXAMPLES:-24}
+tokens=${TOKENS:-20000} sampled=${SAMPLED:-8000} search=${SEARCH:-1024} examples=${EXAMPLES:-16}
 mkdir -p "$out/data"
 cp "$text" "$out/data/text.txt"
 

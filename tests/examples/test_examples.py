@@ -166,7 +166,7 @@ def test_prune_and_compare(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_train_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the chain from a text to an artifact with a predictor breaks."""
-    for name, value in {"TOKENS": "2048", "SAMPLED": "1000", "SEARCH": "128", "EXAMPLES": "8"}.items():
+    for name, value in {"TOKENS": "2048", "SAMPLED": "3000", "SEARCH": "128", "EXAMPLES": "8"}.items():
         monkeypatch.setenv(name, value)
     run("bash", EXAMPLES / "train_your_own.sh", text_of_the_docs(tmp_path), tmp_path / "out", timeout_s=1700)
     assert json.loads((tmp_path / "out" / "artifact" / "buddy_config.json").read_text())["predictor"] is not None
