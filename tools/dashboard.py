@@ -1,7 +1,9 @@
 """Writes the Grafana dashboard, deploy/grafana/dashboards/vllm_buddy.json.
 
-python -m tools.dashboard            # rewrite
-python -m tools.dashboard --check    # exit 1 if the file is not up to date
+    python -m tools.dashboard            # rewrite
+    python -m tools.dashboard --check    # exit 1 if the file is not up to date
+
+`tests/serving/telemetry/test_deploy.py` checks the file, and that each metric exists.
 """
 
 import argparse

@@ -38,7 +38,9 @@ GOLDEN = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.versions", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.versions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"of {', '.join(TESTED_VLLM)}; default: older")
     versions = parser.parse_args().versions or TESTED_VLLM[:-1]
     if unknown := [version for version in versions if version not in TESTED_VLLM]:
