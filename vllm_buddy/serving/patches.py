@@ -56,6 +56,8 @@ from collections.abc import AsyncIterator, Callable
 from importlib import import_module
 from typing import Any
 
+from vllm_buddy.errors import UnsupportedError
+
 MODEL_IMPL = "buddy"
 
 # vLLM's architecture name -> our class, as registered below.
@@ -126,7 +128,7 @@ def _wrap_normalize_arch() -> None:
             if getattr(model_config, "model_impl", None) != MODEL_IMPL:
                 return original(self, architecture, model_config)
             if architecture not in ROUTED_ARCHITECTURES:
-                raise ValueError(
+                raise UnsupportedError(
                     f"--model-impl buddy does not support the architecture {architecture!r}; "
                     f"supported are {', '.join(ROUTED_ARCHITECTURES)}"
                 )
