@@ -13,6 +13,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,19 +118,28 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def server(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log_path = tmp_path_factory.mktemp("server") / "log"
+@contextmanager
+def serving(server: Callable[[Any], Server], log_path: Path, timeout_s: float = START_TIMEOUT_S) -> Iterator[Server]:
+    """A server that is healthy, and is stopped in the end; a failed test shows the end of its log.
+
+    server: makes it, with the open log.
+    """
     with log_path.open("w") as log:
-        server = Server(tiny("llama"), log)
+        made = server(log)
         try:
-            server.wait()
-            yield server
+            made.wait(timeout_s)
+            yield made
         except AssertionError:
             print(log_path.read_text()[-5000:])
             raise
         finally:
-            server.stop()
+            made.stop()
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(lambda log: Server(tiny("llama"), log), tmp_path_factory.mktemp("server") / "log") as made:
+        yield made
 
 
 def budget(value: str) -> str:

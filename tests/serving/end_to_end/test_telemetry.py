@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.harness.engine import Tiny
-from tests.serving.end_to_end.test_server import NUM_TOKENS, PROMPTS, Server, budget
+from tests.serving.end_to_end.test_server import NUM_TOKENS, PROMPTS, Server, budget, serving
 from tests.serving.telemetry.test_deploy import PROMETHEUS, expressions
 
 pytestmark = [
@@ -71,18 +71,12 @@ def traces() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def server(tiny: Callable[[str], Tiny], traces: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    options = ["--api-server-count", "2", "--data-parallel-size", "2", "--otlp-traces-endpoint", traces]
     log_path = tmp_path_factory.mktemp("server") / "log"
-    with log_path.open("w") as log:
-        options = ["--api-server-count", "2", "--data-parallel-size", "2", "--otlp-traces-endpoint", traces]
-        server = Server(tiny("llama"), log, options, ("vllm_buddy", "serve"))
-        try:
-            server.wait(START_TIMEOUT_S)
-            yield server
-        except AssertionError:
-            print(log_path.read_text()[-5000:])
-            raise
-        finally:
-            server.stop()
+    with serving(
+        lambda log: Server(tiny("llama"), log, options, ("vllm_buddy", "serve")), log_path, START_TIMEOUT_S
+    ) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
