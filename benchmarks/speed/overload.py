@@ -1,17 +1,19 @@
 """Measures inter-token latency under more requests than the full model can serve, by what sets the price of "auto".
 
-    python -m benchmarks.speed.overload --plot docs/overload.png      # SmolLM2-135M, CPU, about 16 minutes on 2 cores
+    python -m benchmarks.speed.overload --plot docs/overload.png      # SmolLM2-135M, CPU, about 20 minutes on 2 cores
 
 Four servers stay up: stock vLLM, and three of buddy with `default_budget: auto` and price 0, so that an idle server
-runs all layers for every request. One of the three has a `load.price`: when requests wait, or many run, new requests
-get fewer layers. Another has a service objective, `slo.itl_ms`, so that the two can be compared at the same latency: it
-is what the server with the load price came to in one run at the start, or --itl-ms. No request asks for a budget.
+runs all layers for every request. Two of them have a `load.price`: when requests wait, or many run, new requests get
+fewer layers. The first price is full as soon as few requests run side by side, the second lets more of them run before
+it rises. No request asks for a budget.
 
 The rate that the full model sustains (*dense sustains*) is the requests/s that stock vLLM finishes when a burst arrives
-at once. Each round then sends to the buddy servers requests one at a time (unloaded), and, for each of --arrivals, in a
-*step* a Poisson process of 1.5 times that rate, in a *ramp* one that rises to it from 1 request/s, in a *burst* 64
-requests at once. The p99 inter-token latency (ITL) under load is divided by that of the same server unloaded. `vllm
-bench serve` sends and times the requests; price, load and the chosen budgets are read from /metrics.
+at once. For each of --arrivals a server with a service objective is added, `slo.itl_ms`: the p99 inter-token latency
+(ITL) that the second price came to under such arrivals in one run, or --itl-ms. So the two can be compared at the same
+latency. Each round then sends to the buddy servers requests one at a time (unloaded), and, in a *step* a Poisson
+process of 1.5 times that rate, in a *ramp* one that rises to it from 1 request/s, in a *burst* 64 requests at once. The
+p99 under load is divided by that of the same server unloaded, and by the objective where there is one. `vllm bench
+serve` sends and times the requests; price, load and the chosen budgets are read from /metrics.
 
 All servers have a small token limit per step, as is usual where latency between tokens matters: a long prompt then
 delays others only briefly. The benchmark refuses to show figures if outputs differ from the reference's, a server dies
@@ -46,12 +48,16 @@ OVERLOAD = 1.5
 WORKLOAD = Workload("64 in, 128 out", 0, 64, 128)
 # A full step of so many tokens at the fewest layers costs about as much as a step of one request at all layers.
 LIMITS = ("--max-num-batched-tokens", "16", "--max-num-seqs", "16")
-# Numbers of running requests at which the price starts to rise and at which it is full. Long before it is full, even
-# the requests that lose most by it run the fewest layers.
-LOAD_SETTINGS: dict[str, Any] = {"load": {"price": 12.0, "running": [1, 4], "waiting": [1, 4]}}
+# Prices when fully loaded, and the numbers of running requests at which they rise and are full, as in
+# benchmarks.speed.slo. Long before the first is full, even the requests that lose most by it run the fewest layers.
+BY_HAND: dict[str, dict[str, Any]] = {
+    "auto, price follows load": {"load": {"price": 12.0, "running": [1, 4], "waiting": [1, 4]}},
+    "auto, price follows load later": {"load": {"price": 6.0, "running": [4, 16], "waiting": [4, 16]}},
+}
+COMPARED = "auto, price follows load later"  # gives the latency for the objective
 GAUGES = ("vllm_buddy:load", "vllm_buddy:auto_price", "vllm:num_requests_running", "vllm:num_requests_waiting")
 CHECKED_BUDGETS = (1.0, 0.5)
-AUTO, BY_HAND, OBJECTIVE = "auto, price 0", "auto, price follows load", "auto, objective"
+AUTO, OBJECTIVE = "auto, price 0", "auto, objective"
 STEP, RAMP, BURST = ARRIVALS = ("step", "ramp", "burst")
 METRICS = (
     "unloaded_p99_itl_ms",
@@ -72,7 +78,7 @@ def main() -> None:
     )
     add_rounds_option(parser, 3)
     parser.add_argument("--arrivals", nargs="+", choices=ARRIVALS, default=[STEP], help="default: step")
-    parser.add_argument("--itl-ms", type=positive_number, help="objective; default: what the load price comes to")
+    parser.add_argument("--itl-ms", type=positive_number, help="objective; default: what a load price comes to")
     parser.add_argument("--seconds", type=positive_number, default=30, help="of arrivals in a run")
     parser.add_argument("--burst", type=positive_int, default=64, help="requests that tell what dense sustains")
     parser.add_argument("--alone", type=positive_int, default=16, help="requests of an unloaded run")
@@ -95,11 +101,10 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
     Returns a row per figure, and rows with a `series` for the last round.
     """
     artifact = load_artifact(artifact_dir)
-    rounds, rows = Rounds(args.rounds), []
+    rounds, series = Rounds(args.rounds), []
     with tempfile.TemporaryDirectory(prefix="vllm_buddy-overload-") as work, ExitStack() as stack:
         stock, *autos = open_servers(stack, model, artifact, artifact_dir, Path(work))
-        checked = check([stock, *autos], model, artifact)
-        rounds.mark_checked(checked)
+        rounds.mark_checked(check([stock, *autos], model, artifact))
         burst = Load(WORKLOAD, float("inf"), args.seconds, args.burst)
         for served in (stock, *autos):  # warms up
             send(served, Load(WORKLOAD, float("inf"), 1, 16), seed=0)
@@ -109,34 +114,45 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
             rounds.add(index, stock.name, sustained_per_s=sustained[-1])
         rate = OVERLOAD * float(np.median(sustained))
         print(f"dense sustains {np.median(sustained):.2f} requests/s; {rate:.2f} will arrive", flush=True)
-        loads = {kind: arriving(kind, rate, args.seconds, args.burst) for kind in args.arrivals}
-        by_hand = next(served for served in autos if served.name == BY_HAND)
-        step = arriving(STEP, rate, args.seconds, args.burst)
-        itl_ms = args.itl_ms or send(by_hand, *step.sent(seed=0))["p99_itl_ms"]
-        print(f"the objective is a p99 of {itl_ms:.2f} ms between tokens", flush=True)
-        slo = {"slo": {"itl_ms": float(itl_ms)}}
-        autos.append(open_auto(stack, OBJECTIVE, slo, model, artifact, artifact_dir, Path(work)))
-        checked += check(autos[-1:], model, artifact)
-        rounds.mark_checked(_variant(s, kind) for s in autos if s.name in checked for kind in loads)
-        send(autos[-1], Load(WORKLOAD, float("inf"), 1, 16), seed=0)
-        for index in range(args.rounds):
-            for served in autos if index % 2 == 0 else reversed(autos):
-                for kind, load in loads.items():
-                    traced = run(rounds, served, kind, load, index, args.alone)
-                    if index + 1 == args.rounds and kind == args.arrivals[0]:
-                        rows += traced
-            print(f"round {index + 1} of {args.rounds} done", flush=True)
-    figures = [rounds.row("sustained_per_s", rounds.values("sustained_per_s", stock.name), variant=stock.name)]
-    for kind, load in loads.items():
-        for served in autos:
-            name = _variant(served, kind)
-            about = {"variant": served.name, "arrivals": kind, "requests": load.num_requests}
-            about |= {"rate": round(rate, 2), "workload": WORKLOAD.name}
-            about |= {"objective_ms": round(float(itl_ms), 2)} if served.name == OBJECTIVE else {}
-            ratio = rounds.values("p99_itl_ms", name) / rounds.values("unloaded_p99_itl_ms", name)
-            figures += [rounds.row(metric, rounds.values(metric, name), **about) for metric in METRICS]
-            figures.append(rounds.row("p99_itl_over_unloaded", ratio, **about))
-    return figures + rows
+        figures = [rounds.row("sustained_per_s", rounds.values("sustained_per_s", stock.name), variant=stock.name)]
+        rounds.mark_checked(_variant(served.name, kind) for served in autos for kind in args.arrivals)
+        by_hand = next(served for served in autos if served.name == COMPARED)
+        for kind in args.arrivals:
+            load = arriving(kind, rate, args.seconds, args.burst)
+            itl_ms = round(float(args.itl_ms or send(by_hand, *load.sent(seed=0))["p99_itl_ms"]), 2)
+            print(f"{kind}: the objective is a p99 of {itl_ms} ms between tokens", flush=True)
+            with ExitStack() as of_kind:
+                settings = {"slo": {"itl_ms": itl_ms}}
+                objective = open_auto(of_kind, OBJECTIVE, settings, model, artifact, artifact_dir, Path(work))
+                check([objective], model, artifact)
+                rounds.mark_checked([_variant(OBJECTIVE, kind)])
+                send(objective, Load(WORKLOAD, float("inf"), 1, 16), seed=0)
+                variants = [*autos, objective]
+                for index in range(args.rounds):
+                    for served in variants if index % 2 == 0 else reversed(variants):
+                        traced = run(rounds, served, kind, load, index, args.alone)
+                        if index + 1 == args.rounds and kind == args.arrivals[0]:
+                            series += traced
+                    print(f"{kind}: round {index + 1} of {args.rounds} done", flush=True)
+            for name in (AUTO, *BY_HAND, OBJECTIVE):
+                figures += figures_of(rounds, name, kind, load, rate, itl_ms if name == OBJECTIVE else None)
+    return figures + series
+
+
+def figures_of(
+    rounds: Rounds, name: str, kind: str, load: "Arriving", rate: float, objective_ms: float | None
+) -> list[dict[str, Any]]:
+    """Return a row per figure of a server under one kind of arrivals."""
+    variant = _variant(name, kind)
+    about = {"variant": name, "arrivals": kind, "requests": load.num_requests}
+    about |= {"rate": round(rate, 2), "workload": WORKLOAD.name}
+    about |= {} if objective_ms is None else {"objective_ms": objective_ms}
+    p99 = rounds.values("p99_itl_ms", variant)
+    rows = [rounds.row(metric, rounds.values(metric, variant), **about) for metric in METRICS]
+    rows.append(rounds.row("p99_itl_over_unloaded", p99 / rounds.values("unloaded_p99_itl_ms", variant), **about))
+    if objective_ms is not None:
+        rows.append(rounds.row("p99_itl_over_objective", p99 / objective_ms, **about))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -166,16 +182,16 @@ def arriving(kind: str, rate: float, seconds: float, burst: int) -> Arriving:
     return Arriving(Load(WORKLOAD, float("inf"), seconds, max(8, round((1 + top) / 2 * seconds))), ramp)
 
 
-def _variant(served: Served, kind: str) -> str:
+def _variant(name: str, kind: str) -> str:
     """The name of a server's figures in Rounds."""
-    return f"{served.name}, {kind}"
+    return f"{name}, {kind}"
 
 
 def open_servers(stack: ExitStack, model: Path, artifact: Artifact, artifact_dir: Path, work: Path) -> list[Served]:
-    """Return stock, auto with a constant price, and auto with a price that follows the load."""
+    """Return stock, auto with a constant price, and auto with the prices that follow the load."""
     stock = open_server(stack, "stock", model, work, "--model-impl", "auto", *LIMITS)
     dense = Routing(name="dense", layers=artifact.config.base_model.num_layers, path=artifact.router().full)
-    autos: dict[str, dict[str, Any]] = {AUTO: {}, BY_HAND: LOAD_SETTINGS}
+    autos: dict[str, dict[str, Any]] = {AUTO: {}, **BY_HAND}
     return [
         Served("stock", stock, (), [dense]),
         *(open_auto(stack, name, settings, model, artifact, artifact_dir, work) for name, settings in autos.items()),
@@ -215,7 +231,7 @@ def run(rounds: Rounds, served: Served, kind: str, load: Arriving, index: int, a
     after = auto_budgets(served.server)
     rounds.add(
         index,
-        _variant(served, kind),
+        _variant(served.name, kind),
         unloaded_p99_itl_ms=unloaded["p99_itl_ms"],
         p50_itl_ms=loaded["p50_itl_ms"],
         p99_itl_ms=loaded["p99_itl_ms"],

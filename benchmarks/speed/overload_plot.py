@@ -26,7 +26,7 @@ def plot_overload(rows: Sequence[Row], out: Path) -> None:
         raise SystemExit("these rows have no series, so there is nothing to draw")
     canvas = new_canvas(11.5, 3.8)
     latency, requests, load = canvas.subplots(1, 3, sharex=True)
-    for colour, name in zip(("C1", "C0", "C2"), names):
+    for colour, name in zip(("C1", "C0", "C2", "C3"), names):
         itl, gauges, unloaded = (
             [row for row in rows if row.get("series") == series and row["variant"] == name]
             for series in ("itl", "gauges", "unloaded")
@@ -49,7 +49,7 @@ def plot_overload(rows: Sequence[Row], out: Path) -> None:
         axis.set_xlabel("seconds")
         axis.grid(True, alpha=0.3)
     requests.set_ylim(bottom=0)
-    canvas.legend(loc="outside lower center", ncols=3, frameon=False)
+    canvas.legend(loc="outside lower center", ncols=4, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(out, dpi=150)
 

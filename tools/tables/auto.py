@@ -4,7 +4,7 @@ from tools.tables.results import Row, by_key, load_rows, number, rounds_note, se
 
 MIXED = "mixed"
 _LATENCIES = ("unloaded_p99_itl_ms", "p50_itl_ms", "p99_itl_ms")
-_OTHERS = ("p99_itl_over_unloaded", "p99_ttft_ms", "output_tokens_per_s", "mean_budget")
+_OTHERS = ("p99_itl_over_unloaded", "p99_itl_over_objective", "p99_ttft_ms", "output_tokens_per_s", "mean_budget")
 
 
 def auto_table() -> str:
@@ -54,6 +54,7 @@ def overload_table() -> str:
         "ITL p50",
         "ITL p99",
         "p99 over unloaded",
+        "p99 over objective",
         "TTFT p99",
         "tokens/s",
         "mean budget",
@@ -62,7 +63,7 @@ def overload_table() -> str:
         [
             arrivals,
             _with_objective(name, found[arrivals, name, "p99_itl_ms"]),
-            *(spread(found[arrivals, name, metric]) for metric in (*_LATENCIES, *_OTHERS)),
+            *(spread(found.get((arrivals, name, metric))) for metric in (*_LATENCIES, *_OTHERS)),
         ]
         for arrivals, name in names
     ]

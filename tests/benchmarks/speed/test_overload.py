@@ -88,7 +88,7 @@ def test_all_kinds_of_arrivals_are_sent_and_the_objective_is_what_the_load_price
         return {
             "request_throughput": 4.0,
             "p50_itl_ms": 10.0,
-            "p99_itl_ms": 17.0 if served.name == overload.BY_HAND else 20.0,
+            "p99_itl_ms": 17.0 if served.name == overload.COMPARED else 20.0,
             "p99_ttft_ms": 100.0,
             "output_throughput": 400.0,
             "start_times": [0.0],
@@ -103,20 +103,22 @@ def test_all_kinds_of_arrivals_are_sent_and_the_objective_is_what_the_load_price
     monkeypatch.setattr(overload, "send", send)
     monkeypatch.setattr(overload, "open_auto", open_auto)
     monkeypatch.setattr(
-        overload, "open_servers", lambda *_: [_Stand("stock"), _Stand(overload.AUTO), _Stand(overload.BY_HAND)]
+        overload, "open_servers", lambda *_: [_Stand(name) for name in ("stock", overload.AUTO, *overload.BY_HAND)]
     )
     monkeypatch.setattr(overload, "check", lambda servers, *_: [served.name for served in servers])
     monkeypatch.setattr(overload, "load_artifact", lambda folder: None)
     monkeypatch.setattr(overload, "auto_budgets", lambda server: next(budgets))
     args = argparse.Namespace(rounds=2, seconds=10.0, burst=64, alone=2, arrivals=overload.ARRIVALS, itl_ms=None)
     rows = overload.measure(tmp_path, tmp_path, args)
-    assert opened == [{"slo": {"itl_ms": 17.0}}]
+    assert opened == [{"slo": {"itl_ms": 17.0}}] * 3
     figures = {(row["variant"], row["arrivals"], row["metric"]): row for row in rows if "arrivals" in row}
-    assert len(figures) == 3 * 3 * (len(overload.METRICS) + 1)
+    assert len(figures) == 3 * (4 * (len(overload.METRICS) + 1) + 1)
     assert figures[overload.OBJECTIVE, "ramp", "p99_itl_ms"]["objective_ms"] == 17.0
-    assert figures[overload.BY_HAND, "step", "mean_budget"]["p50"] == 1.0
+    assert figures[overload.OBJECTIVE, "ramp", "p99_itl_over_objective"]["p50"] == round(20 / 17, 4)
+    assert figures[overload.COMPARED, "step", "mean_budget"]["p50"] == 1.0
     own = [(load, options) for name, load, options in sent if name == overload.OBJECTIVE]
-    step, ramp, burst = [(load, options) for load, options in own if "--max-concurrency" not in options][1:4]
+    loaded = [(load, options) for load, options in own if "--max-concurrency" not in options]
+    step, ramp, burst = (loaded[first] for first in (1, 4, 7))  # a warm-up and two rounds of each kind
     assert (step[0].rate, step[0].num_requests, step[1]) == (6.0, 60, ())
     assert (ramp[0].rate, ramp[0].num_requests) == (float("inf"), 35)
     assert ramp[1][-1] == "6"
