@@ -1,6 +1,6 @@
 """Measures two data-parallel replicas with budget affinity and without: does it pay to keep budgets apart?
 
-    python -m benchmarks.speed.replicas            # SmolLM2-135M, CPU, about 25 minutes on 2 cores
+    python -m benchmarks.speed.replicas            # SmolLM2-135M, CPU, about 15 minutes on 2 cores
 
 Two servers stay up, each with two replicas: with affinity, and with `affinity.enabled: false`, where vLLM balances by
 load alone. Users send requests one after the other, so that the number in flight is constant. Half of the users ask for

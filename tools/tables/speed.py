@@ -191,3 +191,26 @@ _RATIOS = ("ratio_to_stock", "ratio_to_pruned")
 
 def _variants(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["variant"] for row in rows))
+
+
+def replicas_table() -> str:
+    """Return two replicas with budget affinity over the same without, by traffic."""
+    rows = load_rows("cpu_replicas.jsonl")
+    found = by_key(rows, "traffic", "variant", "metric")
+    note = (
+        f"`python -m benchmarks.speed.replicas`: {rows[0]['replicas']} replicas of one core each, {rows[0]['users']} "
+        f"users, output tokens/s. {rounds_note(rows)}"
+    )
+    heads = ["users ask for", "by load alone", "affinity", "gain", "gain at 1.0", "gain at 0.5", "predicted gain"]
+    lines = [
+        [
+            "half 1.0, half 0.5" if traffic == "mixed" else f"all {traffic}",
+            spread(found[traffic, "by load alone", "tokens_per_s"]),
+            *(
+                spread(found.get((traffic, "affinity", metric)))
+                for metric in ("tokens_per_s", "gain", "gain at 1.0", "gain at 0.5", "predicted_gain")
+            ),
+        ]
+        for traffic in dict.fromkeys(row["traffic"] for row in rows)
+    ]
+    return section(note, heads, lines)
