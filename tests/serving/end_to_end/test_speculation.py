@@ -2,16 +2,20 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.harness import oracle_drafter
 from tests.harness.engine import Ask, ByToken, Engine, Tiny, start_engine
 from tests.harness.model_runner_v2 import RUNNER
 from tests.harness.oracle_drafter import OracleDrafter
+from tests.harness.tiny_heads import AUXILIARY_LAYERS, EAGLE, EAGLE3, save_head
 from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method.kv_policy import KV_ONLY, KV_POLICIES, MASKED
+from vllm_buddy.method.reference import routed_logits
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +128,7 @@ def test_sampled_requests_are_seeded_alike_with_drafts_of_others(llama_drafted: 
     assert outputs[-1].outputs[0].token_ids == alone
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def without_numba_afterwards() -> Iterator[None]:
     """vLLM looks for kernels in all modules when it starts an engine, and fails on some of numba's."""
     yield
@@ -132,20 +136,81 @@ def without_numba_afterwards() -> Iterator[None]:
         del sys.modules[name]
 
 
-@pytest.mark.usefixtures("without_numba_afterwards")
-@pytest.mark.parametrize("method", ["draft_model", pytest.param("ngram", marks=pytest.mark.slow)])
-def test_vllms_own_speculators(tiny: Callable[[str], Tiny], method: str) -> None:
+@pytest.fixture(scope="module")
+def speculating(
+    tiny: Callable[[str], Tiny],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    without_numba_afterwards: None,
+) -> Engine:
+    """A routed engine with one of vLLM's own speculators."""
+    made, method = tiny("llama"), request.param
+    if method in ("ngram", "suffix") and RUNNER != "v1":
+        pytest.skip("Model Runner V2 has no suffix decoding, and its n-gram kernel does not run in the interpreter")
+    config: dict[str, Any] = {"method": method, "num_speculative_tokens": 3}
+    if method == "ngram":
+        config |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    elif method == "suffix":
+        pytest.importorskip("arctic_inference.suffix_decoding")
+    elif method == "draft_model":
+        config["model"] = str(made.folder)
+    else:
+        config["model"] = str(save_head(tmp_path_factory.mktemp("head") / method, made.model, method))
+    return start_engine(made, speculative_config=config)
+
+
+@pytest.mark.parametrize(
+    "speculating",
+    ["draft_model", EAGLE, EAGLE3, *(pytest.param(method, marks=pytest.mark.slow) for method in ("ngram", "suffix"))],
+    indirect=True,
+)
+def test_vllms_own_speculators(speculating: Engine) -> None:
     """Fails if routing breaks what vLLM's speculators read of the runner, or they break what the routes know."""
-    if method == "ngram" and RUNNER != "v1":
-        pytest.skip("the n-gram kernel of Model Runner V2 does not run in Triton's interpreter")
-    made = tiny("llama")
-    speculators = {
-        "ngram": {"prompt_lookup_max": 3, "prompt_lookup_min": 1},
-        "draft_model": {"model": str(made.folder)},
-    }
-    config = {"method": method, "num_speculative_tokens": 3, **speculators[method]}
-    engine = start_engine(made, speculative_config=config)
+    engine, method = speculating, speculating.runner.speculative_config.method
     for policy in (MASKED, KV_ONLY):
         engine.configure(policy, 1)
         asks = batch(seed=1)
-        check(engine, asks, engine.run(asks))
+        outputs = engine.run(asks)
+        engine.check(asks, outputs)
+        outcomes = [output.kv_transfer_params["buddy"] for output in outputs]
+        drafted, accepted = (sum(outcome[key] for outcome in outcomes) for key in ("drafted", "accepted"))
+        assert drafted > accepted
+        assert accepted or method == EAGLE3  # a random head, see tiny_heads.py
+        again = engine.run(asks)
+        engine.check(asks, again)
+        assert any(output.num_cached_tokens for output in again)
+
+
+@pytest.mark.skipif(RUNNER != "v1", reason="the other runner hands states to its drafter elsewhere")
+@pytest.mark.parametrize("speculating", [EAGLE3], indirect=True)
+def test_the_states_that_eagle3_drafts_from(speculating: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a drafter sees other states between layers than those that the next layer gets."""
+    engine, seen = speculating, []
+    propose = engine.runner.drafter.propose
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["target_hidden_states"].clone())
+        return propose(*args, **kwargs)
+
+    monkeypatch.setattr(engine.runner.drafter, "propose", watch)
+    prompt = batch(seed=2)[0].prompt
+    for budget in (1.0, 0.5):
+        seen.clear()
+        ask = Ask(prompt, budget, 1)
+        engine.run([ask])
+        states = _reference_states(engine, ask)
+        torch.testing.assert_close(seen[0], torch.cat(states, dim=-1), rtol=1e-4, atol=1e-4)
+
+
+def _reference_states(engine: Engine, ask: Ask) -> list[torch.Tensor]:
+    """The states before AUXILIARY_LAYERS, each [num_tokens, hidden_size], of a prompt in the reference."""
+    model = engine.tiny.model
+    backbone: Any = model.model
+    norms = [*(backbone.layers[index].input_layernorm for index in AUXILIARY_LAYERS[:-1]), backbone.norm]
+    states: list[torch.Tensor] = []
+    paths = engine.expected(ask).paths
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].clone())) for norm in norms]
+    routed_logits(model, ask.prompt, paths, engine.policy, engine.tiny.artifact.bypass)
+    for hook in hooks:
+        hook.remove()
+    return states

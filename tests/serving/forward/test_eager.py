@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_buddy.serving.forward.auxiliary import AuxiliaryStates
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.kv import LayerView
 
@@ -44,7 +45,9 @@ class Recorder:
         return call
 
 
-def run(rows_of_layers: list[tuple[int, ...]], *, bypass: bool) -> tuple[Recorder, torch.Tensor, np.ndarray]:
+def run(
+    rows_of_layers: list[tuple[int, ...]], *, bypass: bool, auxiliary: AuxiliaryStates | None = None
+) -> tuple[Recorder, torch.Tensor, np.ndarray]:
     from vllm.forward_context import override_forward_context
 
     recorder = Recorder(len(rows_of_layers))
@@ -58,6 +61,7 @@ def run(rows_of_layers: list[tuple[int, ...]], *, bypass: bool) -> tuple[Recorde
             hidden,
             None,
             recorder.bypasses if bypass else None,
+            auxiliary,
         )
     return recorder, hidden, step.executed
 
@@ -85,6 +89,22 @@ def test_each_row_goes_through_its_layers_and_its_bypasses_in_order(name: str, b
         wanted = sum(100.0**i * (1 if r else 10 * bypass) for i, r in enumerate(ran))
         assert hidden[row].tolist() == [wanted] * HIDDEN
         assert executed[row] == sum(ran)
+
+
+@pytest.mark.parametrize("bypass", [False, True], ids=("bare", "bypass"))
+@pytest.mark.parametrize("name", STEPS)
+def test_the_states_between_layers_are_those_of_all_rows(name: str, bypass: bool) -> None:
+    """Fails if a state is taken while rows are gathered, or a later layer overwrites it."""
+    rows_of_layers = STEPS[name]
+    auxiliary = AuxiliaryStates(range(1, len(rows_of_layers) + 1))
+    _, hidden, _ = run(rows_of_layers, bypass=bypass, auxiliary=auxiliary)
+    same, states = auxiliary.beside(hidden)
+    assert same is hidden
+    assert len(states) == len(rows_of_layers)
+    for layer, state in enumerate(states, start=1):
+        for row in range(NUM_ROWS):
+            ran = [row in rows for rows in rows_of_layers[:layer]]
+            assert state[row, 0] == sum(100.0**i * (1 if r else 10 * bypass) for i, r in enumerate(ran))
 
 
 def test_rows_stay_together_while_the_same_rows_skip() -> None:

@@ -68,7 +68,7 @@ def test_units_on_v2() -> None:
 
 def test_drafts_on_v2() -> None:
     """Fails if V2 keeps the drafts from the scheduler, whose plan then is for other tokens."""
-    run_on("v2", ("end_to_end/test_speculation",), "draft_model")
+    run_on("v2", ("end_to_end/test_speculation",), "vllms_own and (draft_model or eagle)")
 
 
 @pytest.mark.slow

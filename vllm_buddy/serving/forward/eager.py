@@ -1,6 +1,6 @@
 """The forward pass of one routed step: each layer runs on the rows whose path holds it, its bypass on the others."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_buddy_kernels import Kernels
 
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
+from vllm_buddy.serving.forward.auxiliary import AuxiliaryStates, ModelOutput
 from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.forward.pipeline import executed_of
@@ -46,16 +47,17 @@ class RoutedStep:
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
         intermediate_tensors: IntermediateTensors | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> ModelOutput:
         """What RoutedBackbone.leave returns. backbone: a RoutedBackbone."""
         hidden, residual = backbone.enter(input_ids, inputs_embeds, intermediate_tensors)
         if intermediate_tensors is not None:
             self._before = executed_of(intermediate_tensors)
-        state = self.run(backbone.stage, backbone.functions, positions, hidden, residual, backbone.bypasses)
+        auxiliary = AuxiliaryStates(backbone.aux_hidden_state_layers)
+        state = self.run(backbone.stage, backbone.functions, positions, hidden, residual, backbone.bypasses, auxiliary)
         executed = torch.from_numpy(self.executed)
         if self._before is not None:
             executed = executed.to(self._before) + self._before
-        return backbone.leave(*state, executed)
+        return backbone.leave(*state, auxiliary, executed)
 
     def counts(self) -> np.ndarray:
         """[num_tokens], layers executed per token row in this stage and in those before it."""
@@ -69,18 +71,22 @@ class RoutedStep:
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
         bypasses: Sequence[Any] | None = None,
+        auxiliary: AuxiliaryStates | None = None,
     ) -> Pair:
         """Run all layers of the stage on hidden states.
 
         layers, functions: the layers, and what computes them (with kernels: the same).
         bypasses: for each layer, what computes the rows that skip it; None: they pass unchanged.
         positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], which may be overwritten.
+        auxiliary: takes the states that a drafter asked for.
         """
+        auxiliary = auxiliary or AuxiliaryStates()
         with override_forward_context(self._forward_context(layers)):
             index = 0
             while index < len(layers):
+                auxiliary.pass_by(index, hidden, residual)
                 view = self.views[index]
-                span = range(index, index + 1 if view.is_empty else self._span_end(index))
+                span = range(index, index + 1 if view.is_empty else self._span_end(index, auxiliary.layers))
                 num_run = sum(not self.views[i].is_empty for i in span)
                 skips = [self._skip(layers[i], self.views[i], bypasses[i] if bypasses else None) for i in span]
                 chain = [skip if self.views[i].is_empty else functions[i] for i, skip in zip(span, skips)]
@@ -101,6 +107,7 @@ class RoutedStep:
                         hidden, residual = _indexed(view, chain, skips, positions, hidden, residual)
                     self.executed[view.rows_np] += num_run
                 index = span.stop
+        auxiliary.pass_by(len(layers), hidden, residual)
         if self.adapters is not None:
             self.adapters.buddy_rows = None
         return hidden, residual
@@ -149,18 +156,19 @@ class RoutedStep:
         passed = passed_by(skipping, hidden, residual, source < 0)
         return self.kernels.scatter_rows(ran, ran_residual, source, *passed, None, eps)[1], None
 
-    def _span_end(self, start: int) -> int:
+    def _span_end(self, start: int, seen: Collection[int]) -> int:
         """One past the last layer that the same rows run, without other rows in between.
 
         Over a span rows are gathered once and scattered once. Layers that no row runs do not end it, unless they leave
         something in the cache: then all rows go through them at once. Kernels run the rows that skip apart, which
-        would be too late for what a later layer of the span reads in the cache.
+        would be too late for what a later layer of the span reads in the cache. A span ends before each layer of
+        `seen`, where the states of all rows are wanted.
         """
         rows = self.views[start].rows_np
         end = start + 1
         for index in range(start + 1, len(self.views)):
             view = self.views[index]
-            if view.skipped_slots is not None and (self.kernels or view.is_empty):
+            if index in seen or (view.skipped_slots is not None and (self.kernels or view.is_empty)):
                 break
             if not view.is_empty:
                 if not _same_rows(rows, view.rows_np):

@@ -19,6 +19,7 @@ from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY
 from vllm_buddy.serving.compat import with_layers
+from vllm_buddy.serving.forward.auxiliary import AuxiliaryStates, ModelOutput
 from vllm_buddy.serving.forward.bypasses import bypass_functions, kv_bypass_functions
 from vllm_buddy.serving.forward.compiled import LayerFn, NormFn, layer_functions, norm_function
 from vllm_buddy.serving.forward.layer import fused_bypasses
@@ -47,8 +48,8 @@ class Step(Protocol):
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
         intermediate_tensors: IntermediateTensors | None,
-    ) -> torch.Tensor | IntermediateTensors:
-        """Hidden states [num_tokens, hidden_size] after the last norm, or what the next pipeline stage gets."""
+    ) -> ModelOutput:
+        """The output of the model: hidden states [num_tokens, hidden_size] after the last norm, see ModelOutput."""
 
 
 class RoutedBackbone(_Backbone):
@@ -95,7 +96,7 @@ class RoutedBackbone(_Backbone):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         step: Step | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> ModelOutput:
         """Hidden states [num_tokens, hidden_size], or what the next stage gets.
 
         step None, in profiling and dummy runs: all layers that are loaded, all rows.
@@ -103,10 +104,13 @@ class RoutedBackbone(_Backbone):
         if step is not None:
             return step.forward(self, input_ids, positions, inputs_embeds, intermediate_tensors)
         hidden, residual = self.enter(input_ids, inputs_embeds, intermediate_tensors)
-        for function in self.functions:
+        auxiliary = AuxiliaryStates(self.aux_hidden_state_layers)
+        for index, function in enumerate(self.functions):
+            auxiliary.pass_by(index, hidden, residual)
             if function is not None:
                 hidden, residual = function(positions, hidden, residual)
-        return self.leave(hidden, residual)
+        auxiliary.pass_by(len(self.functions), hidden, residual)
+        return self.leave(hidden, residual, auxiliary)
 
     def enter(
         self,
@@ -120,13 +124,17 @@ class RoutedBackbone(_Backbone):
         return self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds, None
 
     def leave(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, executed: torch.Tensor | None = None
-    ) -> torch.Tensor | IntermediateTensors:
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        auxiliary: AuxiliaryStates,
+        executed: torch.Tensor | None = None,
+    ) -> ModelOutput:
         """What the model returns after the last layer of this stage. executed: see hand_on."""
         if not get_pp_group().is_last_rank:
             return hand_on(hidden, residual, executed)
         assert residual is not None  # the last layer runs for all rows
-        return self.last_norm(hidden, residual)[0]
+        return auxiliary.beside(self.last_norm(hidden, residual)[0])
 
 
 class _Routed(_CausalLM):
@@ -163,7 +171,7 @@ class _Routed(_CausalLM):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
         step: Step | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> ModelOutput:
         """Hidden states [num_tokens, hidden_size] of a step; see RoutedBackbone."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, step=step)
 

@@ -62,6 +62,8 @@ def _why_no_graphs(settings: BuddySettings, kernels: str | None, vllm_config: "V
         return 'they are made of the kernels "triton"'
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         return "they were never tried with pipeline parallelism"
+    if vllm_config.speculative_config is not None and vllm_config.speculative_config.method == "eagle3":
+        return "they do not keep the states between layers from which EAGLE-3 drafts"
     if not POLICIES[settings.kv].in_graphs:
         return f"KV policy {settings.kv} cannot be captured"
     return None

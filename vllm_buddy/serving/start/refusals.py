@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # vLLM's methods of speculative decoding that were tried with routing.
-SPECULATORS = ("ngram", "draft_model", "custom_class")
+SPECULATORS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "custom_class")
 
 
 def _sliding_window(c: "VllmConfig") -> bool:
