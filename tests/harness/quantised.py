@@ -33,6 +33,12 @@ def _int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
 
 
+def _fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    kind = torch.float8_e4m3fn
+    scale = weight.abs().amax(dim=1, keepdim=True) / torch.finfo(kind).max
+    return {"weight": (weight / scale).to(kind), "weight_scale": scale}
+
+
 def _in_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values 0 to 15, of which 8 is zero, [in, out] int64; their scales, [in / GROUP, out] float16."""
     groups = weight.unflatten(1, (-1, GROUP))
@@ -66,22 +72,26 @@ def _awq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"qweight": _packed(values, AWQ_ORDER), "qzeros": _packed(zeros, AWQ_ORDER), "scales": scales}
 
 
-_W8A8 = {
-    "targets": ["Linear"],
-    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-    "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
-}
+def _compressed(kind: str) -> dict[str, Any]:
+    """The configuration of compressed-tensors: 8 bits, a scale per output and per token. kind: "int" or "float"."""
+    numbers = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
 FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "compressed-tensors W8A8": (
-        _int8,
-        {
-            "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": _W8A8},
-            "ignore": ["lm_head"],
-        },
-    ),
+    "compressed-tensors W8A8": (_int8, _compressed("int")),
+    "compressed-tensors FP8": (_fp8, _compressed("float")),
     "GPTQ": (_gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}),
     "AWQ": (_awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}),
 }

@@ -1,7 +1,8 @@
-"""Quantised base models: a routed path computes what stock vLLM computes on a checkpoint of these layers alone."""
+"""Quantised models and KV caches: a routed path computes what stock vLLM computes on a checkpoint of its layers."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,12 @@ from tests.harness.quantised import FORMATS, quantise
 from tests.harness.tiny_models import NUM_LAYERS, load_model, random_prompts
 from vllm_buddy.baselines import PruneSettings, prune, save_pruned
 from vllm_buddy.method import budget_for_depth, depth_for_budget
+from vllm_buddy.method.kv_policy import KV_ONLY, ZERO
 
 NUM_LAYERS_KEPT = 5
 NUM_TOKENS = 16
-KINDS = [kind if kind == "GPTQ" else pytest.param(kind, marks=pytest.mark.slow) for kind in FORMATS]
+CACHES = ("fp8_e4m3", "fp8_e5m2")  # and weights as they are
+KINDS = [kind if kind == "GPTQ" else pytest.param(kind, marks=pytest.mark.slow) for kind in (*FORMATS, *CACHES)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -24,17 +27,21 @@ def test_a_path_equals_the_quantised_pruned_model(tiny: Callable[[str], Tiny], t
     pruned = prune(settings, whole.folder)
     save_pruned(pruned, whole.folder, tmp_path)
     budget = budget_for_depth(NUM_LAYERS_KEPT, NUM_LAYERS)
-    full = quantise(whole.folder, tmp_path / "full", kind)
-    cut = quantise(tmp_path / "checkpoint", tmp_path / "cut", kind)
+    full, cut = whole.folder, tmp_path / "checkpoint"
+    options: dict[str, Any] = {"dtype": "bfloat16"}
+    if kind in CACHES:
+        options["kv_cache_dtype"] = kind
+    else:
+        full, cut = quantise(full, tmp_path / "full", kind), quantise(cut, tmp_path / "cut", kind)
     model = load_model(whole.folder)
     routed = start_engine(
         Tiny(full, tmp_path / "artifact", model, pruned.artifact),
-        dtype="bfloat16",
         buddy={"kv_policy": "masked", "paths": None},
+        **options,
     )
     prompts = [tuple(prompt) for prompt in random_prompts(4, seed=3, max_tokens=200)]
     for folder, asked in ((full, 1.0), (cut, budget)):
-        stock = start_engine(Tiny(folder, tmp_path, model, pruned.artifact), dtype="bfloat16", model_impl="auto")
+        stock = start_engine(Tiny(folder, tmp_path, model, pruned.artifact), model_impl="auto", **options)
         sampling = {"logprobs": 0}
         expected = stock.run([Ask(prompt, None, NUM_TOKENS, sampling) for prompt in prompts])
         outputs = routed.run([Ask(prompt, asked, NUM_TOKENS, sampling) for prompt in prompts])
@@ -50,3 +57,17 @@ def test_a_path_equals_the_quantised_pruned_model(tiny: Callable[[str], Tiny], t
     for together, one in zip(routed.run(mixed), alone, strict=True):
         assert together.kv_transfer_params["buddy"]["depth"] == one.kv_transfer_params["buddy"]["depth"]
         assert together.outputs[0].cumulative_logprob == pytest.approx(one.outputs[0].cumulative_logprob, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [KV_ONLY, ZERO])
+def test_what_a_skipped_layer_writes_into_a_quantised_cache(tiny: Callable[[str], Tiny], policy: str) -> None:
+    """Fails if K and V of skipped rows are written in another format than those of rows that run the layer."""
+    engine = start_engine(tiny("llama"), kv_cache_dtype="fp8_e4m3")
+    engine.configure(policy, 4)
+    asks = [Ask(tuple(prompt), 0.5, 4, {"logprobs": 0}) for prompt in random_prompts(4, seed=5, max_tokens=200)]
+    for ask, output in zip(asks, engine.run(asks), strict=True):
+        first = next(iter(output.outputs[0].logprobs[0].values()))
+        expected = engine.expected(ask)
+        assert output.outputs[0].token_ids[0] == expected.token_ids[0]
+        assert first.logprob == pytest.approx(expected.logprobs[0], abs=0.3)
