@@ -3,7 +3,7 @@
 import argparse
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from vllm import LLM
 
 from benchmarks.harness import engines
@@ -44,12 +45,21 @@ class Lineup:
     path the Decision Module has the real size and scores the layers, but its last layer is zero, so the prior decides.
     """
 
-    def __init__(self, model: Path, artifact: Artifact, work: Path) -> None:
+    def __init__(
+        self,
+        model: Path,
+        artifact: Artifact,
+        work: Path,
+        reference: Path | None = None,
+        change: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """reference: what Hugging Face loads to compute, after `change`, what `model` does; None: `model` itself."""
         self.model = model
         self.artifact = artifact
         self._work = work
         self._stock_engines: dict[LayerPath, LLM] = {}
         self._reference: Reference | None = None
+        self._reference_model, self._change = reference or model, change
         self._one_path = single_path_artifact(artifact)
 
     @property
@@ -165,7 +175,7 @@ class Lineup:
         """Do the same for one batch of several variants of one engine, and mark it as `name`."""
         if self._reference is None:
             dtype = asked[0][0].llm.llm_engine.model_config.dtype
-            self._reference = Reference(self.model, self.artifact, dtype)
+            self._reference = Reference(self._reference_model, self.artifact, dtype, self._change)
         found = engines.second_token_logprobs_together(asked)
         for variant in {id(variant): variant for variant, _ in asked}.values():
             its = [i for i, (one, _) in enumerate(asked) if one is variant]

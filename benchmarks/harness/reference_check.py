@@ -1,6 +1,6 @@
 """Checks that the engines of a benchmark compute what they are timed for, against one plain forward pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,23 @@ class Reference:
     bypass too.
     """
 
-    def __init__(self, model_dir: Path, artifact: Artifact, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        artifact: Artifact,
+        dtype: torch.dtype,
+        change: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """change: is made to the model after it is loaded."""
         self._base = _load(model_dir, dtype).float()
         self._changed = self._base
         if artifact.lora is not None:
             changed = _load(model_dir, dtype)
             artifact.lora.merge_into(changed)
             self._changed = changed.float()
+        if change is not None:
+            for model in {self._base, self._changed}:
+                change(model)
         like = torch.empty(0, dtype=dtype)
         self._bypass = None if artifact.bypass is None else artifact.bypass.to(like).to(like.float())
         self._known: dict[Any, dict[int, float]] = {}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.harness.quantised import FORMATS, quantise
+from benchmarks.harness.quantised import FORMATS, quantise
 from tests.training.conftest import run
 from vllm_buddy.artifact import identify
 from vllm_buddy.errors import ModelError, UnsupportedError

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.quantised import FORMATS, quantise
 from tests.harness.engine import Ask, Tiny, start_engine
-from tests.harness.quantised import FORMATS, quantise
 from tests.harness.tiny_models import NUM_LAYERS, load_model, random_prompts
 from vllm_buddy.baselines import PruneSettings, prune, save_pruned
 from vllm_buddy.method import budget_for_depth, depth_for_budget

@@ -1,13 +1,14 @@
 """Hidden states between layers, which some drafters take beside the last ones (EAGLE-3, arXiv 2503.01840)."""
 
 from collections.abc import Collection
+from typing import TypeAlias
 
 import torch
 from vllm.sequence import IntermediateTensors
 
 # Hidden states after the last norm, beside them the auxiliary ones where a drafter asks for them, or what the next
 # pipeline stage gets.
-ModelOutput = torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | IntermediateTensors
+ModelOutput: TypeAlias = torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | IntermediateTensors
 
 
 class AuxiliaryStates:
