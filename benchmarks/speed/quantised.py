@@ -27,6 +27,7 @@ from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
 from benchmarks.harness.lineup import Lineup, add_lineup_options, in_turn
 from benchmarks.harness.quantised import FORMATS, quantise, round_activations, round_off
+from benchmarks.harness.reference_check import NUM_CHECKED
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
 from benchmarks.harness.rounds import Rounds, add_rounds_option, at_least, positive_int
 from vllm_buddy.artifact import load_artifact
@@ -82,7 +83,7 @@ def measure(lineups: dict[str, Lineup], batch: int, num_rounds: int, tokens: int
     for weights, lineup in lineups.items():
         mine = [lineup.stock(), *(lineup.routed(budget) for budget in BUDGETS)]
         variants[weights] = [replace(variant, name=f"{variant.name}, {weights}") for variant in mine]
-        lineup.check(variants[weights], lineup.draw_prompts(rng, batch, PROMPT_TOKENS), rounds)
+        lineup.check(variants[weights], lineup.draw_prompts(rng, NUM_CHECKED, PROMPT_TOKENS), rounds)
     everyone = [variant for mine in variants.values() for variant in mine]
     for index in range(-1, num_rounds):  # the first warms up
         prompts = lineups[AS_IS].draw_prompts(rng, batch, PROMPT_TOKENS)

@@ -20,7 +20,8 @@ from vllm.utils.torch_utils import LayerName
 
 logger = init_logger(f"vllm.{__name__}")
 
-_DEEPEST = 3  # attributes of attributes of a module in which a tensor may be kept
+# Attributes of attributes of a module in which a tensor may be kept: `scheme.kernel.dnnl_handler.handler_tensor`.
+_DEEPEST = 4
 
 
 class DirectCall:
