@@ -12,8 +12,14 @@ supervisor starts the server again, and the traffic goes on.
 Afterwards every completed request is sent again, alone, with nothing in the prefix cache. In float32 its tokens must be
 the same; where they part between two tokens whose log-probabilities lie less than 1e-3 apart, it counts as a tie.
 
+Before the traffic, each life of the server gets one prompt of every length up to a step's tokens, at full depth. The
+matrix products of vLLM on CPU (oneDNN) keep code for each number of rows that a layer has had, up to 128 of them: some
+140 MB for SmolLM2-135M, which would else be taken bit by bit, as the traffic brings those numbers. The prompts also
+touch every block of the KV cache, which takes memory when it is first written.
+
 Rows: requests by what became of them, preemptions, tokens found in the prefix cache, wrong answers and ties, and the
-growth of the memory of all the server's processes, from the second fifth of each life of the server to the last.
+growth of the memory of the server's processes, from the second fifth of each life of the server to the last: as a share
+of the memory of all, and in MiB for each.
 """
 
 import argparse
@@ -24,7 +30,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +53,7 @@ SHARE_SHARED, SHARE_FULL_PROMPT, SHARE_STREAMED, SHARE_LEAVING = 1 / 3, 1 / 5, 1
 # A float32 token of SmolLM2 takes 45 KiB: about 900 fit, and 16 requests of 160 tokens in the mean want 2,600.
 ARGUMENTS = ("--kv-cache-memory-bytes", "42M", "--block-size", "32")
 TIE = 1e-3
+STEP_TOKENS = 128  # --max-num-batched-tokens of tools/features/servers.py
 SAMPLE_MEMORY_S = 2.0
 LEAST_SAMPLES = 20  # of memory in a life of the server, below which nothing is said about its growth
 
@@ -79,7 +86,7 @@ def main() -> int:
     model = fetch(report=print)
     text = load_tokenizer(model)("\n\n".join(passages()), add_special_tokens=False, verbose=False)["input_ids"]
     requests = draw(text, args.minutes * 60, args.rate, random.Random(args.seed))
-    with Supervisor(model, args.log) as supervisor:
+    with Supervisor(model, text, args.log) as supervisor:
         send(requests, supervisor)
         supervisor.finish_life()
         verdicts = check([request for _, request in requests if request.became == "completed"], supervisor)
@@ -117,14 +124,15 @@ def _passage(text: Sequence[int], num_tokens: int, rng: random.Random) -> list[i
 class Supervisor:
     """Keeps a server running, and measures the memory of its processes.
 
-    memory: bytes over time, a list for each life. counted: vLLM's counters over all lives.
+    text: tokens to warm up with. memory: bytes by process over time, a list for each life. counted: vLLM's counters
+    over all lives.
     """
 
-    def __init__(self, model: Path, log: Path) -> None:
-        self._model, self._log = model, log
+    def __init__(self, model: Path, text: Sequence[int], log: Path) -> None:
+        self._model, self._text, self._log = model, text, log
         self._stopped = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self.memory: list[list[int]] = []
+        self.memory: list[list[Counter[str]]] = []
         self.counted: Counter[str] = Counter()
         self.client: Client
 
@@ -144,6 +152,8 @@ class Supervisor:
         process = self._context.__enter__()
         self._parent = psutil.Process(process.pid)
         self.client = client(process, self._model, 1.0)
+        for length in range(1, STEP_TOKENS + 1):
+            self.client.complete(list(self._text[length : 2 * length]), tells=False, max_tokens=1, cache_salt="warm-up")
         self.memory.append([])
 
     def kill(self) -> None:
@@ -180,7 +190,11 @@ class Supervisor:
     def _sample(self) -> None:
         while not self._stopped.wait(SAMPLE_MEMORY_S):
             try:
-                self.memory[-1].append(sum(process.memory_info().rss for process in self._processes()))
+                sample: Counter[str] = Counter()
+                for process in self._processes():
+                    name = "front end" if process == self._parent else process.name()
+                    sample[name] += process.memory_info().rss
+                self.memory[-1].append(sample)
             except psutil.NoSuchProcess:  # it is being restarted
                 continue
 
@@ -279,12 +293,24 @@ def verdict(found: Sequence[int], alone: Sequence[int], likeliest: Sequence[dict
     return "tie" if other is not None and max(there.values()) - other < TIE else "wrong"
 
 
-def growth(samples: Sequence[int]) -> float | None:
-    """Growth of memory in one life of the server, from its second fifth to its last; None if it was too short."""
+def growth(samples: Sequence[Mapping[str, int]]) -> dict[str, float] | None:
+    """Growth of memory in one life of the server, from its second fifth to its last; None if it was too short.
+
+    By process, in MiB, and of all of them as a share, "all".
+    """
     if len(samples) < LEAST_SAMPLES:
         return None
     fifth = len(samples) // 5
-    return float(np.median(samples[-fifth:]) / np.median(samples[fifth : 2 * fifth]) - 1)
+
+    def parts(sizes: Sequence[int]) -> tuple[float, float]:
+        return float(np.median(sizes[fifth : 2 * fifth])), float(np.median(sizes[-fifth:]))
+
+    before, after = parts([sum(sample.values()) for sample in samples])
+    grown = {"all": round(after / before - 1, 4)}
+    for name in sorted(set().union(*samples)):
+        before, after = parts([sample.get(name, 0) for sample in samples])
+        grown[name] = round((after - before) / 2**20, 1)
+    return grown
 
 
 def rows_of(requests: Sequence[Request], supervisor: Supervisor, verdicts: Counter[str]) -> list[dict[str, Any]]:
@@ -296,7 +322,7 @@ def rows_of(requests: Sequence[Request], supervisor: Supervisor, verdicts: Count
     values |= {"hit_rate": round(counted["prefix_cache_hits"] / max(1, counted["prefix_cache_queries"]), 3)}
     values |= {f"answers_{name}": verdicts[name] for name in ("same", "tie", "wrong")}
     lives = [found for samples in supervisor.memory if (found := growth(samples)) is not None]
-    values |= {"memory_growth": [round(found, 4) for found in lives]}
+    values |= {"memory_growth": [found.pop("all") for found in lives], "memory_growth_mib": lives}
     return [{"metric": name, "value": value} for name, value in values.items()]
 
 

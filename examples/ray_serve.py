@@ -20,6 +20,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.llm import LLMConfig, build_openai_app
 
 from vllm_buddy.models.embedded import fetch
+from vllm_buddy.ray import needs_plugin
 
 MODEL = "smollm2-135m"
 REPLICAS = 2
@@ -37,6 +38,7 @@ def config() -> LLMConfig:
             "health_check_timeout_s": 300,
             "request_router_config": RequestRouterConfig(request_router_class="vllm_buddy.ray.BudgetRouter"),
         },
+        callback_config=needs_plugin(),  # else a node without this package serves the model unrouted
         # Replicas share the cores here; elsewhere name those of each, or leave it out on a GPU.
         runtime_env={"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}},
         experimental_configs={"num_ingress_replicas": 1},

@@ -27,7 +27,9 @@ RANKS = {
     "vllm_buddy.baselines": 4,
     "vllm_buddy.serving": 5,
     "vllm_buddy.serving.compat": 5.0,
+    "vllm_buddy.serving.start.refusal_note": 5.0,
     "vllm_buddy.serving.start.settings": 5.1,
+    "vllm_buddy.serving.start.agreement": 5.15,
     "vllm_buddy.serving.admission.options": 5.2,
     "vllm_buddy.serving.admission": 5.3,
     "vllm_buddy.serving.telemetry.families": 5.35,
@@ -42,7 +44,7 @@ RANKS = {
     "vllm_buddy.serving.patches": 6.1,
     "vllm_buddy.serving.plugin": 6.2,
     "vllm_buddy.evaluation.vllm_engine": 7,  # asks a routed engine, as a user does
-    "vllm_buddy.ray": 7,
+    "vllm_buddy.ray": 8,
     "vllm_buddy.cli": 8,
     "vllm_buddy.__main__": 9,
 }

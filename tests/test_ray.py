@@ -3,7 +3,9 @@
 import asyncio
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,3 +131,104 @@ def test_settings_that_cannot_be_had_are_refused(kwargs: dict[str, Any]) -> None
     """Fails if a wrong setting of the router shows only as bad routing."""
     with pytest.raises(SettingsError, match="request_router_kwargs"):
         router(**kwargs)
+
+
+_START = """
+import asyncio, sys
+
+from ray import cloudpickle
+
+if sys.argv[1] == "without the package":
+    sys.modules["vllm_buddy"] = None
+callback = cloudpickle.load(sys.stdin.buffer)(None)
+if sys.argv[1] == "with another version":
+    import vllm_buddy
+
+    vllm_buddy.__version__ = "0.0.9"
+asyncio.run(callback.run_callback("on_before_node_init"))
+"""
+
+
+@pytest.mark.usefixtures("ray_serve")
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ("with the package", None),
+        ("without the package", "has no vllm_buddy ("),
+        ("with another version", "has vllm_buddy 0.0.9 instead of "),
+        ("with the plugin switched off", "would not load it: VLLM_BUDDY_DISABLE is set"),
+    ],
+)
+def test_a_replica_on_a_node_that_would_serve_unrouted_does_not_start(
+    node: str, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if such a node serves the model unrouted, or the operator is not told which one and what to install."""
+    from ray import cloudpickle
+
+    import vllm_buddy
+    from vllm_buddy.ray import needs_plugin
+
+    if node == "with the plugin switched off":
+        monkeypatch.setenv("VLLM_BUDDY_DISABLE", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", _START, node],
+        input=cloudpickle.dumps(needs_plugin()["callback_class"]),
+        capture_output=True,
+    )
+    error = done.stderr.decode().splitlines()[-1:]
+    if told is None:
+        assert done.returncode == 0, error
+        return
+    assert done.returncode == 1
+    assert "node " in error[0]
+    assert told in error[0]
+    assert f"run `pip install vllm-buddy=={vllm_buddy.__version__}` there" in error[0]
+
+
+_DEPLOY = """
+import os, sys
+
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
+import ray
+from ray import serve
+from ray.serve.llm import LLMConfig, build_openai_app
+
+from vllm_buddy.ray import needs_plugin
+
+model, hidden = sys.argv[1:]
+config = LLMConfig(
+    model_loading_config={"model_id": "m", "model_source": model},
+    accelerator_config={"kind": "cpu"},
+    engine_kwargs={"model_impl": "buddy"},
+    callback_config=needs_plugin(),
+    runtime_env={"env_vars": {"PYTHONPATH": hidden + os.pathsep + os.environ.get("PYTHONPATH", "")}},
+    deployment_config={"num_replicas": 1},
+    experimental_configs={"num_ingress_replicas": 1},
+)
+ray.init("local", num_cpus=6, include_dashboard=False)
+serve.start(http_options={"port": 0})
+serve.run(build_openai_app({"llm_configs": [config]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_deployment_on_such_a_node_fails_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if Ray does not run the check, or its message is lost on the way to who deploys."""
+    pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
+    from tests.harness.tiny_models import save_tiny_model
+
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "vllm_buddy.py").write_text("raise ModuleNotFoundError('hidden by a test')")
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: Ray's sockets lie in it
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        done = subprocess.run(
+            [sys.executable, "-c", _DEPLOY, str(save_tiny_model(tmp_path / "model", "llama")), str(hidden)],
+            capture_output=True,
+            text=True,
+            timeout=800,
+        )
+    told = done.stdout + done.stderr
+    assert done.returncode == 1, told[-3000:]
+    assert "has no vllm_buddy (hidden by a test)" in told, told[-3000:]

@@ -1,9 +1,13 @@
-"""Budget affinity for Ray Serve LLM: a request router that sends requests of like budget to the same replica.
+"""For Ray Serve LLM: budget affinity, and a refusal of nodes without this package.
 
-Name it in the deployment that serves the model:
+Both are named in the configuration of the deployment that serves the model:
 
-    deployment_config=dict(
-        request_router_config=RequestRouterConfig(request_router_class="vllm_buddy.ray.BudgetRouter")
+    LLMConfig(
+        deployment_config=dict(
+            request_router_config=RequestRouterConfig(request_router_class="vllm_buddy.ray.BudgetRouter")
+        ),
+        callback_config=vllm_buddy.ray.needs_plugin(),
+        ...
     )
 """
 
@@ -17,6 +21,7 @@ except ImportError as error:
         "by the version that it pins"
     ) from error
 
+from vllm_buddy import __version__
 from vllm_buddy.errors import BudgetError, SettingsError
 from vllm_buddy.method import parse_budget
 from vllm_buddy.serving.admission.affinity import BudgetAffinity
@@ -95,3 +100,40 @@ class BudgetRouter(RequestRouter):
         """A request has ended."""
         super().decrement_queue_len_cache(replica_id)
         self._loads[replica_id] = max(0, self._loads.get(replica_id, 0) - 1)
+
+
+def needs_plugin() -> dict[str, Any]:
+    """A `callback_config` of LLMConfig with which a replica does not start on a node that lacks this package.
+
+    vLLM does not miss a plugin that is not installed: it would serve the model unrouted. The deployment fails instead,
+    with a message that names the node and what to install there. So does one whose node has another version.
+    """
+    from ray.llm._internal.common.callbacks.base import CallbackBase
+
+    version = __version__
+
+    class NeedsPlugin(CallbackBase):
+        """Runs in the replica, before its engine. Ray sends a class that is made in a function with its code; one of a
+        module would have to be imported there, from the package that is missing."""
+
+        async def on_before_node_init(self) -> None:
+            """Raise RuntimeError if vLLM would not load the plugin here."""
+            from ray.util import get_node_ip_address
+
+            try:
+                import vllm_buddy
+                from vllm_buddy.cli.plugin_check import plugin_problem
+            except ImportError as error:
+                problem: str | None = f"has no vllm_buddy ({error})"
+            else:
+                told = plugin_problem()
+                problem = None if told is None else f"would not load it: {told[0]}"
+                if vllm_buddy.__version__ != version:
+                    problem = f"has vllm_buddy {vllm_buddy.__version__} instead of {version}"
+            if problem is not None:
+                raise RuntimeError(
+                    f"node {get_node_ip_address()} {problem}, and would not serve what was asked for; run "
+                    f"`pip install vllm-buddy=={version}` there, in the environment of Ray's workers"
+                )
+
+    return {"callback_class": NeedsPlugin}

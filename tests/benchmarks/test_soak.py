@@ -25,10 +25,12 @@ def test_an_answer_of_another_length_is_no_answer() -> None:
 
 
 def test_growth_leaves_out_the_warm_up() -> None:
-    """Fails if memory that a server takes as it warms up counts as a leak, or a leak does not."""
-    assert growth([1] * 20 + [100] * 80) == 0
-    assert growth([*range(100, 200)]) == pytest.approx(0.465, abs=0.01)
-    assert growth([1] * (LEAST_SAMPLES - 1)) is None
+    """Fails if memory that a server takes as it warms up counts as a leak, or a leak does not or of another process."""
+    warms_up = [{"front end": 1 << 20, "engine": mib << 20} for mib in [1] * 20 + [99] * 80]
+    assert growth(warms_up) == {"all": 0.0, "front end": 0.0, "engine": 0.0}
+    leaks = [{"front end": 100 << 20, "engine": mib << 20} for mib in range(100, 200)]
+    assert growth(leaks) == {"all": pytest.approx(0.26, abs=0.01), "front end": 0.0, "engine": 60.0}
+    assert growth(leaks[: LEAST_SAMPLES - 1]) is None
 
 
 def test_the_traffic_is_that_of_the_seed_and_has_every_kind() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from vllm_buddy.cli.plugin_check import plugin_problem
 from vllm_buddy.cli.serve import complete, with_lossless_drafts
 from vllm_buddy.errors import ArtifactError, ServerError
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
+from vllm_buddy.serving.start.refusal_note import telling_refusals
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_version_lookup_is_left_alone_on_cuda(monkeypatch: pytest.MonkeyPatch) -
     assert importlib.metadata.version is version
 
 
-def test_refusal_is_found_inside_pydantics_error() -> None:
+def test_refusal_is_found_inside_pydantics_error(tmp_path: Path) -> None:
     """Fails if the plugin's refusal is not found inside the error of a pydantic class, as vLLM's configs are."""
 
     class Config(BaseModel):
@@ -151,6 +153,30 @@ def test_refusal_is_found_inside_pydantics_error() -> None:
 
     with pytest.raises(ValidationError) as caught:
         Config(value=1)
-    refusal = serve_module._refusal(caught.value)
-    assert isinstance(refusal, ArtifactError)
-    assert serve_module._refusal(ValueError("other")) is None
+    note = tmp_path / "note"
+    assert isinstance(serve_module._refusal(caught.value, note), ArtifactError)
+    assert serve_module._refusal(ValueError("other"), note) is None
+
+
+def test_refusal_of_an_engines_process_is_the_last_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the user is left with vLLM's "see root cause above", or a crash without a reason is hidden."""
+    from vllm.entrypoints.cli import main as vllm_cli
+
+    def start(*refusals: str) -> int:
+        def fail() -> None:
+            for told in refusals:
+                with suppress(ArtifactError), telling_refusals():
+                    raise ArtifactError(told)
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+        monkeypatch.setattr(vllm_cli, "main", fail)
+        monkeypatch.setattr(serve_module, "require_plugin", lambda: None)
+        monkeypatch.setattr(serve_module, "answer_for_vllm_cpu", lambda: None)
+        return main(["serve", "m"])
+
+    assert start("of the first rank", "of the second") == 2
+    assert capsys.readouterr().err == "vllm-buddy: error: of the first rank\n"
+    with pytest.raises(RuntimeError, match="root cause"):
+        start()

@@ -34,7 +34,8 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.core_client import DPLBAsyncMPClient
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient, MPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.metrics.loggers import StatLoggerManager
@@ -47,6 +48,8 @@ def test_applying_the_patches_again_changes_nothing() -> None:
             RequestState.make_request_output,
             *(() if units_problem() else (kv_cache_utils.get_kv_cache_groups,)),
             DPLBAsyncMPClient.get_core_engine_for_request,
+            EngineCoreProc._make_ready_response,
+            MPClient._apply_ready_response,
             StatLoggerManager.__init__,
             OutputProcessor.do_tracing,
             OpenAIServingChat.chat_completion_stream_generator,
@@ -133,7 +136,8 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
-    from vllm.v1.engine.core_client import DPLBAsyncMPClient
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient, MPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
@@ -178,6 +182,8 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
             original(DPLBAsyncMPClient.get_core_engine_for_request),
             ["self", "request"],
         ),
+        "make ready response": (original(EngineCoreProc._make_ready_response), ["self"]),
+        "apply ready response": (original(MPClient._apply_ready_response), ["self", "payload"]),
         "get_num_blocks_to_allocate": (
             KVCacheCoordinator.get_num_blocks_to_allocate,
             ["self", "request_id", "num_tokens", "new_computed_blocks"],

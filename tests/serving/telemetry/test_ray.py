@@ -1,9 +1,15 @@
 """The metrics among Ray's, where vLLM's own are: under Ray Serve each replica is scraped by way of its node."""
 
+import json
+import os
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +19,33 @@ from tests.harness.shown_metrics import received
 from vllm_buddy.method import PathSchedule
 
 WAIT_S = 120.0
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+# The example with one replica and without compilation; prints what the node shows after its requests.
+_SERVE = """
+import json, sys, time
+
+import ray_serve
+from ray import init, serve
+from ray.serve.llm import build_openai_app
+
+from tests.serving.telemetry.test_ray import WAIT_S, _shown
+
+port, metrics_port = map(int, sys.argv[1:])
+ray_serve.REPLICAS = 1
+config = ray_serve.config()
+config.engine_kwargs["enforce_eager"] = True
+init("local", num_cpus=6, _metrics_export_port=metrics_port)
+serve.start(http_options={"port": port})
+serve.run(build_openai_app({"llm_configs": [config]}))
+for number in range(6):
+    ray_serve.ask(port, number)
+deadline, shown = time.monotonic() + WAIT_S, {}
+while shown.get("budget_count") != 6 and time.monotonic() < deadline:
+    time.sleep(1)
+    shown = _shown(metrics_port)
+print("SHOWN " + json.dumps(shown), flush=True)
+serve.shutdown()
+"""
 
 
 @pytest.mark.slow
@@ -23,9 +56,7 @@ def test_a_node_of_ray_shows_them(tiny: Callable[[str], Tiny]) -> None:
     from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, _metrics_export_port=port)
     try:
         engine = PretendEngine(tiny("llama"), PathSchedule(0), asynchronous=False, num_blocks=200, chunk=64)
@@ -45,6 +76,36 @@ def test_a_node_of_ray_shows_them(tiny: Callable[[str], Tiny]) -> None:
         assert shown["auto_price"] > 0
     finally:
         ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_replica_of_ray_serve_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the front end in a replica makes no metrics of Ray's, or its engine's figures do not reach them."""
+    pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: Ray's sockets lie in it
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(EXAMPLES)]))
+        done = subprocess.run(
+            [sys.executable, "-c", _SERVE, str(_free_port()), str(_free_port())],
+            cwd=EXAMPLES.parent,
+            capture_output=True,
+            text=True,
+            timeout=1700,
+        )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("SHOWN "))
+    shown = json.loads(line.removeprefix("SHOWN "))
+    assert shown["budget_count"] == 6
+    assert shown["budget_sum"] == 3 * (0.5 + 1.0)
+    assert shown["layers_executed_sum"] == pytest.approx(3 * (15 + 30))
+    assert shown["prompt_tokens_total"] > 0
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _shown(port: int) -> dict[str, float]:

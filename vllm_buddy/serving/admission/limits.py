@@ -1,10 +1,12 @@
 """What a server allows its requests, and which budget and depth a request therefore gets."""
 
+import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from vllm_buddy import __version__
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import BudgetError, SettingsError, shown
 from vllm_buddy.method import LayerPath, budget_for_depth, depth_for_budget, parse_budget, smallest_budget
@@ -212,7 +214,7 @@ class RequestLimits:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A process that gets vLLM's configuration from another one may not have loaded plugins: see `_restored`."""
-        return _restored, tuple(getattr(self, field.name) for field in fields(self))
+        return _restored, (__version__, *(getattr(self, field.name) for field in fields(self)))
 
     @classmethod
     def from_settings(cls, settings: BuddySettings, artifact: Artifact, *, lossless: bool = False) -> "RequestLimits":
@@ -378,12 +380,22 @@ class RequestLimits:
         return budget
 
 
-def _restored(*values: Any) -> RequestLimits:
+def _restored(version: str, *values: Any) -> RequestLimits:
     """Unpickle RequestLimits, and load vLLM's plugins, this one among them.
+
+    version: of the package that pickled them, such as on the node where Ray makes the configuration.
 
     On a GPU, Ray Serve LLM makes the configuration in another process than the one that starts vLLM's client from it.
     vLLM loads plugins where it makes a configuration, so that the client would not check what requests ask for.
+
+    Raises:
+        SettingsError: this process has another version, whose limits may be others.
     """
+    if version != __version__:
+        raise SettingsError(
+            f"the server was configured by vllm_buddy {version}, but {platform.node()} has {__version__}; install the "
+            "same version of vllm-buddy on every node"
+        )
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()

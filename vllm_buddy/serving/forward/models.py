@@ -1,7 +1,6 @@
 """The routed models: vLLM's own Llama, Mistral, Qwen2 and Qwen3 with another loop over the layers."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,7 +14,6 @@ from vllm.sequence import IntermediateTensors
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_buddy_kernels import KERNELS, Kernels
 
-from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import KV_ONLY
 from vllm_buddy.serving.compat import with_layers
@@ -26,6 +24,7 @@ from vllm_buddy.serving.forward.layer import fused_bypasses
 from vllm_buddy.serving.forward.pipeline import hand_on, is_here, stage_of, states_of, with_counts
 from vllm_buddy.serving.kv.kv_only import keep_kv_weights
 from vllm_buddy.serving.schedule import SCHEDULER
+from vllm_buddy.serving.start.agreement import load_agreed_artifact
 from vllm_buddy.serving.start.settings import engine_settings
 
 # By name: it builds on the forward pass, so an import here would go the wrong way.
@@ -146,6 +145,7 @@ class _Routed(_CausalLM):
                 f"{type(self).__name__} was loaded without the vllm_buddy scheduler, so nothing would be routed; "
                 "start it with --model-impl buddy"
             )
+        artifact = load_agreed_artifact(vllm_config)
         with with_layers(vllm_config.model_config.buddy_limits.layers):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         backbone: Any = self.model
@@ -156,8 +156,6 @@ class _Routed(_CausalLM):
         settings = engine_settings(vllm_config)
         backbone.buddy_kernels = None if settings.kernels is None else KERNELS[settings.kernels]
         backbone.buddy_writes_kv = settings.kv == KV_ONLY
-        assert settings.artifact is not None  # the config hook resolved it to a folder
-        artifact = load_artifact(Path(settings.artifact))
         self._lora = artifact.lora
         self._dtype = vllm_config.model_config.dtype
         if artifact.bypass is not None:

@@ -16,11 +16,12 @@ from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
 from vllm_buddy.serving.schedule import SCHEDULER
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, DraftPath
 from vllm_buddy.serving.schedule.route_maker import check_schedule
+from vllm_buddy.serving.start.agreement import served
 from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
 from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.kv_layout import kv_units
 from vllm_buddy.serving.start.refusals import refuse_unsupported
-from vllm_buddy.serving.start.settings import CONFIG_KEY, parse_settings
+from vllm_buddy.serving.start.settings import CONFIG_KEY, engine_settings, parse_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -86,6 +87,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
             # Without unset ones: what was not given must not look given to the process that reads this.
             CONFIG_KEY: settings.model_copy(update={"artifact": str(folder)}).model_dump(exclude_unset=True),
         }
+        vllm_config.model_config.buddy_served = served(engine_settings(vllm_config), artifact)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
         if vllm_config.speculative_config is not None:

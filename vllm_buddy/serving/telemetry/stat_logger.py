@@ -5,12 +5,15 @@ engine, on this machine or another, to one of its API servers, and gives them th
 """
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PrometheusStatLogger
 
+from vllm_buddy.serving.admission.slo import WINDOW_S
 from vllm_buddy.serving.compat import take_figures
+from vllm_buddy.serving.telemetry.expiry import Expiry
 from vllm_buddy.serving.telemetry.families import PREFIX, Family, families
 
 if TYPE_CHECKING:
@@ -48,10 +51,13 @@ class BuddyStatLogger(AggregateStatLoggerBase):
         if limits.auto is not None:
             for engine in engine_indexes:
                 self._series["auto_price", "", engine].set(limits.auto.price)  # without load
+        self._expiry: dict[int, Expiry] = {}  # of what an engine observed, where it has service objectives
         for name, seconds in objectives_s.items():
             for engine in engine_indexes:
                 self._series["slo_objective_seconds", name, engine].set(seconds)
-                self._series["slo_observed_seconds", name, engine].set(math.nan)
+                self._expiry[engine] = Expiry(WINDOW_S, partial(self._forget_observed, engine))
+        for engine in self._expiry:
+            self._forget_observed(engine)
 
     def record(
         self,
@@ -61,7 +67,10 @@ class BuddyStatLogger(AggregateStatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Take the figures out of the statistics and add them to the metrics of that engine."""
-        for name, by_label in take_figures(scheduler_stats).items():
+        taken = take_figures(scheduler_stats)
+        if taken and engine_idx in self._expiry:
+            self._expiry[engine_idx].seen()
+        for name, by_label in taken.items():
             for value, figures in by_label.items():
                 series, kind = self._series[name, value, engine_idx], self._families[name].kind
                 for figure in figures:
@@ -71,6 +80,11 @@ class BuddyStatLogger(AggregateStatLoggerBase):
                         series.set(figure)
                     else:
                         series.observe(figure)
+
+    def _forget_observed(self, engine: int) -> None:
+        """Show that nothing was observed of the service objectives in the last WINDOW_S seconds."""
+        for value in self._families["slo_observed_seconds"].values:
+            self._series["slo_observed_seconds", value, engine].set(math.nan)
 
     def log_engine_initialized(self) -> None:
         """Nothing to log."""

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_buddy.errors import SettingsError, UnsupportedError
 from vllm_buddy.serving.compat import mend_sampling_of_drafts
 from vllm_buddy.serving.forward.adapters import routed_adapters
+from vllm_buddy.serving.start.refusal_note import telling_refusals
 from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.state import WorkerState
 
@@ -38,11 +39,17 @@ class _BuddyWorker:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's; then the functions of layers and bypasses are made, on the weights in their final form."""
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        with telling_refusals():
+            super().load_model(*args, **kwargs)  # type: ignore[misc]
         with set_current_vllm_config(self.model_runner.vllm_config), torch.inference_mode():
             self._backbone.prepare()
         if self.model_runner.vllm_config.lora_config is not None:
             self.model_runner.buddy_state.adapters = routed_adapters(self.model_runner)
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, which gives the model runner its KV cache."""
+        with telling_refusals():
+            return super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
 
     def reload_weights(self, *_args: Any, **_kwargs: Any) -> None:
         """Refuse to load weights again: compiled layers, the bypass and merged LoRA hold the ones loaded at start.
@@ -63,6 +70,7 @@ class _BuddyWorker:
 class BuddyGPUWorker(_BuddyWorker, Worker):
     """vLLM's GPU worker, routed."""
 
+    @telling_refusals()
     def determine_available_memory(self) -> int:
         """What vLLM leaves for the KV cache, less graphs.memory_mib and the rows gathered around a layer.
 
