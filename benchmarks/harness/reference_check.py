@@ -11,7 +11,15 @@ from torch import nn
 
 from benchmarks.harness.rounds import Refused
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.method import LayerPath, PathSchedule, Route, Router, TokenRouter, TokenSchedule
+from vllm_buddy.method import (
+    LayerPath,
+    PathSchedule,
+    Route,
+    Router,
+    TokenRouter,
+    TokenSchedule,
+    depth_for_budget,
+)
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
 from vllm_buddy.serving.admission.options import BUDGET_KEY, FULL_PROMPT, PROMPT_KEY, ROUTED_PROMPT
@@ -62,6 +70,15 @@ class Routing:
         if self.budget is None:
             return None
         return {BUDGET_KEY: self.budget, PROMPT_KEY: FULL_PROMPT if self.full_prompt else ROUTED_PROMPT}
+
+
+def served_routings(artifact: Artifact, budgets: Sequence[float], name: str = "buddy") -> list[Routing]:
+    """What requests at these budgets run on a server with the artifact and the usual settings. name: of the server."""
+    num_layers, router, schedule = artifact.config.base_model.num_layers, artifact.router(), artifact.schedule()
+    return [
+        Routing(name=f"{name} {b}", layers=depth_for_budget(b, num_layers), budget=b, router=router, schedule=schedule)
+        for b in budgets
+    ]
 
 
 class Reference:

@@ -34,14 +34,13 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.harness.load import Load, Workload, positive_number
-from benchmarks.harness.reference_check import Routing
+from benchmarks.harness.reference_check import Routing, served_routings
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
 from benchmarks.harness.rounds import Rounds, add_rounds_option, positive_int
 from benchmarks.harness.servers import Server
 from benchmarks.speed.overload_plot import plot_overload
 from benchmarks.speed.serving import Served, check, open_server, send
 from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
-from vllm_buddy.method import depth_for_budget
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
 OVERLOAD = 1.5
@@ -212,14 +211,8 @@ def open_auto(
     config = json.dumps({"buddy": buddy})
     log_name = name.replace(",", "").replace(" ", "-")
     server = open_server(stack, log_name, model, work, "--additional-config", config, *LIMITS)
-    router, schedule = artifact.router(), artifact.schedule()
     # The check sends budgets as numbers: a budget that the server chooses would follow the load of the check.
-    depths = {b: depth_for_budget(b, artifact.config.base_model.num_layers) for b in CHECKED_BUDGETS}
-    routings = [
-        Routing(name=f"{name}: {b}", layers=depth, budget=b, router=router, schedule=schedule)
-        for b, depth in depths.items()
-    ]
-    return Served(name, server, (), routings)
+    return Served(name, server, (), served_routings(artifact, CHECKED_BUDGETS, name))
 
 
 def run(rounds: Rounds, served: Served, kind: str, load: Arriving, index: int, alone: int) -> list[dict[str, Any]]:

@@ -32,14 +32,13 @@ import aiohttp
 import numpy as np
 
 from benchmarks.harness.load import positive_number
-from benchmarks.harness.reference_check import Routing
+from benchmarks.harness.reference_check import served_routings
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
 from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, at_least
 from benchmarks.harness.servers import SERVED_NAME, request_fields
 from benchmarks.speed.serving import Served, check, open_server
 from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
 from vllm_buddy.cli.server_process import HOST
-from vllm_buddy.method import depth_for_budget
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
 BUDGETS = (1.0, 0.5)
@@ -102,12 +101,7 @@ def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path
     if device() == "cpu" and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         cores = np.array_split(sorted(os.sched_getaffinity(0)), NUM_REPLICAS)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, of)) for of in cores)
-    num_layers = artifact.config.base_model.num_layers
-    router, schedule = artifact.router(), artifact.schedule()
-    routings = [
-        Routing(name=f"buddy {b}", layers=depth_for_budget(b, num_layers), budget=b, router=router, schedule=schedule)
-        for b in BUDGETS
-    ]
+    routings = served_routings(artifact, BUDGETS)
     with ExitStack() as stack:
         variants = []
         for name, enabled in ((WITH, True), (WITHOUT, False)):

@@ -37,7 +37,7 @@ from benchmarks.harness.load import (
     class_latencies,
     positive_number,
 )
-from benchmarks.harness.reference_check import Reference, Routing
+from benchmarks.harness.reference_check import Reference, Routing, served_routings
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
 from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, positive_int
 from benchmarks.harness.servers import DTYPE, SERVED_NAME, Server, start_server
@@ -121,7 +121,6 @@ def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path
     """Yield all variants, stock first, with their servers running."""
     num_layers = artifact.config.base_model.num_layers
     one_path = replace(artifact, decision=None).router(library=False)
-    router, schedule = artifact.router(), artifact.schedule()
     with ExitStack() as stack:
 
         def serve(name: str, folder: Path, *options: str) -> Server:
@@ -135,15 +134,11 @@ def open_servers(model: Path, artifact: Artifact, artifact_dir: Path, work: Path
             server = serve(name, folder, "--model-impl", "auto")
             return Served(name, server, (), [Routing(name=name, layers=depth, path=path)])
 
-        def routed(budget: float) -> Routing:
-            depth = depth_for_budget(budget, num_layers)
-            return Routing(name=f"buddy {budget}", layers=depth, budget=budget, router=router, schedule=schedule)
-
         variants = [stock("stock", num_layers)]
         variants += [stock(f"pruned {budget}", depth_for_budget(budget, num_layers)) for budget in PRUNED]
         options = f'{{"buddy": {{"artifact": "{artifact_dir}"}}}}'
         server = serve("buddy", model, "--additional-config", options)
-        routings = [routed(budget) for budget in MIXED]
+        routings = served_routings(artifact, MIXED)
         variants += [Served(f"buddy {b}", server, (b,), [one]) for b, one in zip(MIXED, routings)]
         variants.append(Served("buddy mixed", server, MIXED, routings))
         yield variants
