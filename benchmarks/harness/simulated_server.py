@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_buddy.method import FoldedDecision, FoldedPredictor
+from vllm_buddy.serving.admission.auto_limits import AutoLimits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.latency import LatencyMeter
-from vllm_buddy.serving.admission.limits import AutoLimits
 
 VOCAB_SIZE = 256
 MAX_TOKENS = MAX_SEQS = 16  # of a step, as in benchmarks.speed.overload

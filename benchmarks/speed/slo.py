@@ -30,11 +30,11 @@ from benchmarks.harness.simulated_server import (
     arrivals,
     drawn_predictor,
 )
+from vllm_buddy.serving.admission.auto_limits import AutoLimits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
-from vllm_buddy.serving.admission.limits import AutoLimits
 from vllm_buddy.serving.admission.load import LoadPrice
 from vllm_buddy.serving.admission.slo import Objectives
-from vllm_buddy.serving.start.settings import ITL, TTFT
+from vllm_buddy.serving.start.setting_sections import ITL, TTFT
 
 NUM_LAYERS = 30
 DEPTHS = (15, 17, 19, 21, 23, 25, 27, 30)

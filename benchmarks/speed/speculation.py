@@ -34,7 +34,8 @@ from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.path import full_path
 from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.serving.schedule.draft_pace import DraftPath
-from vllm_buddy.serving.start.settings import BuddySettings, DraftSettings
+from vllm_buddy.serving.start.setting_sections import DraftSettings
+from vllm_buddy.serving.start.settings import BuddySettings
 
 NUM_TOKENS = 64
 BUDGETS = (0.75, 0.5)

@@ -13,7 +13,8 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_buddy.method import full_path
 from vllm_buddy.method.budget import MIN_DEPTH
-from vllm_buddy.serving.admission.limits import AutoBudget, AutoLimits, FixedBudget, RequestLimits
+from vllm_buddy.serving.admission.auto_limits import AutoBudget, AutoLimits
+from vllm_buddy.serving.admission.limits import FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import verify_options, verify_token_ids, verify_with_prompt
 
 OWN_KEYS = (

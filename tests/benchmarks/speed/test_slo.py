@@ -19,7 +19,7 @@ from benchmarks.speed.slo import (
     server,
     sustained,
 )
-from vllm_buddy.serving.start.settings import ITL, TTFT
+from vllm_buddy.serving.start.setting_sections import ITL, TTFT
 
 HELD = 1.1  # an objective counts as held up to this multiple of it
 TIGHT, LOOSE = HAND_SET

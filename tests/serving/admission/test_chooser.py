@@ -17,9 +17,9 @@ from tests.harness.shown_metrics import ShownMetrics
 from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE, random_prompts
 from vllm_buddy.method import FoldedDecision, FoldedPredictor, PathSchedule, budget_for_depth
 from vllm_buddy.method.reference import routed_logits
+from vllm_buddy.serving.admission.auto_limits import AutoLimits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.latency import Latencies, LatencyMeter
-from vllm_buddy.serving.admission.limits import AutoLimits
 from vllm_buddy.serving.admission.load import LoadPrice
 from vllm_buddy.serving.admission.slo import Objectives
 

@@ -18,7 +18,7 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import depth_for_budget, layers_of
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
 from vllm_buddy.serving.graphs.capture import OutOfGraphMemory
-from vllm_buddy.serving.start.settings import GraphSettings
+from vllm_buddy.serving.start.setting_sections import GraphSettings
 from vllm_buddy.serving.worker import state as worker_state
 
 SIZES = (1, 2, 4, 8)

@@ -9,7 +9,8 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import layers_of
 from vllm_buddy.serving.schedule.draft_pace import PROBE_EVERY, Drafting, DraftPath
 from vllm_buddy.serving.schedule.plan import Executed
-from vllm_buddy.serving.start.settings import BuddySettings, DraftSettings
+from vllm_buddy.serving.start.setting_sections import DraftSettings
+from vllm_buddy.serving.start.settings import BuddySettings
 
 
 def drafting(cost: float, *, num_drafts: int = 4, ngram_max: int = 0) -> Drafting:

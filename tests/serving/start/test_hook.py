@@ -26,7 +26,7 @@ from tests.harness.tiny_models import (
 from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE
 from vllm_buddy.artifact.config import FORMAT_VERSION
 from vllm_buddy.method import path_of
-from vllm_buddy.serving.admission.limits import AutoLimits
+from vllm_buddy.serving.admission.auto_limits import AutoLimits
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start import hook
 from vllm_buddy.serving.start.refusals import _CHECKS

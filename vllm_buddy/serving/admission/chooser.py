@@ -7,8 +7,8 @@ import numpy as np
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.method import FoldedPredictor, depth_for_budget
+from vllm_buddy.serving.admission.auto_limits import AutoBudget, AutoLimits, budget_of_depth
 from vllm_buddy.serving.admission.latency import Latencies
-from vllm_buddy.serving.admission.limits import AutoBudget, AutoLimits, budget_of_depth
 from vllm_buddy.serving.admission.load import LoadPrice
 from vllm_buddy.serving.admission.price_scale import PriceScale
 from vllm_buddy.serving.admission.slo import Objectives

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.serving.admission.affinity import BudgetAffinity
+from vllm_buddy.serving.admission.auto_limits import AutoBudget
 from vllm_buddy.serving.admission.chooser import BudgetChooser
-from vllm_buddy.serving.admission.limits import AutoBudget, RequestLimits
+from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import replica_loads
 from vllm_buddy.serving.start.settings import engine_settings
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 
 from vllm_buddy.serving.admission.latency import FirstToken, Latencies
 from vllm_buddy.serving.admission.load import lowered, on_line
-from vllm_buddy.serving.start.settings import ITL, TTFT
+from vllm_buddy.serving.start.setting_sections import ITL, TTFT
 
 QUANTILE = 0.99
 WINDOW_S = 30.0  # of the percentiles that are shown

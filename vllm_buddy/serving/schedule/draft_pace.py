@@ -25,7 +25,8 @@ from vllm_buddy.method import LayerPath
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.drafting import batch_share, draft_gain, pass_cost
 from vllm_buddy.serving.schedule.plan import Executed
-from vllm_buddy.serving.start.settings import BuddySettings, DraftSettings
+from vllm_buddy.serving.start.setting_sections import DraftSettings
+from vllm_buddy.serving.start.settings import BuddySettings
 
 # What `--speculative-config` names as its model, with method custom_class.
 DEPTH_DRAFTS = "vllm_buddy.serving.worker.depth_drafts.DepthDrafts"

@@ -6,26 +6,25 @@ workers with vLLM's SchedulerOutput, and the layers executed come back with its 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
-from vllm_buddy.method import LayerPath, Route, Run
+from vllm_buddy.method import Route, Run
 from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.latency import LatencyMeter
-from vllm_buddy.serving.admission.limits import AutoBudget, FixedBudget, RequestLimits
+from vllm_buddy.serving.admission.limits import FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
 from vllm_buddy.serving.compat import add_figures, finished_params, first_prefill
-from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPath, RequestDrafts
+from vllm_buddy.serving.schedule.auto_again import choose_again, lower
+from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPath
 from vllm_buddy.serving.schedule.metrics import EngineMetrics
 from vllm_buddy.serving.schedule.outcome import Outcome, described
 from vllm_buddy.serving.schedule.plan import (
@@ -39,6 +38,7 @@ from vllm_buddy.serving.schedule.plan import (
 from vllm_buddy.serving.schedule.prefix_cache import end_hash_chain, limit_publishing, salt
 from vllm_buddy.serving.schedule.request_units import RequestUnits
 from vllm_buddy.serving.schedule.route_maker import RouteMaker
+from vllm_buddy.serving.schedule.routed_request import RoutedRequest
 from vllm_buddy.serving.schedule.unit_blocks import use_units
 from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 
@@ -50,32 +50,6 @@ else:
     _Base = object
 
 _MOST_STARTING = 16  # requests that are looked at, of those that may leave the queue in a step
-
-
-@dataclass
-class RoutedRequest:
-    """What the scheduler keeps of a request, from its arrival to its end.
-
-    asked: what it lets "auto" choose; None for a budget that is a number.
-    excess: of its prompt, see BudgetChooser; None as `asked`.
-    price: at which "auto" was decided for it last. Once it runs, only a higher one decides again.
-    planned: number of tokens that were planned so far, without drafts that may be rejected. A request that is computed
-        again stands before it.
-    drafts: made for it by DepthDrafts; None on a server without that drafter.
-    told: number of tokens whose paths streamed chunks have told so far; None if the request does not ask for paths.
-    units: that it takes of the KV cache; None in the dense layout. sent_layers: the layers whose units workers know.
-    """
-
-    route: Route
-    outcome: Outcome
-    asked: AutoBudget | None = None
-    excess: np.ndarray | None = None
-    price: float = 0.0
-    planned: int = 0
-    drafts: RequestDrafts | None = None
-    told: int | None = None
-    units: RequestUnits | None = None
-    sent_layers: LayerPath = 0
 
 
 class _Routing(_Base):
@@ -222,55 +196,28 @@ class _Routing(_Base):
         return output
 
     def _choose_again_for_waiting(self) -> None:
-        """With service objectives, decide budget "auto" at the price of the moment in which a request leaves the queue.
-
-        A burst arrives at the price of the calm before it. Requests in the queue have run nothing yet.
-        """
-        chooser = self._chooser
-        if self._meter is None or chooser is None or not self.waiting:
+        """With service objectives, decide "auto" again for what may leave the queue: see auto_again.py."""
+        if self._meter is None or self._chooser is None or not self.waiting:
             return
         started = time.perf_counter()
         room = max(0, self.max_num_running_reqs - len(self.running))
-        for request in islice(self.waiting, min(room, _MOST_STARTING)):
-            routed = self._routed[request.request_id]
-            if routed.asked is None or routed.excess is None or routed.planned or request.num_computed_tokens:
-                continue
-            if routed.route.uniform_length is not None:  # its hash chain has ended, which cannot be undone
-                continue
-            if chooser.price_of(routed.asked) != routed.price:
-                choice = chooser.choose(routed.asked, routed.excess)
-                routed.price = choice.price
-                routed.outcome = Outcome(*choice)
-                if choice.depth != routed.route.depth:
-                    routed.route = self._new_route(request, choice.budget)
-                    salt(request, None)
-                    self._prepare_cache(request, routed)
+        starting = [(r, self._routed[r.request_id]) for r in islice(self.waiting, min(room, _MOST_STARTING))]
+        for request, routed in choose_again(starting, self._chooser):
+            routed.route = self._new_route(request, routed.outcome.budget)
+            salt(request, None)
+            self._prepare_cache(request, routed)
         self._routing_seconds += time.perf_counter() - started
 
     def _lower_running(self) -> None:
-        """Where the price has risen since it was decided, lower decoding requests of budget "auto" to the new choice.
+        """Where the price has risen, lower decoding requests of budget "auto": see auto_again.py.
 
         This comes before vLLM schedules the step: vLLM publishes the blocks of the tokens that it schedules, according
         to the paths that are decided by then.
         """
-        chooser = self._chooser
-        if chooser is None or not self._lowers_running or chooser.level == 0:
+        if self._chooser is None or not self._lowers_running or self._chooser.level == 0:
             return
         started = time.perf_counter()
-        for request in self.running:
-            routed, position = self._routed[request.request_id], request.num_computed_tokens
-            asked, route = routed.asked, routed.route
-            if asked is None or routed.excess is None or chooser.price_of(asked) <= routed.price:
-                continue
-            if position < max(request.num_prompt_tokens, routed.planned):  # tokens that ran, or will run, at its depth
-                continue
-            choice = chooser.choose(asked, routed.excess)
-            routed.price = choice.price
-            route.decide(position, request.all_token_ids)  # what ran so far, accepted drafts included
-            if choice.depth < route.depth:
-                lowered = route.lower(choice.depth, position, request.all_token_ids)
-                if lowered and routed.units is not None:
-                    routed.units.lowered(position)
+        lower(((r, self._routed[r.request_id]) for r in self.running), self._chooser)
         self._routing_seconds += time.perf_counter() - started
 
     def _plan(self, output: SchedulerOutput) -> StepPlan:

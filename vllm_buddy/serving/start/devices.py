@@ -10,7 +10,8 @@ from vllm.platforms import current_platform
 from vllm_buddy_kernels import why_unavailable
 
 from vllm_buddy.errors import SettingsError
-from vllm_buddy.serving.start.settings import BuddySettings, GraphSettings
+from vllm_buddy.serving.start.setting_sections import GraphSettings
+from vllm_buddy.serving.start.settings import BuddySettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
