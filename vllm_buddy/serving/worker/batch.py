@@ -47,8 +47,10 @@ class StepBatch:
     num_computed_tokens: [num_reqs], tokens in the KV cache before this step.
     block_table: [num_reqs, max_num_blocks], int32, blocks of block_size tokens. With KV units: [num_reqs, num_units *
         max_num_blocks], one table behind the other.
-    slot_mapping: [num_tokens], the slots of vLLM's own metadata, one per position; with KV units, those of unit 0.
-    build_metadata: makes what the attention backend reads of CommonAttentionMetadata.
+    slot_mapping: [num_tokens], the slots of vLLM's own metadata, one per position; None with KV units, where vLLM makes
+        neither.
+    build_metadata: makes what the attention backend reads of CommonAttentionMetadata. move_metadata: makes the same for
+        another block table and other slots.
     kernels: Triton's, or their references.
     units: of the KV cache; None in the dense layout.
     """
@@ -60,14 +62,15 @@ class StepBatch:
     num_computed_tokens: np.ndarray
     block_table: torch.Tensor
     block_size: int
-    slot_mapping: torch.Tensor
+    slot_mapping: torch.Tensor | None
     build_metadata: Callable[[CommonAttentionMetadata], Any]
+    move_metadata: Callable[[Any, torch.Tensor, torch.Tensor], Any]
     kernels: Kernels
     units: KVUnits | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.slot_mapping.device
+        return self.block_table.device
 
     @property
     def num_tokens(self) -> int:
@@ -77,12 +80,6 @@ class StepBatch:
     def table_width(self) -> int:
         """Entries of the block table of one unit."""
         return self.block_table.shape[1] // (1 if self.units is None else self.units.num_units)
-
-    @cached_property
-    def home_block(self) -> np.ndarray:
-        """[num_layers] int32, the entry of the block table in which vLLM's own metadata of each layer begins."""
-        home = (0,) * self.num_layers if self.units is None else self.units.home
-        return np.array(home, dtype=np.int32) * np.int32(self.table_width)
 
     @cached_property
     def run_request(self) -> np.ndarray:

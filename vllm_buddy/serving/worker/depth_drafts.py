@@ -22,6 +22,7 @@ from vllm.forward_context import set_forward_context
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import LayerPath, Run
+from vllm_buddy.serving.compat import moved_metadata
 from vllm_buddy.serving.kv import LayerView
 from vllm_buddy.serving.schedule.draft_pace import DraftPath
 from vllm_buddy.serving.schedule.plan import RequestPlan
@@ -138,6 +139,7 @@ class DepthDrafts:
             block_size=state.block_size,
             slot_mapping=slots,
             build_metadata=state.layer_metadata,
+            move_metadata=moved_metadata,
             kernels=state.kernels,
         )
 
