@@ -12,7 +12,6 @@ from tests.serving.kv.test_views import (
     BLOCK_SIZE,
     MAX_BLOCKS,
     NUM_LAYERS,
-    PATHS,
     SHARED_PATH,
     moved,
     requests,

@@ -21,8 +21,8 @@ class PackedViews:
     """The views of one step, with what those of the next one follow from.
 
     views: one per layer. own: those that have slots and metadata of their own, each once.
-    slots: of `own`, one behind the other.
-    room: how many more tokens each request can decode on its path before one begins a block in some layer.
+    slots: of `own`, one behind the other; None: there are none.
+    room: how many more tokens each request can decode on its path before one begins a block in a layer of `own`.
     """
 
     views: list[LayerView]
@@ -37,20 +37,24 @@ def packed_views(batch: StepBatch, places: RunPlaces) -> PackedViews:
     keys = places.first_position
     if places.first_block is not None:
         keys = np.concatenate([keys, places.first_block * runs_it], axis=1)
-    distinct: dict[bytes, int] = {}
-    view_of_layer = [distinct.setdefault(key, len(distinct)) for key in map(bytes, np.ascontiguousarray(keys))]
-    views, own = [], []
-    for layer in (view_of_layer.index(view) for view in range(len(distinct))):
-        executes = runs_it[layer]
-        if executes.any() and not _is_vllms(batch, layer, places):
+    distinct: dict[bytes, int] = {}  # the first layer of each view
+    first_layer = [distinct.setdefault(key, layer) for layer, key in enumerate(map(bytes, np.ascontiguousarray(keys)))]
+    views: dict[int, LayerView] = {}
+    own: list[int] = []
+    for layer in distinct.values():
+        if not runs_it[layer].any():
+            views[layer] = LayerView(rows_np=np.empty(0, dtype=np.int64))
+        elif _is_vllms(batch, layer, places):
+            views[layer] = LayerView()
+        else:
             own.append(layer)
-        views.append(LayerView(rows_np=None if executes.all() else batch.token_rows(executes)))
-    made, slots = _own_views(batch, places.of(own)) if own else ([], None)
-    for layer, view in zip(own, made):
-        views[view_of_layer[layer]] = view
-    last = np.where(runs_it, places.first_position + batch.run_length - 1, 0)
+    if not own:
+        return PackedViews([views[layer] for layer in first_layer], [], None, 0)
+    made, slots = _own_views(batch, places.of(own))
+    views |= zip(own, made)
+    last = np.where(runs_it[own], places.first_position[own] + batch.run_length - 1, 0)
     room = batch.block_size - 1 - int((last % batch.block_size).max())
-    return PackedViews([views[view] for view in view_of_layer], made, slots, room)
+    return PackedViews([views[layer] for layer in first_layer], made, slots, room)
 
 
 def _is_vllms(batch: StepBatch, layer: int, places: RunPlaces) -> bool:
@@ -65,21 +69,30 @@ def _own_views(batch: StepBatch, places: RunPlaces) -> tuple[list[LayerView], to
     runs_it = places.first_position >= 0
     count = np.add.reduceat(batch.run_length * runs_it, batch.first_run, axis=1)
     seq_lens = np.maximum.reduceat((places.first_position + batch.run_length) * runs_it, batch.first_run, axis=1)
-    rows_of: dict[bytes, tuple[np.ndarray | None, torch.Tensor | None]] = {}
+    complete: list[bool] = runs_it.all(axis=1).tolist()
+    most_tokens: list[int] = seq_lens.max(axis=1).tolist()
+    rows_of: dict[bytes, tuple[np.ndarray, torch.Tensor]] = {}
     lengths_of: dict[bytes, SeqLengths] = {}
     views, slots = [], []
-    for layer, (executes, own_slots) in enumerate(zip(runs_it, batch.layer_slots(places))):
-        reqs = np.flatnonzero(count[layer])
-        lengths = SeqLengths(count[layer, reqs], seq_lens[layer, reqs])
+    for layer, own_slots in enumerate(batch.layer_slots(places)):
+        reqs: np.ndarray | None = None
+        rows_np: np.ndarray | None = None
+        rows: torch.Tensor | None = None
+        lengths = SeqLengths(count[layer], seq_lens[layer])
+        first_block = None if places.first_block is None else places.first_block[layer, batch.first_run]
+        if not complete[layer]:
+            if (key := runs_it[layer].tobytes()) not in rows_of:
+                own_rows = batch.token_rows(runs_it[layer])
+                rows_of[key] = own_rows, batch.to_device(own_rows)
+            rows_np, rows = rows_of[key]
+            reqs = np.flatnonzero(count[layer])
+            lengths = SeqLengths(count[layer, reqs], seq_lens[layer, reqs])
+            first_block = None if first_block is None else first_block[reqs]
+            own_slots = own_slots.index_select(0, rows)
         lengths = lengths_of.setdefault(lengths.query_lens.tobytes() + lengths.seq_lens.tobytes(), lengths)
-        if (key := executes.tobytes()) not in rows_of:
-            rows_np = None if executes.all() else batch.token_rows(executes)
-            rows_of[key] = rows_np, None if rows_np is None else batch.to_device(rows_np)
-        rows_np, rows = rows_of[key]
-        first_block = None if places.first_block is None else places.first_block[layer, batch.first_run][reqs]
-        tables = batch.tables(reqs, int(lengths.seq_lens.max()), first_block)
-        slots.append(own_slots if rows is None else own_slots.index_select(0, rows))
-        views.append(LayerView(rows_np, rows, slot_mapping=slots[-1], lengths=lengths, tables=tables))
+        tables = batch.tables(reqs, most_tokens[layer], first_block)
+        slots.append(own_slots)
+        views.append(LayerView(rows_np, rows, slot_mapping=own_slots, lengths=lengths, tables=tables))
     all_slots = torch.cat(slots)
     return _on_slots(batch, views, all_slots), all_slots
 
@@ -91,7 +104,8 @@ def _on_slots(batch: StepBatch, views: Sequence[LayerView], slots: torch.Tensor,
     """
     made: dict[SeqLengths, tuple[SeqLengths, Any]] = {}
     result = []
-    for view, own_slots in zip(views, slots.split([len(view.slot_mapping) for view in views])):
+    num_slots = [len(view.slot_mapping) for view in views if view.slot_mapping is not None]
+    for view, own_slots in zip(views, slots.split(num_slots), strict=True):
         assert view.lengths is not None
         assert view.tables is not None
         if view.lengths in made:

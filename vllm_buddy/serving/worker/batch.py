@@ -76,7 +76,7 @@ class StepBatch:
     def num_tokens(self) -> int:
         return int(self.query_start_loc[-1])
 
-    @property
+    @cached_property
     def table_width(self) -> int:
         """Entries of the block table of one unit."""
         return self.block_table.shape[1] // (1 if self.units is None else self.units.num_units)
@@ -145,17 +145,20 @@ class StepBatch:
         )
         return slots
 
-    def tables(self, reqs: np.ndarray, most_tokens: int, first_block: np.ndarray | None = None) -> torch.Tensor:
-        """Block tables of rows `reqs` from their first blocks on: [len(reqs), blocks of most_tokens or more], int32."""
+    def tables(self, reqs: np.ndarray | None, most_tokens: int, first_block: np.ndarray | None = None) -> torch.Tensor:
+        """Block tables from their first blocks on: [num_rows, blocks of most_tokens or more], int32.
+
+        reqs: rows, ascending; None: all. first_block: [num_rows]; None: 0 everywhere.
+        """
         # In steps of _BLOCKS_STEP: Triton's attention is compiled for each divisor of the table's width.
         num_blocks = min(-(-most_tokens // (_BLOCKS_STEP * self.block_size)) * _BLOCKS_STEP, self.table_width)
         start = 0 if first_block is None else int(first_block[0])
         if first_block is None or (start % self.table_width == 0 and (first_block == start).all()):
             table = self.block_table[:, start : start + num_blocks]
-            if len(reqs) == len(self.block_table) and np.array_equal(reqs, np.arange(len(reqs))):
-                return table
-            return table.index_select(0, self.to_device(reqs))
+            return table if reqs is None else table.index_select(0, self.to_device(reqs))
         columns = np.minimum(first_block[:, None] + np.arange(num_blocks), self.block_table.shape[1] - 1)
+        if reqs is None:
+            return self.block_table.gather(1, self.to_device(columns))
         return self.block_table[self.to_device(reqs)[:, None], self.to_device(columns)]
 
     def metadata(

@@ -146,9 +146,10 @@ class DepthDrafts:
     @staticmethod
     def _views(batch: StepBatch, path: LayerPath) -> list[LayerView]:
         """All rows run the layers of the path, at their positions; in the others they go through the bypass."""
+        assert batch.slot_mapping is not None  # units are refused
         lengths = np.diff(batch.query_start_loc)
         ends = batch.num_computed_tokens + lengths
-        tables = batch.tables(np.arange(len(lengths)), int(ends.max()))
+        tables = batch.tables(None, int(ends.max()))
         metadata = batch.metadata(lengths, ends, tables, batch.slot_mapping)
         runs = LayerView(attn_metadata=metadata, slot_mapping=batch.slot_mapping)
         skips = LayerView(rows_np=np.empty(0, dtype=np.int64))
