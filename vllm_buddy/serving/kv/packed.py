@@ -69,7 +69,7 @@ def _own_views(batch: StepBatch, places: RunPlaces) -> tuple[list[LayerView], to
     runs_it = places.first_position >= 0
     count = np.add.reduceat(batch.run_length * runs_it, batch.first_run, axis=1)
     seq_lens = np.maximum.reduceat((places.first_position + batch.run_length) * runs_it, batch.first_run, axis=1)
-    complete: list[bool] = runs_it.all(axis=1).tolist()
+    num_runs: list[int] = runs_it.sum(axis=1).tolist()
     most_tokens: list[int] = seq_lens.max(axis=1).tolist()
     rows_of: dict[bytes, tuple[np.ndarray, torch.Tensor]] = {}
     lengths_of: dict[bytes, SeqLengths] = {}
@@ -80,7 +80,7 @@ def _own_views(batch: StepBatch, places: RunPlaces) -> tuple[list[LayerView], to
         rows: torch.Tensor | None = None
         lengths = SeqLengths(count[layer], seq_lens[layer])
         first_block = None if places.first_block is None else places.first_block[layer, batch.first_run]
-        if not complete[layer]:
+        if num_runs[layer] < len(batch.run_length):
             if (key := runs_it[layer].tobytes()) not in rows_of:
                 own_rows = batch.token_rows(runs_it[layer])
                 rows_of[key] = own_rows, batch.to_device(own_rows)
