@@ -1,9 +1,11 @@
 """Measures what KV units hold and cost, beside the dense layout and stock vLLM, on a KV cache of 110 MiB.
 
-    python -m benchmarks.speed.kv_layouts            # SmolLM2-135M, CPU, about 15 minutes on 2 cores
+    python -m benchmarks.speed.kv_layouts            # SmolLM2-135M, CPU, about 20 minutes on 2 cores
 
 Three engines run side by side: stock vLLM, and buddy with either layout. Every variant is checked against the plain
-forward of the method first.
+forward of the method first. Each round has three engines of its own: two engines of the same layout differ by up to 10%
+of a step in the time of their layers and their head, which lie elsewhere in memory, and that never averages out within
+an engine. A set of engines takes about 2 GB.
 
 - *Tokens that fit*: prompts of whole KV blocks are computed one by one, and the blocks that each of them takes counted.
 - *Under pressure*: 32 requests, 384 tokens of prompt and 128 decoded ones each, arrive at once, more than fit.
@@ -17,6 +19,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +56,19 @@ def main() -> int:
     args = parser.parse_args()
     env = environment()
     model, artifact = fetch(report=print), load_artifact(SHIPPED_DIR / DEFAULT_MODEL)
-    variants = start(model, artifact)
-    text = Text(model)
+    by_round = [start(model, artifact) for _ in range(args.rounds)]
+    text, variants = Text(model), by_round[0]
     reference = Reference(model, artifact, variants[0].llm.llm_engine.model_config.dtype)
     prompts = text.prompts(8, BATCH_PROMPT_TOKENS)
-    for variant in variants:
+    for variant in chain(*by_round):
         reference.check(variant, prompts, engines.second_token_logprobs(variant, prompts))
     rounds = Rounds(args.rounds)
     rounds.mark_checked([variant.name for variant in variants])
-    rows = [*tokens_that_fit(variants, text), *under_pressure(variants, text, rounds)]
+    rows = [*tokens_that_fit(variants, text), *under_pressure(by_round, text, rounds)]
     for batch in BATCHES:
         rounds = Rounds(args.rounds)
         rounds.mark_checked([variant.name for variant in variants])
-        rows += decode_steps(variants, text, batch, rounds)
+        rows += decode_steps(by_round, text, batch, rounds)
     report(args.out, rows, env)
     return 0
 
@@ -163,10 +166,10 @@ def _tokens_per_block(variant: Variant, prompt: list[int]) -> float:
     return len(prompt) / used
 
 
-def under_pressure(variants: Sequence[Variant], text: Text, rounds: Rounds) -> list[dict[str, Any]]:
+def under_pressure(by_round: Sequence[Sequence[Variant]], text: Text, rounds: Rounds) -> list[dict[str, Any]]:
     """Serve more requests than fit: how many run together, preemptions, and tokens per CPU second beside stock."""
-    chosen = [variant for variant in variants if variant.budget in (None, 0.5)]
-    for index in range(rounds.num_rounds):
+    for index, variants in enumerate(by_round):
+        chosen = [variant for variant in variants if variant.budget in (None, 0.5)]
         prompts = text.prompts(NUM_REQUESTS, PROMPT_TOKENS)
         for variant in in_turn(chosen, index):
             rounds.add(index, variant.name, **_pressed(variant, prompts))
@@ -204,16 +207,15 @@ def _pressed(variant: Variant, prompts: Sequence[list[int]]) -> dict[str, float]
     }
 
 
-def decode_steps(variants: Sequence[Variant], text: Text, batch: int, rounds: Rounds) -> list[dict[str, Any]]:
+def decode_steps(by_round: Sequence[Sequence[Variant]], text: Text, batch: int, rounds: Rounds) -> list[dict[str, Any]]:
     """Time decode steps of a batch that fits in every layout."""
-    for index in range(-1, rounds.num_rounds):  # the first warms up
-        prompts = text.prompts(batch, BATCH_PROMPT_TOKENS)
-        for variant in in_turn(variants, index):
-            cpu_ms = _decoded(variant, prompts)
-            if index >= 0:
-                rounds.add(index, variant.name, cpu_ms_per_step=float(np.median(cpu_ms)))
+    for index, variants in enumerate(by_round):
+        for _ in range(2):  # the first warms up, and what it adds is replaced
+            prompts = text.prompts(batch, BATCH_PROMPT_TOKENS)
+            for variant in in_turn(variants, index):
+                rounds.add(index, variant.name, cpu_ms_per_step=float(np.median(_decoded(variant, prompts))))
     rows = []
-    for variant in variants:
+    for variant in by_round[0]:
         about = {"variant": variant.name, "budget": variant.budget, "batch": batch}
         rows.append(rounds.row("cpu_ms_per_step", rounds.values("cpu_ms_per_step", variant.name), **about))
         if variant.name.startswith("units"):

@@ -1,4 +1,4 @@
-"""What is taken from one version of vLLM: attention metadata that can be captured. No device."""
+"""What is taken from one version of vLLM: attention metadata that can be captured, or moved. No device."""
 
 import inspect
 from dataclasses import MISSING, fields
@@ -10,9 +10,11 @@ import torch
 from vllm import envs
 from vllm.config.attention import AttentionConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadata
 
-from vllm_buddy.serving.compat import metadata_to_capture
+from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS, metadata_to_capture, moved_metadata
 
 NUM_ROWS = 4
 
@@ -97,3 +99,23 @@ def test_vllms_builder_is_as_we_use_it() -> None:
     source = inspect.getsource(FlashAttentionMetadataBuilder.__init__)
     assert "self.aot_schedule =" in source
     assert "self.attention_config =" in source
+
+
+BACKENDS = {
+    "CPU_ATTN": CPUAttentionMetadata,
+    "FLASH_ATTN": FlashAttentionMetadata,
+    "TRITON_ATTN": TritonAttentionMetadata,
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTED_ATTENTION_BACKENDS)
+def test_moved_metadata_reads_other_blocks_and_nothing_else(name: str) -> None:
+    """Fails if a backend keeps blocks or slots elsewhere, so that a layer reads the KV of another unit."""
+    names = {field.name for field in fields(BACKENDS[name])}
+    assert {"block_table", "slot_mapping"} <= names
+    metadata = BACKENDS[name](**{field: SimpleNamespace(name=field) for field in names})
+    before, table, slots = dict(vars(metadata)), torch.zeros(2, 3), torch.zeros(2)
+    moved = moved_metadata(metadata, table, slots)
+    assert vars(metadata) == before
+    assert type(moved) is BACKENDS[name]
+    assert vars(moved) == {**before, "block_table": table, "slot_mapping": slots}

@@ -116,6 +116,10 @@ OF_UNITS = (
     "cache_blocks of a group",
     "find_longest_cache_hit of a group",
     "get_computed_blocks",
+    "_get_slot_mappings",
+    "_build_attention_metadata",
+    "prepare_attn",
+    "commit_block_table",
 )
 
 
@@ -142,6 +146,8 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
     from vllm.v1.request import Request
+    from vllm.v1.worker.block_table import MultiGroupBlockTable
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -216,6 +222,13 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
             GPUModelRunner._model_forward,
             ["self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"],
         ),
+        "_get_slot_mappings": (GPUModelRunner._get_slot_mappings, ["self"]),
+        "_build_attention_metadata": (GPUModelRunner._build_attention_metadata, ["self"]),
+        "prepare_attn": (
+            DefaultModelState.prepare_attn,
+            ["self", "input_batch", "cudagraph_mode", "block_tables", "slot_mappings"],
+        ),
+        "commit_block_table": (MultiGroupBlockTable.commit_block_table, ["self", "num_reqs"]),
         "llama layer": (LlamaDecoderLayer.forward, layer),
         "qwen2 layer": (Qwen2DecoderLayer.forward, layer),
         "qwen3 layer": (Qwen3DecoderLayer.forward, layer),
@@ -348,3 +361,15 @@ def test_the_coordinator_has_no_method_that_units_forget() -> None:
         "reset_prefix_cache",
         "verify_and_split_kv_cache_groups",
     }
+
+
+def test_the_block_tables_have_no_method_that_unit_tables_forget() -> None:
+    """Fails if vLLM fills or copies block tables by a new method, which would not know that units share a buffer."""
+    if reason := units_problem():
+        pytest.skip(reason)
+    from vllm.v1.worker.block_table import MultiGroupBlockTable
+
+    # What UnitTables does not override works row by row on the table of each group.
+    by_row = {"append_row", "add_row", "clear_row", "move_row", "swap_row", "clear"}
+    methods = {name for name, value in vars(MultiGroupBlockTable).items() if callable(value) and name[0] != "_"}
+    assert methods == {*by_row, "compute_slot_mapping", "commit_block_table"}

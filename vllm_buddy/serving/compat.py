@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -72,6 +73,17 @@ def layer_metadata(builder: "AttentionMetadataBuilder[Any]", common: "CommonAtte
     """Attention metadata of one layer. Metadata of several layers exists at once in a step."""
     # fast_build: otherwise FlashAttention 3 keeps its plan in one buffer per builder, which the next layer overwrites.
     return builder.build(0, common, fast_build=True)
+
+
+def moved_metadata(metadata: Any, block_table: "torch.Tensor", slot_mapping: "torch.Tensor") -> Any:
+    """The same attention metadata for a layer whose KV lies in other blocks.
+
+    As FlashAttention's own `update_block_table` does. None of SUPPORTED_ATTENTION_BACKENDS derives anything from the
+    two.
+    """
+    moved = copy(metadata)
+    moved.block_table, moved.slot_mapping = block_table, slot_mapping
+    return moved
 
 
 def metadata_to_capture(builder: "AttentionMetadataBuilder[Any]", common: "CommonAttentionMetadata") -> Any:

@@ -5,8 +5,11 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.harness.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Engine, start_engine
+from tests.harness.model_runner_v2 import RUNNER
 from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
 from tests.serving.conftest import UNITS
 from tests.serving.end_to_end.test_independence import FEW, asks, check_scenario, disturbances
@@ -33,6 +36,21 @@ def test_tokens_of_divergent_paths_equal_the_reference(
     requests = mixed(seed=interval)
     engine.check(requests, engine.run(requests))
     assert engine.num_blocks_in_use == 0
+
+
+def test_vllm_makes_no_metadata_for_the_units(units: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if each step pays for metadata of every KV-cache group, of which no layer reads any."""
+
+    def made(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError
+
+    v1 = RUNNER == "v1"
+    monkeypatch.setattr(
+        GPUModelRunner if v1 else DefaultModelState, "_build_attention_metadata" if v1 else "prepare_attn", made
+    )
+    units.configure("masked", 0)
+    requests = mixed(seed=2)[:3]
+    units.check(requests, units.run(requests))
 
 
 def test_layers_are_taken_up_in_these_tests(units: Engine) -> None:

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from vllm_buddy_kernels import KERNELS
 
-from tests.serving.kv.test_views import _SETTINGS, BLOCK_SIZE, MAX_BLOCKS, NUM_LAYERS, SHARED_PATH, requests
+from tests.serving.kv.test_views import (
+    _SETTINGS,
+    BLOCK_SIZE,
+    MAX_BLOCKS,
+    NUM_LAYERS,
+    SHARED_PATH,
+    moved,
+    requests,
+)
 from tests.serving.schedule.test_request_units import GivenRoute
 from vllm_buddy.method import Run, full_path, layers_of
 from vllm_buddy.method.kv_units import KVUnits
@@ -76,21 +84,16 @@ def step_batch(accounts: list[Account], plans: list[RequestPlan]) -> StepBatch:
         num_computed_tokens=np.array([account.num_tokens for account in accounts]),
         block_table=torch.from_numpy(tables),
         block_size=BLOCK_SIZE,
-        slot_mapping=torch.zeros(sum(lengths), dtype=torch.int64),
+        slot_mapping=None,
         build_metadata=lambda common: common,
+        move_metadata=moved,
         kernels=KERNELS["reference"],
         units=UNITS,
     )
 
 
-def seen_and_slot(batch: StepBatch, layer: int, view: LayerView, row: int) -> tuple[list[int], int]:
+def seen_and_slot(batch: StepBatch, view: LayerView, row: int) -> tuple[list[int], int]:
     """The slots that the token in `row` attends to in a layer, and the one that it writes."""
-    if view.attn_metadata is None:  # vLLM's own, of the KV-cache group of a unit
-        (seq,) = np.flatnonzero((batch.query_start_loc[:-1] <= row) & (row < batch.query_start_loc[1:]))
-        length = int(batch.num_computed_tokens[seq] + row - batch.query_start_loc[seq] + 1)
-        unit = UNITS.home[layer if view.metadata_of is None else view.metadata_of]
-        table = batch.block_table[seq].numpy()[unit * MAX_BLOCKS : (unit + 1) * MAX_BLOCKS]
-        return [_slot(table, i) for i in range(length)], _slot(table, length - 1)
     (index,) = np.flatnonzero((np.arange(batch.num_tokens) if view.rows_np is None else view.rows_np) == row)
     start = view.attn_metadata.query_start_loc_cpu.numpy()
     (seq,) = np.flatnonzero((start[:-1] <= index) & (index < start[1:]))
@@ -119,7 +122,8 @@ def test_no_two_layers_or_requests_share_a_place(scenario: list) -> None:
                 for layer, view in enumerate(views):
                     assert (view.rows_np is None or row in view.rows_np) == bool(path >> layer & 1)
                     if path >> layer & 1:
-                        seen, slot = seen_and_slot(batch, layer, view, row)
+                        seen, slot = seen_and_slot(batch, view, row)
+                        assert view.attn_metadata.slot_mapping is view.slot_mapping
                         assert slot // BLOCK_SIZE >= OWN_BLOCKS
                         assert (slot, UNITS.class_of[layer]) not in taken
                         taken.add((slot, UNITS.class_of[layer]))
@@ -129,33 +133,20 @@ def test_no_two_layers_or_requests_share_a_place(scenario: list) -> None:
                 accounts[i].num_tokens += 1
 
 
-def test_full_depth_runs_on_vllms_own_metadata() -> None:
-    """Fails if a server whose requests all run all layers builds metadata of its own."""
-    accounts = [Account(number, 0, []) for number in range(2)]
-    policy = Masked(NUM_LAYERS, units=UNITS)
-    for account in accounts:
-        account.units = RequestUnits(UNITS, GivenRoute(Run(9, full_path(NUM_LAYERS))), BLOCK_SIZE)
-    plans = [
-        RequestPlan((Run(3, full_path(NUM_LAYERS)),), full_path(NUM_LAYERS), places=a.units.layer_places())
-        for a in accounts
+def test_metadata_is_built_once_for_all_layers_of_equal_lengths() -> None:
+    """Fails if each unit pays for metadata of its own, of which only blocks and slots differ between units."""
+    built: list[int] = []
+    policy, paths = Masked(NUM_LAYERS, units=UNITS), (full_path(NUM_LAYERS), SHARED_PATH)
+    accounts = [
+        Account(number, 0, [[Run(3, path)], [Run(1, path)], [Run(1, path)]]) for number, path in enumerate(paths)
     ]
-    batch = step_batch(accounts, plans)
-    views = policy.views(batch, policy.places(batch))
-    assert all(view == LayerView() for view in views)
-
-
-def test_a_batch_on_one_path_reads_the_metadata_that_vllm_made_for_its_units() -> None:
-    """Fails if metadata is built for layers that only lie in another unit than at full depth."""
-    accounts = [Account(number, 0, [[Run(3, SHARED_PATH)], [Run(1, SHARED_PATH)]]) for number in range(2)]
-    policy = Masked(NUM_LAYERS, units=UNITS)
-    for step in range(2):
+    for account, path in zip(accounts, paths):
+        account.units = RequestUnits(UNITS, GivenRoute(Run(9, path), first_path=path), BLOCK_SIZE)
+    for step in range(3):
         batch = step_batch(accounts, [account.plan(step) for account in accounts])
+        batch.build_metadata = lambda common: built.append(common.num_reqs) or common
         views = policy.views(batch, policy.places(batch))
-        unit = accounts[0].units.layer_places().unit
-        for layer in layers_of(SHARED_PATH):
-            assert views[layer].rows_np is None
-            assert views[layer].attn_metadata is None
-            other = views[layer].metadata_of
-            assert UNITS.home[layer if other is None else other] == unit[layer]
         for account in accounts:
             account.num_tokens += 3 if step == 0 else 1
+    assert len({id(view) for view in views}) > 2
+    assert built == [2, 1] * 3  # of both requests, and of the one at full depth

@@ -1,18 +1,19 @@
 """The views of the KV cache that layers get, against a plain account of which slot holds which token. No engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_buddy_kernels import KERNELS
 
 from vllm_buddy.method import LayerPath, Run, layers_of, path_of
 from vllm_buddy.serving.kv import POLICIES, LayerView, masked
 from vllm_buddy.serving.kv.masked import Masked
-from vllm_buddy.serving.kv.packed import packed_views
+from vllm_buddy.serving.kv.packed import PackedViews, packed_views
 from vllm_buddy.serving.schedule.plan import RequestPlan
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch, check_plan
 
@@ -65,8 +66,13 @@ def step_batch(names: list[str], sequences: list[Sequence], plans: list[RequestP
         block_size=BLOCK_SIZE,
         slot_mapping=torch.tensor(slots),
         build_metadata=lambda common: common,
+        move_metadata=moved,
         kernels=KERNELS["reference"],
     )
+
+
+def moved(metadata: CommonAttentionMetadata, table: torch.Tensor, slots: torch.Tensor) -> CommonAttentionMetadata:
+    return replace(metadata, block_table_tensor=table, slot_mapping=slots)
 
 
 def seen_by(batch: StepBatch, view: LayerView, row: int) -> list[int]:
@@ -159,9 +165,9 @@ def test_views_of_requests_that_decode_on_are_made_anew_where_one_begins_a_block
     """Fails if tables and rows of requests on different paths are gathered in every step."""
     made: list[int] = []
 
-    def counted(batch: StepBatch, places: RunPlaces, home_block: np.ndarray) -> list[LayerView]:
+    def counted(batch: StepBatch, places: RunPlaces) -> PackedViews:
         made.append(int(batch.num_computed_tokens[0]))
-        return packed_views(batch, places, home_block)
+        return packed_views(batch, places)
 
     monkeypatch.setattr(masked, "packed_views", counted)
     policy, sequences = Masked(NUM_LAYERS), [new_sequence(number, 0) for number in range(2)]

@@ -53,7 +53,10 @@ class RoutedStep:
         if intermediate_tensors is not None:
             self._before = executed_of(intermediate_tensors)
         auxiliary = AuxiliaryStates(backbone.aux_hidden_state_layers)
-        state = self.run(backbone.stage, backbone.functions, positions, hidden, residual, backbone.bypasses, auxiliary)
+        with override_forward_context(self._forward_context(backbone.attention_names)):
+            state = self.run(
+                backbone.stage, backbone.functions, positions, hidden, residual, backbone.bypasses, auxiliary
+            )
         executed = torch.from_numpy(self.executed)
         if self._before is not None:
             executed = executed.to(self._before) + self._before
@@ -81,32 +84,29 @@ class RoutedStep:
         auxiliary: takes the states that a drafter asked for.
         """
         auxiliary = auxiliary or AuxiliaryStates()
-        with override_forward_context(self._forward_context(layers)):
-            index = 0
-            while index < len(layers):
-                auxiliary.pass_by(index, hidden, residual)
-                view = self.views[index]
-                span = range(index, index + 1 if view.is_empty else self._span_end(index, auxiliary.layers))
-                num_run = sum(not self.views[i].is_empty for i in span)
-                skips = [self._skip(layers[i], self.views[i], bypasses[i] if bypasses else None) for i in span]
-                chain = [skip if self.views[i].is_empty else functions[i] for i, skip in zip(span, skips)]
-                if self.adapters is not None:
-                    self.adapters.buddy_rows = view.rows
-                if view.rows is None:  # one chain for all rows
-                    hidden, residual = _call(chain, positions, hidden, residual)
-                    self.executed += num_run
+        index = 0
+        while index < len(layers):
+            auxiliary.pass_by(index, hidden, residual)
+            view = self.views[index]
+            span = range(index, index + 1 if view.is_empty else self._span_end(index, auxiliary.layers))
+            num_run = sum(not self.views[i].is_empty for i in span)
+            skips = [self._skip(layers[i], self.views[i], bypasses[i] if bypasses else None) for i in span]
+            chain = [skip if self.views[i].is_empty else functions[i] for i, skip in zip(span, skips)]
+            if self.adapters is not None:
+                self.adapters.buddy_rows = view.rows
+            if view.rows is None:  # one chain for all rows
+                hidden, residual = _call(chain, positions, hidden, residual)
+                self.executed += num_run
+            else:
+                if self.kernels:
+                    if view.skipped_slots is not None:
+                        self._write_skipped(layers[index], view, positions, hidden, residual)
+                    passing = bypasses[span.start : span.stop] if bypasses else None
+                    hidden, residual = self._fused(view, layers[index], chain[1:], passing, positions, hidden, residual)
                 else:
-                    if self.kernels:
-                        if view.skipped_slots is not None:
-                            self._write_skipped(layers[index], view, positions, hidden, residual)
-                        passing = bypasses[span.start : span.stop] if bypasses else None
-                        hidden, residual = self._fused(
-                            view, layers[index], chain[1:], passing, positions, hidden, residual
-                        )
-                    else:
-                        hidden, residual = _indexed(view, chain, skips, positions, hidden, residual)
-                    self.executed[view.rows_np] += num_run
-                index = span.stop
+                    hidden, residual = _indexed(view, chain, skips, positions, hidden, residual)
+                self.executed[view.rows_np] += num_run
+            index = span.stop
         auxiliary.pass_by(len(layers), hidden, residual)
         if self.adapters is not None:
             self.adapters.buddy_rows = None
@@ -176,21 +176,16 @@ class RoutedStep:
                 end = index + 1
         return end
 
-    def _forward_context(self, layers: Sequence[Any]) -> Any:
+    def _forward_context(self, names: Sequence[str]) -> Any:
         """vLLM's forward context with the metadata and slots of each layer in this step. vLLM's own is not changed."""
         context = get_forward_context()
-        if all(view.attn_metadata is None and view.metadata_of is None for view in self.views):
+        if all(view.attn_metadata is None for view in self.views):
             return context
         attn_metadata, slot_mapping = dict(context.attn_metadata), dict(context.slot_mapping)
-        for index, (layer, view) in enumerate(zip(layers, self.views, strict=True)):
+        for name, view in zip(names, self.views, strict=True):
             if view.attn_metadata is not None:
-                name = layer.self_attn.attn.layer_name
                 attn_metadata[name] = view.attn_metadata
                 slot_mapping[name] = view.slot_mapping
-            elif view.metadata_of is not None:
-                name, other = (layers[i].self_attn.attn.layer_name for i in (index, view.metadata_of))
-                attn_metadata[name] = context.attn_metadata[other]
-                slot_mapping[name] = context.slot_mapping[other]
         return replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
 
 

@@ -62,6 +62,7 @@ class RoutedBackbone(_Backbone):
     # Of the layers of this pipeline stage, one each; without pipeline parallelism, of all layers of the model. Layers
     # that are not loaded (the setting max_budget) have a bypass, but no function.
     stage: list[Any]
+    attention_names: list[str]  # by which vLLM's forward context knows the attention of each layer
     functions: list[LayerFn | None]
     bypasses: list[Any] | None = None  # called like layers
     last_norm: NormFn  # of the last stage
@@ -71,6 +72,7 @@ class RoutedBackbone(_Backbone):
         bypass, self.buddy_bypass = self.buddy_bypass, None  # the functions keep it in the form that they need
         here = stage_of(len(self.layers))
         self.stage = list(self.layers)[here]
+        self.attention_names = [layer.self_attn.attn.layer_name if is_here(layer) else "" for layer in self.stage]
         bypasses: list[Any] | None = None
         if self.buddy_kernels is not None:
             self.functions = [layer if is_here(layer) else None for layer in self.stage]

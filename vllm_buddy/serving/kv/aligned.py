@@ -25,6 +25,7 @@ class Aligned(KVPolicy):
     def _view(self, batch: StepBatch, runs: np.ndarray) -> LayerView:
         if runs.all():
             return LayerView()
+        assert batch.slot_mapping is not None  # units are refused
         rows, skipped = batch.token_rows(runs), batch.to_device(batch.token_rows(~runs))
         skipped_slots = batch.slot_mapping.index_select(0, skipped)
         if len(rows) == 0:

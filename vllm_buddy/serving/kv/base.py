@@ -12,18 +12,31 @@ from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
 
+@dataclass(frozen=True, eq=False)
+class SeqLengths:
+    """Lengths of the sequences of a view, each [num_seqs]: tokens to compute, and tokens to attend to, these included.
+
+    Views of equal lengths hold the same object.
+    """
+
+    query_lens: np.ndarray
+    seq_lens: np.ndarray
+
+    def later(self, num_tokens: int) -> "SeqLengths":
+        """The lengths when each sequence has decoded num_tokens more."""
+        return SeqLengths(self.query_lens, self.seq_lens + num_tokens) if num_tokens else self
+
+
 @dataclass
 class LayerView:
-    """What one layer runs on in one step. Layers that run the same rows on equal lengths share a view.
+    """What one layer runs on in one step. Layers that run the same rows on equal lengths in the same blocks share one.
 
     rows_np, rows: [num_rows] token rows that execute the layer, ascending, on the host and on the device; None: all
         rows. Empty: no row executes it.
     attn_metadata, slot_mapping: for these rows; None: vLLM's own for the whole batch.
     skipped: rows that do not execute the layer, on the device; see skipped_rows.
     skipped_slots: the slots that these rows write in this layer's cache all the same; None: they write nothing.
-    attended: with attn_metadata, what it was made of: tokens to compute and to attend to, and block tables, see
-        StepBatch.metadata.
-    metadata_of: without attn_metadata, the layer whose metadata by vLLM is meant; None: of the layer itself.
+    lengths, tables: with attn_metadata that the next step may follow from, what it was made of, see StepBatch.metadata.
     """
 
     rows_np: np.ndarray | None = None
@@ -32,8 +45,8 @@ class LayerView:
     slot_mapping: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
     skipped_slots: torch.Tensor | None = None
-    attended: tuple[np.ndarray, np.ndarray, torch.Tensor] | None = None
-    metadata_of: int | None = None
+    lengths: SeqLengths | None = None
+    tables: torch.Tensor | None = None
     _source: torch.Tensor | None = None
 
     @property

@@ -18,7 +18,7 @@ from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
 from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.serving.kv.base import KVPolicy, LayerView
-from vllm_buddy.serving.kv.packed import next_views, packed_views
+from vllm_buddy.serving.kv.packed import PackedViews, next_views, packed_views
 from vllm_buddy.serving.schedule.plan import RequestPlan
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch
 
@@ -35,7 +35,7 @@ class _LastStep:
     has_drafts: bool = False
     mask: np.ndarray | None = None  # [num_runs, num_layers] int32, 1 where the run executes the layer
     places: RunPlaces | None = None
-    views: list[LayerView] | None = None
+    views: PackedViews | None = None
 
     @classmethod
     def none(cls) -> "_LastStep":
@@ -51,17 +51,11 @@ class _LastStep:
             and all(plan.cached_path is None for plan in self.plans)
         )
 
-    def next_views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView] | None:
-        """The views of `batch`, which repeats the step, where they follow from its views; else None.
-
-        They are the same while decoding if each layer either holds all tokens of the requests that run it or is run by
-        none. places: of `batch`.
-        """
+    def next_views(self, batch: StepBatch) -> PackedViews | None:
+        """The views of `batch`, which repeats the step, where they follow from its views; else None."""
         if self.views is None or batch.num_tokens != len(self.req_ids):
             return None
-        if all(view.attn_metadata is None for view in self.views):
-            return self.views
-        return next_views(batch, places, self.views)
+        return next_views(batch, self.views)
 
 
 class Masked(KVPolicy):
@@ -138,10 +132,9 @@ class Masked(KVPolicy):
         return last.places
 
     def views(self, batch: StepBatch, places: RunPlaces) -> list[LayerView]:
-        here = places.of(self.stage)
-        following = self._last.next_views(batch, here) if self._repeated else None
-        self._last.views = following or packed_views(batch, here, batch.home_block[self.stage])
-        return self._last.views
+        following = self._last.next_views(batch) if self._repeated else None
+        self._last.views = following or packed_views(batch, places.of(self.stage))
+        return self._last.views.views
 
     def _enter(self, batch: StepBatch, row: int) -> int:
         """Index of the state of the request in `row`, checked against the plan and prepared for the step."""

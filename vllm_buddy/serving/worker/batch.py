@@ -47,8 +47,10 @@ class StepBatch:
     num_computed_tokens: [num_reqs], tokens in the KV cache before this step.
     block_table: [num_reqs, max_num_blocks], int32, blocks of block_size tokens. With KV units: [num_reqs, num_units *
         max_num_blocks], one table behind the other.
-    slot_mapping: [num_tokens], the slots of vLLM's own metadata, one per position; with KV units, those of unit 0.
-    build_metadata: makes what the attention backend reads of CommonAttentionMetadata.
+    slot_mapping: [num_tokens], the slots of vLLM's own metadata, one per position; None with KV units, where vLLM makes
+        neither.
+    build_metadata: makes what the attention backend reads of CommonAttentionMetadata. move_metadata: makes the same for
+        another block table and other slots.
     kernels: Triton's, or their references.
     units: of the KV cache; None in the dense layout.
     """
@@ -60,29 +62,24 @@ class StepBatch:
     num_computed_tokens: np.ndarray
     block_table: torch.Tensor
     block_size: int
-    slot_mapping: torch.Tensor
+    slot_mapping: torch.Tensor | None
     build_metadata: Callable[[CommonAttentionMetadata], Any]
+    move_metadata: Callable[[Any, torch.Tensor, torch.Tensor], Any]
     kernels: Kernels
     units: KVUnits | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.slot_mapping.device
+        return self.block_table.device
 
     @property
     def num_tokens(self) -> int:
         return int(self.query_start_loc[-1])
 
-    @property
+    @cached_property
     def table_width(self) -> int:
         """Entries of the block table of one unit."""
         return self.block_table.shape[1] // (1 if self.units is None else self.units.num_units)
-
-    @cached_property
-    def home_block(self) -> np.ndarray:
-        """[num_layers] int32, the entry of the block table in which vLLM's own metadata of each layer begins."""
-        home = (0,) * self.num_layers if self.units is None else self.units.home
-        return np.array(home, dtype=np.int32) * np.int32(self.table_width)
 
     @cached_property
     def run_request(self) -> np.ndarray:
@@ -148,17 +145,20 @@ class StepBatch:
         )
         return slots
 
-    def tables(self, reqs: np.ndarray, most_tokens: int, first_block: np.ndarray | None = None) -> torch.Tensor:
-        """Block tables of rows `reqs` from their first blocks on: [len(reqs), blocks of most_tokens or more], int32."""
+    def tables(self, reqs: np.ndarray | None, most_tokens: int, first_block: np.ndarray | None = None) -> torch.Tensor:
+        """Block tables from their first blocks on: [num_rows, blocks of most_tokens or more], int32.
+
+        reqs: rows, ascending; None: all. first_block: [num_rows]; None: 0 everywhere.
+        """
         # In steps of _BLOCKS_STEP: Triton's attention is compiled for each divisor of the table's width.
         num_blocks = min(-(-most_tokens // (_BLOCKS_STEP * self.block_size)) * _BLOCKS_STEP, self.table_width)
         start = 0 if first_block is None else int(first_block[0])
         if first_block is None or (start % self.table_width == 0 and (first_block == start).all()):
             table = self.block_table[:, start : start + num_blocks]
-            if len(reqs) == len(self.block_table) and np.array_equal(reqs, np.arange(len(reqs))):
-                return table
-            return table.index_select(0, self.to_device(reqs))
+            return table if reqs is None else table.index_select(0, self.to_device(reqs))
         columns = np.minimum(first_block[:, None] + np.arange(num_blocks), self.block_table.shape[1] - 1)
+        if reqs is None:
+            return self.block_table.gather(1, self.to_device(columns))
         return self.block_table[self.to_device(reqs)[:, None], self.to_device(columns)]
 
     def metadata(

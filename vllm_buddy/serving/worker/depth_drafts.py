@@ -22,6 +22,7 @@ from vllm.forward_context import set_forward_context
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import LayerPath, Run
+from vllm_buddy.serving.compat import moved_metadata
 from vllm_buddy.serving.kv import LayerView
 from vllm_buddy.serving.schedule.draft_pace import DraftPath
 from vllm_buddy.serving.schedule.plan import RequestPlan
@@ -138,15 +139,17 @@ class DepthDrafts:
             block_size=state.block_size,
             slot_mapping=slots,
             build_metadata=state.layer_metadata,
+            move_metadata=moved_metadata,
             kernels=state.kernels,
         )
 
     @staticmethod
     def _views(batch: StepBatch, path: LayerPath) -> list[LayerView]:
         """All rows run the layers of the path, at their positions; in the others they go through the bypass."""
+        assert batch.slot_mapping is not None  # units are refused
         lengths = np.diff(batch.query_start_loc)
         ends = batch.num_computed_tokens + lengths
-        tables = batch.tables(np.arange(len(lengths)), int(ends.max()))
+        tables = batch.tables(None, int(ends.max()))
         metadata = batch.metadata(lengths, ends, tables, batch.slot_mapping)
         runs = LayerView(attn_metadata=metadata, slot_mapping=batch.slot_mapping)
         skips = LayerView(rows_np=np.empty(0, dtype=np.int64))

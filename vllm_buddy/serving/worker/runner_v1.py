@@ -3,13 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import get_forward_context
 
-from vllm_buddy.serving.compat import allocate_intermediate_tensors, runner_output
-from vllm_buddy.serving.worker.batch import StepBatch, side_by_side
+from vllm_buddy.serving.compat import allocate_intermediate_tensors, moved_metadata, runner_output
+from vllm_buddy.serving.worker.batch import StepBatch
 from vllm_buddy.serving.worker.depth_drafts import DepthDrafts
 from vllm_buddy.serving.worker.state import WorkerState
+from vllm_buddy.serving.worker.unit_tables import UnitTables
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -42,10 +44,27 @@ class RoutedRunnerV1(_Base):
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Keep what is known from now on: the attention backend and the size of a KV block."""
         super().initialize_kv_cache(*args, **kwargs)
+        if self.buddy_state.units is not None and not isinstance(self.input_batch.block_table, UnitTables):
+            self.input_batch.block_table = UnitTables(self.input_batch.block_table)
         self.buddy_state.attach_kv_cache(self.attn_groups, self.input_batch.block_table[0].block_size)
         allocate_intermediate_tensors(self)
         if isinstance(drafter := getattr(self, "drafter", None), DepthDrafts):
             drafter.attach(self)
+
+    def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, by KV-cache group and by layer. None with KV units: each layer has its own (see kv/packed.py)."""
+        return super()._get_slot_mappings(*args, **kwargs) if self.buddy_state.units is None else ({}, {})
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, by layer, and that of a speculator. None with KV units, likewise."""
+        return super()._build_attention_metadata(*args, **kwargs) if self.buddy_state.units is None else ({}, None)
+
+    def _tables_and_slots(self, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See StepBatch."""
+        tables, context = self.input_batch.block_table, get_forward_context()
+        if isinstance(tables, UnitTables):
+            return tables.side_by_side(num_reqs), None
+        return tables[0].get_device_tensor(num_reqs), context.slot_mapping[next(iter(context.attn_metadata))]
 
     def _step_batch(self) -> StepBatch:
         state, req_ids = self.buddy_state, self.input_batch.req_ids
@@ -53,20 +72,18 @@ class RoutedRunnerV1(_Base):
         query_start_loc = self.query_start_loc.np[: num_reqs + 1].astype(np.int64)
         plans = state.plans_of(req_ids, np.diff(query_start_loc).tolist())
         assert plans is not None  # V1 warms up without execute_model
-        context = get_forward_context()
-        layer_name = next(iter(context.attn_metadata))
+        block_table, slot_mapping = self._tables_and_slots(num_reqs)
         return StepBatch(
             num_layers=state.num_layers,
             req_ids=req_ids,
             plans=plans,
             query_start_loc=query_start_loc,
             num_computed_tokens=self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
-            block_table=side_by_side(
-                [t.get_device_tensor(num_reqs) for t in self.input_batch.block_table.block_tables]
-            ),
+            block_table=block_table,
             block_size=state.block_size,
-            slot_mapping=context.slot_mapping[layer_name],
+            slot_mapping=slot_mapping,
             build_metadata=state.layer_metadata,
+            move_metadata=moved_metadata,
             kernels=state.kernels,
             units=state.units,
         )

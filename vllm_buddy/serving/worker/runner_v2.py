@@ -8,7 +8,7 @@ import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 
-from vllm_buddy.serving.compat import runner_output
+from vllm_buddy.serving.compat import moved_metadata, runner_output
 from vllm_buddy.serving.worker.batch import StepBatch, side_by_side
 from vllm_buddy.serving.worker.state import WorkerState
 
@@ -45,8 +45,15 @@ class BuddyModelState(DefaultModelState):
     def prepare_attn(
         self, input_batch: Any, cudagraph_mode: Any, block_tables: Any, slot_mappings: Any, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """vLLM's metadata. Block table and slots are kept for prepare_inputs, which vLLM calls next."""
-        self._block_table, self._slot_mapping = side_by_side(block_tables), slot_mappings[0]
+        """vLLM's metadata. Block table and slots are kept for prepare_inputs, which vLLM calls next.
+
+        In steps with KV units there is none: each layer has its own (see kv/packed.py).
+        """
+        state = self.buddy_state
+        self._block_table = side_by_side(block_tables)
+        self._slot_mapping = slot_mappings[0] if state.units is None else None
+        if state.units is not None and state.is_planned:
+            return {}
         return super().prepare_attn(input_batch, cudagraph_mode, block_tables, slot_mappings, *args, **kwargs)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
@@ -56,7 +63,7 @@ class BuddyModelState(DefaultModelState):
         plans = state.plans_of(input_batch.req_ids, input_batch.num_scheduled_tokens.tolist())
         block_table, slot_mapping = self._block_table, self._slot_mapping
         self._block_table = self._slot_mapping = None
-        if plans is None or block_table is None or slot_mapping is None:
+        if plans is None or block_table is None:
             return inputs
         num_reqs, num_tokens = input_batch.num_reqs, input_batch.num_tokens
         batch = StepBatch(
@@ -67,8 +74,9 @@ class BuddyModelState(DefaultModelState):
             num_computed_tokens=input_batch.num_computed_tokens_np.astype(np.int64),
             block_table=block_table[:num_reqs],
             block_size=state.block_size,
-            slot_mapping=slot_mapping[:num_tokens],
+            slot_mapping=None if slot_mapping is None else slot_mapping[:num_tokens],
             build_metadata=state.layer_metadata,
+            move_metadata=moved_metadata,
             kernels=state.kernels,
             units=state.units,
         )

@@ -164,6 +164,11 @@ class WorkerState:
         if self._plan is None and self.serving:
             raise RuntimeError("vLLM sent a step without a plan, which would be served unrouted")
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether the step has a plan; a warm-up has none."""
+        return self._plan is not None
+
     def plans_of(self, req_ids: Sequence[str], num_scheduled: Sequence[int]) -> list[RequestPlan] | None:
         """The plans of the rows of a batch, checked; None in a warm-up, which is not planned."""
         if self._plan is None:
