@@ -13,12 +13,18 @@ from vllm_buddy.serving.start.settings import BuddySettings
 
 
 def resolved(
-    settings: dict[str, Any], *, eager: bool = False, max_num_seqs: int = 64, stages: int = 1
+    settings: dict[str, Any],
+    *,
+    eager: bool = False,
+    max_num_seqs: int = 64,
+    stages: int = 1,
+    speculator: str | None = None,
 ) -> BuddySettings:
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(enforce_eager=eager),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        speculative_config=None if speculator is None else SimpleNamespace(method=speculator),
     )
     return with_device_settings(BuddySettings(**settings), config)
 
@@ -62,6 +68,8 @@ def test_each_way_to_switch_graphs_off(gpu: pytest.MonkeyPatch) -> None:
     assert resolved({"kernels": "reference"}).graphs.enabled is False
     assert resolved({"kv_policy": "zero"}).graphs.enabled is False
     assert resolved({}, stages=2).graphs.enabled is False
+    assert resolved({}, speculator="eagle3").graphs.enabled is False
+    assert resolved({}, speculator="eagle").graphs.enabled is True
 
 
 def test_a_missing_triton_is_refused_with_the_setting_to_do_without(gpu: pytest.MonkeyPatch) -> None:
