@@ -3,9 +3,9 @@
     python -m benchmarks.speed.kv_layouts            # SmolLM2-135M, CPU, about 20 minutes on 2 cores
 
 Three engines run side by side: stock vLLM, and buddy with either layout. Every variant is checked against the plain
-forward of the method first. Each round has three engines of its own: two engines of the same layout differ by up to 10%
-of a step in the time of their layers and their head, which lie elsewhere in memory, and that never averages out within
-an engine. A set of engines takes about 2 GB.
+forward of the method first. Each round has three engines of its own: two engines of the same layout run the same code
+on weights that lie elsewhere in memory, and their steps may differ by 10% for as long as they run, in layers and head.
+A set of engines takes about 2 GB.
 
 - *Tokens that fit*: prompts of whole KV blocks are computed one by one, and the blocks that each of them takes counted.
 - *Under pressure*: 32 requests, 384 tokens of prompt and 128 decoded ones each, arrive at once, more than fit.

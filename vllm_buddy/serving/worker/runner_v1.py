@@ -52,11 +52,11 @@ class RoutedRunnerV1(_Base):
             drafter.attach(self)
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's, by KV-cache group and by layer. None with KV units: each layer has its own (see kv/packed.py)."""
+        """vLLM's, by KV-cache group and by layer. Empty with KV units: each layer has its own (see kv/packed.py)."""
         return super()._get_slot_mappings(*args, **kwargs) if self.buddy_state.units is None else ({}, {})
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's, by layer, and that of a speculator. None with KV units, likewise."""
+        """vLLM's, by layer, and that of a speculator. Empty with KV units, likewise."""
         return super()._build_attention_metadata(*args, **kwargs) if self.buddy_state.units is None else ({}, None)
 
     def _tables_and_slots(self, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor | None]:
