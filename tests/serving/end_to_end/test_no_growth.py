@@ -127,7 +127,7 @@ def test_the_scheduler_and_the_metrics_forget_requests(
         for records in (engine._routes, engine.generated, engine.told):
             records.clear()
 
-    check_growth(serve, 400)
+    check_growth(serve, 1000)
 
 
 def _unchecked(engine: PretendEngine) -> Callable[[Any], Any]:
