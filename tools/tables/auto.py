@@ -38,7 +38,15 @@ def _auto_line(row: Row) -> list[str]:
 
 def overload_table() -> str:
     """Return the latency between tokens at 1.5 times the load that the full model sustains."""
-    rows = _overload_rows()
+    return _overload_section(_overload_rows())
+
+
+def overload_objective_table() -> str:
+    """Return the same of a run with a service objective beside two load prices."""
+    return _overload_section([row for row in load_rows("cpu_overload_objective.jsonl") if "metric" in row])
+
+
+def _overload_section(rows: list[Row]) -> str:
     found = by_key(rows, "arrivals", "variant", "metric")
     names = list(dict.fromkeys((row["arrivals"], row["variant"]) for row in rows if row["metric"] == "p99_itl_ms"))
     sustained = next(row for row in rows if row["metric"] == "sustained_per_s")
