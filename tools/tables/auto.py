@@ -43,7 +43,7 @@ def overload_table() -> str:
 
 def overload_objective_table() -> str:
     """Return the same of a run with a service objective beside two load prices."""
-    return _overload_section([row for row in load_rows("cpu_overload_objective.jsonl") if "metric" in row])
+    return _overload_section(_overload_rows("cpu_overload_objective.jsonl"))
 
 
 def _overload_section(rows: list[Row]) -> str:
@@ -82,9 +82,9 @@ def _with_objective(name: str, row: Row) -> str:
     return f"{name} {number(row['objective_ms'])}" if "objective_ms" in row else name
 
 
-def _overload_rows() -> list[Row]:
+def _overload_rows(name: str = "cpu_overload.jsonl") -> list[Row]:
     # Files that were written before there were several kinds of arrivals do not name it.
-    return [{"arrivals": "step", **row} for row in load_rows("cpu_overload.jsonl") if "metric" in row]
+    return [{"arrivals": "step", **row} for row in load_rows(name) if "metric" in row]
 
 
 def overload_figures() -> dict[str, float]:
