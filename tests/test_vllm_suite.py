@@ -1,6 +1,8 @@
 """Tests of tools/vllm_suite.py, which runs vLLM's own tests: the selection, the switch, the hub, and the results."""
 
+import hashlib
 import json
+import tarfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from tools.suite import environment, hub, running, selection, switch
+from tools.suite import environment, hub, running, sdist, selection, switch
 from tools.suite.environment import MODES, STOCK
 from tools.tables import vllm_tests
 from tools.tables.results import load_rows
@@ -92,6 +94,25 @@ def test_stock_runs_load_no_plugin_of_this_project(tmp_path: Path) -> None:
     assert switch.BUDGET_VARIABLE not in stock
     assert "VLLM_PLUGINS" not in routed or routed["VLLM_PLUGINS"] != stock["VLLM_PLUGINS"]
     assert routed[switch.BUDGET_VARIABLE] == "0.5"
+
+
+def test_only_what_tests_read_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if another archive than PyPI's is taken, or if vLLM's sources come along and are imported instead of vLLM."""
+    source = tmp_path / "vllm-9.9"
+    for name in ("tests/test_a.py", "vllm/__init__.py", "setup.py", "pyproject.toml"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).touch()
+    archive = tmp_path / "archive.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, arcname=source.name)
+    entry = {"url": archive.as_uri(), "hashes": {"sha256": hashlib.sha256(archive.read_bytes()).hexdigest()}}
+    monkeypatch.setattr(sdist, "_entry", lambda _name: entry)
+    folder = sdist.fetch("9.9", tmp_path / "cache")
+    assert sorted(path.name for path in folder.iterdir()) == ["pyproject.toml", "tests"]
+    assert (folder / "tests" / "test_a.py").is_file()
+    entry["hashes"] = {"sha256": "0" * 64}
+    with pytest.raises(SystemExit, match="PyPI says 0000"):
+        sdist.fetch("9.9", tmp_path / "other")
 
 
 def test_every_model_is_the_embedded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
