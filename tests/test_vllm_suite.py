@@ -97,7 +97,7 @@ def test_stock_runs_load_no_plugin_of_this_project(tmp_path: Path) -> None:
 
 
 def test_only_what_tests_read_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if another archive than PyPI's is taken, or if vLLM's sources come along and are imported instead of vLLM."""
+    """Fails if another archive than PyPI's is taken, or vLLM's sources come along, to be imported instead of vLLM."""
     source = tmp_path / "vllm-9.9"
     for name in ("tests/test_a.py", "vllm/__init__.py", "setup.py", "pyproject.toml"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
