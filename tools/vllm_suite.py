@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     environment.make(args.cache / "packages", chosen.vllm)
     shared = [*(tests / "tests").rglob("conftest.py"), *(tests / "tests").rglob("utils.py")]
     hub.make(args.cache / "hub", [*shared, *(tests / "tests" / file.path for file in files)], chosen.adapters)
+    hub.make_assets(args.cache / "hub" / environment.ASSETS)
     wrong = []
     for batch, mode in _batches(files, args.modes, set() if args.again else set(_rows())):
         name = batch[0].path if len(batch) == 1 else f"{len(batch)} files without engines"

@@ -9,6 +9,7 @@ from tools.setup_env import ROOT
 from tools.suite.report import REPORT_VARIABLE
 from tools.suite.switch import BUDGET_VARIABLE
 
+ASSETS = "assets"  # a folder in that of the hub
 STOCK = "stock"
 MODES = (STOCK, "1.0", "0.5")
 # What the tests import beyond this project's environment. Without their own requirements, which are there already and
@@ -55,6 +56,7 @@ def variables(mode: str, folder: Path, hub: Path, report: Path) -> dict[str, str
         "PATH": bin_folder + os.pathsep + os.environ.get("PATH", ""),
         "HF_HOME": str(hub),
         "HF_HUB_OFFLINE": "1",
+        "VLLM_ASSETS_CACHE": str(hub / ASSETS),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_CI_ENV": "1",  # vLLM's own switch for its tests on CPU: no warm-up, and no compiler
         "VLLM_CPU_KVCACHE_SPACE": str(_KV_CACHE_GIB),

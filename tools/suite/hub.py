@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from vllm_buddy.models.embedded import fetch
@@ -46,6 +47,13 @@ def make(home: Path, sources: Iterable[Path], adapters: Iterable[str]) -> None:
         refs.mkdir(exist_ok=True)
         (refs / "main").write_text(_REVISION)
         partial.rename(snapshot)
+
+
+def make_assets(folder: Path) -> None:
+    """Put a blank picture where vLLM's tests look for one that they download when they are imported."""
+    picture = folder / "vllm_public_assets" / "stop_sign.jpg"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32)).save(picture)
 
 
 def _write_adapter(folder: Path, model: Path) -> None:

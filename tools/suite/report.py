@@ -14,6 +14,7 @@ import pytest
 
 REPORT_VARIABLE = "VLLM_SUITE_REPORT"
 CUDA_VARIABLE = "VLLM_SUITE_IMPORT_AS_CUDA"  # set: test files are imported as if there were CUDA
+UNITS_VARIABLE = "VLLM_SUITE_UNITS"  # set: no test starts an engine
 IMPORT = "(import)"  # a file that cannot be imported counts as one test of this name
 _LONGEST_MESSAGE = 300
 _found: dict[str, dict[str, Any]] = {}
@@ -38,6 +39,13 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
         for name in ("is_cuda", "is_cuda_alike"):
             patch.setattr(type(current_platform), name, lambda _self: True)
         return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the clean-up after each test, a second or more, where there is no engine to clean up after."""
+    if UNITS_VARIABLE in os.environ:
+        for item in items:
+            item.add_marker("skip_global_cleanup")
 
 
 def pytest_runtest_logreport(report: Any) -> None:

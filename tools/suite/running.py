@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.suite import environment
-from tools.suite.report import CUDA_VARIABLE
+from tools.suite.report import CUDA_VARIABLE, UNITS_VARIABLE
 from tools.suite.selection import TestFile
 
 _STOPPING_S = 60.0  # for what a test run does to end its servers
@@ -32,12 +32,15 @@ def run(
     report = log.with_suffix(".jsonl").absolute()
     report.write_text("")
     command = [sys.executable, "-m", "pytest", "-p", "vllm_suite_report", "-p", "no:cacheprovider", "-q"]
+    command += ["--continue-on-collection-errors"]
     command += ["--timeout", str(_ONE_TEST_S), "-o", "asyncio_default_fixture_loop_scope=function"]
     for file in files:
         command += [_target(file), *(f"--deselect={_target(file)}::{left.test}" for left in file.deselected)]
     variables = environment.variables(mode, folder, hub, report)
     if any(file.imported_as_cuda for file in files):
         variables[CUDA_VARIABLE] = "1"
+    if not any(file.engine for file in files):
+        variables[UNITS_VARIABLE] = "1"
     started = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(

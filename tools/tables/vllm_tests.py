@@ -17,7 +17,7 @@ def new_failures(stock: dict[str, Any] | None, row: dict[str, Any]) -> list[str]
 
 
 def passed_table() -> str:
-    """One row per file: tests that ran, and how many passed in each mode."""
+    """One row per file that was run: its tests, and how many passed in each mode. Then the files that were not."""
     chosen, rows = selection.load(), _rows()
     lines = []
     for file in chosen.files:
@@ -26,7 +26,9 @@ def passed_table() -> str:
             found = [rows.get((file.path, mode)) for mode in MODES]
             lines.append([f"`{file.path}`", str(_ran(stock)), *(_passed(row, stock) for row in found)])
     heads = ["file", "tests", "stock", "1.0", "0.5"]
-    return "\n".join([_summary(chosen, rows), "", *table(heads, lines)])
+    open_ = [f"`{file.path}`" for file in chosen.files if (file.path, STOCK) not in rows]
+    rest = ["", f"Chosen, but not run yet: {', '.join(open_)}."] if open_ else []
+    return "\n".join([_summary(chosen, rows), "", *table(heads, lines), *rest])
 
 
 def differences_table() -> str:
