@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tools.tables import auto, drafts, front, memory, peers, quality, speed, steps
+from tools.tables import auto, drafts, front, memory, peers, quality, speed, steps, vllm_tests
 from tools.tables.results import ROOT, table
 
 if TYPE_CHECKING:
@@ -124,6 +124,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "speculation": drafts.speculation_table,
     "profile of depths": drafts.profile_depths_table,
     "profile of speed-ups": drafts.profile_speedups_table,
+    "vllm tests": vllm_tests.passed_table,
+    "vllm test differences": vllm_tests.differences_table,
+    "vllm tests left out": vllm_tests.left_out_table,
 }
 DOCS = ROOT / "docs"
 PAGES = {
@@ -153,6 +156,7 @@ PAGES = {
     DOCS / "max_budget.md": ["max budget"],
     DOCS / "replicas.md": ["replicas"],
     DOCS / "memory.md": ["kv capacity", "kv pressure", "kv pace", "conversations", "full prompt"],
+    DOCS / "vllm_tests.md": ["vllm tests", "vllm test differences", "vllm tests left out"],
     CARD: ["quality"],
     TOKEN_CARD: ["token"],
 }

@@ -142,32 +142,63 @@ def streamed_samples(c: Client) -> Any:
 
 @case(_GROUP, "Responses API")
 def responses(c: Client) -> Any:
-    """The budget goes through this interface too; the outcome does not."""
-    budgets = c.metric("vllm_buddy:budget_count")
+    """The budget goes through this interface too, and the outcome comes back, in the last event of a stream too."""
     body: dict[str, Any] = {"input": "Name a colour.", "max_output_tokens": 16}
     status, answer = c.ask("/v1/responses", **body)
     assert status == 200, answer
     assert answer["status"] in ("completed", "incomplete")
-    if not c.routed:
-        return None
-    c.wait_idle()
-    assert c.metric("vllm_buddy:budget_count") > budgets
-    status, refused = c.ask("/v1/responses", **body, vllm_xargs={"buddy_budget": 2})
-    assert (status, "buddy_budget" in json.dumps(refused)) == (400, True), refused
-    return Differs("works, but the response has no place for the outcome; metrics count the request")
+    c.check_outcome(answer)
+    *_, last = c.stream("/v1/responses", **body)
+    assert last["type"] == "response.completed", last
+    c.check_outcome(last["response"])
+    if c.routed:
+        status, refused = c.ask("/v1/responses", **body, vllm_xargs={"buddy_budget": 2})
+        assert (status, "buddy_budget" in json.dumps(refused)) == (400, True), refused
+    return [part["text"] for item in answer["output"] for part in item["content"]]
 
 
 @case(_GROUP, "Anthropic's Messages API")
 def messages(c: Client) -> Any:
-    """The budget goes through this interface too; the outcome does not."""
+    """The budget goes through this interface too, and the outcome comes back."""
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 8}
     status, answer = c.ask("/v1/messages", **body)
     assert status == 200, answer
+    c.check_outcome(answer)
+    *_, last = c.stream("/v1/messages", **body)
+    assert last["type"] == "message_stop", last
+    if c.routed:
+        status, refused = c.ask("/v1/messages", **body, vllm_xargs={"buddy_budget": 2})
+        assert (status, "buddy_budget" in json.dumps(refused)) == (400, True), refused
+    return [part["text"] for part in answer["content"]]
+
+
+@case(_GROUP, "several conversations in one request (/v1/chat/completions/batch)")
+def batched_chat(c: Client) -> Any:
+    """vLLM's request has no field for extra arguments. It passes on what it does not know, and so the budget too."""
+    asked = ("Name a colour.", "Name an animal.", "Count to ten.")
+    conversations = [[{"role": "user", "content": content}] for content in asked]
+    status, answer = c.ask("/v1/chat/completions/batch", messages=conversations)
+    assert status == 200, answer
+    found = [choice["message"]["content"] for choice in answer["choices"]]
+    assert found == [text_of(c.chat(content)) for content in asked]
     if not c.routed:
-        return None
-    status, refused = c.ask("/v1/messages", **body, vllm_xargs={"buddy_budget": 2})
-    assert (status, "buddy_budget" in json.dumps(refused)) == (400, True), refused
-    return Differs("works, but the response has no place for the outcome; metrics count the request")
+        return found
+    options = {"vllm_xargs": {"buddy_budget": 2}}
+    assert "buddy_budget" in c.refusal("/v1/chat/completions/batch", messages=conversations, **options)
+    return Differs("works, but the response has no place for the outcome; metrics count each conversation")
+
+
+@case(_GROUP, "generative scoring")
+def generative_scoring(c: Client) -> Any:
+    """vLLM makes the requests itself, without extra arguments, as for beam search."""
+    labels = {"label_token_ids": [28, 216]}
+    status, answer = c.ask("/generative_scoring", query="Is it warm? ", items=["Ice.", "Fire."], **labels)
+    assert status == 200, answer
+    scores = [round(item["score"], 3) for item in answer["data"]]
+    assert all(0.0 <= score <= 1.0 for score in scores)
+    if c.routed and c.budget != 1.0:
+        return Differs("runs at the server's default budget, because vLLM passes no extra arguments")
+    return scores
 
 
 @case(_GROUP, "token-in, token-out API (/inference/v1/generate)")
@@ -182,6 +213,7 @@ def tokens_in_tokens_out(c: Client) -> Any:
 
     status, answer = ask(ids, c.budget)
     assert status == 200, answer
+    c.check_outcome(answer)
     found = [choice["token_ids"] for choice in answer["choices"]]
     assert found == token_ids(c.complete(ids))
     if c.routed:

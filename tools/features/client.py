@@ -43,7 +43,7 @@ class Client:
         status, answer = self.ask("/v1/completions", prompt=prompt, **{"return_token_ids": True, **body})
         assert status == 200, answer
         if tells:
-            self._check_outcome(answer)
+            self.check_outcome(answer)
         return answer
 
     def chat(self, content: str = "Name a colour.", **body: Any) -> Any:
@@ -51,7 +51,7 @@ class Client:
         messages = [{"role": "user", "content": content}]
         status, answer = self.ask("/v1/chat/completions", **{"messages": messages, **body})
         assert status == 200, answer
-        self._check_outcome(answer)
+        self.check_outcome(answer)
         return answer
 
     def refusal(self, path: str = "/v1/completions", **body: Any) -> str:
@@ -145,7 +145,7 @@ class Client:
         default: dict[str, Any] = {"model": MODEL, "temperature": 0.0, "max_tokens": 8}
         return {**default, **({"vllm_xargs": options} if options else {}), **body}
 
-    def _check_outcome(self, answer: Any) -> None:
+    def check_outcome(self, answer: Any) -> None:
         if not self.routed:
             return
         outcome = answer["kv_transfer_params"]["buddy"]

@@ -12,6 +12,7 @@ from benchmarks.harness.quantised import FORMATS, quantise
 from tests.harness.engine import Engine, Tiny, start_engine
 from tests.harness.tiny_models import HIDDEN_SIZE, NUM_LAYERS
 from tests.serving.end_to_end.test_golden import batch
+from vllm_buddy.method import depth_for_budget
 
 # fp32 sums of 128 products of magnitude 1 in another order
 ATOL = 1e-5
@@ -49,6 +50,32 @@ def test_layers_in_bf16_share_their_code_too(tiny: Callable[[str], Tiny], tmp_pa
     engine = start_engine(made, enforce_eager=False, dtype="bfloat16")
     _, *others = engine.runner.model.model.functions
     assert len({function._code for function in others}) == 1
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=("eager", "compiled"))
+def test_fp16_is_served_where_the_cpu_has_no_product_for_it(tiny: Callable[[str], Tiny], eager: bool) -> None:
+    """Fails if the start ends with an error of oneDNN, although vLLM's own layers do without it."""
+    engine = start_engine(tiny("llama"), enforce_eager=eager, dtype="float16")
+    for policy in ("masked", "kv_only"):
+        engine.configure(policy, 4, bypass=True)
+        asks = batch(seed=9)
+        for ask, output in zip(asks, engine.run(asks), strict=True):
+            assert len(output.outputs[0].token_ids) == ask.max_tokens
+            depth = depth_for_budget(ask.budget, NUM_LAYERS)
+            assert output.kv_transfer_params["buddy"]["layers_executed_max"] == depth
+
+
+def test_without_a_product_of_onednn_the_bypass_is_the_same(compiled: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a weight that oneDNN refuses is no weight, or another one."""
+    from vllm_buddy.serving.forward import bypasses
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
+
+    monkeypatch.setattr(bypasses.ops, "create_onednn_mm", refuse)
+    matrix, rows = torch.randn(7, HIDDEN_SIZE), torch.randn(3, HIDDEN_SIZE)
+    weight = bypasses._weight(matrix)
+    torch.testing.assert_close(weight.product(rows, weight.tensor), rows @ matrix.t(), atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("bypass", [False, True], ids=("bare", "bypass"))

@@ -5,6 +5,7 @@ products in one: of the row's state with the down projection of the bypass and w
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -133,12 +134,17 @@ class _Weight:
 def _weight(matrix: torch.Tensor) -> _Weight:
     """The matrix [out, in], on CPU in the packed form that vLLM uses for its linear layers.
 
-    torch's own product of a few rows takes two to three times as long, nearly all of it preparation.
+    torch's own product of a few rows takes two to three times as long, nearly all of it preparation. It is what is left
+    where oneDNN has no product for the dtype: fp16 on a CPU without instructions for it. vLLM's layers do the same.
     """
-    if not (current_platform.is_cpu() and ops._supports_onednn):
+    packed = None
+    if current_platform.is_cpu() and ops._supports_onednn:
+        with suppress(RuntimeError):
+            packed = ops.create_onednn_mm(matrix.t(), _ONEDNN_PRIMITIVES)
+    if packed is None:
         # A copy: DirectCall tells the inputs of a compiled function apart by their memory.
         return _Weight(matrix.clone(), nn.functional.linear)
-    packed, num_out = ops.create_onednn_mm(matrix.t(), _ONEDNN_PRIMITIVES), matrix.shape[0]
+    num_out = matrix.shape[0]
 
     def product(rows: torch.Tensor, handler: torch.Tensor) -> torch.Tensor:
         output = rows.new_empty(rows.shape[0], num_out)
