@@ -191,8 +191,8 @@ def batched_chat(c: Client) -> Any:
 @case(_GROUP, "generative scoring")
 def generative_scoring(c: Client) -> Any:
     """vLLM makes the requests itself, without extra arguments, as for beam search."""
-    labels = {"label_token_ids": [28, 216]}
-    status, answer = c.ask("/generative_scoring", query="Is it warm? ", items=["Ice.", "Fire."], **labels)
+    asked = {"query": "Is it warm? ", "items": ["Ice.", "Fire."], "label_token_ids": [28, 216]}
+    status, answer = c.ask("/generative_scoring", headers=None, **asked)
     assert status == 200, answer
     scores = [round(item["score"], 3) for item in answer["data"]]
     assert all(0.0 <= score <= 1.0 for score in scores)

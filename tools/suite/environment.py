@@ -23,8 +23,8 @@ _VLLM_PLUGINS = "lora_filesystem_resolver,lora_hf_hub_resolver"
 def make(folder: Path, version: str) -> None:
     """Fill a folder for PYTHONPATH: the packages, this checkout's plugin, and what switches engines."""
     if not (folder / "pytest_asyncio").is_dir():
-        target = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-        subprocess.run([*target, *_PACKAGES], check=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*pip, *_PACKAGES], check=True)
     here = Path(__file__).parent
     links = {
         "vllm_buddy": ROOT / "vllm_buddy",

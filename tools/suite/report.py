@@ -32,7 +32,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     """Import a file as if there were CUDA, so that one that skips itself without it is run all the same."""
     if CUDA_VARIABLE not in os.environ or not isinstance(collector, pytest.Module):
         return (yield)
-    import tests.utils  # noqa: F401  # imports what there is with CUDA only
+    import tests.utils  # type: ignore[import-not-found]  # noqa: F401  # vLLM's; imports what there is with CUDA only
     from vllm.platforms import current_platform
 
     with pytest.MonkeyPatch.context() as patch:

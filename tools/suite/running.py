@@ -54,7 +54,7 @@ def run(
             _end(process)
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     found = [line for line in lines if "test" in line]
-    common = {"engines": len(lines) - len(found), "finished": finished}
+    common: dict[str, Any] = {"engines": len(lines) - len(found), "finished": finished}
     common |= {"seconds": round(time.monotonic() - started), "date": str(datetime.date.today())}
     return [
         {"file": file.path, "mode": mode, **_outcomes([r for r in found if r["file"] == _target(file)]), **common}

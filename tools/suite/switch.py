@@ -35,4 +35,4 @@ def register() -> None:
                 file.write(json.dumps({"engine": config.model_config.architecture}) + "\n")
         return config
 
-    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+    EngineArgs.create_engine_config = create_engine_config

@@ -33,7 +33,8 @@ def passed_table() -> str:
 
 def differences_table() -> str:
     """One row per test that passes with stock vLLM and fails with routing, and why that is right."""
-    rows, lines = _rows(), {}
+    rows = _rows()
+    lines: dict[tuple[selection.TestFile, str], list[str]] = {}
     for file in selection.load().files:
         for mode in MODES[1:]:
             row = rows.get((file.path, mode))
