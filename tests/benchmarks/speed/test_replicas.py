@@ -37,7 +37,7 @@ def test_gain_and_prediction_compare_what_they_say() -> None:
 def counted(status: int = 200) -> dict[float, int]:
     """What two users count at a server that sends two tokens in each chunk."""
     in_flight: dict[float, int] = {}
-    asked = SimpleNamespace(users=4, tokens=6, warm_up=0.2, seconds=0.3)
+    asked = SimpleNamespace(users=4, tokens=6, warm_up=0.2, seconds=2.0)
 
     async def answer(request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -543,7 +543,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
     "speculator": (
         {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
-        "choose one of ngram, draft_model, custom_class",
+        "choose one of ngram, suffix, draft_model, eagle, eagle3, custom_class",
     ),
     "drafts of two ranks": ({"speculative_config": DRAFTS, "tensor_parallel_size": 2}, "tensor parallelism"),
     "asynchronous drafts": ({"speculative_config": NGRAM, "async_scheduling": True}, "--async-scheduling"),
