@@ -36,13 +36,20 @@ class LayerLog:
         layers = list(self._engine.runner.model.model.layers)
 
         def logged_run(
-            step: Any, layers: Any, functions: Any, positions: torch.Tensor, hidden: Any, residual: Any, bypasses: Any
+            step: Any,
+            layers: Any,
+            functions: Any,
+            positions: torch.Tensor,
+            hidden: Any,
+            residual: Any,
+            bypasses: Any,
+            auxiliary: Any,
         ) -> Any:
             self._rows = self._owners(positions)
             tagged = positions + (torch.arange(len(positions)) << _ROW_SHIFT)
             ran = [self._watched(self.ran, i, f) for i, f in enumerate(functions)]
             bypassed = bypasses and [self._watched(self.bypassed, i, f) for i, f in enumerate(bypasses)]
-            return run(step, layers, ran, tagged, hidden, residual, bypassed)
+            return run(step, layers, ran, tagged, hidden, residual, bypassed, auxiliary)
 
         def logged_write(layer: Any, positions: torch.Tensor, *others: Any) -> None:
             self._count(self.wrote, positions, layers.index(layer))
