@@ -126,6 +126,11 @@ def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable
     setattr(owner, name, wrapped)
 
 
+def _is_routed(owner: Any) -> bool:
+    """Whether what vLLM serves is routed. owner: has vLLM's ModelConfig as `model_config`, or no model at all."""
+    return getattr(getattr(owner, "model_config", None), "model_impl", None) == MODEL_IMPL
+
+
 def _wrap_normalize_arch() -> None:
     """Map a supported architecture to its routed class, and refuse the others by name."""
     from vllm.model_executor.models.registry import _ModelRegistry
@@ -174,7 +179,7 @@ def _wrap_process_inputs() -> None:
         def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
             params = request.sampling_params
-            if getattr(self.model_config, "model_impl", None) == MODEL_IMPL and isinstance(params, SamplingParams):
+            if _is_routed(self) and isinstance(params, SamplingParams):
                 verify_token_ids(request.prompt_token_ids, self.model_config.get_vocab_size())
                 limits = self.model_config.buddy_limits
                 verify_with_prompt(
@@ -199,7 +204,7 @@ def _wrap_get_core_engine_for_request() -> None:
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_core_engine_for_request(self: DPLBAsyncMPClient, request: Any) -> Any:
-            is_ours = getattr(self.vllm_config.model_config, "model_impl", None) == MODEL_IMPL
+            is_ours = _is_routed(self.vllm_config)
             if is_ours and request.data_parallel_rank is None and request.request_id not in self.reqs_in_flight:
                 chooser = self.__dict__.get("buddy_replicas")
                 if chooser is None:
@@ -223,21 +228,22 @@ def _wrap_ready_response() -> None:
 
     def around_make(original: Callable[..., Any]) -> Callable[..., Any]:
         def make_ready_response(self: EngineCoreProc) -> Any:
-            response, config = original(self), self.vllm_config.model_config
-            if getattr(config, "model_impl", None) != MODEL_IMPL:
+            response = original(self)
+            if not _is_routed(self.vllm_config):
                 return response
-            return add_to_ready_response(response, config.buddy_served)
+            return add_to_ready_response(response, self.vllm_config.model_config.buddy_served)
 
         return make_ready_response
 
     def around_apply(original: Callable[..., Any]) -> Callable[..., Any]:
         def apply_ready_response(self: MPClient, payload: bytes) -> None:
             original(self, payload)
-            config = self.vllm_config.model_config
-            if getattr(config, "model_impl", None) == MODEL_IMPL and (told := told_when_ready(payload)) is not None:
+            if _is_routed(self.vllm_config) and (told := told_when_ready(payload)) is not None:
                 rank, found = told
                 with telling_refusals():
-                    refuse_differences(config.buddy_served, [(f"replica {rank}", Served(*found))])
+                    refuse_differences(
+                        self.vllm_config.model_config.buddy_served, [(f"replica {rank}", Served(*found))]
+                    )
 
         return apply_ready_response
 
@@ -257,7 +263,7 @@ def _wrap_get_kv_cache_groups() -> None:
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
             groups = original(vllm_config, kv_cache_spec)
-            units = getattr(vllm_config.model_config, "buddy_kv_units", None)
+            units = vllm_config.model_config.buddy_kv_units if _is_routed(vllm_config) else None
             return groups if units is None else groups_by_units(groups, units)
 
         return get_kv_cache_groups
@@ -298,7 +304,7 @@ def _wrap_stat_loggers() -> None:
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def init(self: StatLoggerManager, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             original(self, vllm_config, *args, **kwargs)
-            if getattr(vllm_config.model_config, "model_impl", None) == MODEL_IMPL:
+            if _is_routed(vllm_config):
                 from vllm_buddy.serving.telemetry.stat_logger import BuddyStatLogger
 
                 vllms = next(logger for logger in self.stat_loggers if isinstance(logger, PrometheusStatLogger))
@@ -340,7 +346,7 @@ def _wrap_stream(serving: type, method: str) -> None:
         signature = inspect.signature(original)
 
         def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
-            if getattr(self.model_config, "model_impl", None) != MODEL_IMPL:
+            if not _is_routed(self):
                 return original(self, request, *args, **kwargs)
             call = signature.bind(self, request, *args, **kwargs)
             return with_outcome(original, call, tells_paths=wants_paths(request.vllm_xargs))

@@ -5,7 +5,6 @@ products in one: of the row's state with the down projection of the bypass and w
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 
@@ -22,6 +22,8 @@ from vllm_buddy.serving.forward.compiled import LayerFn, compile_ahead, compiles
 from vllm_buddy.serving.forward.direct_call import DirectCall
 from vllm_buddy.serving.forward.pipeline import is_here
 from vllm_buddy.serving.kv.kv_only import take_kv_weights
+
+logger = init_logger(f"vllm.{__name__}")
 
 _ONEDNN_PRIMITIVES = 32  # numbers of rows for which a packed weight keeps a prepared product, as in vLLM
 
@@ -139,8 +141,10 @@ def _weight(matrix: torch.Tensor) -> _Weight:
     """
     packed = None
     if current_platform.is_cpu() and ops._supports_onednn:
-        with suppress(RuntimeError):
+        try:
             packed = ops.create_onednn_mm(matrix.t(), _ONEDNN_PRIMITIVES)
+        except RuntimeError as error:
+            logger.warning_once("bypasses use torch's matrix products, which are slower: %s", error)
     if packed is None:
         # A copy: DirectCall tells the inputs of a compiled function apart by their memory.
         return _Weight(matrix.clone(), nn.functional.linear)
