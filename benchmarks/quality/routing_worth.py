@@ -1,9 +1,9 @@
 """Measures what choosing depths per token is worth, on text that training has not seen, one kind of text at a time.
 
-    python -m benchmarks.quality.routing_worth RECIPE --data-dir DATA      # about 6 minutes on 2 cores
+    python -m benchmarks.quality.routing_worth RECIPE ... --data-dir DATA      # about 6 minutes on 2 cores
 
-RECIPE is the recipe of the artifact's training: from each of its files it takes windows that this training did not use
-(that of the artifact which it starts from may have). The divergence from the full model is measured with depths chosen
+RECIPE is the recipe of the artifact's training; several, if it was trained on. From each file of the first one it takes
+windows that none of them used (the training of the artifact which they start from may have). The divergence from the full model is measured with depths chosen
 per token (`token`), with the same depths dealt to the tokens of each window at random (`shuffled`), and with one depth
 for all tokens, on the paths of the artifact's router (`constant`), all with the same bypasses and under `kv_only`. Rows
 of `gain` are the difference to `token` in nats per token. Its standard error is over windows, of the differences within
@@ -40,12 +40,14 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--artifact", type=Path, default=SHIPPED_DIR / f"{DEFAULT_MODEL}-token")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--windows", type=at_least(2), default=16, help="of each kind of text")
-    parser.add_argument("--skip", nargs="*", default=["sampled.jsonl"], help="files that are not measured on")
+    parser.add_argument(
+        "--skip", nargs="*", default=["sampled.jsonl"], metavar="FILE", help="files that are not measured on"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / "quality_routing.jsonl")
     args = parser.parse_args()
     env = environment("cpu")
@@ -69,7 +71,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     num_layers = artifact.config.base_model.num_layers
     variants = [Variant(p, b, depth_for_budget(b, num_layers)) for b in args.budgets for p in policies]
     rows = []
-    for kind, windows in unseen(args.recipe, args.data_dir, args.windows).items():
+    for kind, windows in unseen(args.recipes, args.data_dir, args.windows).items():
         if kind in args.skip:
             continue
         samples = [Sample(window.tolist(), CONTEXT) for window in windows]
@@ -87,29 +89,28 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def unseen(recipe: Path, data_dir: Path, count: int) -> dict[str, np.ndarray]:
-    """Return up to `count` windows that training by a recipe does not use, of each of its files: [n, length]."""
-    settings = Stage1Settings.read(recipe, {"data_dir": str(data_dir), "out": "unused"})
+def unseen(recipes: Sequence[Path], data_dir: Path, count: int) -> dict[str, np.ndarray]:
+    """Return up to `count` windows of each file of the first recipe that training by none of them uses: [n, length]."""
     tokenizer = load_tokenizer(fetch())
-    used = settings.tokens // settings.length
-    seen = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, used, settings.seed)
-    files = [source for source in settings.data if isinstance(source, DataSource)]
-    if len(files) < len(settings.data):
-        raise EvaluationError(f"{recipe} trains on data sets; what it leaves over can be told of files alone")
+    runs = [Stage1Settings.read(recipe, {"data_dir": str(data_dir), "out": "unused"}) for recipe in recipes]
+    seen = [Corpus.read(run.data, data_dir, tokenizer, run.length, run.tokens // run.length, run.seed) for run in runs]
+    files = [source for source in runs[0].data if isinstance(source, DataSource)]
+    if len(files) < len(runs[0].data):
+        raise EvaluationError(f"{recipes[0]} trains on data sets; what it leaves over can be told of files alone")
     whole = [source.model_copy(update={"share": 1.0}) for source in files]
-    every = Corpus.read(whole, settings.data_dir, tokenizer, settings.length, 0, settings.seed)
+    every = Corpus.read(whole, data_dir, tokenizer, runs[0].length, 0, runs[0].seed)
     found = fresh_windows(seen, every, files)
     return {name: windows[:count] for name, windows in found.items()}
 
 
-def fresh_windows(seen: Corpus, every: Corpus, sources: Sequence[DataSource]) -> dict[str, np.ndarray]:
+def fresh_windows(seen: Sequence[Corpus], every: Corpus, sources: Sequence[DataSource]) -> dict[str, np.ndarray]:
     """Return the windows of each file that no sequence of training equals: [n, length] each.
 
-    seen: what training reads; every: the whole files, in the same windows. Of a file that training reads in part, the
-    rest is returned: it is kept for development.
+    seen: what training reads, run by run; every: the whole files, in the same windows. Of a file that training reads in
+    part, the rest is returned: it is kept for development.
     """
-    trained = {row.tobytes() for row in seen.sequences[np.unique(seen.order)]}
-    read = {row.tobytes() for row in seen.sequences}
+    trained = {row.tobytes() for corpus in seen for row in corpus.sequences[np.unique(corpus.order)]}
+    read = {row.tobytes() for corpus in seen for row in corpus.sequences}
     found = {}
     for source, start, end in zip(sources, every.starts[:-1], every.starts[1:]):
         known = read if source.share < 1 else trained

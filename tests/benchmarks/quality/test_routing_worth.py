@@ -19,6 +19,8 @@ def test_only_windows_that_training_did_not_use_are_returned() -> None:
     seen = corpus([*half, *whole], [0, 2, 4], [0, 2, 5])
     every = corpus([*half, [3, 3], [4, 4], *whole[::-1]], [], [0, 4, 7])
     sources = [DataSource(file=Path("half.txt"), share=0.5), DataSource(file=Path("whole.json"))]
-    found = fresh_windows(seen, every, sources)
+    found = fresh_windows([seen], every, sources)
     assert found["half.txt"].tolist() == [[3, 3], [4, 4]]
     assert found["whole.json"].tolist() == [[6, 6]]
+    later = corpus(whole, [1], [0, 3])
+    assert not len(fresh_windows([seen, later], every, sources)["whole.json"])
