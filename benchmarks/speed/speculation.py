@@ -70,7 +70,7 @@ class Drafted(Variant):
         drafter.kept_ngrams = getattr(drafter, "kept_ngrams", drafter._ngrams)
         drafter._ngrams = drafter.kept_ngrams if self.ngrams else None
         drafting = core.scheduler._drafting
-        drafter._drafts = self.drafts or drafting.path
+        drafter.use(self.drafts or drafting.path)
         row_cost = DraftSettings().row_cost if self.paced else 0.0  # with cost 0 too, the most drafts gain the most
         drafting.path = drafter._drafts
         drafting.settings = drafting.settings.model_copy(update={"row_cost": row_cost, "most": self.most})

@@ -330,7 +330,7 @@ def test_weights_that_the_configuration_does_not_mention(tmp_path: Path) -> None
     plain = _artifact()
     with pytest.raises(ArtifactError, match=r"says nothing of tensor 'bypass.down'"):
         dataclasses.replace(plain, bypass=_bypass()).save(tmp_path)
-    with pytest.raises(ArtifactError, match=r"lora.alpha and predictor.depths of the configuration are .*1e-05, .*0.1"):
+    with pytest.raises(ArtifactError, match=r"predictor.depths and drafts of the configuration are .*1e-05, .*0.1"):
         dataclasses.replace(_artifact(bypass=_bypass()), bypass=dataclasses.replace(_bypass(), eps=0.1)).save(tmp_path)
     with pytest.raises(ArtifactError, match=r"'bypass.down' holds values that are not finite"):
         too_large = dataclasses.replace(_bypass(), down=1e6 * _bypass().down)

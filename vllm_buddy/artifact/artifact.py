@@ -152,9 +152,7 @@ class Artifact:
 
     @property
     def _parts(self) -> ArtifactParts:
-        return ArtifactParts(
-            self.prior, self.decision, self.bypass, self.lora, self.predictor, self.token, self.drafts
-        )
+        return ArtifactParts(self.prior, self.decision, self.bypass, self.lora, self.predictor, self.token, self.drafts)
 
 
 def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:

@@ -1,6 +1,7 @@
 """The schema of `buddy_config.json`, the configuration of an artifact."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -163,7 +164,7 @@ class BuddyConfig(BaseModel):
         for layers in self.drafts.exits if self.drafts is not None else ():
             if not MIN_DEPTH <= len(layers) <= last or (layers[0], layers[-1]) != (0, last):
                 raise ValueError(
-                    f"an exit must hold layers 0 and {last}, at least {MIN_DEPTH} layers and not all; one holds {layers}"
+                    f"an exit holds layers 0 and {last}, at least {MIN_DEPTH} layers and not all; one holds {layers}"
                 )
         return self
 
@@ -180,7 +181,7 @@ class BuddyConfig(BaseModel):
 
 def _check_nested(paths: Sequence[tuple[int, ...]]) -> None:
     """Raise ValueError unless the layers of each path ascend, and each path is a subset of the next."""
-    for shallow, deep in zip(paths, paths[1:]):
+    for shallow, deep in pairwise(paths):
         if not set(shallow) < set(deep):
             raise ValueError(f"each path must be a subset of the next; {shallow} is not one of {deep}")
     if any(list(path) != sorted(set(path)) for path in paths):
