@@ -146,7 +146,7 @@ def _variants(lineup: Lineup) -> list[Variant]:
     for depth in DEPTHS:
         found.append(always(f"1 draft of {depth} layers", _draft_path(lineup, depth), 1))
     drafts = _draft_path(lineup, None)
-    found.append(always("3 drafts of 9 layers", drafts, 3))
+    found.append(always(f"3 drafts of {drafts.path.bit_count()} layers", drafts, 3))
     found.append(always("2 drafts of 9 layers, refined by 15", _draft_path(lineup, 9, 15), 2))
     found.append(lossless("as it pays", ngrams=False, drafts=drafts))
     found.append(lossless("n-gram, then as it pays", ngrams=True, drafts=drafts))

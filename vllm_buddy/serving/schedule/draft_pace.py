@@ -57,7 +57,7 @@ class DraftPath:
 
     @classmethod
     def of(cls, settings: BuddySettings, artifact: Artifact, hf_config: Any) -> "DraftPath":
-        """What the settings ask for: at the depth of one of the artifact's exits that exit, at others the library's path.
+        """What the settings ask for: at the depth of one of the artifact's exits that exit, else the library's path.
 
         Where they ask for no depth, the artifact's first exit drafts. hf_config: of the model.
 
@@ -86,12 +86,9 @@ class DraftPath:
 
     def summary(self, artifact: Artifact) -> str:
         """What drafts run, for the log of the start."""
-        told = (
-            f"drafts run {self.path.bit_count()} layers, {'without an' if self.adapter is None else 'with an'} adapter"
-        )
+        told = f"drafts run {_told(self.path, self.adapter)}"
         if self.refined is not None:
-            refined = "without an" if self.refine_adapter is None else "with an"
-            told += f", and {self.refined.bit_count()} layers check them, {refined} adapter"
+            told += f", and {_told(self.refined, self.refine_adapter)} check them"
         if not artifact.drafts:
             return f"{told}: the artifact has no trained draft exits (`vllm-buddy train-drafts` adds them)"
         trained = ", ".join(str(draft.path.bit_count()) for draft in artifact.drafts)
@@ -227,6 +224,10 @@ def _exit(artifact: Artifact, name: str, depth: int) -> tuple[LayerPath, ExitAda
         known = ", ".join(map(str, sorted(artifact.config.library or ())))
         raise SettingsError(f"{name} is {depth}, of which the path library has no path; it has paths of {known} layers")
     return path, None
+
+
+def _told(path: LayerPath, adapter: ExitAdapter | None) -> str:
+    return f"{path.bit_count()} layers {'without an' if adapter is None else 'with an'} adapter"
 
 
 def _cost(hf_config: Any, artifact: Artifact, depth: int, adapter: ExitAdapter | None) -> float:

@@ -6,9 +6,9 @@ of the full model: drafts are greedy, so to the sampler each is one token with c
 
 A draft pass runs the newest token along a short path of the model, on the request's own KV cache. The cache holds K and
 V of all layers for all tokens before, because a lossless request runs at full depth. The pass writes K and V of the
-draft into the slots after them, in the layers of the path. It ends in the exit's adapter, where the artifact has one
-that was trained for the path, before the model's own last norm and head. The step that checks the draft writes all layers' there, and
-what lies beyond the accepted tokens is written again before anything reads it.
+draft into the slots after them, in the layers of the path. Where the artifact has a trained exit, the exit's adapter
+follows, and then the model's own last norm and head. The step that checks the draft writes all layers' K and V there,
+and what lies beyond the accepted tokens is written again before anything reads it.
 """
 
 import copy
