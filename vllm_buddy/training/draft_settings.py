@@ -55,7 +55,7 @@ class DraftTrainingSettings(BaseModel):
     )
     length: int = Field(default=256, ge=16, description="tokens per sequence")
     batch: int = Field(default=2, ge=1, description="sequences per optimizer step")
-    learning_rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")
+    learning_rate: float = Field(default=5e-3, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="weight decay of AdamW")
     warmup_steps: int = Field(default=20, ge=0, description="optimizer steps of linear warm-up")
     clip: float = Field(
