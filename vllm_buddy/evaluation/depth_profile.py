@@ -185,8 +185,8 @@ def _drafted(
     tokens, said = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     chains = {depth: torch.cat([part[2][depth] for part in parts], dim=1) for depth in exits}
     stages = {k: torch.cat([part[3][k] for part in parts], dim=1) for k in stage_paths}
-    bare = {depth: list(torch.cat([part[4][depth] for part in parts], dim=2)) for depth in untrained}
-    return Drafts(tokens, said, passages.shape[1] - 1, chains, stages, bare)
+    both = {depth: list(torch.cat([part[4][depth] for part in parts], dim=2)) for depth in untrained}
+    return Drafts(tokens, said, passages.shape[1] - 1, chains, stages, both)
 
 
 def _written(model: nn.Module, passages: torch.Tensor, num_tokens: int) -> torch.Tensor:
