@@ -18,6 +18,7 @@ from tests.harness.tiny_models import (
     save_tiny_model,
 )
 from vllm_buddy.artifact import Artifact, load_artifact
+from vllm_buddy.artifact.provenance import DRAFTS_HEADING
 from vllm_buddy.cli.main import main
 from vllm_buddy.method import full_path, layers_of
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
@@ -164,6 +165,7 @@ def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: 
 @pytest.fixture
 def command(tmp_path: Path, model_with_tokenizer: Path, data: Path) -> list[str]:
     random_artifact(tmp_path / "artifact", model_with_tokenizer, bypass_rank=4, predictor_depths=(4, 8))
+    (tmp_path / "artifact" / "README.md").write_text(f"# a\n\n{DRAFTS_HEADING}\n\nThere are none.\n\n## Last\n")
     config = tmp_path / "drafts.yaml"
     config.write_text(
         f"artifact: {tmp_path / 'artifact'}\nmodel: {model_with_tokenizer}\ndata: [{{file: {data}}}]\n"
@@ -187,6 +189,8 @@ def test_from_files_to_an_artifact_with_exits(
     assert len((out / LOG_FILE).read_text().splitlines()) == 512 // (2 * 32)
     card, record = (out / "README.md").read_text(), (out / "run.yaml").read_text()
     assert f"| {', '.join(map(str, layers_of(artifact.drafts[0].path)))} |" in card
+    assert "There are none" not in card
+    assert card.endswith("\n## Last\n")
     found = json.loads(f"[{record.split('layers: ')[1].splitlines()[0]}]")
     assert found[0][0] == 0
     printed = capsys.readouterr()
@@ -195,7 +199,7 @@ def test_from_files_to_an_artifact_with_exits(
     # Again, from the result itself: exits are replaced, not added.
     assert main([*command, f"artifact={out}", "depth=4", "refine_depth=null"]) == 0
     assert [draft.path.bit_count() for draft in load_artifact(out).drafts] == [4]
-    assert (out / "README.md").read_text().count("## Draft exits") == 1
+    assert (out / "README.md").read_text().count(DRAFTS_HEADING) == 1
     assert (out / "run.yaml").read_text().count("\ndrafts:") + (out / "run.yaml").read_text().startswith("drafts:") == 1
 
 

@@ -16,6 +16,7 @@ import vllm_buddy
 
 CARD_FILE = "README.md"
 RUN_FILE = "run.yaml"
+DRAFTS_HEADING = "## Draft exits"  # of the card's section that `vllm-buddy train-drafts` replaces
 
 
 def command_line(command: str, settings: BaseModel, positional: Sequence[str]) -> str:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_buddy.artifact.provenance import add_section, run_header
+from vllm_buddy.artifact.provenance import DRAFTS_HEADING, add_section, run_header
 from vllm_buddy.method import layers_of
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
 from vllm_buddy.training.draft_training import TrainedDrafts
 
 LOG_FILE = "draft_log.jsonl"
-CARD_HEADING = "## Draft exits"
 RUN_KEY = "drafts"
 
 
@@ -56,7 +55,7 @@ def drafts_card(trained: TrainedDrafts, command: str) -> str:
         for draft, before, after in zip(trained.artifact.drafts, trained.before, trained.after)
     ]
     lines = [
-        CARD_HEADING,
+        DRAFTS_HEADING,
         "",
         "In lossless mode the first of these paths drafts, with an adapter of rank "
         f"{trained.artifact.drafts[0].adapter.rank} before the model's last norm. On text that was not trained on, the "
