@@ -98,8 +98,8 @@ def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> st
         "",
         DRAFTS_HEADING,
         "",
-        "There are none: lossless mode drafts on paths of the library, without adapters. `vllm-buddy train-drafts` makes "
-        "some.",
+        "There are none: lossless mode drafts on paths of the library, without adapters. `vllm-buddy train-drafts` "
+        "makes some.",
         "",
         *card_origin(command, f"every setting, the hashes of the data, and versions; `{CURVES_FILE}` shows the loss"),
     ]

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -217,9 +218,10 @@ def test_the_artifacts_exits_draft_with_their_adapters(
     """Fails if drafts of trained exits differ from the reference's, or an adapter changes a token of an answer."""
     tiny = make_tiny(tmp_path_factory.mktemp("exits"), "llama", bypass_rank=4, draft_depths=(4, 7))
     engine = start_lossless(tiny, depth=None, refine_depth=7)
-    drafts, exits = engine.runner.drafter._drafts, tiny.artifact.drafts
-    assert [drafts.path, drafts.refined] == [draft.path for draft in exits]
-    assert torch.equal(drafts.adapter.up, exits[0].adapter.up)
+    drafter, exits = engine.runner.drafter, tiny.artifact.drafts
+    assert [drafter._drafts.path, drafter._drafts.refined] == [draft.path for draft in exits]
+    check_drafts(engine, monkeypatch)
+    drafter.use(replace(drafter._drafts, refined=None))  # the refining pass corrects nearly all drafts of random models
     check_drafts(engine, monkeypatch)
     asks = mixed_batch(seed=4)
     engine.check(asks, engine.run(asks))
