@@ -1,6 +1,5 @@
 """Writes the files of `vllm-buddy train-drafts` beside an artifact: log, and sections of model card and run.yaml."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,12 +33,15 @@ def finish_run(
         "searched": {
             str(found.depth): {
                 "layers": layers_of(found.path),
-                **{name: round(getattr(found, name), 4) for name in ("divergence", "agreement", "gain")},
+                **_rounded(found, "divergence", "agreement", "gain"),
             }
             for found in trained.searched
         },
         "held_out": {
-            str(draft.path.bit_count()): {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)}
+            str(draft.path.bit_count()): {
+                "before": _rounded(before, "agreement", "divergence"),
+                "after": _rounded(after, "agreement", "divergence"),
+            }
             for draft, before, after in zip(trained.artifact.drafts, trained.before, trained.after)
         },
     }
@@ -70,3 +72,7 @@ def drafts_card(trained: TrainedDrafts, command: str) -> str:
         "",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _rounded(figures: Any, *names: str) -> dict[str, float]:
+    return {name: round(getattr(figures, name), 4) for name in names}
