@@ -70,7 +70,7 @@ class Drafted(Variant):
         drafter.kept_ngrams = getattr(drafter, "kept_ngrams", drafter._ngrams)
         drafter._ngrams = drafter.kept_ngrams if self.ngrams else None
         drafting = core.scheduler._drafting
-        drafter._drafts = self.drafts or drafting.path
+        drafter.use(self.drafts or drafting.path)
         row_cost = DraftSettings().row_cost if self.paced else 0.0  # with cost 0 too, the most drafts gain the most
         drafting.path = drafter._drafts
         drafting.settings = drafting.settings.model_copy(update={"row_cost": row_cost, "most": self.most})
@@ -146,7 +146,7 @@ def _variants(lineup: Lineup) -> list[Variant]:
     for depth in DEPTHS:
         found.append(always(f"1 draft of {depth} layers", _draft_path(lineup, depth), 1))
     drafts = _draft_path(lineup, None)
-    found.append(always("3 drafts of 9 layers", drafts, 3))
+    found.append(always(f"3 drafts of {drafts.path.bit_count()} layers", drafts, 3))
     found.append(always("2 drafts of 9 layers, refined by 15", _draft_path(lineup, 9, 15), 2))
     found.append(lossless("as it pays", ngrams=False, drafts=drafts))
     found.append(lossless("n-gram, then as it pays", ngrams=True, drafts=drafts))

@@ -11,11 +11,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.harness.random_router import NUM_LAYERS, VOCAB_SIZE, random_decision
-from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE, Artifact, load_artifact, shipped_artifacts
+from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE, Artifact, load_artifact, shipped_artifacts, with_drafts
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, LoraConfig, PriorConfig
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.errors import ArtifactError
-from vllm_buddy.method import DecisionModule, FoldedDecision, path_of
+from vllm_buddy.method import DecisionModule, DraftExit, ExitAdapter, FoldedDecision, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.lora import LoraDeltas
 
@@ -64,6 +64,15 @@ def _artifact(
     )
     prior = np.random.default_rng(0).standard_normal(NUM_LAYERS - 2).astype(np.float32)
     return Artifact(config, prior, random_decision() if decision is True else decision or None, bypass, lora)
+
+
+def _exits(*, rounded: bool = True) -> list[DraftExit]:
+    exits = []
+    for seed, layers in enumerate(([0, 1, 4, 9], [0, 1, 4, 5, 9])):
+        down, up = torch.randn(2, RANK, BASE.hidden_size, generator=torch.Generator().manual_seed(seed)).half().float()
+        adapter = ExitAdapter(down, up.T.contiguous(), EPS)
+        exits.append(DraftExit(path_of(layers), adapter.rounded() if rounded else adapter))
+    return exits
 
 
 def _folded() -> FoldedDecision:
@@ -179,6 +188,78 @@ def test_format_version_1(folder: Path) -> None:
     assert artifact.decision is not None
     assert load_file(folder / WEIGHTS_FILE)["decision.table_context"].dtype == np.float32
     np.testing.assert_array_equal(loaded.decision.table_context, artifact.decision.table_context)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_round_trip_of_draft_exits(tmp_path: Path, rounded: bool) -> None:
+    """Fails if exits are loaded in another order, with other weights, or take more than a byte a weight if rounded."""
+    artifact = with_drafts(_artifact(bypass=_bypass()), _exits(rounded=rounded))
+    artifact.save(tmp_path)
+    loaded = load_artifact(tmp_path)
+    assert loaded.config == artifact.config
+    assert loaded.digest == artifact.digest != artifact.without_drafts().digest
+    assert artifact.without_drafts().digest == _artifact(bypass=_bypass()).digest
+    for found, wanted in zip(loaded.drafts, _exits(rounded=rounded), strict=True):
+        assert found.path == wanted.path
+        assert torch.equal(found.adapter.down, wanted.adapter.down)
+        assert torch.equal(found.adapter.up, wanted.adapter.up)
+        assert found.adapter.eps == EPS
+    assert load_file(tmp_path / WEIGHTS_FILE)["drafts.up"].dtype == (np.int8 if rounded else np.float16)
+
+
+def test_an_artifact_of_before_has_no_draft_exits(folder: Path) -> None:
+    """Fails if an artifact of format version 4, which knows no exits, is refused or gets another digest."""
+    digest = load_artifact(folder).digest
+    raw = json.loads((folder / CONFIG_FILE).read_text())
+    del raw["drafts"]
+    (folder / CONFIG_FILE).write_text(json.dumps(raw | {"format_version": 4}))
+    loaded = load_artifact(folder)
+    assert loaded.drafts == ()
+    assert loaded.digest == digest
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("drafts__down", np.zeros((1, RANK, 8), np.float16), r"shape \(1, 3, 8\), expected \(2, 3, 8\)"),
+        ("drafts__up", np.zeros((2, 8, 4), np.float16), r"shape \(2, 8, 4\), expected \(2, 8, 3\)"),
+        ("drafts__up", None, r"shape None, expected \(2, 8, 3\)"),
+        ("drafts__up_scale", None, r"shape None, expected \(16,\)"),
+        ("drafts__up_scale", np.full(16, np.nan, np.float32), "not finite"),
+        ("drafts__up_scale", np.full(16, 3e38, np.float32), "so large that its values are not finite"),
+        ("drafts__alpha", np.zeros(1, np.float32), "says nothing of tensor 'drafts.alpha'"),
+    ],
+)
+def test_adapters_of_wrong_shape(tmp_path: Path, name: str, array: np.ndarray | None, message: str) -> None:
+    """Fails if adapters that do not fit the exits are loaded and stop the engine later."""
+    with_drafts(_artifact(), _exits()).save(tmp_path)
+    _edit_tensors(tmp_path, **{name: array})
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exits": []}, "exits"),
+        ({"exits": [[0, 1, 4, 9], [0, 2, 5, 6, 9]]}, "each path must be a subset of the next"),
+        ({"exits": [[0, 4, 1, 9], [0, 1, 4, 5, 9]]}, "must ascend"),
+        ({"exits": [[0, 1, 4, 8], [0, 1, 4, 5, 8]]}, "an exit holds layers 0 and 9"),
+        ({"exits": [[0, 9], [0, 1, 9]]}, "at least 3 layers"),
+        ({"exits": [[0, 1, 9], list(range(NUM_LAYERS))]}, "not all"),
+        ({"rank": 0}, "rank"),
+        ({"eps": float("nan")}, "eps"),
+        ({"alpha": 1.0}, "alpha"),
+    ],
+)
+def test_exits_that_cannot_draft(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Fails if a path that the model cannot run, or a misspelt field, is found only when a request is served."""
+    artifact = with_drafts(_artifact(), _exits())
+    artifact.save(tmp_path)
+    raw = json.loads((tmp_path / CONFIG_FILE).read_text())
+    _edit_config(tmp_path, drafts=raw["drafts"] | change)
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(tmp_path)
 
 
 def test_loaded_artifact_routes_as_the_saved_one(folder: Path) -> None:
@@ -330,11 +411,13 @@ def test_weights_that_the_configuration_does_not_mention(tmp_path: Path) -> None
     plain = _artifact()
     with pytest.raises(ArtifactError, match=r"says nothing of tensor 'bypass.down'"):
         dataclasses.replace(plain, bypass=_bypass()).save(tmp_path)
-    with pytest.raises(ArtifactError, match=r"lora.alpha and predictor.depths of the configuration are .*1e-05, .*0.1"):
+    with pytest.raises(ArtifactError, match=r"predictor.depths and drafts of the configuration are .*1e-05, .*0.1"):
         dataclasses.replace(_artifact(bypass=_bypass()), bypass=dataclasses.replace(_bypass(), eps=0.1)).save(tmp_path)
     with pytest.raises(ArtifactError, match=r"'bypass.down' holds values that are not finite"):
         too_large = dataclasses.replace(_bypass(), down=1e6 * _bypass().down)
         _artifact(bypass=too_large).save(tmp_path)
+    with pytest.raises(ArtifactError, match=r"says nothing of tensor 'drafts.down'"):
+        dataclasses.replace(plain, drafts=tuple(_exits())).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness.tiny_models import random_artifact, save_tiny_model
+from tests.harness.tiny_models import NUM_LAYERS, load_model, random_artifact, random_prompts, save_tiny_model
 from vllm_buddy.cli.main import main
-from vllm_buddy.evaluation.depth_profile import Drafts, dex_row, earliest_agreeing, ngram_drafts, walk
+from vllm_buddy.evaluation.depth_profile import Drafts, _exit_rows, dex_row, earliest_agreeing, ngram_drafts, walk
+from vllm_buddy.method.draft_chains import draft_chains, full_pass
 
 
 def drafts_of(text: list[int], chains: dict[int, list[list[int]]], start: int = 0) -> Drafts:
@@ -72,8 +73,40 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     assert [row["devices"] for row in found["dex"]] == [2, 4]
     assert (tmp_path / "profile.png").stat().st_size > 10_000
     assert "exploration" in capsys.readouterr().out
+    assert found["exits"] == []
     assert main(["depth-profile", *options, "--depths", "2,5"]) == 2
     assert "known depths are 3, 4" in capsys.readouterr().err
+
+
+def test_trained_exits_are_shown_beside_what_they_were_trained_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if an exit's adapter or path is not the one that is measured, or its depth is left out."""
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    artifact = random_artifact(tmp_path / "artifact", folder, bypass_rank=4, draft_depths=(4, 6))
+    _save_tokenizer(folder)
+    text, out = tmp_path / "text.txt", tmp_path / "profile.json"
+    text.write_text("a b c d e f g h " * 60)
+    options = ["--model", str(folder), "--artifact", str(tmp_path / "artifact"), "--text", str(text), "--depths", "4,5"]
+    options += ["--passages", "3", "--passage-tokens", "8", "--tokens", "16", "--drafts", "2", "--json", str(out)]
+    assert main(["depth-profile", *options]) == 0
+    found = json.loads(out.read_text())
+    assert [row["depth"] for row in found["depths"]] == [4, 5, NUM_LAYERS]
+    (row,) = found["exits"]
+    assert row["depth"] == 4
+    assert row["right"] == found["depths"][0]["right"]
+    assert "without its adapter" in capsys.readouterr().out
+    # The same path without an adapter, and the library's, as an artifact without exits has them.
+    model, tokens = load_model(folder), torch.tensor(random_prompts(1, seed=2, min_tokens=40, max_tokens=40))
+    said, full = full_pass(model, tokens)
+    exit_path, library_path = artifact.drafts[0].path, artifact.first_path(4)
+    assert library_path is not None
+    bare = [draft_chains(model, tokens, path, 2, full, artifact.bypass) for path in (exit_path, library_path)]
+    chain = draft_chains(model, tokens, exit_path, 2, full, artifact.bypass, artifact.drafts[0].adapter)
+    (shown,) = _exit_rows(Drafts(tokens, said, 0, {4: chain}, {}, {4: bare}))
+    n = tokens.shape[1] - 2
+    for name, one in (("right", chain), ("without_adapter", bare[0]), ("library", bare[1])):
+        assert shown[name][0] == pytest.approx(float((one[0, :, :n] == said[:, :n]).float().mean()), abs=1e-4)
 
 
 def _save_tokenizer(folder: Path) -> None:

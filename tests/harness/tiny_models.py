@@ -24,12 +24,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from vllm_buddy.artifact import Artifact, load_artifact, with_token_router
+from vllm_buddy.artifact import Artifact, load_artifact, with_drafts, with_token_router
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, LoraConfig, PredictorConfig, PriorConfig
 from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.method import (
     BudgetPredictor,
     DecisionModule,
+    DraftExit,
+    ExitAdapter,
     FoldedDecision,
     FoldedPredictor,
     TokenRouter,
@@ -119,6 +121,7 @@ def random_artifact(
     lora_rank: int = 0,
     predictor_depths: Sequence[int] = (),
     token_depths: Sequence[int] = (),
+    draft_depths: Sequence[int] = (),
 ) -> Artifact:
     """Write an artifact for the model in `model_dir` into `folder`, and return it as loaded from there.
 
@@ -127,6 +130,7 @@ def random_artifact(
     bypass_rank, lora_rank: rank of random bypasses, or of weight changes, that change every token; 0 for none.
     predictor_depths: grid of a random Budget Predictor; empty for none.
     token_depths: depths of nested random paths, without the full depth, and a random router of tokens; empty for none.
+    draft_depths: depths of nested random exits for drafts, with adapters that change every token; empty for none.
     """
     base = identify(model_dir)
     num_middle = base.num_layers - 2
@@ -152,8 +156,25 @@ def random_artifact(
     )
     prior = rng.standard_normal(num_middle).astype(np.float32)
     artifact = Artifact(config, prior, folded, bypass, lora, predictor)
-    (artifact if token is None else with_token_router(artifact, token)).save(folder)
+    artifact = artifact if token is None else with_token_router(artifact, token)
+    if draft_depths:
+        artifact = with_drafts(artifact, random_exits(model, draft_depths, seed))
+    artifact.save(folder)
     return load_artifact(folder)
+
+
+def random_exits(model: nn.Module, depths: Sequence[int], seed: int, rank: int = 4) -> list[DraftExit]:
+    """Return exits of nested random paths, whose adapters add about as much as the states have."""
+    config: Any = model.config
+    middle = np.random.default_rng(seed + 1).permutation(np.arange(1, config.num_hidden_layers - 1)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    exits = []
+    for depth in depths:
+        down = torch.randn(rank, config.hidden_size, generator=generator) / config.hidden_size**0.5
+        up = 4 * torch.randn(config.hidden_size, rank, generator=generator) / rank**0.5
+        path = path_of([0, config.num_hidden_layers - 1, *middle[: depth - 2]])
+        exits.append(DraftExit(path, ExitAdapter(down, up, config.rms_norm_eps).rounded()))
+    return exits
 
 
 def _randomise(model: nn.Module, seed: int) -> None:

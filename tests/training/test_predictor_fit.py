@@ -10,10 +10,11 @@ import torch
 
 from tests.harness.tiny_models import NUM_LAYERS, random_artifact
 from vllm_buddy.artifact import load_artifact
+from vllm_buddy.artifact.provenance import with_section, without_key
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation.cost_quality import choices, compare
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
-from vllm_buddy.training.stage2_record import CURVES_FILE, LOG_FILE, with_section, without_key
+from vllm_buddy.training.stage2_record import CURVES_FILE, LOG_FILE
 from vllm_buddy.training.stage2_settings import Stage2Settings
 
 DEPTHS = (4, 6, 8)

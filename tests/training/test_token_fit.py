@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.harness.tiny_models import load_model, random_exits
 from tests.training.conftest import run
-from vllm_buddy.artifact import load_artifact
+from vllm_buddy.artifact import load_artifact, with_drafts
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import TokenRoute, TokenSchedule, full_path, path_of
 from vllm_buddy.training.observations import Observations
@@ -65,7 +66,10 @@ def token_settings(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def test_training_writes_an_artifact_with_nested_paths(
     token_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if schedule token cannot be trained, or what it does not train is lost."""
+    """Fails if schedule token cannot be trained, what it does not train is lost, or what no longer fits is kept."""
+    before = load_artifact(Path(token_settings["start_from"]))
+    exits = random_exits(load_model(token_settings["model"]), (4,), seed=0)
+    with_drafts(before, exits).save(Path(token_settings["start_from"]))
     monkeypatch.setattr("vllm_buddy.training.token_fit.STEPS", 50)
     artifact, stage, losses = run(token_settings)
     finish_run(artifact, stage, Stage1Settings(**token_settings), "vllm-buddy train", None)
@@ -74,6 +78,7 @@ def test_training_writes_an_artifact_with_nested_paths(
     assert loaded.digest == artifact.digest != first.digest
     assert loaded.token is not None
     assert loaded.token.depths == (4, 6, 8)
+    assert loaded.drafts == ()  # trained with the bypass of before
     assert loaded.config.library == first.config.library
     assert not torch.equal(loaded.bypass.down, first.bypass.down)
     assert "schedule `token`" in (token_settings["out"] / "README.md").read_text()

@@ -15,6 +15,7 @@ from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE, Artifact, BaseModelId
 from vllm_buddy.artifact.config import (
     FORMAT_VERSION,
     BuddyConfig,
+    DraftConfig,
     LoraConfig,
     PredictorConfig,
     PricePoint,
@@ -22,7 +23,7 @@ from vllm_buddy.artifact.config import (
     TokenConfig,
 )
 from vllm_buddy.errors import ArtifactError, BuddyError
-from vllm_buddy.method import FoldedDecision, FoldedPredictor, TokenRouter, path_of
+from vllm_buddy.method import DraftExit, ExitAdapter, FoldedDecision, FoldedPredictor, TokenRouter, path_of
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import on_byte_grid
@@ -79,6 +80,7 @@ def write_sample(folder: Path) -> None:
         lora=LoraConfig(rank=2, alpha=2.0),
         token=token,
         predictor=PredictorConfig(depths=depths, price=0.5),
+        drafts=DraftConfig(exits=tuple(map(tuple, paths[:2])), rank=_RANK, eps=1e-5),
     )
     prices = tuple((point.budget, point.price) for point in token.prices)
     router = TokenRouter(FoldedPredictor(decision(2), depths, _LAYERS), tuple(map(path_of, paths)), prices, 0.5)
@@ -90,6 +92,10 @@ def write_sample(folder: Path) -> None:
         LoraDeltas(lora, {name: tensor.T for name, tensor in lora.items()}, alpha=2.0),
         FoldedPredictor(decision(2), depths, _LAYERS),
         router,
+        tuple(
+            DraftExit(path_of(layers), ExitAdapter(down[i], up[i].T.contiguous(), 1e-5).rounded())
+            for i, layers in enumerate(paths[:2])
+        ),
     ).save(folder)
 
 
@@ -148,6 +154,10 @@ def check(folder: Path) -> bool:
     if artifact.token is not None:
         assert np.isfinite(artifact.token.excess(artifact.token.recent_mean(), tokens)).all()
         assert np.isfinite(artifact.token.price(0.7))
+    state = torch.ones(artifact.config.base_model.hidden_size)
+    for draft in artifact.drafts:
+        assert MIN_DEPTH <= draft.path.bit_count() < limits.num_layers
+        assert draft.adapter.apply(state).shape == state.shape
     return True
 
 
@@ -220,7 +230,8 @@ def _gigantic(rng: random.Random, folder: Path) -> None:
     """A sparse file that holds, by its header, a tensor of gigabytes to petabytes."""
     config = json.loads((folder / CONFIG_FILE).read_text())
     dtype, width = rng.choice((("F32", 4), ("I8", 1), ("F16", 2)))
-    name = rng.choice(("decision.table_context", "bypass.down", "prior", "lora.model.layers.1.mlp.down_proj.a", "x"))
+    parts = ("decision.table_context", "bypass.down", "prior", "lora.model.layers.1.mlp.down_proj.a", "drafts.up", "x")
+    name = rng.choice(parts)
     if rng.random() < 0.5:
         config["base_model"]["vocab_size"] = rng.choice((10**6, 10**7, 10**9, 10**12))
     if rng.random() < 0.3:

@@ -11,6 +11,7 @@ from vllm_buddy.artifact.artifact import (
     Artifact,
     RepairKind,
     load_artifact,
+    with_drafts,
     with_token_router,
 )
 from vllm_buddy.artifact.config import (
@@ -62,5 +63,6 @@ __all__ = [
     "source_commit",
     "to_yaml",
     "weight_fingerprint",
+    "with_drafts",
     "with_token_router",
 ]

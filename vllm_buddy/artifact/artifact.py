@@ -1,12 +1,13 @@
 """The artifact, in memory and on disk: what training writes and serving loads.
 
 On disk it is a Hugging Face folder of four files: `buddy_config.json` (schema: `config.py`), `model.safetensors`
-(prior, folded Decision Module, bypass or LoRA, folded Budget Predictor; layout: `tensors.py`), `README.md` (the model
-card) and `run.yaml` (how the artifact was made). This module reads and writes the first two.
+(prior, folded Decision Module, bypass or LoRA, folded Budget Predictor, adapters of draft exits; layout: `tensors.py`),
+`README.md` (the model card) and `run.yaml` (how the artifact was made). This module reads and writes the first two.
 """
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,12 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PricePoint, TokenConfig
+from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, DraftConfig, PricePoint, TokenConfig
 from vllm_buddy.artifact.files import TensorFile, one_line, read_json, write_files
 from vllm_buddy.artifact.tensors import ArtifactParts, check_headers, pack_tensors, parse_tensors
 from vllm_buddy.errors import ArtifactError, shown
 from vllm_buddy.method import (
+    DraftExit,
     FoldedDecision,
     FoldedPredictor,
     LayerPath,
@@ -47,6 +49,7 @@ class Artifact:
     """An artifact in memory.
 
     prior: [num_layers - 2], float32, normalised, larger is more important. bypass, lora: float32 after loading.
+    drafts: exits of lossless mode, shallow to deep; empty: none were trained.
     """
 
     config: BuddyConfig
@@ -56,6 +59,7 @@ class Artifact:
     lora: LoraDeltas | None = None
     predictor: FoldedPredictor | None = None
     token: TokenRouter | None = None
+    drafts: tuple[DraftExit, ...] = ()
 
     @property
     def repair(self) -> RepairKind:
@@ -73,7 +77,7 @@ class Artifact:
         """Sixteen hex digits that change with everything that can change a path or its results."""
         # Without the format version: an artifact that a later version saves again keeps its digest.
         # Nor does a field that later versions added, and that it does not use, change it.
-        unused = {"token"} if self.config.token is None else set()
+        unused = {name for name in ("token", "drafts") if getattr(self.config, name) is None}
         h = hashlib.sha256(self.config.model_dump_json(exclude={"format_version", *unused}).encode())
         for _, array in sorted(pack_tensors(self._parts).items()):
             h.update(np.ascontiguousarray(array).tobytes())
@@ -82,6 +86,10 @@ class Artifact:
     def without_predictor(self) -> "Artifact":
         """Return this artifact without its Budget Predictor, so that there is no budget `auto`."""
         return replace(self, config=self.config.model_copy(update={"predictor": None}), predictor=None)
+
+    def without_drafts(self) -> "Artifact":
+        """Return this artifact without exits of its own for lossless mode, which then drafts with the bypass alone."""
+        return replace(self, config=self.config.model_copy(update={"drafts": None}), drafts=())
 
     def router(self, *, library: bool | None = None) -> Router:
         """Return the router of this artifact.
@@ -135,8 +143,8 @@ class Artifact:
         stored = parse_tensors(config, tensors, f"artifact '{config.name}'")
         if stored.constants != self._parts.constants:
             raise ArtifactError(
-                f"artifact '{config.name}': bypass_eps, lora.alpha and predictor.depths of the configuration are "
-                f"{stored.constants}, those of the weights are {self._parts.constants}"
+                f"artifact '{config.name}': bypass_eps, lora.alpha, predictor.depths and drafts of the configuration "
+                f"are {stored.constants}, those of the weights are {self._parts.constants}"
             )
         text = _one_line_per_path(config.model_dump_json(indent=2)) + "\n"
         # safetensors' own save_file makes a file that only its owner can read.
@@ -144,7 +152,7 @@ class Artifact:
 
     @property
     def _parts(self) -> ArtifactParts:
-        return ArtifactParts(self.prior, self.decision, self.bypass, self.lora, self.predictor, self.token)
+        return ArtifactParts(self.prior, self.decision, self.bypass, self.lora, self.predictor, self.token, self.drafts)
 
 
 def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
@@ -155,6 +163,18 @@ def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
         decay=router.decay,
     )
     return replace(artifact, config=artifact.config.model_copy(update={"token": config}), token=router)
+
+
+def with_drafts(artifact: Artifact, exits: Sequence[DraftExit]) -> Artifact:
+    """Return the artifact with exits for lossless mode, shallow to deep, in place of those that it may have.
+
+    exits: their adapters have one rank and one eps.
+    """
+    adapter = exits[0].adapter
+    config = DraftConfig(
+        exits=tuple(tuple(layers_of(draft.path)) for draft in exits), rank=adapter.rank, eps=adapter.eps
+    )
+    return replace(artifact, config=artifact.config.model_copy(update={"drafts": config}), drafts=tuple(exits))
 
 
 def load_artifact(folder: Path) -> Artifact:
@@ -170,7 +190,9 @@ def load_artifact(folder: Path) -> Artifact:
     file = TensorFile(weights)
     check_headers(config, file.headers, str(weights))
     parts = parse_tensors(config, file.read(), str(weights))
-    return Artifact(config, parts.prior, parts.decision, parts.bypass, parts.lora, parts.predictor, parts.token)
+    return Artifact(
+        config, parts.prior, parts.decision, parts.bypass, parts.lora, parts.predictor, parts.token, parts.drafts
+    )
 
 
 def _read_config(folder: Path) -> BuddyConfig:

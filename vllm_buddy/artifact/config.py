@@ -1,5 +1,7 @@
 """The schema of `buddy_config.json`, the configuration of an artifact."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -8,7 +10,7 @@ from vllm_buddy.artifact.fingerprint import BaseModelIdentity, Line
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.router import OMEGA
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 _LARGE = 1e6  # beyond any useful value, and far from overflow
 _Budget = Annotated[float, Field(gt=0, le=1)]
@@ -76,14 +78,28 @@ class TokenConfig(BaseModel):
 
     @model_validator(mode="after")
     def _nested(self) -> "TokenConfig":
-        for shallow, deep in zip(self.paths, self.paths[1:]):
-            if not set(shallow) < set(deep):
-                raise ValueError(f"each path must be a subset of the next; {shallow} is not one of {deep}")
-        if any(list(path) != sorted(set(path)) for path in self.paths):
-            raise ValueError("the layers of a path must ascend")
+        _check_nested(self.paths)
         budgets = [point.budget for point in self.prices]
         if budgets != sorted(budgets):
             raise ValueError(f"the budgets of prices must ascend: {budgets}")
+        return self
+
+
+class DraftConfig(BaseModel):
+    """The exits that draft in lossless mode, each with an adapter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    exits: tuple[tuple[int, ...], ...] = Field(
+        min_length=1,
+        description="layer sets, each a subset of the next; the first one drafts, a deeper one may check its drafts",
+    )
+    rank: int = Field(ge=1, description="rank of the adapters")
+    eps: float = Field(ge=0, le=1, description="epsilon of the adapters' RMSNorm, equal to the base model's")
+
+    @model_validator(mode="after")
+    def _nested(self) -> "DraftConfig":
+        _check_nested(self.exits)
         return self
 
 
@@ -126,6 +142,9 @@ class BuddyConfig(BaseModel):
         default=None, description="routing of single tokens; absent: the artifact has no schedule `token`"
     )
     predictor: PredictorConfig | None = Field(default=None, description="absent: there is no budget `auto`")
+    drafts: DraftConfig | None = Field(
+        default=None, description="absent: lossless mode drafts on paths of the library, with the bypass alone"
+    )
 
     @model_validator(mode="after")
     def _token_paths_fit(self) -> "BuddyConfig":
@@ -140,6 +159,16 @@ class BuddyConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _exits_fit(self) -> "BuddyConfig":
+        last = self.base_model.num_layers - 1
+        for layers in self.drafts.exits if self.drafts is not None else ():
+            if not MIN_DEPTH <= len(layers) <= last or (layers[0], layers[-1]) != (0, last):
+                raise ValueError(
+                    f"an exit holds layers 0 and {last}, at least {MIN_DEPTH} layers and not all; one holds {layers}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _grid_fits(self) -> "BuddyConfig":
         if self.predictor is None:
             return self
@@ -148,3 +177,12 @@ class BuddyConfig(BaseModel):
         if unknown := sorted({*depths} - allowed):
             raise ValueError(f"the Budget Predictor chooses among depths {depths}, but there is no path of {unknown}")
         return self
+
+
+def _check_nested(paths: Sequence[tuple[int, ...]]) -> None:
+    """Raise ValueError unless the layers of each path ascend, and each path is a subset of the next."""
+    for shallow, deep in pairwise(paths):
+        if not set(shallow) < set(deep):
+            raise ValueError(f"each path must be a subset of the next; {shallow} is not one of {deep}")
+    if any(list(path) != sorted(set(path)) for path in paths):
+        raise ValueError("the layers of a path must ascend")

@@ -16,6 +16,7 @@ import vllm_buddy
 
 CARD_FILE = "README.md"
 RUN_FILE = "run.yaml"
+DRAFTS_HEADING = "## Draft exits"  # of the card's section that `vllm-buddy train-drafts` replaces
 
 
 def command_line(command: str, settings: BaseModel, positional: Sequence[str]) -> str:
@@ -80,6 +81,44 @@ def to_yaml(record: dict[str, Any], indent: str = "") -> str:
         else:
             text += f"{indent}{key}: {json.dumps(value)}\n"
     return text
+
+
+def add_section(
+    source: Path, out: Path, names: tuple[str, str], section: str, key: str, record: dict[str, Any]
+) -> None:
+    """Write the card and the record of the artifact in `source` to `out`, with what a further command has to add.
+
+    names: of the artifact and of its base model, for a card where there is none. section: of the card, from its heading
+    on. record: under `key` in run.yaml. Both replace those of the same heading and key.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    card, run = (path.read_text() if (path := source / name).is_file() else "" for name in (CARD_FILE, RUN_FILE))
+    (out / CARD_FILE).write_text(with_section(card or "\n".join(card_title(*names)), section))
+    (out / RUN_FILE).write_text(without_key(run, key) + to_yaml({key: record}))
+
+
+def with_section(card: str, section: str) -> str:
+    """Return `card` with `section` in place of the one with its heading, or before the last heading of that level."""
+    heading = section.splitlines()[0]
+    start = card.find(f"{heading}\n")
+    if start >= 0:
+        end = card.find("\n## ", start)
+        return card[:start] + section + (card[end + 1 :] if end >= 0 else "")
+    last = card.rfind("\n## ")
+    return card[: last + 1] + section + card[last + 1 :] if last >= 0 else f"{card}\n{section}"
+
+
+def without_key(yaml: str, key: str) -> str:
+    """Return a record, in the form that `to_yaml` writes, without one of its top-level keys."""
+    kept, inside = [], False
+    for line in yaml.splitlines(keepends=True):
+        if not line.startswith(" "):
+            inside = line.startswith(f"{key}:")
+        if not inside:
+            kept.append(line)
+    return "".join(kept)
 
 
 def source_commit() -> str | None:

@@ -10,10 +10,11 @@
 | `token.*` | as `decision.*`, with one output per step between the nested paths of schedule `token` |
 | `bypass.down`, `bypass.up` | [num_middle, rank, hidden_size], [num_middle, hidden_size, rank], int8 |
 | `bypass.down_scale`, `bypass.up_scale` | [num_middle * rank], [num_middle * hidden_size], float32, one per row |
+| `drafts.*` | as `bypass.*`, the adapters of the exits in place of the bypasses of the middle layers |
 | `lora.NAME.a`, `lora.NAME.b` | [rank, in], [out, rank], float16; NAME is Hugging Face's, without `.weight` |
 
 num_middle is num_layers - 2. A tensor is stored as int8 only if that loses no bit. Otherwise it has no scale: tables
-are then float32 (as all tables of format version 1 are), and bypasses are float16.
+are then float32 (as all tables of format version 1 are), and bypasses and adapters are float16.
 """
 
 import math
@@ -27,7 +28,7 @@ import torch
 from vllm_buddy.artifact.config import BuddyConfig
 from vllm_buddy.artifact.files import TensorHeader
 from vllm_buddy.errors import ArtifactError, shown
-from vllm_buddy.method import FoldedDecision, FoldedPredictor, TokenRouter, path_of
+from vllm_buddy.method import DraftExit, ExitAdapter, FoldedDecision, FoldedPredictor, LayerPath, TokenRouter, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import byte_grid
 from vllm_buddy.method.lora import LoraDeltas
@@ -35,7 +36,8 @@ from vllm_buddy.method.lora import LoraDeltas
 _DECISION, _PREDICTOR, _TOKEN = "decision", "predictor", "token"
 _TABLES = ("table_context", "table_newest")
 _DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
-_BYPASS_TENSORS = ("down", "up")
+_BYPASS, _DRAFTS = "bypass", "drafts"
+_LOW_RANK_TENSORS = ("down", "up")
 _LORA_TENSORS = ("a", "b")
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)  # Hugging Face's name of a module
@@ -50,7 +52,7 @@ _Shapes = dict[str, tuple[int | None, ...]]
 class ArtifactParts:
     """The parts of an artifact that are stored as tensors.
 
-    prior: [num_layers - 2]. bypass, lora: float32 when read from tensors.
+    prior: [num_layers - 2]. bypass, lora, drafts: float32 when read from tensors.
     """
 
     prior: np.ndarray
@@ -59,14 +61,21 @@ class ArtifactParts:
     lora: LoraDeltas | None
     predictor: FoldedPredictor | None
     token: TokenRouter | None = None
+    drafts: tuple[DraftExit, ...] = ()
 
     @property
-    def constants(self) -> tuple[float | None, float | None, tuple[int, ...] | None]:
-        """The values that are stored in the configuration: bypass_eps, lora.alpha and predictor.depths."""
+    def constants(
+        self,
+    ) -> tuple[float | None, float | None, tuple[int, ...] | None, tuple[tuple[LayerPath, float], ...]]:
+        """The values that are stored in the configuration.
+
+        bypass_eps, lora.alpha, predictor.depths, and path and eps of each exit of drafts.
+        """
         return (
             None if self.bypass is None else self.bypass.eps,
             None if self.lora is None else self.lora.alpha,
             None if self.predictor is None else self.predictor.depths,
+            tuple((draft.path, draft.adapter.eps) for draft in self.drafts),
         )
 
 
@@ -79,10 +88,12 @@ def pack_tensors(parts: ArtifactParts) -> dict[str, np.ndarray]:
         for name in () if folded is None else _DECISION_TENSORS:
             array = getattr(folded, name)
             tensors |= _in_bytes(f"{part}.{name}", array, array) if name in _TABLES else {f"{part}.{name}": array}
-    if parts.bypass is not None:
-        for name in _BYPASS_TENSORS:
-            weight = getattr(parts.bypass, name).detach().cpu()
-            tensors |= _in_bytes(f"bypass.{name}", _rows_as_columns(weight.float().numpy()), _half(weight))
+    for name in _LOW_RANK_TENSORS:
+        if parts.bypass is not None:
+            tensors |= _pack_low_rank(f"{_BYPASS}.{name}", getattr(parts.bypass, name))
+        if parts.drafts:
+            adapters = torch.stack([getattr(draft.adapter, name) for draft in parts.drafts])
+            tensors |= _pack_low_rank(f"{_DRAFTS}.{name}", adapters)
     if parts.lora is not None:
         for part in _LORA_TENSORS:
             tensors |= {f"lora.{name}.{part}": _half(t) for name, t in getattr(parts.lora, part).items()}
@@ -124,12 +135,18 @@ def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: s
         prices = tuple((point.budget, point.price) for point in config.token.prices)
         token = TokenRouter(excess, paths, prices, config.token.decay)
     if config.bypass_rank:
-        down, up = (_bypass_weight(tensors, f"bypass.{name}", source) for name in _BYPASS_TENSORS)
-        bypass = Bypass(down, up, config.bypass_eps)
+        bypass = Bypass(*_low_rank(_BYPASS, tensors, source), config.bypass_eps)
+    drafts: tuple[DraftExit, ...] = ()
+    if config.drafts is not None:
+        adapters = zip(*_low_rank(_DRAFTS, tensors, source))
+        exits = zip(config.drafts.exits, adapters, strict=True)
+        drafts = tuple(
+            DraftExit(path_of(layers), ExitAdapter(down, up, config.drafts.eps)) for layers, (down, up) in exits
+        )
     if config.lora is not None:
         a, b = ({name: _float32(tensors[f"lora.{name}.{part}"]) for name in lora_names} for part in _LORA_TENSORS)
         lora = LoraDeltas(a, b, config.lora.alpha)
-    return ArtifactParts(tensors["prior"].astype(np.float32), decision, bypass, lora, predictor, token)
+    return ArtifactParts(tensors["prior"].astype(np.float32), decision, bypass, lora, predictor, token, drafts)
 
 
 def _lora_names(config: BuddyConfig, tensors: _Headers, source: str) -> list[str]:
@@ -156,11 +173,10 @@ def _expected_shapes(config: BuddyConfig, tensors: _Headers, lora_names: list[st
     if config.token is not None:
         shapes |= _decision_shapes(_TOKEN, base.vocab_size, len(config.token.paths) - 1, tensors)
     if config.bypass_rank:
-        shapes["bypass.down"] = (num_middle, config.bypass_rank, base.hidden_size)
-        shapes["bypass.up"] = (num_middle, base.hidden_size, config.bypass_rank)
-        for name in ("bypass.down", "bypass.up"):
-            if name in tensors and tensors[name].dtype == np.int8:
-                shapes[f"{name}_scale"] = (math.prod(tensors[name].shape[:2]),)
+        shapes |= _low_rank_shapes(_BYPASS, num_middle, config.bypass_rank, base.hidden_size, tensors)
+    if config.drafts is not None:
+        num_exits = len(config.drafts.exits)
+        shapes |= _low_rank_shapes(_DRAFTS, num_exits, config.drafts.rank, base.hidden_size, tensors)
     if config.lora is not None:
         for name in lora_names:
             shapes |= {f"lora.{name}.a": (config.lora.rank, None), f"lora.{name}.b": (None, config.lora.rank)}
@@ -174,6 +190,14 @@ def _decision_shapes(part: str, vocab_size: int, num_outputs: int, tensors: _Hea
     return shapes | {f"{part}.b1": (None,), f"{part}.w2": (num_outputs, None), f"{part}.b2": (num_outputs,)}
 
 
+def _low_rank_shapes(part: str, count: int, rank: int, hidden_size: int, tensors: _Headers) -> _Shapes:
+    shapes: _Shapes = {f"{part}.down": (count, rank, hidden_size), f"{part}.up": (count, hidden_size, rank)}
+    for name in tuple(shapes):
+        if name in tensors and tensors[name].dtype == np.int8:
+            shapes[f"{name}_scale"] = (math.prod(tensors[name].shape[:2]),)
+    return shapes
+
+
 def _check_headers(tensors: _Headers, shapes: _Shapes, config: BuddyConfig, source: str) -> None:
     for name, shape in shapes.items():
         found = tensors[name].shape if name in tensors else None
@@ -182,7 +206,7 @@ def _check_headers(tensors: _Headers, shapes: _Shapes, config: BuddyConfig, sour
                 f"{source}: tensor '{name}' has shape {found}, expected {shape} for {config.base_model.summary()}"
             )
         if tensors[name].dtype == np.int8 and f"{name}_scale" not in shapes:
-            raise ArtifactError(f"{source}: tensor '{name}' is of bytes, which only tables and bypasses are")
+            raise ArtifactError(f"{source}: tensor '{name}' is of bytes, which only tables, bypasses and adapters are")
     if unknown := tensors.keys() - shapes.keys():
         raise ArtifactError(f"{source}: the configuration says nothing of tensor {shown(min(unknown))}")
 
@@ -226,7 +250,18 @@ def _rows_as_columns(weight: np.ndarray) -> np.ndarray:
     return weight.reshape(-1, weight.shape[-1]).T
 
 
-def _bypass_weight(tensors: dict[str, np.ndarray], name: str, source: str) -> torch.Tensor:
+def _pack_low_rank(name: str, weight: torch.Tensor) -> dict[str, np.ndarray]:
+    weight = weight.detach().cpu()
+    return _in_bytes(name, _rows_as_columns(weight.float().numpy()), _half(weight))
+
+
+def _low_rank(part: str, tensors: dict[str, np.ndarray], source: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `down` and `up` of bypasses or adapters."""
+    down, up = (_low_rank_weight(tensors, f"{part}.{name}", source) for name in _LOW_RANK_TENSORS)
+    return down, up
+
+
+def _low_rank_weight(tensors: dict[str, np.ndarray], name: str, source: str) -> torch.Tensor:
     weight = tensors[name].astype(np.float32)
     if (scale := tensors.get(f"{name}_scale")) is not None:
         weight = _scaled(weight, scale.reshape(*weight.shape[:2], 1), name, source)

@@ -42,6 +42,8 @@ def _trained(config: BuddyConfig) -> str:
         parts.append(f"depths per token: {', '.join(str(len(path)) for path in config.token.paths)}")
     if config.predictor is not None:
         parts.append(f"budget auto among {len(config.predictor.depths)} depths")
+    if config.drafts is not None:
+        parts.append(f"draft exits of {', '.join(str(len(layers)) for layers in config.drafts.exits)} layers")
     if config.budgets is not None:
         parts.append("budgets {:g} to {:g}".format(*config.budgets))
     return "; ".join(parts) or "nothing"

@@ -54,7 +54,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def profile_tables(profile: "Profile") -> list[str]:
-    """Return the tables of depths, of predicted speed-ups (the best depth of each source), and of DEX."""
+    """Return the tables of depths, of predicted speed-ups (the best depth of each source), and of DEX.
+
+    And of the artifact's draft exits, where it has some.
+    """
     lengths = len(profile.depths[0]["right"])
     depths = [
         [str(row["depth"]), f"{row['cost']:.2f}", *(f"{r:.3f}" for r in row["right"]), f"{row['ead']:.3f}"]
@@ -74,8 +77,21 @@ def profile_tables(profile: "Profile") -> list[str]:
         ]
         for row in profile.dex
     ]
-    return [
+    exits = [
+        [str(row["depth"]), what, *(f"{share:.3f}" for share in row[name])]
+        for row in profile.exits
+        for name, what in (
+            ("right", "as trained"),
+            ("without_adapter", "without its adapter"),
+            ("library", "path of the library"),
+        )
+        if row[name] is not None
+    ]
+    tables = [
         format_table(["layers", "cost", *(f"{n + 1} right" for n in range(lengths)), "EAD"], depths),
         format_table(["batch", "drafts from", "layers", "drafts", "predicted speed-up"], speedups),
         format_table(["devices", "best single exit", "exploration", "ratio"], dex),
     ]
+    if exits:
+        tables.append(format_table(["layers", "draft exit", *(f"{n + 1} right" for n in range(lengths))], exits))
+    return tables

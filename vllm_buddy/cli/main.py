@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": "write training text sampled from the model itself",
     "train": "train a bypass or LoRA and a router, in one artifact for all budgets",
     "train-budget": "train a Budget Predictor, which chooses the budget of requests that say auto",
+    "train-drafts": "search the layers that draft in lossless mode, and train their adapters",
     "eval": "measure quality by policy and budget: perplexity, multiple choice, closeness to the unrouted model",
     "depth-profile": "measure how often drafts from fewer layers are right, and what lossless mode would gain",
     "eval-budget": "compare budget auto with constant budgets and with the best choice",

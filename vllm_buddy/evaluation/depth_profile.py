@@ -7,11 +7,12 @@ lossless mode (`method/draft_chains.py`). From that follow
 - the earliest agreeing depth (EAD; DEX, arXiv 2606.29223): from which on all deeper paths say what the model says;
 - tokens per cost of decoding with drafts of n-grams, of a depth, and of a depth where no n-gram is found, which walks
   through what the model wrote. Costs are weights read (`method/drafting.py`);
-- what DEX would gain on several devices, one pipeline stage each.
+- what DEX would gain on several devices, one pipeline stage each;
+- what the adapters and paths of the artifact's draft exits are worth, where it has some.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.depth_profile_settings import DepthProfileSettings
 from vllm_buddy.importance.calibration import CalibrationText
-from vllm_buddy.method import LayerPath, path_of
+from vllm_buddy.method import ExitAdapter, LayerPath, path_of
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
 from vllm_buddy.method.drafting import batch_share, pass_cost
 from vllm_buddy.models.folder import load_config, load_model, load_tokenizer
 
 NUM_DEPTHS = 8
 _PASSAGES_AT_ONCE = 8
+
+Exit = tuple[LayerPath, ExitAdapter | None]  # a path that drafts, with the adapter of its exit, if it has one
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Drafts:
     start: position of the last token of each passage, the first whose next token the model wrote.
     chains: by depth, [max_drafts, num_texts, length], see draft_chains. stages: by number of stages, what the exits of
         all stages but the last say, [stages - 1, num_texts, length].
+    untrained: by depth of an exit of the artifact, chains as above: of its path without the adapter and, where there is
+        one, of the library's path of that depth.
     """
 
     tokens: torch.Tensor
@@ -47,6 +52,7 @@ class Drafts:
     start: int
     chains: dict[int, torch.Tensor]
     stages: dict[int, torch.Tensor]
+    untrained: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,15 @@ class Profile:
 
     depths: depth, cost, right (by length of the chain), ead (share of tokens with that earliest agreeing depth).
     speedups: batch, source, drafts, speedup. dex: devices, exit_stage, exit_speedup, exploration_speedup, ratio.
+    exits: of each exit of the artifact, depth, and the share of chains of each length that are right: right,
+        without_adapter, and of the library's path of the depth, library (None: it has none).
     """
 
     about: dict[str, Any]
     depths: list[dict[str, Any]]
     speedups: list[dict[str, Any]]
     dex: list[dict[str, Any]]
+    exits: list[dict[str, Any]]
 
 
 def profile_depths(settings: DepthProfileSettings, model_dir: Path, report: Callable[[str, int, int], None]) -> Profile:
@@ -73,12 +82,12 @@ def profile_depths(settings: DepthProfileSettings, model_dir: Path, report: Call
     base = artifact.config.base_model
     if not base.same_model(identify(model_dir)):
         raise EvaluationError(f"artifact '{artifact.config.name}' was made for {base.summary()}")
-    paths = _paths(settings, artifact)
-    costs = _costs(settings, model_dir, artifact, paths)
+    exits = _exits(settings, artifact)
+    costs = _costs(settings, model_dir, artifact, exits)
     tokenizer, model = load_tokenizer(model_dir), load_model(model_dir)
     text = CalibrationText.read(settings.text)
     passages, _ = text.windows(tokenizer, settings.passage_tokens, settings.passages * settings.passage_tokens)
-    drafts = _drafted(settings, artifact, model, passages, paths, report)
+    drafts = _drafted(settings, artifact, model, passages, exits, report)
     about = {
         "model": str(base.id),
         "artifact": artifact.config.name,
@@ -93,35 +102,49 @@ def profile_depths(settings: DepthProfileSettings, model_dir: Path, report: Call
         _depth_rows(drafts, costs, base.num_layers),
         _speedup_rows(settings, drafts, costs),
         [dex_row(ead_of_stages(drafts, k), k) for k in settings.devices],
+        _exit_rows(drafts),
     )
 
 
-def _paths(settings: DepthProfileSettings, artifact: Artifact) -> dict[int, LayerPath]:
+def _exits(settings: DepthProfileSettings, artifact: Artifact) -> dict[int, Exit]:
+    """By depth, what drafts there: the artifact's exit, or else the path of its library."""
     num_layers = artifact.config.base_model.num_layers
-    known = sorted(d for d in (artifact.config.library or range(3, num_layers)) if d < num_layers)
+    trained = {draft.path.bit_count(): draft for draft in artifact.drafts}
+    in_library = sorted(d for d in (artifact.config.library or range(3, num_layers)) if d < num_layers)
+    known = sorted({*in_library, *trained})
     wanted = settings.depths
     if not wanted:
         low = min((d for d in known if d >= num_layers // 5), default=known[0])
         spread = [low + (known[-1] - low) * i / (NUM_DEPTHS - 1) for i in range(NUM_DEPTHS)]
-        wanted = tuple(sorted({min(known, key=lambda d, s=s: abs(d - s)) for s in spread}))  # type: ignore[misc]
+        wanted = (*{min(known, key=lambda d, s=s: abs(d - s)) for s in spread}, *trained)  # type: ignore[misc]
     if missing := [depth for depth in wanted if depth not in known]:
         raise EvaluationError(f"there is no path of {missing} layers; known depths are {', '.join(map(str, known))}")
-    paths = {depth: artifact.first_path(depth) for depth in sorted(wanted)}
-    return {depth: path for depth, path in paths.items() if path is not None}
+    exits: dict[int, Exit] = {}
+    for depth in sorted({*wanted}):
+        if depth in trained:
+            exits[depth] = trained[depth].path, trained[depth].adapter
+        elif (path := artifact.first_path(depth)) is not None:
+            exits[depth] = path, None
+    return exits
 
 
 def _costs(
-    settings: DepthProfileSettings, model_dir: Path, artifact: Artifact, depths: Sequence[int] | dict[int, Any]
+    settings: DepthProfileSettings, model_dir: Path, artifact: Artifact, exits: dict[int, Exit]
 ) -> dict[int, float]:
     """Of a draft pass of each depth, by the sizes of the model, or of the one named by shape_of."""
     rank, num_layers = artifact.config.bypass_rank, artifact.config.base_model.num_layers
+    adapters = {depth: 0 if adapter is None else adapter.rank for depth, (_, adapter) in exits.items()}
     if settings.shape_of is None:
-        return {depth: pass_cost(load_config(model_dir), depth, rank) for depth in depths}
+        config = load_config(model_dir)
+        return {depth: pass_cost(config, depth, rank, adapters[depth]) for depth in exits}
     folder = settings.shape_of.parent if settings.shape_of.suffix == ".json" else settings.shape_of
     config = load_config(folder)
-    own_hidden = artifact.config.base_model.hidden_size
-    scaled_rank = rank * config.hidden_size // own_hidden
-    return {d: pass_cost(config, round(d * config.num_hidden_layers / num_layers), scaled_rank) for d in depths}
+
+    def scaled(rank: int) -> int:
+        return rank * config.hidden_size // artifact.config.base_model.hidden_size
+
+    layers = {depth: round(depth * config.num_hidden_layers / num_layers) for depth in exits}
+    return {depth: pass_cost(config, layers[depth], scaled(rank), scaled(adapters[depth])) for depth in exits}
 
 
 @torch.no_grad()
@@ -130,27 +153,40 @@ def _drafted(
     artifact: Artifact,
     model: Any,
     passages: torch.Tensor,
-    paths: dict[int, LayerPath],
+    exits: dict[int, Exit],
     report: Callable[[str, int, int], None],
 ) -> Drafts:
     num_layers, parts = artifact.config.base_model.num_layers, list[Any]()
+    untrained: dict[int, list[LayerPath]] = {}
+    for depth, (path, adapter) in exits.items():
+        if adapter is not None:
+            in_library = artifact.first_path(depth)
+            untrained[depth] = [path] if in_library is None else [path, in_library]
     stage_paths = {k: [_stage_path(num_layers, k, stage) for stage in range(1, k)] for k in settings.devices}
     for begin in range(0, len(passages), _PASSAGES_AT_ONCE):
         tokens = _written(model, passages[begin : begin + _PASSAGES_AT_ONCE], settings.tokens)
         said, full = full_pass(model, tokens)
 
-        def draft(path: LayerPath, length: int, tokens: torch.Tensor = tokens, full: Any = full) -> torch.Tensor:
-            return draft_chains(model, tokens, path, length, full, artifact.bypass)
+        def draft(
+            path: LayerPath,
+            length: int,
+            adapter: ExitAdapter | None = None,
+            tokens: torch.Tensor = tokens,
+            full: Any = full,
+        ) -> torch.Tensor:
+            return draft_chains(model, tokens, path, length, full, artifact.bypass, adapter)
 
-        chains = {depth: draft(path, settings.drafts) for depth, path in paths.items()}
-        exits = {path: draft(path, 1)[0] for of_one in stage_paths.values() for path in of_one}
-        stages = {k: torch.stack([exits[path] for path in of_one]) for k, of_one in stage_paths.items()}
-        parts.append((tokens, said, chains, stages))
+        chains = {depth: draft(path, settings.drafts, adapter) for depth, (path, adapter) in exits.items()}
+        ends = {path: draft(path, 1)[0] for of_one in stage_paths.values() for path in of_one}
+        stages = {k: torch.stack([ends[path] for path in of_one]) for k, of_one in stage_paths.items()}
+        bare = {d: torch.stack([draft(path, settings.drafts) for path in of_one]) for d, of_one in untrained.items()}
+        parts.append((tokens, said, chains, stages, bare))
         report("passages", begin + len(tokens), len(passages))
     tokens, said = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-    chains = {depth: torch.cat([part[2][depth] for part in parts], dim=1) for depth in paths}
+    chains = {depth: torch.cat([part[2][depth] for part in parts], dim=1) for depth in exits}
     stages = {k: torch.cat([part[3][k] for part in parts], dim=1) for k in stage_paths}
-    return Drafts(tokens, said, passages.shape[1] - 1, chains, stages)
+    both = {depth: list(torch.cat([part[4][depth] for part in parts], dim=2)) for depth in untrained}
+    return Drafts(tokens, said, passages.shape[1] - 1, chains, stages, both)
 
 
 def _written(model: nn.Module, passages: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -166,27 +202,34 @@ def _stage_path(num_layers: int, num_stages: int, stage: int) -> LayerPath:
     return path_of([*range(depth - 1), num_layers - 1])
 
 
-def _right(drafts: Drafts, depth: int) -> torch.Tensor:
-    """[max_drafts, num_texts, n], whether the first i + 1 drafts after each position are right, from `start` on.
+def _right(drafts: Drafts, chain: torch.Tensor) -> list[float]:
+    """[max_drafts], the share of positions from `start` on after which the first i + 1 drafts of a chain are right.
 
-    The last positions, after which a chain would leave the text, are left out.
+    The last positions, after which a chain would leave the text, are left out. chain: as in Drafts.chains.
     """
-    chain = drafts.chains[depth]
     n = drafts.said.shape[1] - drafts.start - len(chain)
     right = [
         chain[i, :, drafts.start + i : drafts.start + i + n] == drafts.said[:, drafts.start + i : drafts.start + i + n]
         for i in range(len(chain))
     ]
-    return torch.stack(right).cummin(dim=0).values
+    shares = torch.stack(right).cummin(dim=0).values.float().mean(dim=(1, 2))
+    return [round(float(share), 4) for share in shares]
+
+
+def _exit_rows(drafts: Drafts) -> list[dict[str, Any]]:
+    rows = []
+    for depth, (bare, *library) in drafts.untrained.items():
+        row = {"depth": depth, "right": _right(drafts, drafts.chains[depth]), "without_adapter": _right(drafts, bare)}
+        rows.append({**row, "library": _right(drafts, library[0]) if library else None})
+    return rows
 
 
 def _depth_rows(drafts: Drafts, costs: dict[int, float], num_layers: int) -> list[dict[str, Any]]:
     ead = earliest_agreeing([drafts.chains[depth][0] for depth in costs], drafts.said)[:, drafts.start :]
     rows = []
     for number, (depth, cost) in enumerate(costs.items()):
-        right = _right(drafts, depth).float().mean(dim=(1, 2))
         share = float((ead == number).float().mean())
-        rows.append({"depth": depth, "cost": cost, "right": [round(float(r), 4) for r in right], "ead": share})
+        rows.append({"depth": depth, "cost": cost, "right": _right(drafts, drafts.chains[depth]), "ead": share})
     rest = float((ead == len(costs)).float().mean())
     longest = len(next(iter(drafts.chains.values())))
     return [*rows, {"depth": num_layers, "cost": 1.0, "right": [1.0] * longest, "ead": rest}]

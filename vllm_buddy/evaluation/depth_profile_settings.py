@@ -18,7 +18,9 @@ class DepthProfileSettings(BaseModel):
         "embedded model)",
     )
     artifact: str | None = Field(
-        default=None, description="artifact whose paths draft, with its bypass (absent: the shipped one of the model)"
+        default=None,
+        description="artifact whose paths draft, with its bypass and the adapters of its draft exits (absent: the "
+        "shipped one of the model)",
     )
     passages: int = Field(default=24, ge=1, description="passages of the text to go on from")
     passage_tokens: int = Field(default=48, ge=2, description="tokens of each passage")

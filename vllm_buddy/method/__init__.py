@@ -2,13 +2,15 @@
 
 `budget.py`, `path.py`, `context.py`, `decision.py`, `router.py`, `predictor.py` and `request_route.py` make the
 decision, `token_router.py` for single tokens. `bypass.py` and `lora.py` repair the output of a model that skips layers,
-`byte_grid.py` rounds weights to 8 bits, and `kv_policy.py` names what a skipped layer leaves in the KV cache.
+`exit_adapter.py` the drafts of a path of few layers. `byte_grid.py` rounds weights to 8 bits, and `kv_policy.py` names
+what a skipped layer leaves in the KV cache.
 `reference.py`, `batched.py` and `forked.py` run a Hugging Face model along given paths.
 """
 
 from vllm_buddy.method.budget import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
 from vllm_buddy.method.context import Context
 from vllm_buddy.method.decision import DecisionModule, FoldedDecision
+from vllm_buddy.method.exit_adapter import DraftExit, ExitAdapter
 from vllm_buddy.method.path import LayerPath, full_path, layers_of, path_of, top_k_path
 from vllm_buddy.method.predictor import BudgetPredictor, FoldedPredictor
 from vllm_buddy.method.request_route import PathSchedule, RequestRoute, Route, Run, SplitRoute
@@ -19,6 +21,8 @@ __all__ = [
     "BudgetPredictor",
     "Context",
     "DecisionModule",
+    "DraftExit",
+    "ExitAdapter",
     "FoldedDecision",
     "FoldedPredictor",
     "LayerPath",

@@ -12,12 +12,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_buddy.method.batched import after_attention, dense_layer, embed, heads, rms_norm
+from vllm_buddy.method.batched import Rotary, after_attention, dense_layer, embed, heads, rms_norm
 from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.exit_adapter import ExitAdapter
 from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.reference import check_config
 
 KV = tuple[torch.Tensor, torch.Tensor]  # [batch, num_kv_heads, length, head_dim] each
+
+
+@torch.no_grad()
+def full_states(model: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, list[KV]]:
+    """The states after the whole model's last layer, before the last norm, and the K and V of its layers.
+
+    token_ids: [batch, length].
+
+    Returns:
+        [batch, length, hidden_size]; one pair per layer.
+    """
+    check_config(model.config)
+    hidden, rotary = embed(model, token_ids)
+    kept = []
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        attention, normed = layer.self_attn, rms_norm(layer.input_layernorm, hidden)
+        kept.append((rotary.apply(heads(attention, normed, "k")), heads(attention, normed, "v")))
+        hidden = dense_layer(layer, hidden, rotary)
+    return hidden, kept
 
 
 @torch.no_grad()
@@ -27,13 +47,7 @@ def full_pass(model: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, 
     Returns:
         [batch, length] int64, the likeliest next tokens; one pair per layer.
     """
-    check_config(model.config)
-    hidden, rotary = embed(model, token_ids)
-    kept = []
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        attention, normed = layer.self_attn, rms_norm(layer.input_layernorm, hidden)
-        kept.append((rotary.apply(heads(attention, normed, "k")), heads(attention, normed, "v")))
-        hidden = dense_layer(layer, hidden, rotary)
+    hidden, kept = full_states(model, token_ids)
     return _likeliest(model, hidden), kept
 
 
@@ -45,32 +59,71 @@ def draft_chains(
     length: int,
     full: Sequence[KV],
     bypass: Bypass | None = None,
+    adapter: ExitAdapter | None = None,
 ) -> torch.Tensor:
     """What `path` says after each token, as the first to the length-th token of a chain of drafts.
 
-    token_ids: [batch, num_tokens]. full: what full_pass keeps of them.
+    token_ids: [batch, num_tokens]. full: what full_pass keeps of them. adapter: of the path's exit.
 
     Returns:
         [length, batch, num_tokens] int64. Entry [i, :, p] is the draft after token p if the i tokens up to p were
         drafts too, and the same as in the text. Undefined for p < i.
     """
+    states = draft_states(model, token_ids, path, length, full, bypass)
+    if adapter is not None:
+        adapter = adapter.to(states[0])
+        states = [adapter.apply(hidden) for hidden in states]
+    return torch.stack([_likeliest(model, hidden) for hidden in states])
+
+
+@torch.no_grad()
+def draft_states(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    path: LayerPath,
+    length: int,
+    full: Sequence[KV],
+    bypass: Bypass | None = None,
+) -> list[torch.Tensor]:
+    """The states in which the passes of draft_chains end, before adapter, norm and head. Same arguments.
+
+    Returns:
+        `length` times [batch, num_tokens, hidden_size].
+    """
     backbone: Any = model.model
-    drafted: list[dict[int, KV]] = []
-    result = []
-    for step in range(length):
+    chain: list[dict[int, KV]] = []
+    states = []
+    for _ in range(length):
         hidden, rotary = embed(model, token_ids)
-        drafted.append({})
+        bypass = bypass if bypass is None else bypass.to(hidden)
+        drafted = {}
         for index, layer in enumerate(backbone.layers):
-            if not path >> index & 1:
-                hidden = hidden if bypass is None else bypass.apply(index, hidden)
-                continue
-            attention, normed = layer.self_attn, rms_norm(layer.input_layernorm, hidden)
-            queries = rotary.apply(heads(attention, normed, "q"))
-            drafted[step][index] = rotary.apply(heads(attention, normed, "k")), heads(attention, normed, "v")
-            chain = [drafted[i][index] for i in range(step + 1)]
-            hidden = after_attention(layer, hidden, _attend(queries, full[index], chain, attention.scaling))
-        result.append(_likeliest(model, hidden))
-    return torch.stack(result)
+            if path >> index & 1:
+                before = [entries[index] for entries in chain]
+                hidden, drafted[index] = draft_layer(layer, hidden, rotary, full[index], before)
+            elif bypass is not None:
+                hidden = bypass.apply(index, hidden)
+        chain.append(drafted)
+        states.append(hidden)
+    return states
+
+
+def draft_layer(
+    layer: Any, hidden: torch.Tensor, rotary: Rotary, full: KV, before: Sequence[KV] = ()
+) -> tuple[torch.Tensor, KV]:
+    """Run a layer at every position as the newest of a chain of len(before) + 1 tokens.
+
+    hidden: [batch, length, hidden_size]. full: K and V of the whole model. before: what this layer left of the drafts
+    before in the chain, each where it was the newest.
+
+    Returns:
+        the output, and the K and V that belong into `before` of the next draft.
+    """
+    attention, normed = layer.self_attn, rms_norm(layer.input_layernorm, hidden)
+    queries = rotary.apply(heads(attention, normed, "q"))
+    own = rotary.apply(heads(attention, normed, "k")), heads(attention, normed, "v")
+    mixed = _attend(queries, full, [*before, own], attention.scaling)
+    return after_attention(layer, hidden, mixed), own
 
 
 def _attend(queries: torch.Tensor, full: KV, chain: Sequence[KV], scaling: float) -> torch.Tensor:

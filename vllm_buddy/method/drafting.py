@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def pass_cost(config: Any, depth: int, bypass_rank: int = 0) -> float:
-    """The share of the model's weights that a pass of `depth` layers reads, with the other layers' bypass and the head.
+def pass_cost(config: Any, depth: int, bypass_rank: int = 0, adapter_rank: int = 0) -> float:
+    """The share of the model's weights that a pass of `depth` layers reads.
+
+    With the other layers' bypass, the adapter of its exit and the head; a rank of 0: there is none.
 
     A step of few rows takes the time of reading its weights. config: of a Hugging Face Llama or Qwen model.
     """
@@ -18,8 +20,8 @@ def pass_cost(config: Any, depth: int, bypass_rank: int = 0) -> float:
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # Q and O, K and V
     layer = hidden * (heads * head_dim + 3 * config.intermediate_size)
     head = hidden * config.vocab_size
-    bypass = 2 * hidden * bypass_rank
-    return (depth * layer + (num_layers - depth) * bypass + head) / (num_layers * layer + head)
+    bypass, adapter = 2 * hidden * bypass_rank, 2 * hidden * adapter_rank
+    return (depth * layer + (num_layers - depth) * bypass + adapter + head) / (num_layers * layer + head)
 
 
 def batch_share(num_requests: int, row_cost: float) -> float:

@@ -15,6 +15,7 @@ from torch import nn
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.exit_adapter import ExitAdapter
 from vllm_buddy.method.kv_policy import MASKED, ZERO, check_kv_policy
 from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.request_route import Route
@@ -77,13 +78,19 @@ def check_config(config: Any) -> None:
 
 @torch.no_grad()
 def routed_logits(
-    model: nn.Module, token_ids: Sequence[int], paths: Sequence[LayerPath], kv_policy: str, bypass: Bypass | None = None
+    model: nn.Module,
+    token_ids: Sequence[int],
+    paths: Sequence[LayerPath],
+    kv_policy: str,
+    bypass: Bypass | None = None,
+    adapter: ExitAdapter | None = None,
 ) -> torch.Tensor:
     """Compute the logits of every position from scratch.
 
     model: a Hugging Face causal language model (see check_config).
     paths: paths[t] is the path of position t; it must hold the first and the last layer.
     bypass: applied to rows that skip a layer, in the model's dtype.
+    adapter: of the exit of a draft path, applied to all rows; it changes no row's K or V.
 
     Returns:
         [len(token_ids), vocab_size], in the model's dtype.
@@ -92,7 +99,9 @@ def routed_logits(
         ValueError: a token has no path, or a path lacks the first or the last layer.
         UnsupportedError, SettingsError: the model or the KV policy is not supported.
     """
-    return _advance(model, _empty_cache(model, kv_policy), 0, token_ids, paths, kv_policy, _like(model, bypass))
+    caches, bypass = _empty_cache(model, kv_policy), _like(model, bypass)
+    adapter = adapter if adapter is None else adapter.to(_weight(model))
+    return _advance(model, caches, 0, token_ids, paths, kv_policy, bypass, adapter)
 
 
 @torch.no_grad()
@@ -132,7 +141,12 @@ def _empty_cache(model: Any, kv_policy: str) -> list[LayerCache]:
 
 
 def _like(model: Any, bypass: Bypass | None) -> Bypass | None:
-    return None if bypass is None else bypass.to(model.model.embed_tokens.weight)
+    return None if bypass is None else bypass.to(_weight(model))
+
+
+def _weight(model: Any) -> torch.Tensor:
+    """A tensor with the model's dtype and device."""
+    return model.model.embed_tokens.weight
 
 
 def _advance(
@@ -143,6 +157,7 @@ def _advance(
     paths: Sequence[LayerPath],
     kv_policy: str,
     bypass: Bypass | None,
+    adapter: ExitAdapter | None = None,
 ) -> torch.Tensor:
     """Run the tokens at positions start, start + 1, ..., extend `caches` and return the logits [n, vocab_size]."""
     if len(paths) != len(token_ids):
@@ -161,7 +176,7 @@ def _advance(
         if bypass is not None and not runs.all():
             ran[~runs] = bypass.apply(index, hidden[~runs])
         hidden = ran
-    return model.lm_head(backbone.norm(hidden))
+    return model.lm_head(backbone.norm(hidden if adapter is None else adapter.apply(hidden)))
 
 
 def _layer(

@@ -80,7 +80,7 @@ class TrainingRun:
                 self.refit(step)
             began = time.perf_counter()
             for group in groups:
-                group["lr"] = group["peak"] * self._rate(step)
+                group["lr"] = group["peak"] * rate_share(step, settings.warmup_steps, settings.num_steps)
             row = self._step(step, parameters)
             norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
             if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
@@ -211,14 +211,6 @@ class TrainingRun:
                 f"cannot write {self.folder / LOG_FILE}: {error}; the last checkpoint is intact"
             ) from None
 
-    def _rate(self, step: int) -> float:
-        """Return the share of the peak learning rate: linear warm-up, then a cosine down to FINAL_RATE."""
-        warmup, total = self.settings.warmup_steps, self.settings.num_steps
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, total - warmup)
-        return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2
-
     def _state(
         self, step: int, seconds: float, optimizers: list[torch.optim.Optimizer], parameters: list[nn.Parameter]
     ) -> dict[str, Any]:
@@ -260,3 +252,11 @@ class TrainingRun:
             kept = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] < state["step"]]
             log.write_text("".join(f"{line}\n" for line in kept))
         return state["step"], state["seconds"]
+
+
+def rate_share(step: int, warmup_steps: int, num_steps: int) -> float:
+    """Return the share of the peak learning rate: linear warm-up, then a cosine down to FINAL_RATE."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2

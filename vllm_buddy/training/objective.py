@@ -99,6 +99,17 @@ def divergence(hidden: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, log_
 
 
 @torch.no_grad()
+def agreement(hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the share of positions of each sequence whose likeliest next token is that of `tokens`: [batch].
+
+    hidden, head: as in `distillation_loss`. tokens: [batch, length].
+    """
+    rows = zip(hidden, tokens, strict=True)
+    says = [(torch.nn.functional.linear(row, head).argmax(dim=-1) == wanted) for row, wanted in rows]
+    return torch.stack(says).float().mean(dim=-1)
+
+
+@torch.no_grad()
 def top_log_probs(hidden: torch.Tensor, head: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the `top` likeliest next tokens and their log p: int64 and float32, [batch, length, top].
 

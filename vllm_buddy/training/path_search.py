@@ -5,7 +5,7 @@ and it measures each candidate with the bypass in place. The layer that a bypass
 whose removal without a bypass costs least.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import nn
 
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.training.objective import divergence, top_log_probs
+from vllm_buddy.training.objective import agreement, divergence, top_log_probs
 
 TOP = 64  # logits of the full model that are compared
 CANDIDATES = 6  # measured in each round: those that looked best in the round before
@@ -38,17 +38,26 @@ class RepairedPaths:
     def prefixes(self, skipped: set[int]) -> list[torch.Tensor]:
         """Return the hidden states before each layer when `skipped` layers are left out."""
         states = [self._start]
-        for index in range(len(self._layers) - 1):
+        for index in range(self.num_layers - 1):
             states.append(self._step(index, states[-1], index in skipped))
         return states
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
 
     def divergence(self, skipped: set[int], start: int = 0, hidden: torch.Tensor | None = None) -> float:
         """Return the divergence in nats per token. hidden: the state before layer `start`, if it is known."""
         hidden = self._run(self._start if hidden is None else hidden, start, skipped)
         return float(divergence(self._norm(hidden), self._head, *self._teacher).mean())
 
+    def agreement(self, skipped: set[int]) -> float:
+        """Return the share of tokens after which the path says what the full model says, both greedily."""
+        hidden = self._norm(self._run(self._start, 0, skipped))
+        return float(agreement(hidden, self._head, self._teacher[0][..., 0]).mean())
+
     def _run(self, hidden: torch.Tensor, start: int, skipped: set[int]) -> torch.Tensor:
-        for index in range(start, len(self._layers)):
+        for index in range(start, self.num_layers):
             hidden = self._step(index, hidden, index in skipped)
         return hidden
 
@@ -76,20 +85,33 @@ def removal_order(
 ) -> list[int]:
     """Return all middle layers in the order in which they are removed; the paths of all depths are nested.
 
-    The order is searched down to `min_depth` layers. report: called as report(layer removed, layers left, nats per
-    token) after each removal.
+    See search_removals.
     """
-    paths = RepairedPaths(model, token_ids, bypass)
-    num_layers = len(paths._layers)
-    remaining = list(range(1, num_layers - 1))
-    order: list[int] = []
+    return search_removals(RepairedPaths(model, token_ids, bypass), (), min_depth, report)
+
+
+@torch.no_grad()
+def search_removals(
+    paths: RepairedPaths,
+    gone: Sequence[int],
+    min_depth: int,
+    report: Callable[[int, int, float], None] = lambda *_: None,
+) -> list[int]:
+    """Return `gone`, then the other middle layers in the order in which they are removed.
+
+    The order is searched down to `min_depth` layers. gone: layers that are removed already. report: called as
+    report(layer removed, layers left, nats per token) after each removal.
+    """
+    num_layers = paths.num_layers
+    order = list(gone)
+    remaining = [layer for layer in range(1, num_layers - 1) if layer not in order]
     increase: dict[int, float] = {}
-    current = 0.0
+    current = paths.divergence(set(order)) if order else 0.0
     while num_layers - len(order) > min_depth:
         skipped = set(order)
         states = paths.prefixes(skipped)
         candidates = sorted(remaining, key=lambda layer: increase.get(layer, 0.0))
-        candidates = candidates if not order else candidates[:CANDIDATES]
+        candidates = candidates[:CANDIDATES] if increase else candidates
         measured = {layer: paths.divergence(skipped | {layer}, layer, states[layer]) for layer in candidates}
         increase.update({layer: value - current for layer, value in measured.items()})
         best = min(candidates, key=lambda layer: (measured[layer], layer))
@@ -98,4 +120,4 @@ def removal_order(
         current = measured[best]
         report(best, num_layers - len(order), current)
     # Below `min_depth` nothing is measured: the layer that cost least when it was last measured is removed first.
-    return order + sorted(remaining, key=lambda layer: (increase[layer], layer))
+    return order + sorted(remaining, key=lambda layer: (increase.get(layer, 0.0), layer))

@@ -278,7 +278,8 @@ def _artifact(
     rounded = None if bypass is None else bypass.rounded()
     if start.artifact is None:
         return Artifact(config, static_prior(start.order), folded, rounded, deltas)
-    # All that is not trained here stays as it was, but a Budget Predictor knows the losses with another bypass.
-    kept = start.artifact.without_predictor()
+    # All that is not trained here stays as it was, but a Budget Predictor knows the losses with another bypass, and
+    # adapters the states after it.
+    kept = start.artifact.without_predictor().without_drafts()
     known = kept.config.model_copy(update={"name": config.name, "budgets": config.budgets, "token": None})
     return dataclasses.replace(kept, config=known, bypass=rounded, token=None)

@@ -4,7 +4,15 @@ import json
 from typing import Any
 
 from vllm_buddy.artifact import Artifact
-from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, card_origin, card_title, run_header, to_yaml
+from vllm_buddy.artifact.provenance import (
+    CARD_FILE,
+    DRAFTS_HEADING,
+    RUN_FILE,
+    card_origin,
+    card_title,
+    run_header,
+    to_yaml,
+)
 from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
 from vllm_buddy.training.loop import LOG_FILE, TrainingRun
@@ -87,6 +95,11 @@ def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> st
         f"{trained}. With the least budget the static path runs layers {', '.join(map(str, static))}.",
         "",
         "`vllm-buddy eval --artifact DIR --text FILE --piqa FILE` measures what that is worth.",
+        "",
+        DRAFTS_HEADING,
+        "",
+        "There are none: lossless mode drafts on paths of the library, without adapters. `vllm-buddy train-drafts` "
+        "makes some.",
         "",
         *card_origin(command, f"every setting, the hashes of the data, and versions; `{CURVES_FILE}` shows the loss"),
     ]

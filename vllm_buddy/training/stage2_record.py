@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE, card_title, run_header, to_yaml
+from vllm_buddy.artifact.provenance import add_section, run_header
 from vllm_buddy.training.curves import pyplot
 from vllm_buddy.training.stage2 import Stage2
 from vllm_buddy.training.stage2_settings import Stage2Settings
@@ -30,8 +30,6 @@ def finish_run(
     artifact.save(out)
     (out / LOG_FILE).write_text("".join(f"{json.dumps(row)}\n" for row in log))
     draw_curves(log, out / CURVES_FILE, f"{artifact.config.name}: Budget Predictor")
-    card, run = (_text(artifact_dir / name) for name in (CARD_FILE, RUN_FILE))
-    (out / CARD_FILE).write_text(with_section(card or _bare_card(stage), predictor_card(stage, command)))
     record = {
         **run_header(command, commit, settings.seed),
         "settings": json.loads(settings.model_dump_json(exclude={"data", "data_dir", "cache_dir", "out"})),
@@ -52,7 +50,8 @@ def finish_run(
             "stderr_of_gain": round(stage.gain.stderr, 4),
         },
     }
-    (out / RUN_FILE).write_text(without_key(run, RUN_KEY) + to_yaml({RUN_KEY: record}))
+    names = artifact.config.name, artifact.config.base_model.id
+    add_section(artifact_dir, out, names, predictor_card(stage, command), RUN_KEY, record)
 
 
 def predictor_card(stage: Stage2, command: str) -> str:
@@ -82,28 +81,6 @@ def predictor_card(stage: Stage2, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_section(card: str, section: str) -> str:
-    """Return `card` with `section` in place of the one with its heading, or before the last heading of that level."""
-    heading = section.splitlines()[0]
-    start = card.find(f"{heading}\n")
-    if start >= 0:
-        end = card.find("\n## ", start)
-        return card[:start] + section + (card[end + 1 :] if end >= 0 else "")
-    last = card.rfind("\n## ")
-    return card[: last + 1] + section + card[last + 1 :] if last >= 0 else f"{card}\n{section}"
-
-
-def without_key(yaml: str, key: str) -> str:
-    """Return a record, in the form that `to_yaml` writes, without one of its top-level keys."""
-    kept, inside = [], False
-    for line in yaml.splitlines(keepends=True):
-        if not line.startswith(" "):
-            inside = line.startswith(f"{key}:")
-        if not inside:
-            kept.append(line)
-    return "".join(kept)
-
-
 def draw_curves(log: Sequence[dict[str, Any]], out: Path, title: str) -> None:
     """Draw held-out cost, entropy of the policy and chosen budget against optimizer steps.
 
@@ -130,12 +107,3 @@ def draw_curves(log: Sequence[dict[str, Any]], out: Path, title: str) -> None:
     figure.suptitle(title)
     figure.savefig(out, dpi=130)
     plt.close(figure)
-
-
-def _bare_card(stage: Stage2) -> str:
-    config = stage.artifact.config
-    return "\n".join(card_title(config.name, config.base_model.id))
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""

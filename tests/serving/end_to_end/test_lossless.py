@@ -3,16 +3,17 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from vllm.v1.sample import rejection_sampler
 
-from tests.harness.engine import Ask, Engine, Tiny, start_engine
+from tests.harness.engine import Ask, Engine, Tiny, make_tiny, start_engine
 from tests.harness.tiny_models import NUM_LAYERS, random_prompts
 from tests.serving.end_to_end.test_golden import batch
-from vllm_buddy.method import full_path
+from vllm_buddy.method import ExitAdapter, full_path
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 from vllm_buddy.method.reference import routed_logits
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, Drafting
@@ -208,6 +209,26 @@ def test_drafts_are_what_the_path_says_after_a_prefix_at_full_depth(
     lossless: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a draft pass reads wrong K and V, so that it is accepted less often than the model allows."""
+    check_drafts(lossless, monkeypatch)
+
+
+def test_the_artifacts_exits_draft_with_their_adapters(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if drafts of trained exits differ from the reference's, or an adapter changes a token of an answer."""
+    tiny = make_tiny(tmp_path_factory.mktemp("exits"), "llama", bypass_rank=4, draft_depths=(4, 7))
+    engine = start_lossless(tiny, depth=None, refine_depth=7)
+    drafter, exits = engine.runner.drafter, tiny.artifact.drafts
+    assert [drafter._drafts.path, drafter._drafts.refined] == [draft.path for draft in exits]
+    check_drafts(engine, monkeypatch)
+    drafter.use(replace(drafter._drafts, refined=None))  # the refining pass corrects nearly all drafts of random models
+    check_drafts(engine, monkeypatch)
+    asks = mixed_batch(seed=4)
+    engine.check(asks, engine.run(asks))
+
+
+def check_drafts(lossless: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare drafts of a few requests with those that the reference makes one by one."""
     drafter, seen = lossless.runner.drafter, []
     propose = drafter.propose
 
@@ -222,15 +243,19 @@ def test_drafts_are_what_the_path_says_after_a_prefix_at_full_depth(
     assert len(seen) > 20
     paths = drafter._drafts
     for known, drafts in seen[::5]:
-        chain = draft_chain(lossless, known, paths.path, 3 if paths.refined else len(drafts))
+        first, second = (paths.path, paths.adapter), (paths.refined, paths.refine_adapter)
+        chain = draft_chain(lossless, known, first, 3 if paths.refined else len(drafts))
         if paths.refined is not None:
-            checked = after_each(lossless, known[:-1], [known[-1], *chain], paths.refined)
+            checked = after_each(lossless, known[:-1], [known[-1], *chain], second)
             agreed = next((i for i, token in enumerate(chain) if token != checked[i]), len(chain))
             chain = [*chain[:agreed], checked[agreed]]
         assert drafts == chain[: len(drafts)]
 
 
-def draft_chain(engine: Engine, known: list[int], path: int, length: int) -> list[int]:
+Exit = tuple[int, ExitAdapter | None]  # path, and the adapter of its exit
+
+
+def draft_chain(engine: Engine, known: list[int], path: Exit, length: int) -> list[int]:
     chain: list[int] = []
     for _ in range(length):
         chain.append(after_each(engine, known[:-1], [known[-1], *chain], path)[-1])
@@ -238,8 +263,8 @@ def draft_chain(engine: Engine, known: list[int], path: int, length: int) -> lis
 
 
 @torch.no_grad()
-def after_each(engine: Engine, prefix: list[int], token_ids: list[int], path: int) -> list[int]:
+def after_each(engine: Engine, prefix: list[int], token_ids: list[int], path: Exit) -> list[int]:
     """What the reference says after each of token_ids on `path`, which follow a prefix at full depth."""
-    paths = [full_path(NUM_LAYERS)] * len(prefix) + [path] * len(token_ids)
-    logits = routed_logits(engine.tiny.model, [*prefix, *token_ids], paths, MASKED, engine.tiny.artifact.bypass)
+    paths, text = [full_path(NUM_LAYERS)] * len(prefix) + [path[0]] * len(token_ids), [*prefix, *token_ids]
+    logits = routed_logits(engine.tiny.model, text, paths, MASKED, engine.tiny.artifact.bypass, path[1])
     return logits[len(prefix) :].argmax(dim=-1).tolist()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_buddy.method import ExitAdapter
 from vllm_buddy.serving.forward.auxiliary import AuxiliaryStates
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.kv import LayerView
@@ -146,3 +147,33 @@ def test_nothing_of_a_bypass_runs_where_everybody_runs_every_layer() -> None:
     """Fails if requests at full depth pay for the bypass of others that are not there."""
     recorder, _, _ = run(STEPS["everybody"], bypass=True)
     assert [kind for kind, _, _ in recorder.calls] == ["layer"] * 4
+
+
+@pytest.mark.parametrize("last_residual", [False, True])
+def test_the_adapter_of_an_exit_stands_before_the_last_norm(last_residual: bool) -> None:
+    """Fails if the adapter sees a part of the state only, or the norm gets the state without it."""
+    from vllm.forward_context import override_forward_context
+
+    hidden, residual = torch.randn(2, NUM_ROWS, HIDDEN, generator=torch.Generator().manual_seed(0)).unbind()
+    adapter = ExitAdapter(torch.randn(2, HIDDEN), torch.randn(HIDDEN, 2), 1e-5)
+    left = []
+
+    def layer(positions: torch.Tensor, hidden: torch.Tensor, _: Any) -> Any:
+        return hidden, residual.clone() if last_residual else torch.zeros_like(hidden)
+
+    backbone = SimpleNamespace(
+        enter=lambda *_: (hidden.clone(), None),
+        leave=lambda *state: left.append(state),
+        aux_hidden_state_layers=(),
+        attention_names=["a"],
+        stage=[layer],
+        functions=[layer],
+        bypasses=None,
+    )
+    step = RoutedStep(SimpleNamespace(), [LayerView()], np.zeros(NUM_ROWS, dtype=np.int32), exit_adapter=adapter)  # type: ignore[arg-type]
+    with override_forward_context(SimpleNamespace()):
+        step.forward(backbone, None, torch.arange(NUM_ROWS), None)
+    ((added, state, *_),) = left
+    whole = hidden + residual if last_residual else hidden
+    torch.testing.assert_close(state, whole)
+    torch.testing.assert_close(added + state, adapter.apply(whole))

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from tests.harness.engine import Tiny
+from tests.harness.engine import Tiny, make_tiny
 from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import layers_of
 from vllm_buddy.serving.schedule.draft_pace import PROBE_EVERY, Drafting, DraftPath
@@ -112,3 +113,38 @@ def test_the_draft_path_is_the_artifacts(tiny: Callable[[str], Tiny]) -> None:
     ):
         with pytest.raises(SettingsError, match="drafts"):
             DraftPath.of(BuddySettings(drafts=wrong), made.artifact, config)
+
+
+def test_the_artifacts_exits_draft_where_they_have_the_depth(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fails if a trained exit is not used, is used at another depth, or its adapter goes to another path."""
+    made = make_tiny(tmp_path_factory.mktemp("exits"), "llama", bypass_rank=4, draft_depths=(4, 6))
+    first, second = made.artifact.drafts
+
+    def of(**drafts: int) -> DraftPath:
+        return DraftPath.of(BuddySettings(drafts=DraftSettings(**drafts)), made.artifact, made.model.config)
+
+    own = of()
+    assert (own.path, own.adapter, own.refined, own.refine_adapter) == (first.path, first.adapter, None, None)
+    assert (
+        own.summary(made.artifact) == "drafts run 4 layers with an adapter; the artifact's draft exits have 4, 6 layers"
+    )
+    both = of(refine_depth=6)
+    assert (both.path, both.adapter) == (first.path, first.adapter)
+    assert (both.refined, both.refine_adapter) == (second.path, second.adapter)
+    other = of(depth=5, refine_depth=6)
+    library = made.artifact.config.library
+    assert library is not None
+    assert (layers_of(other.path), other.adapter, other.refine_adapter) == (library[5][0], None, second.adapter)
+    assert "5 layers without an adapter, and 6 layers with an adapter check them" in other.summary(made.artifact)
+    plain = DraftPath.of(
+        BuddySettings(drafts=DraftSettings(depth=4)), made.artifact.without_drafts(), made.model.config
+    )
+    assert plain.adapter is None
+    assert plain.cost < own.cost
+    assert "has no trained draft exits (`vllm-buddy train-drafts` adds them)" in plain.summary(
+        made.artifact.without_drafts()
+    )
+    half = both.to(torch.empty(0, dtype=torch.bfloat16))
+    assert half.adapter is not None
+    assert half.refine_adapter is not None
+    assert {half.adapter.up.dtype, half.refine_adapter.down.dtype} == {torch.bfloat16}

@@ -16,12 +16,12 @@ Drafts change no token of an answer, so nothing but speed follows from these est
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import SettingsError
-from vllm_buddy.method import LayerPath
+from vllm_buddy.method import ExitAdapter, LayerPath
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.drafting import batch_share, draft_gain, pass_cost
 from vllm_buddy.serving.schedule.plan import Executed
@@ -45,32 +45,54 @@ class DraftPath:
     path: of a draft pass. refined: a deeper path that checks the drafts of one pass, and corrects the first that it
         finds wrong, before the full model does; None: there is no such pass.
     cost, refine_cost: of one pass of each, as a share of a full step of few tokens: of the weights that it reads.
+    adapter, refine_adapter: of the exit of each; None: it has none.
     """
 
     path: LayerPath
     cost: float
     refined: LayerPath | None = None
     refine_cost: float = 0.0
+    adapter: ExitAdapter | None = field(default=None, compare=False)
+    refine_adapter: ExitAdapter | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, settings: BuddySettings, artifact: Artifact, hf_config: Any) -> "DraftPath":
-        """What the settings ask for. hf_config: of the model.
+        """What the settings ask for: at the depth of one of the artifact's exits that exit, else the library's path.
+
+        Where they ask for no depth, the artifact's first exit drafts. hf_config: of the model.
 
         Raises:
             SettingsError: a depth that the artifact has no path of.
         """
         num_layers, drafts = artifact.config.base_model.num_layers, settings.drafts
-        depth = drafts.depth or max(MIN_DEPTH, round(_SHARE * num_layers))
-        path = _path(artifact, "drafts.depth", depth)
-        cost = pass_cost(hf_config, depth, artifact.config.bypass_rank)
+        own = artifact.drafts[0].path.bit_count() if artifact.drafts else max(MIN_DEPTH, round(_SHARE * num_layers))
+        depth = drafts.depth or own
+        path, adapter = _exit(artifact, "drafts.depth", depth)
+        cost = _cost(hf_config, artifact, depth, adapter)
         if drafts.refine_depth is None:
-            return cls(path, cost)
+            return cls(path, cost, adapter=adapter)
         if drafts.refine_depth <= depth:
             raise SettingsError(
                 f"drafts.refine_depth {drafts.refine_depth} is not more than the {depth} layers that drafts run"
             )
-        refined = _path(artifact, "drafts.refine_depth", drafts.refine_depth)
-        return cls(path, cost, refined, pass_cost(hf_config, drafts.refine_depth, artifact.config.bypass_rank))
+        refined, refine_adapter = _exit(artifact, "drafts.refine_depth", drafts.refine_depth)
+        refine_cost = _cost(hf_config, artifact, drafts.refine_depth, refine_adapter)
+        return cls(path, cost, refined, refine_cost, adapter, refine_adapter)
+
+    def to(self, like: Any) -> "DraftPath":
+        """The same with adapters in the dtype and on the device of a tensor."""
+        adapter, refine_adapter = (a if a is None else a.to(like) for a in (self.adapter, self.refine_adapter))
+        return replace(self, adapter=adapter, refine_adapter=refine_adapter)
+
+    def summary(self, artifact: Artifact) -> str:
+        """What drafts run, for the log of the start."""
+        told = f"drafts run {_told(self.path, self.adapter)}"
+        if self.refined is not None:
+            told += f", and {_told(self.refined, self.refine_adapter)} check them"
+        if not artifact.drafts:
+            return f"{told}: the artifact has no trained draft exits (`vllm-buddy train-drafts` adds them)"
+        trained = ", ".join(str(draft.path.bit_count()) for draft in artifact.drafts)
+        return f"{told}; the artifact's draft exits have {trained} layers"
 
 
 @dataclass
@@ -190,12 +212,23 @@ def _best(gains: Sequence[float]) -> int:
     return gains.index(most) + 1 if most > 1.0 + MARGIN else 0
 
 
-def _path(artifact: Artifact, name: str, depth: int) -> LayerPath:
+def _exit(artifact: Artifact, name: str, depth: int) -> tuple[LayerPath, ExitAdapter | None]:
     num_layers = artifact.config.base_model.num_layers
     if not MIN_DEPTH <= depth < num_layers:
         raise SettingsError(f"{name} is {depth}; allowed are {MIN_DEPTH} to {num_layers - 1} layers")
+    for draft in artifact.drafts:
+        if draft.path.bit_count() == depth:
+            return draft.path, draft.adapter
     path = artifact.first_path(depth)
     if path is None:
         known = ", ".join(map(str, sorted(artifact.config.library or ())))
         raise SettingsError(f"{name} is {depth}, of which the path library has no path; it has paths of {known} layers")
-    return path
+    return path, None
+
+
+def _told(path: LayerPath, adapter: ExitAdapter | None) -> str:
+    return f"{path.bit_count()} layers {'without an' if adapter is None else 'with an'} adapter"
+
+
+def _cost(hf_config: Any, artifact: Artifact, depth: int, adapter: ExitAdapter | None) -> float:
+    return pass_cost(hf_config, depth, artifact.config.bypass_rank, 0 if adapter is None else adapter.rank)

@@ -76,7 +76,8 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
                     limits.max_budget,
                 )
         if limits.lossless:
-            DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
+            drafts = DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
+            logger.info("vllm_buddy: %s", drafts.summary(artifact))
         elif "drafts" in settings.model_fields_set:
             raise SettingsError("drafts: nothing drafts; start with `vllm-buddy serve --lossless-drafts N`")
         # Attributes of the config objects travel with them to every process; additional_config alone is hashed.

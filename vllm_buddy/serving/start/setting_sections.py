@@ -220,13 +220,17 @@ class DraftSettings(Section):
     """Drafts of the speculator DepthDrafts, for requests in lossless mode."""
 
     depth: Size | None = Field(
-        default=None, description="Layers that a draft runs. Default: three tenths of the model's layers."
+        default=None,
+        description=(
+            "Layers that a draft runs: an exit that the artifact was trained for, with its adapter, or else the path "
+            "of the library. Default: the artifact's first exit, without one three tenths of the model's layers."
+        ),
     )
     refine_depth: Size | None = Field(
         default=None,
         description=(
             "Layers of a second pass that checks the drafts of a step and corrects the first wrong one, before all "
-            "layers do. Default: there is none."
+            "layers do; an exit of the artifact as for `depth`. Default: there is none."
         ),
     )
     most: Size | None = Field(

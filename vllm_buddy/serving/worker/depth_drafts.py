@@ -6,8 +6,9 @@ of the full model: drafts are greedy, so to the sampler each is one token with c
 
 A draft pass runs the newest token along a short path of the model, on the request's own KV cache. The cache holds K and
 V of all layers for all tokens before, because a lossless request runs at full depth. The pass writes K and V of the
-draft into the slots after them, in the layers of the path; the step that checks the draft writes all layers' there, and
-what lies beyond the accepted tokens is written again before anything reads it.
+draft into the slots after them, in the layers of the path. Where the artifact has a trained exit, the exit's adapter
+follows, and then the model's own last norm and head. The step that checks the draft writes all layers' K and V there,
+and what lies beyond the accepted tokens is written again before anything reads it.
 """
 
 import copy
@@ -21,7 +22,7 @@ import torch
 from vllm.forward_context import set_forward_context
 
 from vllm_buddy.artifact import load_artifact
-from vllm_buddy.method import LayerPath, Run
+from vllm_buddy.method import ExitAdapter, LayerPath, Run
 from vllm_buddy.serving.compat import moved_metadata
 from vllm_buddy.serving.kv import LayerView
 from vllm_buddy.serving.schedule.draft_pace import DraftPath
@@ -48,6 +49,11 @@ class DepthDrafts:
     def load_model(self, model: Any) -> None:
         """Take the target model, which drafts too."""
         self._model = model
+        self.use(self._drafts)
+
+    def use(self, drafts: DraftPath) -> None:
+        """Draft on these layers from now on."""
+        self._drafts = drafts.to(self._model.model.norm.weight)
 
     def attach(self, runner: Any) -> None:
         """Take the model runner, whose KV cache and block tables drafts use."""
@@ -90,29 +96,39 @@ class DepthDrafts:
         self, rows: Sequence[int], positions: np.ndarray, newest: Sequence[int], lengths: Sequence[int]
     ) -> list[list[int]]:
         """Draft lengths[i] tokens after token newest[i], at positions[i] of the request in batch row rows[i]."""
+        drafts = self._drafts
         chains: list[list[int]] = [[] for _ in rows]
         for step in range(max(lengths)):
             active = [i for i, length in enumerate(lengths) if length > step]
             inputs = [[(newest[i], *chains[i])[-1]] for i in active]
-            outputs = self._run(self._drafts.path, [rows[i] for i in active], positions[active] + step, inputs)
+            places = positions[active] + step
+            outputs = self._run(drafts.path, drafts.adapter, [rows[i] for i in active], places, inputs)
             for i, (token,) in zip(active, outputs):
                 chains[i].append(token)
-        if self._drafts.refined is None:
+        if drafts.refined is None:
             return chains
         inputs = [[token, *chain] for token, chain in zip(newest, chains)]
-        checked = self._run(self._drafts.refined, rows, positions, inputs)
+        checked = self._run(drafts.refined, drafts.refine_adapter, rows, positions, inputs)
         return [_refined(chain, says)[: self._most] for chain, says in zip(chains, checked)]
 
     def _run(
-        self, path: LayerPath, rows: Sequence[int], positions: np.ndarray, token_ids: Sequence[Sequence[int]]
+        self,
+        path: LayerPath,
+        adapter: ExitAdapter | None,
+        rows: Sequence[int],
+        positions: np.ndarray,
+        token_ids: Sequence[Sequence[int]],
     ) -> list[list[int]]:
-        """The most likely token after each of token_ids[i], which follow each other from positions[i] on."""
+        """The most likely token after each of token_ids[i], which follow each other from positions[i] on.
+
+        adapter: of the path's exit.
+        """
         batch = self._batch(path, rows, positions, [len(tokens) for tokens in token_ids])
         state, backbone = self._runner.buddy_state, self._model.model
         views = self._views(batch, path)
         inputs = batch.to_device(np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in token_ids]))
         places = np.concatenate([start + np.arange(len(tokens)) for start, tokens in zip(positions, token_ids)])
-        step = state.drafting_step(batch, views)
+        step = state.drafting_step(batch, views, adapter)
         with set_forward_context({}, self._vllm_config, num_tokens=batch.num_tokens, slot_mapping={}):
             hidden: Any = step.forward(backbone, inputs, batch.to_device(places), None)
         said = self._model.compute_logits(hidden).argmax(dim=-1).tolist()

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.errors import UnsupportedError
-from vllm_buddy.method import LayerPath, full_path
+from vllm_buddy.method import ExitAdapter, LayerPath, full_path
 from vllm_buddy.method.kv_policy import KVPolicyName
 from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
@@ -212,12 +212,15 @@ class WorkerState:
         plans = [self._plan[req_id] for req_id in req_ids]
         return [(plan.wanted_ngrams, plan.wanted_drafts) for plan in plans]
 
-    def drafting_step(self, batch: StepBatch, views: Sequence[LayerView]) -> RoutedStep:
-        """What the model runs to draft, beside its steps. Its layers are counted apart."""
+    def drafting_step(
+        self, batch: StepBatch, views: Sequence[LayerView], adapter: ExitAdapter | None = None
+    ) -> RoutedStep:
+        """What the model runs to draft, beside its steps. Its layers are counted apart. adapter: see RoutedStep."""
         for plan, req_id in zip(batch.plans, batch.req_ids):
             layers = sum(run.num_tokens * run.path.bit_count() for run in plan.runs)
             self._drafting[req_id] = self._drafting.get(req_id, 0) + layers
-        return RoutedStep(self.policy, views, np.zeros(batch.num_tokens, dtype=np.int32), self._moves_rows)
+        executed = np.zeros(batch.num_tokens, dtype=np.int32)
+        return RoutedStep(self.policy, views, executed, self._moves_rows, exit_adapter=adapter)
 
     def report(self, output: Any, req_ids: Sequence[str], query_start_loc: np.ndarray) -> None:
         """Attach the layers executed in the last step to vLLM's output. Only for the last pipeline stage.

@@ -1,0 +1,87 @@
+"""Adds draft exits to an artifact, from settings to artifact: searches their paths and trains their adapters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_buddy.artifact import Artifact, load_artifact, with_drafts
+from vllm_buddy.artifact.fingerprint import identify
+from vllm_buddy.errors import TrainingError
+from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.draft_fit import DraftStates, Right, fit_adapters, measure
+from vllm_buddy.training.draft_search import DraftCandidate, search_drafts
+from vllm_buddy.training.draft_settings import DraftTrainingSettings
+
+
+@dataclass(frozen=True)
+class TrainedDrafts:
+    """The artifact with its exits, and figures for the record of the run.
+
+    searched: the best path of each depth that was considered. before, after: of each exit, on held-out text, without
+    and with its adapter. sha256: hash of each source of text, by its name.
+    """
+
+    artifact: Artifact
+    searched: list[DraftCandidate]
+    before: list[Right]
+    after: list[Right]
+    sha256: dict[str, str]
+
+
+def train_drafts(
+    settings: DraftTrainingSettings,
+    artifact_dir: Path,
+    model_dir: Path,
+    report: Callable[[dict[str, Any]], None],
+    note: Callable[[str], None],
+) -> TrainedDrafts:
+    """Search draft paths and train their adapters; the artifact is not saved yet.
+
+    report: called with the log row of each training step. note: called with a line of text about other work.
+
+    Raises:
+        BuddyError: settings, data, artifact or model cannot be used, or a loss is not finite.
+    """
+    artifact = load_artifact(artifact_dir)
+    base = artifact.config.base_model
+    if not base.same_model(found := identify(model_dir)):
+        raise TrainingError(
+            f"artifact '{artifact.config.name}' was made for {base.summary()}, but the model is {found.summary()}"
+        )
+    wanted = [*settings.depths, *(() if settings.refine_depth is None else (settings.refine_depth,))]
+    if wanted[-1] >= base.num_layers:
+        raise TrainingError(f"drafts of {wanted[-1]} layers were asked for, the model has {base.num_layers}")
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot make the folder {settings.out}: {error.strerror or error}") from None
+    num_trained = settings.num_steps * settings.batch
+    used = num_trained + settings.num_held_out
+    corpus = Corpus.read(
+        settings.data, settings.data_dir, load_tokenizer(model_dir), settings.length, used, settings.seed
+    )
+    trained, held_out = corpus.order[:num_trained], np.setdiff1d(corpus.order[num_trained:], corpus.order[:num_trained])
+    if not len(held_out):
+        raise TrainingError(
+            f"training takes all {len(corpus.sequences)} sequences of the data, and none is left to hold out; lower "
+            "tokens, or add text"
+        )
+    model: Any = load_model(model_dir, getattr(torch, settings.dtype)).requires_grad_(False)
+    if artifact.lora is not None:
+        artifact.lora.merge_into(model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    searched = search_drafts(model, corpus.take(settings.search_tokens), artifact, wanted, settings.row_cost, note)
+    drafting = max((c for c in searched if c.depth in settings.depths), key=lambda c: c.gain)
+    paths = [drafting.path, *(c.path for c in searched if c.depth == settings.refine_depth)]
+    states = DraftStates(model, paths, artifact.bypass, settings.top_logits)
+    before = measure(states, corpus.sequences[held_out], [None] * len(paths))
+    note(f"training the adapters of {', '.join(str(path.bit_count()) for path in paths)} layers")
+    batches = [corpus.sequences[rows] for rows in trained.reshape(-1, settings.batch)]
+    exits = fit_adapters(states, batches, paths, settings, model.config.rms_norm_eps, report)
+    after = measure(states, corpus.sequences[held_out], [draft.adapter for draft in exits])
+    return TrainedDrafts(with_drafts(artifact, exits), searched, before, after, corpus.sha256)
