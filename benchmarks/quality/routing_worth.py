@@ -3,11 +3,11 @@
     python -m benchmarks.quality.routing_worth RECIPE ... --data-dir DATA      # about 6 minutes on 2 cores
 
 RECIPE is the recipe of the artifact's training; several, if it was trained on. From each file of the first one it takes
-windows that none of them used (the training of the artifact which they start from may have). The divergence from the full model is measured with depths chosen
-per token (`token`), with the same depths dealt to the tokens of each window at random (`shuffled`), and with one depth
-for all tokens, on the paths of the artifact's router (`constant`), all with the same bypasses and under `kv_only`. Rows
-of `gain` are the difference to `token` in nats per token. Its standard error is over windows, of the differences within
-each window.
+windows that none of them used (the training of the artifact which they start from may have). The divergence from the
+full model is measured with depths chosen per token (`token`), with the same depths dealt to the tokens of each window
+at random (`shuffled`), and with one depth for all tokens, on the paths of the artifact's router (`constant`), all with
+the same bypasses and under `kv_only`. Rows of `gain` are the difference to `token` in nats per token. Its standard
+error is over windows, of the differences within each window.
 """
 
 import argparse
