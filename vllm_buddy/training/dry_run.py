@@ -13,7 +13,8 @@ import torch
 
 from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.folder import load_tokenizer
+from vllm_buddy.training.base_model import base_bytes, check_processes, gathered_bytes, load_base
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.regression import fit_bypass
@@ -59,6 +60,7 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
 
     check_settings(settings)
     accelerator = Accelerator()
+    check_processes(settings, accelerator)
     base, tokenizer = identify(model_dir), load_tokenizer(model_dir)
     corpus = Corpus.read(
         settings.data,
@@ -68,10 +70,13 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         settings.tokens // settings.length,
         settings.seed,
     )
-    dtype, quantisation = getattr(torch, settings.dtype), settings.base_quantisation
-    model: Any = load_model(model_dir, dtype, accelerator.device, quantisation).requires_grad_(False)
-    # Before LoRA adds parameters of its own.
-    base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    model: Any = load_base(settings, model_dir, accelerator)
+    memory = {f"base weights ({settings.base_quantisation or settings.dtype})": base_bytes(model)}
+    if settings.shard_base:
+        memory = {
+            f"base weights ({settings.dtype}), one of {accelerator.num_processes} shares": base_bytes(model),
+            "base weights gathered for use, at most": gathered_bytes(model),
+        }
     middle, hidden = base.num_layers - 2, base.hidden_size
     repair: Repair
     if settings.recipe == "bypass":
@@ -80,12 +85,8 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         repair = BypassRepair(Bypass(down, up, model.config.rms_norm_eps))
     else:
         repair = LoraRepair(model, settings.rank, settings.lora_alpha)
-    memory = {
-        f"base weights ({quantisation or settings.dtype})": base_bytes,
-        "repair: weights, gradients, moments of AdamW": _STATES
-        * _FLOAT32
-        * sum(parameter.numel() for parameter in repair.parameters()),
-    }
+    trained = sum(parameter.numel() for parameter in repair.parameters())
+    memory["repair: weights, gradients, moments of AdamW"] = _STATES * _FLOAT32 * trained
     if settings.recipe == "bypass" and settings.init_tokens:
         memory["closed-form start: three sums per layer"] = 3 * _FLOAT32 * middle * hidden**2
     disk = start_peak = 0
