@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.training.conftest import ON_CPU, TWO_PROCESSES
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.training.loop import LOG_FILE
 
@@ -27,7 +28,8 @@ def write_config(settings: dict[str, Any], path: Path) -> Path:
 
 def train(config: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
     command = [*launcher, "-m", "vllm_buddy", "train", str(config), *overrides]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ))
+    environment = os.environ | (ON_CPU if launcher == TWO_PROCESSES else {})
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
 
 
 def losses(folder: Path) -> list[float]:
@@ -57,15 +59,15 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Fails if each process sees all data, or gradients are not summed over processes."""
+    """Fails if each process sees all data, gradients are not summed, or a base shared out computes otherwise."""
     pytest.importorskip("accelerate")
     config = write_config(settings, tmp_path / "run.yaml")
     assert train(config, f"out={tmp_path / 'one'}").wait(300) == 0
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    process = train(config, f"out={tmp_path / 'two'}", launcher=launcher)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=TOLERANCE)
+    for name, words in {"two": (), "shared": ("shard_base=true",)}.items():  # the second is refused to one process
+        process = train(config, f"out={tmp_path / name}", *words, launcher=TWO_PROCESSES)
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=TOLERANCE)
 
 
 def test_a_mistake_is_one_line_and_an_exit_code(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.harness.tiny_models import save_tiny_model
 from tests.importance.conftest import with_byte_tokenizer
-from tests.training.conftest import WORDS, run
+from tests.training.conftest import ON_CPU, TWO_PROCESSES, WORDS, run
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.training.stage1_settings import Stage1Settings
 
@@ -59,9 +58,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for number, case in enumerate(cases.values()):
         case["out"] = root / str(number)
     (root / "cases.json").write_text(json.dumps(cases, default=str))
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
     words = ("-m", "tests.training.two_runs", str(root / "cases.json"), str(root / "found.json"))
-    process = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=900, env=dict(os.environ))
+    environment = os.environ | ON_CPU
+    process = subprocess.run([*TWO_PROCESSES, *words], capture_output=True, text=True, timeout=900, env=environment)
     assert process.returncode == 0, process.stderr[-4000:]
     results = json.loads((root / "found.json").read_text())
     assert results["processes"] == 2

@@ -1,6 +1,6 @@
 """Trains on a whole and on a shared-out base, as one of several processes; the main one writes what it saw.
 
-    accelerate launch --cpu --num_processes 2 -m tests.training.two_runs CASES.json OUT.json
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m tests.training.two_runs CASES.json OUT.json
 
 CASES.json: name -> settings of stage 1 with a base that is whole. A case of which `stop_after` says so is also stopped
 after that many steps, on all processes at once, and run again.
@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from vllm_buddy.training import token_fit
 from vllm_buddy.training.base_model import base_bytes, gathered_bytes
 from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.loop import TrainingRun
@@ -60,6 +61,7 @@ def stopped(settings: Stage1Settings, steps: int) -> None:
 
 
 def main(cases: Path, out: Path) -> None:
+    token_fit.STEPS = 50
     accelerator = Accelerator()
     results: dict[str, Any] = {"processes": accelerator.num_processes}
     for name, case in json.loads(cases.read_text()).items():
