@@ -122,11 +122,17 @@ def test_a_quantised_base_is_not_shared_out(settings: dict[str, Any]) -> None:
         Stage1Settings(**settings | {"shard_base": True, "base_quantisation": "nf4"})
 
 
+def test_a_run_may_change_to_a_shared_base_and_back(settings: dict[str, Any]) -> None:
+    """Fails if a run that no longer fits must be thrown away, or stopped runs of older versions are refused."""
+    digests = {Stage1Settings(**settings | {"shard_base": split}).digest for split in (False, True)}
+    assert len(digests) == 1
+
+
 def test_passes_that_cannot_be_divided_are_refused(settings: dict[str, Any]) -> None:
     """Fails if a process would run one pass more than another and wait for it for ever."""
     from types import SimpleNamespace
 
-    from vllm_buddy.training.base_model import check_processes
+    from vllm_buddy.training.frozen_base import check_processes
 
     checked = Stage1Settings(**settings | {"shard_base": True})
     check_processes(checked, SimpleNamespace(num_processes=2))

@@ -6,7 +6,7 @@ the order of the layers, whether a row runs it or not, and gathers again in the 
 passes a frozen layer through its weights. While one layer runs, the next one is on its way.
 
 Modules that are shared out have `unshard` and `reshard`, as torch's fully_shard makes them. On any other model the
-functions here do nothing. `training/base_model.py` shares a model out.
+functions here do nothing. `training/frozen_base.py` shares a model out.
 """
 
 from collections.abc import Iterator, Sequence
