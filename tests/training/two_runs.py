@@ -14,8 +14,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from vllm_buddy.training import token_fit
-from vllm_buddy.training.frozen_base import base_bytes, gathered_bytes
 from vllm_buddy.training.dry_run import dry_run
+from vllm_buddy.training.frozen_base import base_bytes, gathered_bytes
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.stage1 import run_stage1
 from vllm_buddy.training.stage1_record import finish_run

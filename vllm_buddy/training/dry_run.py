@@ -14,8 +14,8 @@ import torch
 from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.models.folder import load_tokenizer
-from vllm_buddy.training.frozen_base import base_bytes, check_processes, gathered_bytes, load_base
 from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.frozen_base import base_bytes, check_processes, gathered_bytes, load_base
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair

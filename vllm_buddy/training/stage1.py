@@ -35,8 +35,8 @@ from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
 from vllm_buddy.method.router import OMEGA
 from vllm_buddy.models.folder import load_tokenizer
-from vllm_buddy.training.frozen_base import check_processes, load_base
 from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.frozen_base import check_processes, load_base
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
