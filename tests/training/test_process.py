@@ -1,5 +1,6 @@
 """`vllm-buddy train` as a process: killed, distributed over two processes, and given a mistake."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -36,23 +38,38 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / LOG_FILE).read_text().splitlines()]
 
 
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process and those that it started, without a chance to clean up."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(started, timeout=30)
+
+
 @pytest.mark.slow
-def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "shared"), [((sys.executable,), False), (TWO_PROCESSES, True)], ids=["one process", "two that share"]
+)
+def test_a_killed_run_ends_where_an_undisturbed_one_ends(
+    settings: dict[str, Any], tmp_path: Path, launcher: tuple[str, ...], shared: bool
+) -> None:
     """Fails if a killed run loses steps or counts them twice when it is resumed."""
-    steps = 60
-    config = write_config(settings | {"tokens": steps * 4 * 32, "name": "killed"}, tmp_path / "run.yaml")
-    assert train(config, f"out={tmp_path / 'whole'}").wait(300) == 0
+    changes = {"tokens": 60 * 4 * 32, "name": "killed", "shard_base": shared}
+    config = write_config(settings | changes, tmp_path / "run.yaml")
+    assert train(config, f"out={tmp_path / 'whole'}", launcher=launcher).wait(300) == 0
     out = tmp_path / "killed"
-    process = train(config, f"out={out}")
+    process = train(config, f"out={out}", launcher=launcher)
     deadline = time.monotonic() + 120
     while not (out / LOG_FILE).is_file() or len((out / LOG_FILE).read_text().splitlines()) < 7:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    kill(process)
     assert not (out / "buddy_config.json").exists()
-    assert train(config, f"out={out}").wait(300) == 0
+    assert train(config, f"out={out}", launcher=launcher).wait(300) == 0
     assert losses(out) == losses(tmp_path / "whole")
     assert load_artifact(out).digest == load_artifact(tmp_path / "whole").digest
 
