@@ -8,18 +8,21 @@ after that many steps, on all processes at once, and run again.
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from vllm_buddy.training import token_fit
+from vllm_buddy.training import start, token_fit
 from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.frozen_base import base_bytes, gathered_bytes
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.stage1 import run_stage1
 from vllm_buddy.training.stage1_record import finish_run
 from vllm_buddy.training.stage1_settings import Stage1Settings
+
+LATE_SECONDS = 0.5
 
 
 def trained(settings: Stage1Settings, main: bool) -> dict[str, Any]:
@@ -60,9 +63,22 @@ def stopped(settings: Stage1Settings, steps: int) -> None:
     raise AssertionError("the run was not stopped")
 
 
+def look_late() -> None:
+    """Let this process be the last to look for what another one may have saved."""
+    look = start._known_start
+
+    def late(path: Path, digest: str) -> start.Start | None:
+        time.sleep(LATE_SECONDS)
+        return look(path, digest)
+
+    start._known_start = late
+
+
 def main(cases: Path, out: Path) -> None:
     token_fit.STEPS = 50
     accelerator = Accelerator()
+    if not accelerator.is_main_process:
+        look_late()
     results: dict[str, Any] = {"processes": accelerator.num_processes}
     for name, case in json.loads(cases.read_text()).items():
         steps = case.pop("stop_after", None)

@@ -38,8 +38,8 @@ class DryRun:
     memory: bytes of each part that stays for a whole phase. start_peak, peak: bytes that the process had at most, in
     the closed-form start (0: there is none) and in training steps, activations included, on the device that trains.
     Outside Linux and CUDA, `peak` is the larger of both. disk: bytes of the full model's logits. tokens_per_second: of
-    training steps on random paths. seconds: of all training steps; the closed-form start and the search for paths come
-    on top.
+    training steps on random paths, which of several processes the main one knows, nan in others. seconds: of all
+    training steps; the closed-form start and the search for paths come on top.
     """
 
     memory: dict[str, int]
@@ -106,7 +106,7 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         routing = RandomRouting(np.ones(middle))
         frozen = repair.disabled if isinstance(repair, LoraRepair) else nullcontext
         TrainingRun(few, corpus, model, repair, routing, teacher, accelerator, frozen, rows.append).train()
-    speed = float(np.mean([row["tokens_per_second"] for row in rows[1:]]))
+    speed = float(np.mean([row["tokens_per_second"] for row in rows[1:]])) if rows else float("nan")
     return DryRun(memory, start_peak, _peak_bytes(accelerator.device), disk, speed, settings.tokens / speed)
 
 

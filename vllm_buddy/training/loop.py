@@ -181,8 +181,9 @@ class TrainingRun:
         divergences = None if routed.choices is None else torch.empty(token_ids.shape, device=device)
         with gathered(head):
             loss = distillation_loss(hidden, head.weight, ids, log_p, divergences)
-        if routed.choices is not None and divergences is not None:
+        if divergences is not None:
             assert self.observations is not None
+            assert routed.choices is not None
             first = step * self.settings.batch
             self.observations.add(slice(first + rows.start, first + rows.stop), indices, routed.choices, divergences)
         return loss

@@ -100,7 +100,9 @@ def find_start(
     """
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
     path, digest = settings.out / START_FILE, f"{settings.digest}-{corpus.digest}"
-    if (known := _known_start(path, digest)) is not None:
+    known = _known_start(path, digest)
+    accelerator.wait_for_everyone()  # before one of them saves what another has yet to look for
+    if known is not None:
         return known
     if settings.start_from is not None:
         artifact = load_artifact(resolve_artifact(settings.start_from, lambda: base))
@@ -121,7 +123,9 @@ def find_start(
         explored_bypass = repair.bypass()
         bypass = Bypass(explored_bypass.down.detach(), explored_bypass.up.detach(), bypass.eps)
     with in_turn():
-        if (known := _known_start(path, digest)) is None:
+        if not settings.shard_base:  # a process that waited for its turn finds what the main one has saved
+            known = _known_start(path, digest)
+        if known is None:
             known = Start(order, [], bypass) if order else _searched(settings, model, corpus, bypass, smallest, note)
             orders = {"order": known.order, "by_source": known.by_source}
             _save(path, {"digest": digest, **orders, "bypass": _parts(bypass)}, settings, accelerator)
