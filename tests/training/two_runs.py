@@ -3,10 +3,11 @@
     ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m tests.training.two_runs CASES.json OUT.json
 
 CASES.json: name -> settings of stage 1 with a base that is whole. A case of which `stop_after` says so is also stopped
-after that many steps, on all processes at once, and run again.
+after that many steps, on all processes at once, and goes on with a base that is shared out and with one that is whole.
 """
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,11 @@ def main(cases: Path, out: Path) -> None:
         if steps is not None:
             again = split.model_copy(update={"out": folder / "stopped"})
             stopped(again, steps)
+            changed = first.model_copy(update={"out": folder / "changed"})
+            if accelerator.is_main_process:
+                shutil.copytree(again.out, changed.out)
+            accelerator.wait_for_everyone()
+            results[name]["resumed whole"] = trained(changed, accelerator.is_main_process)
             results[name]["resumed"] = trained(again, accelerator.is_main_process)
             assert split.model is not None
             results[name]["memory"] = dry_run(split, split.model).memory
