@@ -1,5 +1,6 @@
 """A tiny model with a tokenizer, text, and the settings of a training run that takes a second."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from vllm_buddy.training.stage1 import run_stage1
 from vllm_buddy.training.stage1_settings import Stage1Settings
 
 __all__ = ["model_with_tokenizer"]
+
+# `accelerate launch --cpu --num_processes 2` starts one process, unless it has a host file for mpirun.
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}  # without it, each of them would believe that it is alone
 
 WORDS = [
     "the",

@@ -1,5 +1,6 @@
 """`vllm-buddy train` as a process: killed, distributed over two processes, and given a mistake."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
+from tests.training.conftest import ON_CPU, TWO_PROCESSES
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.training.loop import LOG_FILE
 
@@ -27,45 +30,61 @@ def write_config(settings: dict[str, Any], path: Path) -> Path:
 
 def train(config: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
     command = [*launcher, "-m", "vllm_buddy", "train", str(config), *overrides]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ))
+    environment = os.environ | (ON_CPU if launcher == TWO_PROCESSES else {})
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
 
 
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / LOG_FILE).read_text().splitlines()]
 
 
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process and those that it started, without a chance to clean up."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(started, timeout=30)
+
+
 @pytest.mark.slow
-def test_a_killed_run_ends_where_an_undisturbed_one_ends(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "shared"), [((sys.executable,), False), (TWO_PROCESSES, True)], ids=["one process", "two that share"]
+)
+def test_a_killed_run_ends_where_an_undisturbed_one_ends(
+    settings: dict[str, Any], tmp_path: Path, launcher: tuple[str, ...], shared: bool
+) -> None:
     """Fails if a killed run loses steps or counts them twice when it is resumed."""
-    steps = 60
-    config = write_config(settings | {"tokens": steps * 4 * 32, "name": "killed"}, tmp_path / "run.yaml")
-    assert train(config, f"out={tmp_path / 'whole'}").wait(300) == 0
+    changes = {"tokens": 60 * 4 * 32, "name": "killed", "shard_base": shared}
+    config = write_config(settings | changes, tmp_path / "run.yaml")
+    assert train(config, f"out={tmp_path / 'whole'}", launcher=launcher).wait(300) == 0
     out = tmp_path / "killed"
-    process = train(config, f"out={out}")
+    process = train(config, f"out={out}", launcher=launcher)
     deadline = time.monotonic() + 120
     while not (out / LOG_FILE).is_file() or len((out / LOG_FILE).read_text().splitlines()) < 7:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    kill(process)
     assert not (out / "buddy_config.json").exists()
-    assert train(config, f"out={out}").wait(300) == 0
+    assert train(config, f"out={out}", launcher=launcher).wait(300) == 0
     assert losses(out) == losses(tmp_path / "whole")
     assert load_artifact(out).digest == load_artifact(tmp_path / "whole").digest
 
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Fails if each process sees all data, or gradients are not summed over processes."""
+    """Fails if each process sees all data, gradients are not summed, or a base shared out computes otherwise."""
     pytest.importorskip("accelerate")
     config = write_config(settings, tmp_path / "run.yaml")
     assert train(config, f"out={tmp_path / 'one'}").wait(300) == 0
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    process = train(config, f"out={tmp_path / 'two'}", launcher=launcher)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=TOLERANCE)
+    for name, words in {"two": (), "shared": ("shard_base=true",)}.items():  # the second is refused to one process
+        process = train(config, f"out={tmp_path / name}", *words, launcher=TWO_PROCESSES)
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=TOLERANCE)
 
 
 def test_a_mistake_is_one_line_and_an_exit_code(settings: dict[str, Any], tmp_path: Path) -> None:

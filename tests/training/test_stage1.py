@@ -331,7 +331,7 @@ def test_orders_of_another_model_come_from_a_file(
     """Fails if a static order is not taken from the file, or is found missing only after the model was loaded."""
     static = settings | {"recipe": "distill", "paths": "shortgpt"}
     with monkeypatch.context() as patched:
-        patched.setattr("vllm_buddy.training.stage1.load_model", None)
+        patched.setattr("vllm_buddy.training.stage1.load_base", None)
         with pytest.raises(BuddyError, match="vllm-buddy orders FILE --methods shortgpt"):
             run(static)
     layers = [3, 5, 1, 2, 4, 6]

@@ -48,9 +48,13 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.models.find import find_model
 
     if args.dry_run:
+        from accelerate import PartialState
+
         from vllm_buddy.training.dry_run import dry_run
 
-        print("\n".join(_summary(dry_run(settings, find_model(settings.model, note)), settings)))
+        found = dry_run(settings, find_model(settings.model, note))
+        if PartialState().is_main_process:
+            print("\n".join(_summary(found, settings)))
         return 0
     from vllm_buddy.artifact.provenance import source_commit
     from vllm_buddy.training.stage1 import run_stage1

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import MASKED, ZERO, check_kv_policy
 from vllm_buddy.method.reference import check_config
+from vllm_buddy.method.sharded import enter_layer, gathered, leave_layer
 
 
 def routed_hidden(
@@ -56,7 +57,9 @@ def routed_hidden(
     for index, layer in enumerate(backbone.layers):
         gate = None if gates is None or index in (0, len(backbone.layers) - 1) else gates[:, index]
         run = partial(checkpointed, _routed_layer, use_reentrant=False) if checkpoint else _routed_layer
+        hidden = enter_layer(model, index, hidden)
         hidden = run(layer, index, hidden, masks[..., index], rotary, kv_policy, bypass, gate)
+        hidden = leave_layer(model, index, hidden)
     return hidden
 
 
@@ -81,7 +84,8 @@ class Rotary:
 def embed(model: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
     """Return the embeddings [batch, length, hidden_size] of token_ids [batch, length] and their rotary embedding."""
     backbone: Any = model.model
-    hidden = backbone.embed_tokens(token_ids)
+    with gathered(backbone.embed_tokens):
+        hidden = nn.functional.embedding(token_ids, backbone.embed_tokens.weight)
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)
     cos, sin = (part[0] for part in backbone.rotary_emb(hidden, positions[None]))
     return hidden, Rotary(cos, sin)

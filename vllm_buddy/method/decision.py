@@ -18,6 +18,7 @@ from torch import nn
 
 from vllm_buddy.method.byte_grid import on_byte_grid
 from vllm_buddy.method.context import Context
+from vllm_buddy.method.sharded import gathered
 
 
 class DecisionModule(nn.Module):
@@ -46,7 +47,7 @@ def value_table(model: nn.Module) -> torch.Tensor:
     """
     backbone: Any = model.model
     first = backbone.layers[0]
-    with torch.no_grad():
+    with torch.no_grad(), gathered(backbone.embed_tokens, first):
         normed = first.input_layernorm(backbone.embed_tokens.weight)
         return first.self_attn.v_proj(normed).float()
 

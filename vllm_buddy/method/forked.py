@@ -14,6 +14,7 @@ from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.reference import check_config
+from vllm_buddy.method.sharded import enter_layer, leave_layer
 
 
 def forked_hidden(
@@ -44,10 +45,11 @@ def forked_hidden(
         wanted = list(dict.fromkeys(path & (below << 1 | 1) for path in paths))
         rows = torch.tensor([beginnings.index(path & below) for path in wanted], device=hidden.device)
         runs = torch.tensor([path >> index & 1 for path in wanted], dtype=torch.bool, device=hidden.device)
+        hidden = enter_layer(model, index, hidden)
         output = hidden[rows]
         if runs.any():
             output[runs] = dense_layer(layer, hidden[rows[runs]], rotary)
         if bypass is not None and not runs.all():
             output[~runs] = bypass.apply(index, hidden[rows[~runs]])
-        hidden, beginnings = output, wanted
+        hidden, beginnings = leave_layer(model, index, output), wanted
     return hidden[[beginnings.index(path) for path in paths]]

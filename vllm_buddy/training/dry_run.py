@@ -13,8 +13,9 @@ import torch
 
 from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.frozen_base import base_bytes, check_processes, gathered_bytes, load_base
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
@@ -37,8 +38,8 @@ class DryRun:
     memory: bytes of each part that stays for a whole phase. start_peak, peak: bytes that the process had at most, in
     the closed-form start (0: there is none) and in training steps, activations included, on the device that trains.
     Outside Linux and CUDA, `peak` is the larger of both. disk: bytes of the full model's logits. tokens_per_second: of
-    training steps on random paths. seconds: of all training steps; the closed-form start and the search for paths come
-    on top.
+    training steps on random paths, which of several processes the main one knows, nan in others. seconds: of all
+    training steps; the closed-form start and the search for paths come on top.
     """
 
     memory: dict[str, int]
@@ -59,6 +60,7 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
 
     check_settings(settings)
     accelerator = Accelerator()
+    check_processes(settings, accelerator)
     base, tokenizer = identify(model_dir), load_tokenizer(model_dir)
     corpus = Corpus.read(
         settings.data,
@@ -68,10 +70,13 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         settings.tokens // settings.length,
         settings.seed,
     )
-    dtype, quantisation = getattr(torch, settings.dtype), settings.base_quantisation
-    model: Any = load_model(model_dir, dtype, accelerator.device, quantisation).requires_grad_(False)
-    # Before LoRA adds parameters of its own.
-    base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    model: Any = load_base(settings, model_dir, accelerator)
+    memory = {f"base weights ({settings.base_quantisation or settings.dtype})": base_bytes(model)}
+    if settings.shard_base:
+        memory = {
+            f"base weights ({settings.dtype}), one of {accelerator.num_processes} shares": base_bytes(model),
+            "base weights gathered for use, at most": gathered_bytes(model),
+        }
     middle, hidden = base.num_layers - 2, base.hidden_size
     repair: Repair
     if settings.recipe == "bypass":
@@ -80,12 +85,8 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         repair = BypassRepair(Bypass(down, up, model.config.rms_norm_eps))
     else:
         repair = LoraRepair(model, settings.rank, settings.lora_alpha)
-    memory = {
-        f"base weights ({quantisation or settings.dtype})": base_bytes,
-        "repair: weights, gradients, moments of AdamW": _STATES
-        * _FLOAT32
-        * sum(parameter.numel() for parameter in repair.parameters()),
-    }
+    trained = sum(parameter.numel() for parameter in repair.parameters())
+    memory["repair: weights, gradients, moments of AdamW"] = _STATES * _FLOAT32 * trained
     if settings.recipe == "bypass" and settings.init_tokens:
         memory["closed-form start: three sums per layer"] = 3 * _FLOAT32 * middle * hidden**2
     disk = start_peak = 0
@@ -105,7 +106,7 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         routing = RandomRouting(np.ones(middle))
         frozen = repair.disabled if isinstance(repair, LoraRepair) else nullcontext
         TrainingRun(few, corpus, model, repair, routing, teacher, accelerator, frozen, rows.append).train()
-    speed = float(np.mean([row["tokens_per_second"] for row in rows[1:]]))
+    speed = float(np.mean([row["tokens_per_second"] for row in rows[1:]])) if rows else float("nan")
     return DryRun(memory, start_peak, _peak_bytes(accelerator.device), disk, speed, settings.tokens / speed)
 
 

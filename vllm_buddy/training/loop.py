@@ -16,6 +16,7 @@ from torch import nn
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method.batched import routed_hidden
 from vllm_buddy.method.budget import depth_for_budget
+from vllm_buddy.method.sharded import backward, gathered
 from vllm_buddy.training.checkpoint import CHECKPOINT_FILE, load_state, save_state
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.objective import distillation_loss, divergence, next_token_loss
@@ -137,7 +138,7 @@ class TrainingRun:
         for number in range(self.accelerator.process_index, len(seeds), self.accelerator.num_processes):
             rows = slice(number * settings.micro_batch, (number + 1) * settings.micro_batch)
             loss = self._loss(indices[rows], depths[rows], np.random.default_rng(seeds[number]), step, rows)
-            (loss / len(seeds)).backward()
+            backward(self.model, loss / len(seeds))
             losses[number] = loss.detach()
         losses = self.accelerator.reduce(losses, "sum")
         if self.accelerator.num_processes > 1:
@@ -171,18 +172,20 @@ class TrainingRun:
             gates,
             checkpoint=self.settings.checkpoint_activations,
         )
-        hidden, head = self.model.model.norm(hidden), self.model.lm_head.weight
+        hidden, head = self.model.model.norm(hidden), self.model.lm_head
         if self.teacher is None:
-            return next_token_loss(hidden, head, token_ids)
+            with gathered(head):
+                return next_token_loss(hidden, head.weight, token_ids)
         with self.frozen():
-            ids, log_p = self.teacher.top_log_probs(indices)
-        if routed.choices is None:
-            return distillation_loss(hidden, head, ids.to(device), log_p.to(device))
-        divergences = torch.empty(token_ids.shape, device=device)
-        loss = distillation_loss(hidden, head, ids.to(device), log_p.to(device), divergences)
-        assert self.observations is not None
-        first = step * self.settings.batch
-        self.observations.add(slice(first + rows.start, first + rows.stop), indices, routed.choices, divergences)
+            ids, log_p = (part.to(device) for part in self.teacher.top_log_probs(indices))
+        divergences = None if routed.choices is None else torch.empty(token_ids.shape, device=device)
+        with gathered(head):
+            loss = distillation_loss(hidden, head.weight, ids, log_p, divergences)
+        if divergences is not None:
+            assert self.observations is not None
+            assert routed.choices is not None
+            first = step * self.settings.batch
+            self.observations.add(slice(first + rows.start, first + rows.stop), indices, routed.choices, divergences)
         return loss
 
     def path_losses(self, indices: np.ndarray, mask: torch.Tensor) -> np.ndarray:
@@ -199,7 +202,8 @@ class TrainingRun:
             masks = mask.to(device).expand(*token_ids.shape, -1)
             hidden = self.model.model.norm(routed_hidden(self.model, token_ids, masks, self.settings.kv_policy, bypass))
             ids, log_p = (t[:, context:].to(device) for t in self.teacher.top_log_probs(rows))
-            losses.append(float(divergence(hidden[:, context:], self.model.lm_head.weight, ids, log_p)))
+            with gathered(self.model.lm_head):
+                losses.append(float(divergence(hidden[:, context:], self.model.lm_head.weight, ids, log_p)))
         return np.array(losses)
 
     def _log(self, row: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.sharded import from_main, gathered
 from vllm_buddy.training.objective import agreement, divergence, top_log_probs
 
 TOP = 64  # logits of the full model that are compared
@@ -28,12 +29,13 @@ class RepairedPaths:
 
     def __init__(self, model: nn.Module, token_ids: torch.Tensor, bypass: Bypass | None) -> None:
         net: Any = model
-        self._layers, self._norm, self._head = net.model.layers, net.model.norm, net.lm_head.weight
-        hidden, self._rotary = embed(model, token_ids.to(self._head.device))
+        self._model, self._layers, self._head = net, net.model.layers, net.lm_head
+        hidden, self._rotary = embed(model, token_ids.to(self._head.weight.device))
         self._bypass = bypass.to(hidden) if bypass is not None else None
         self._start = hidden
-        full = self._norm(self._run(hidden, 0, set()))
-        self._teacher = top_log_probs(full, self._head, min(TOP, len(self._head)))
+        full = net.model.norm(self._run(hidden, 0, set()))
+        with gathered(self._head):
+            self._teacher = top_log_probs(full, self._head.weight, min(TOP, len(self._head.weight)))
 
     def prefixes(self, skipped: set[int]) -> list[torch.Tensor]:
         """Return the hidden states before each layer when `skipped` layers are left out."""
@@ -49,12 +51,15 @@ class RepairedPaths:
     def divergence(self, skipped: set[int], start: int = 0, hidden: torch.Tensor | None = None) -> float:
         """Return the divergence in nats per token. hidden: the state before layer `start`, if it is known."""
         hidden = self._run(self._start if hidden is None else hidden, start, skipped)
-        return float(divergence(self._norm(hidden), self._head, *self._teacher).mean())
+        with gathered(self._head):
+            found = divergence(self._model.model.norm(hidden), self._head.weight, *self._teacher).mean()
+        return from_main(self._model, float(found))  # the search goes where it is lowest, so all must see the same
 
     def agreement(self, skipped: set[int]) -> float:
         """Return the share of tokens after which the path says what the full model says, both greedily."""
-        hidden = self._norm(self._run(self._start, 0, skipped))
-        return float(agreement(hidden, self._head, self._teacher[0][..., 0]).mean())
+        hidden = self._model.model.norm(self._run(self._start, 0, skipped))
+        with gathered(self._head):
+            return float(agreement(hidden, self._head.weight, self._teacher[0][..., 0]).mean())
 
     def _run(self, hidden: torch.Tensor, start: int, skipped: set[int]) -> torch.Tensor:
         for index in range(start, self.num_layers):
@@ -63,7 +68,8 @@ class RepairedPaths:
 
     def _step(self, index: int, hidden: torch.Tensor, skip: bool) -> torch.Tensor:
         if not skip:
-            return dense_layer(self._layers[index], hidden, self._rotary)
+            with gathered(self._layers[index]):  # the layers are not run in turn, so none is gathered ahead
+                return dense_layer(self._layers[index], hidden, self._rotary)
         return hidden if self._bypass is None else self._bypass.apply(index, hidden)
 
 

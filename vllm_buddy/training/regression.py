@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.sharded import backward, enter_layer, gathered, leave_layer
 from vllm_buddy.training.objective import next_token_loss
 
 RIDGE = 1e-3  # this share of the mean variance is added to every direction of the input
@@ -112,12 +113,14 @@ def _states_with_gradient(net: Any, token_ids: torch.Tensor, checkpoint: bool) -
     states = [hidden]
     run = partial(checkpointed, dense_layer, use_reentrant=False) if checkpoint else dense_layer
     with torch.enable_grad():
-        for layer in backbone.layers:
+        for index, layer in enumerate(backbone.layers):
             hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
             hidden.retain_grad()
             states[-1] = hidden
-            hidden = run(layer, hidden, rotary)
+            hidden = leave_layer(net, index, run(layer, enter_layer(net, index, hidden), rotary))
             states.append(hidden)
         hidden.retain_grad()
-        next_token_loss(backbone.norm(hidden), net.lm_head.weight, token_ids).backward()
+        with gathered(net.lm_head):
+            loss = next_token_loss(backbone.norm(hidden), net.lm_head.weight, token_ids)
+        backward(net, loss)
     return states

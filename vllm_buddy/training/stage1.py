@@ -34,8 +34,9 @@ from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
 from vllm_buddy.method.router import OMEGA
-from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training.corpus import Corpus
+from vllm_buddy.training.frozen_base import check_processes, load_base
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
@@ -70,6 +71,7 @@ def run_stage1(
     """Train, or continue a run that was stopped; returns the artifact, which is not saved yet, and the run.
 
     report: called with the log row of each step. note: called with a line of text about each other stage of the work.
+    Of several processes, the main one calls them.
 
     Raises:
         BuddyError: settings, data or model cannot be used, the loss is not finite, or the disk is full.
@@ -82,6 +84,8 @@ def run_stage1(
     except OSError as error:
         raise TrainingError(f"cannot make the folder {settings.out}: {error.strerror or error}") from None
     accelerator = Accelerator()
+    check_processes(settings, accelerator)
+    note = note if accelerator.is_main_process else lambda _: None
     torch.manual_seed(settings.seed)
     base = identify(model_dir, settings.base_model_id)
     order = static_order(settings, base)
@@ -91,14 +95,13 @@ def run_stage1(
     corpus = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, drawn, settings.seed)
     token_windows = np.unique(corpus.order[: settings.token_windows])
     corpus = dataclasses.replace(corpus, order=corpus.order[:used])
-    dtype, quantisation = getattr(torch, settings.dtype), settings.base_quantisation
-    model: Any = load_model(model_dir, dtype, accelerator.device, quantisation).requires_grad_(False)
+    model: Any = load_base(settings, model_dir, accelerator)
     if settings.length > model.config.max_position_embeddings:
         raise TrainingError(f"length {settings.length} is beyond the model's {model.config.max_position_embeddings}")
     teacher = None
     if settings.recipe != "paper":
         folder = (settings.cache_dir or settings.out) / f"teacher-{base.fingerprint}-{corpus.digest}"
-        form = settings.dtype if quantisation is None else f"{settings.dtype}-{quantisation}"
+        form = "-".join(part for part in (settings.dtype, settings.base_quantisation) if part is not None)
         teacher = Teacher(model, corpus, settings.top_logits, folder / f"{form}-{settings.top_logits}")
     explored, main = split(settings, corpus)
     start = find_start(settings, base, order, model, corpus, explored, teacher, accelerator, report, note)

@@ -75,7 +75,16 @@ Source = Annotated[Annotated[DataSource, Tag("file")] | Annotated[DatasetSource,
 
 
 # Settings that leave the loss curve as it is, or may change while a run stands.
-_WITHOUT_EFFECT = {"out", "cache_dir", "save_every", "name", "data_dir", "tokens", "checkpoint_activations"}
+_WITHOUT_EFFECT = {
+    "out",
+    "cache_dir",
+    "save_every",
+    "name",
+    "data_dir",
+    "tokens",
+    "checkpoint_activations",
+    "shard_base",
+}
 
 
 class Stage1Settings(BaseModel):
@@ -202,6 +211,11 @@ class Stage1Settings(BaseModel):
         description="int8 or nf4: the base model's linear layers in 8 or 4 bits, which saves memory; the artifact is "
         "one of the unquantised model all the same (absent: not quantised)",
     )
+    shard_base: bool = Field(
+        default=False,
+        description="share the base model's weights out among the processes of `accelerate launch` instead of keeping "
+        "all of them in each; layers are gathered as they run",
+    )
     seed: int = Field(default=0, ge=0, description="seed of all random draws")
     save_every: int = Field(default=50, ge=1, description="optimizer steps between checkpoints")
     cache_dir: Path | None = Field(default=None, description="folder for the full model's logits; absent: `out`")
@@ -222,6 +236,10 @@ class Stage1Settings(BaseModel):
             raise ValueError("schedule token needs recipe bypass and kv_policy kv_only")
         if self.start_from is not None and (self.explore_tokens or self.recipe != "bypass"):
             raise ValueError("start_from is for recipe bypass, and leaves nothing to explore")
+        if self.shard_base and self.base_quantisation is not None:
+            raise ValueError(
+                "shard_base and base_quantisation cannot be combined: a weight of bitsandbytes cannot be split by rows"
+            )
         if self.optimizer == "muon" and self.recipe != "bypass":
             raise ValueError("optimizer muon is for recipe bypass")
         if self.tokens - self.explore_tokens < self.batch * self.length:

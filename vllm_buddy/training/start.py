@@ -93,21 +93,26 @@ def find_start(
 ) -> Start:
     """Return the start of training: from the run's folder if it is there, else computed and saved there.
 
-    Of several processes, the main one computes what is not trained, and the others read it.
+    Of several processes, the main one computes what is not trained, and the others read it. Those that share the base
+    model's weights compute it together, and all go on from what the main one has saved.
 
     order: of `static_order`.
     """
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
     path, digest = settings.out / START_FILE, f"{settings.digest}-{corpus.digest}"
-    if (known := _known_start(path, digest)) is not None:
+    known = _known_start(path, digest)
+    accelerator.wait_for_everyone()  # before one of them saves what another has yet to look for
+    if known is not None:
         return known
     if settings.start_from is not None:
         artifact = load_artifact(resolve_artifact(settings.start_from, lambda: base))
         return Start(_order_of(artifact, base), [], artifact.bypass, artifact)
     bypass = None
+    in_turn = contextlib.nullcontext if settings.shard_base else accelerator.main_process_first
     if settings.recipe == "bypass":
-        with accelerator.main_process_first():
-            bypass = _starting_bypass(settings, base, model, corpus, digest, note)
+        with in_turn():
+            bypass = _starting_bypass(settings, base, model, corpus, digest, accelerator, note)
+        bypass = bypass.to(torch.empty(0, device=accelerator.device))
     if settings.explore_tokens:
         assert bypass is not None
         windows = corpus.take(settings.search_tokens // 2)
@@ -117,12 +122,26 @@ def find_start(
         TrainingRun(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report).train()
         explored_bypass = repair.bypass()
         bypass = Bypass(explored_bypass.down.detach(), explored_bypass.up.detach(), bypass.eps)
-    with accelerator.main_process_first():
-        if (known := _known_start(path, digest)) is None:
+    with in_turn():
+        if not settings.shard_base:  # a process that waited for its turn finds what the main one has saved
+            known = _known_start(path, digest)
+        if known is None:
             known = Start(order, [], bypass) if order else _searched(settings, model, corpus, bypass, smallest, note)
             orders = {"order": known.order, "by_source": known.by_source}
-            save_state(path, {"digest": digest, **orders, "bypass": _parts(bypass)})
+            _save(path, {"digest": digest, **orders, "bypass": _parts(bypass)}, settings, accelerator)
+            known = _known_start(path, digest)
+    assert known is not None
     return known
+
+
+def _save(path: Path, state: dict[str, Any], settings: Stage1Settings, accelerator: Any) -> None:
+    """Save what the processes computed one after the other, or together."""
+    if not settings.shard_base:
+        save_state(path, state)
+        return
+    if accelerator.is_main_process:
+        save_state(path, state)
+    accelerator.wait_for_everyone()
 
 
 def _known_start(path: Path, digest: str) -> Start | None:
@@ -160,7 +179,13 @@ def _search(
 
 
 def _starting_bypass(
-    settings: Stage1Settings, base: BaseModelIdentity, model: Any, corpus: Corpus, digest: str, note: Note
+    settings: Stage1Settings,
+    base: BaseModelIdentity,
+    model: Any,
+    corpus: Corpus,
+    digest: str,
+    accelerator: Any,
+    note: Note,
 ) -> Bypass:
     """Return the bypass before any training: from the run's folder if it is there, else computed and saved there."""
     hidden_size, middle = model.config.hidden_size, base.num_layers - 2
@@ -173,8 +198,8 @@ def _starting_bypass(
     windows = corpus.take(settings.init_tokens)
     note(f"fitting the bypass of {middle} layers by regression on {windows.numel()} tokens")
     bypass = fit_bypass(model, windows, settings.rank, checkpoint=settings.checkpoint_activations)
-    save_state(path, {"digest": digest, "bypass": _parts(bypass)})
-    return bypass
+    _save(path, {"digest": digest, "bypass": _parts(bypass)}, settings, accelerator)
+    return Bypass(**load_state(path)["bypass"])
 
 
 def _parts(bypass: Bypass | None) -> dict[str, Any] | None:

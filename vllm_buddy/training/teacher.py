@@ -10,6 +10,7 @@ from torch import nn
 
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method.batched import dense_layer, embed
+from vllm_buddy.method.sharded import enter_layer, gathered, leave_layer, true_anywhere
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.mapped import open_array
 from vllm_buddy.training.objective import top_log_probs
@@ -40,7 +41,8 @@ class Teacher:
     def top_log_probs(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (token ids int64, log p float32) of the sequences at `indices`, each [batch, length, top]."""
         missing = indices[~self._known[indices]]
-        if len(missing):
+        if true_anywhere(self._model, len(missing) > 0):
+            missing = missing if len(missing) else indices  # computed again, for processes that need the layers with us
             ids, log_probs = self._compute(torch.from_numpy(self._sequences[missing].astype(np.int64)))
             self._ids[missing], self._log_probs[missing] = ids, log_probs
             self._known[missing] = True
@@ -52,9 +54,11 @@ class Teacher:
     def _compute(self, token_ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         model: Any = self._model
         hidden, rotary = embed(model, token_ids.to(next(model.parameters()).device))
-        for layer in model.model.layers:
-            hidden = dense_layer(layer, hidden, rotary)
-        ids, log_probs = top_log_probs(model.model.norm(hidden), model.lm_head.weight, self._ids.shape[-1])
+        for index, layer in enumerate(model.model.layers):
+            hidden = dense_layer(layer, enter_layer(model, index, hidden), rotary)
+            hidden = leave_layer(model, index, hidden)
+        with gathered(model.lm_head):
+            ids, log_probs = top_log_probs(model.model.norm(hidden), model.lm_head.weight, self._ids.shape[-1])
         return ids.cpu().numpy(), log_probs.cpu().numpy()
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from vllm_buddy.method import BudgetPredictor, FoldedPredictor, LayerPath
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.forked import forked_hidden
+from vllm_buddy.method.sharded import gathered
 from vllm_buddy.method.token_router import DECAY, TokenRouter
 from vllm_buddy.training.objective import token_divergence
 from vllm_buddy.training.observations import Observations
@@ -59,8 +60,9 @@ def measure_tokens(
         token_ids = torch.from_numpy(sequences[index].astype(np.int64)).to(device)
         hidden = model.model.norm(forked_hidden(model, token_ids, paths[:-1], bypass))
         ids, log_p = (part[0].to(device) for part in teacher.top_log_probs(np.array([index])))
-        for number, state in enumerate(hidden):
-            row[number] = token_divergence(state, model.lm_head.weight, ids, log_p).cpu().numpy()
+        with gathered(model.lm_head):
+            for number, state in enumerate(hidden):
+                row[number] = token_divergence(state, model.lm_head.weight, ids, log_p).cpu().numpy()
     choices = np.broadcast_to(np.arange(len(paths))[:, None], divergences.shape)
     return Observations(np.repeat(indices, len(paths)), choices.reshape(-1, length), divergences.reshape(-1, length))
 
