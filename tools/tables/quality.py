@@ -26,7 +26,7 @@ def routing_table() -> str:
         lines.append([text, str(layers), f"{found['kl', 'token', text, layers]['value']:.3f}", *cells])
     note = (
         f"`python -m benchmarks.quality.routing_worth`: KL from the full model in nats per token, on "
-        f"{rows[0]['windows']} windows of each kind of text that the recipe's training has not seen, and how much more "
+        f"{rows[0]['windows']} windows of each kind of text that the recipes' training has not seen, and how much more "
         "it is with the same depths dealt at random and with one depth for all tokens (± standard error of the "
         "difference). The bypass that training started from has seen a twentieth to a seventh of the three chat files; "
         f"{where(rows[0])}."
