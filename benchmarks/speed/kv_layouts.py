@@ -55,7 +55,9 @@ def main() -> int:
     add_rounds_option(parser, 3)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_kv_layouts.jsonl")
     args = parser.parse_args()
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(min(os.sched_getaffinity(0)))  # one thread
+    if os.environ.get("OMP_NUM_THREADS") != "1":  # which is read when torch is loaded
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.speed.kv_layouts", *sys.argv[1:]])
     env = environment()
     model, artifact = fetch(report=print), load_artifact(SHIPPED_DIR / DEFAULT_MODEL)
     by_round = [start(model, artifact) for _ in range(args.rounds)]
