@@ -1,6 +1,6 @@
 """Measures what KV units hold and cost, beside the dense layout and stock vLLM, on a KV cache of 110 MiB.
 
-    python -m benchmarks.speed.kv_layouts            # SmolLM2-135M, CPU, about 25 minutes of one core
+    python -m benchmarks.speed.kv_layouts            # SmolLM2-135M, CPU, about 13 minutes of one core
 
 Three engines run side by side: stock vLLM, and buddy with either layout. Every variant is checked against the plain
 forward of the method first. Each round has three engines of its own: two engines of the same layout run the same code
