@@ -1,6 +1,6 @@
 """Measures what KV units hold and cost, beside the dense layout and stock vLLM, on a KV cache of 110 MiB.
 
-    python -m benchmarks.speed.kv_layouts            # SmolLM2-135M, CPU, about 13 minutes of one core
+    python -m benchmarks.speed.kv_layouts            # SmolLM2-135M, CPU, about 19 minutes of one core
 
 Three engines run side by side: stock vLLM, and buddy with either layout. Every variant is checked against the plain
 forward of the method first. Each round has three engines of its own: two engines of the same layout run the same code
@@ -12,7 +12,7 @@ A set of engines takes about 2 GB.
 - *Decode steps*: batches that fit in either layout.
 
 Times are CPU times of the engine's thread, which other work on the machine disturbs less than the clock. vLLM computes
-in this thread alone: of two, each would wait for the other.
+in this thread alone: of two, each would wait for the other. In large pages it matters less where weights lie.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from vllm_buddy.artifact import SHIPPED_DIR, load_artifact
 from vllm_buddy.method import depth_for_budget, full_path
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read when a process starts
 KV_MIB = 110
 BUDGETS = (1.0, 0.75, 0.5)
 LAYOUTS = ("dense", "units")
@@ -52,11 +53,11 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_rounds_option(parser, 3)
+    add_rounds_option(parser, 5)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_kv_layouts.jsonl")
     args = parser.parse_args()
-    if os.environ.get("OMP_NUM_THREADS") != "1":  # which is read when torch is loaded
-        os.environ["OMP_NUM_THREADS"] = "1"
+    if {**os.environ, **ENVIRONMENT} != os.environ:
+        os.environ.update(ENVIRONMENT)
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.speed.kv_layouts", *sys.argv[1:]])
     env = environment()
     model, artifact = fetch(report=print), load_artifact(SHIPPED_DIR / DEFAULT_MODEL)
