@@ -26,6 +26,9 @@ __all__ = ["model_with_tokenizer"]
         (["a.jsonl", "--temperature", "inf"], "must be positive"),
         (["a.txt"], "ends in .jsonl"),
         (["none/a.jsonl"], "cannot write"),
+        (["a.jsonl", "--questions", "none.json", "--plain"], "leave out --plain and --opener"),
+        (["a.jsonl", "--questions", "none.json", "--share", "0"], "at most 1"),
+        (["a.jsonl", "--questions", "none.json"], "cannot read the data file none.json"),
     ],
 )
 def test_bad_input_is_refused_before_vllm_starts(

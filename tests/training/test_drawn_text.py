@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from tests.importance.conftest import model_with_tokenizer
+from vllm_buddy.data_file import DataFile
+from vllm_buddy.errors import DataError
 from vllm_buddy.models.folder import load_tokenizer
-from vllm_buddy.training.drawn_text import Draw, Drawn, Sampler
+from vllm_buddy.training.drawn_text import Answerer, Draw, Drawn, Sampler
 
 __all__ = ["model_with_tokenizer"]
 
@@ -78,3 +80,39 @@ def test_no_prompt_is_longer_than_the_engine_takes(tokenizer: Any) -> None:
 
     rows, done = next(sampler.rounds(8, 1, generate))
     assert (rows, done) == ([], 2)
+
+
+def asked(rows: list[Any]) -> DataFile:
+    return DataFile(Path("asked.json"), "", rows=rows)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_questions_of_a_file_are_answered_once(tokenizer: Any, chat: bool) -> None:
+    """Fails if a question is asked twice or not at all, one that is held out is asked, or the input is lost."""
+    tokenizer.chat_template = TEMPLATE if chat else None
+    rows = [{"instruction": f"Q{i}", "input": f"in{i}", "output": "of the file"} for i in range(10)]
+    model = Model(" of the model")
+    drawn = list(Answerer(asked([{"text": "no question"}, *rows]), 9 / 11, tokenizer, 4).rounds(1000, 3, model))
+    answers = [row for found, _ in drawn for row in found]
+    assert sorted(answers, key=str) == [{"instruction": f"Q{i}", "input": f"in{i}", "output": "of"} for i in range(8)]
+    assert drawn[-1][1] == 8 * 4
+    prompt = "<user>Q7\n\nin7<end><assistant>" if chat else "Q7\n\nin7\n\n"
+    assert prompt in {tokenizer.decode(draw.prompt) for draw in model.draws}
+
+
+def test_no_more_answers_than_asked(tokenizer: Any) -> None:
+    """Fails if all questions are answered where a few tokens are wanted, or the seed does not choose which."""
+    questions = asked([{"instruction": f"Q{i}"} for i in range(100)])
+    chosen = []
+    for seed in (0, 0, 1):
+        *_, (_, done) = Answerer(questions, 1.0, tokenizer, 4, seed).rounds(40, 3, model := Model("abcd"))
+        assert 40 <= done < 44
+        chosen.append([draw.prompt for draw in model.draws])
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_a_file_without_questions_is_refused(tokenizer: Any) -> None:
+    """Fails if text, or a share without rows, ends in a traceback or an empty file."""
+    for file, share in ((asked([{"text": "x"}]), 1.0), (asked([{"instruction": "x"}]), 0.5)):
+        with pytest.raises(DataError, match="no row with `instruction`"):
+            Answerer(file, share, tokenizer, 4)

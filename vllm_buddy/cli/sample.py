@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.cli.progress import note
+from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -38,7 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--opener", action="append", metavar="TEXT", help="beginning of samples, or of questions; several take turns"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=224, metavar="N", help="largest length of a sample (default: 224)"
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="answer the `instruction` of these rows (*.json, *.jsonl), each once, instead of drawing questions",
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="part of --questions that is used, from its beginning (default: 1)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=224,
+        metavar="N",
+        help="largest length of a sample, or of an answer (default: 224)",
     )
     parser.add_argument(
         "--temperature", type=float, default=0.8, metavar="T", help="sampling temperature (default: 0.8)"
@@ -53,12 +71,17 @@ def run(args: argparse.Namespace) -> int:
     Rows go to OUT.partial first, which replaces OUT when all are there.
 
     Raises:
-        TrainingError: a number is not positive or too large for the model, or OUT does not end in .jsonl or cannot be
-            written.
+        TrainingError: a number is not positive or too large for the model, options exclude each other, or OUT does
+            not end in .jsonl or cannot be written.
+        DataError: --questions cannot be read, or has none.
         ModelError: the model or its tokenizer cannot be used.
     """
     if min(args.tokens, args.max_tokens, args.batch) < 1 or not 0 < args.temperature < math.inf:
         raise TrainingError("--tokens, --max-tokens, --batch and --temperature must be positive numbers")
+    if args.questions is not None and (args.plain or args.opener):
+        raise TrainingError("--questions are answered as they are: leave out --plain and --opener")
+    if not 0 < args.share <= 1:
+        raise TrainingError(f"--share {args.share} must be above 0 and at most 1")
     if args.out.suffix != ".jsonl" or args.out.is_dir():
         raise TrainingError(f"{args.out} must be a file that ends in .jsonl: `vllm-buddy train` goes by the suffix")
     partial = args.out.with_name(f"{args.out.name}.partial")
@@ -85,15 +108,22 @@ def _writing(path: Path) -> Iterator[None]:
 def _sample(args: argparse.Namespace, out: Path) -> None:
     from vllm_buddy.models.find import find_model
     from vllm_buddy.models.folder import load_config, load_tokenizer
-    from vllm_buddy.training.drawn_text import Sampler
+    from vllm_buddy.training.drawn_text import Answerer, DrawnText, Sampler
 
+    questions = None if args.questions is None else DataFile.read(args.questions)
     model_dir = find_model(args.model, note)
-    sampler = Sampler(load_tokenizer(model_dir), args.max_tokens, args.seed, plain=args.plain, openers=args.opener)
+    tokenizer = load_tokenizer(model_dir)
+    source: DrawnText
+    if questions is None:
+        source = Sampler(tokenizer, args.max_tokens, args.seed, plain=args.plain, openers=args.opener)
+    else:
+        source = Answerer(questions, args.share, tokenizer, args.max_tokens, args.seed)
     longest = load_config(model_dir).max_position_embeddings
-    if sampler.length > longest:
-        raise TrainingError(f"--max-tokens {args.max_tokens} and an opener are beyond the model's {longest} tokens")
-    generate = _generate(model_dir, sampler.length, args.batch, args.temperature)
-    for rows, done in sampler.rounds(args.tokens, ROUND * args.batch, generate):
+    if source.length > longest:
+        asked = "an opener" if questions is None else "the longest question"
+        raise TrainingError(f"--max-tokens {args.max_tokens} and {asked} are beyond the model's {longest} tokens")
+    generate = _generate(model_dir, source.length, args.batch, args.temperature)
+    for rows, done in source.rounds(args.tokens, ROUND * args.batch, generate):
         with _writing(out), out.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         print(f"sampled {done} of {args.tokens} tokens", flush=True)

@@ -1,13 +1,18 @@
-"""Draws training text from the model itself: continued openers, or exchanges in the model's chat template.
+"""Draws training text from the model itself: continued openers, exchanges in its chat template, answers to questions.
 
 With a chat template the model writes both sides of an exchange (as in Magpie, arXiv 2406.08464): it continues an opener
-inside the user's turn, and then answers what it wrote.
+inside the user's turn, and then answers what it wrote. Questions of a file are answered instead where there is one.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+
+from vllm_buddy.data_file import DataFile, exchange
+from vllm_buddy.errors import DataError
 
 OPENERS = (
     "Question: How do I",
@@ -69,7 +74,17 @@ class Drawn:
 Generate = Callable[[Sequence[Draw]], list[Drawn]]
 
 
-class Sampler:
+class DrawnText(Protocol):
+    """What `vllm-buddy sample` draws from. `length`: tokens of the longest prompt with its continuation."""
+
+    length: int
+
+    def rounds(self, tokens: int, batch: int, generate: Generate) -> Iterator[tuple[list[dict[str, str]], int]]:
+        """Yield (rows, tokens drawn so far); a row is what `vllm-buddy train` reads. batch: samples of a round."""
+        ...
+
+
+class Sampler(DrawnText):
     """Draws samples of at most `max_tokens` tokens, whose openers take turns.
 
     tokenizer: of Hugging Face. plain: continue the openers as text even where there is a chat template. openers: None
@@ -142,3 +157,48 @@ class Sampler:
             add_generation_prompt=not open_end,
         )
         return self._tokenizer(rendered, add_special_tokens=False).input_ids
+
+
+class Answerer(DrawnText):
+    """Draws answers of at most `max_tokens` tokens to the questions of a file, each once, in an order by the seed.
+
+    questions: rows with `instruction`, and perhaps `input`; other rows are left out. share: how much of the file is
+    used, from its beginning. tokenizer: of Hugging Face; without a chat template the question alone is the prompt.
+
+    Raises:
+        DataError: there is no question in this part of the file.
+    """
+
+    def __init__(self, questions: DataFile, share: float, tokenizer: Any, max_tokens: int, seed: int = 0) -> None:
+        rows = questions.rows or []
+        asked = [row for row in rows[: int(len(rows) * share)] if _is_question(row)]
+        if not asked:
+            raise DataError(f"{questions.path} has no row with `instruction`, which would be a question to answer")
+        self._rows = [asked[index] for index in np.random.default_rng(seed).permutation(len(asked))]
+        self._max_tokens, self._seed = max_tokens, seed
+        prompts = [exchange({**row, "output": ""}, tokenizer).prompt for row in self._rows]
+        self._prompts = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template).input_ids
+        self.length = max(map(len, self._prompts)) + max_tokens
+
+    def rounds(self, tokens: int, batch: int, generate: Generate) -> Iterator[tuple[list[dict[str, str]], int]]:
+        """Yield (rows, tokens drawn so far) until `tokens` are drawn or every question is answered."""
+        done = number = 0
+        while done < tokens and number < len(self._rows):
+            wanted = min(math.ceil((tokens - done) / self._max_tokens), batch)
+            numbers = range(number, min(number + wanted, len(self._rows)))
+            draws = [Draw(self._prompts[i], self._max_tokens, self._seed * _SEEDS + i) for i in numbers]
+            answers = generate(draws)
+            rows = [
+                {**_question(self._rows[i]), "output": answer.text.strip()}
+                for i, answer in zip(numbers, answers, strict=True)
+            ]
+            done, number = done + sum(answer.num_tokens for answer in answers), numbers.stop
+            yield rows, done
+
+
+def _is_question(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("input", ""), str)
+
+
+def _question(row: dict[str, str]) -> dict[str, str]:
+    return {key: row[key] for key in ("instruction", "input") if row.get(key)}
