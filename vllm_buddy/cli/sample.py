@@ -144,6 +144,7 @@ def _generate(model_dir: Path, length: int, batch: int, temperature: float) -> "
         max_num_seqs=batch,
         enforce_eager=True,
         enable_prefix_caching=False,
+        enable_chunked_prefill=False,  # beside which seeds end vLLM's engine on CPU
         disable_log_stats=True,
     )
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.harness.engine import Ask, Engine
+from tests.harness.engine import MAX_TOKENS_PER_STEP, Ask, Engine
 from tests.harness.tiny_models import random_prompts
 from vllm_buddy.method import path_of
 from vllm_buddy.method.kv_policy import KV_POLICIES
@@ -35,6 +35,18 @@ def test_tokens_do_not_depend_on_chunked_prefill(engine: Engine, policy: str, ch
     engine.configure(policy, 4, chunk=chunk)
     asks = batch(seed=4)
     engine.check(asks, engine.run(asks))
+
+
+def test_seeds_beside_chunked_prefill(engine: Engine) -> None:
+    """Fails if a seed beside a prompt in chunks ends the engine, as in stock vLLM on CPU, or chunks use up the seed."""
+    prompts = random_prompts(4, seed=7, min_tokens=40, max_tokens=100)
+    sampling = [{"temperature": 1.0, "seed": seed} for seed in range(4)]
+    asks = [Ask(tuple(p), b, NUM_TOKENS, s) for p, b, s in zip(prompts, (1.0, 0.5, 0.75, 0.5), sampling, strict=True)]
+    drawn = []
+    for chunk in (MAX_TOKENS_PER_STEP, 16):
+        engine.configure("masked", 0, chunk=chunk)
+        drawn.append([list(output.outputs[0].token_ids) for output in engine.run(asks)])
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)

@@ -1,5 +1,7 @@
 """Adapter for vLLM's model runner V1: describes its batch as a StepBatch."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,10 +38,28 @@ class RoutedRunnerV1(_Base):
         """Send the count of executed layers back with vLLM's output."""
         req_ids = list(self.input_batch.req_ids)
         query_start_loc = self.query_start_loc.np[: len(req_ids) + 1].copy()
-        output = super().sample_tokens(*args, **kwargs)
+        with self._seeds_of_complete_prompts():
+            output = super().sample_tokens(*args, **kwargs)
         if get_pp_group().is_last_rank:
             self.buddy_state.report(runner_output(output), req_ids, query_start_loc)
         return output
+
+    @contextlib.contextmanager
+    def _seeds_of_complete_prompts(self) -> Iterator[None]:
+        """Sample without a request's seed where its prompt is not complete: what is sampled there is thrown away.
+
+        vLLM 0.32 samples with the request's generator, and then turns the generator back. One on a CPU cannot be turned
+        back, so that a seeded request whose prompt came in chunks ended the engine.
+        """
+        generators = self.input_batch.generators
+        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
+        kept = {
+            row: generators.pop(row) for row in discarded if row in generators and generators[row].device.type == "cpu"
+        }
+        try:
+            yield
+        finally:
+            generators.update(kept)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Keep what is known from now on: the attention backend and the size of a KV block."""
