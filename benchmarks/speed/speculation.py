@@ -3,8 +3,9 @@
     python -m benchmarks.speed.speculation          # SmolLM2-135M on CPU: about 15 minutes on 2 cores
 
 Stock vLLM and buddy run with and without n-gram drafts, in one process, and so does lossless mode: drafts from short
-paths of the model's own layers, always, as the pace allows, and where no n-gram is found. Engines alternate in each
-round. Prompts are passages of this repository's documentation; one task is answered by copying, the other is not.
+paths of the model's own layers, always, as the pace allows, and where no n-gram is found. Depths are those of the
+artifact's draft exits. Engines alternate in each round. Prompts are passages of this repository's documentation; one
+task is answered by copying, the other is not.
 
 Before a variant is timed, what it computes is compared with a plain forward; a lossless answer must consist of greedy
 choices of the whole model, up to bf16's rounding. `tokens_per_s` counts all tokens after the first of each request,
@@ -39,7 +40,6 @@ from vllm_buddy.serving.start.settings import BuddySettings
 
 NUM_TOKENS = 64
 BUDGETS = (0.75, 0.5)
-DEPTHS = (9, 12, 22)
 LEAST_AGREED = 24  # tokens before bf16's rounding leads to another text: the mean over the prompts
 STOCK, STOCK_NGRAM = "stock", "stock, n-gram"
 NGRAM = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -143,11 +143,18 @@ def _variants(lineup: Lineup) -> list[Variant]:
         free = replace(drafts, cost=0.0, refine_cost=0.0)
         return lossless(f"always {name}", ngrams=False, drafts=free, most=most, paced=False)
 
-    for depth in DEPTHS:
-        found.append(always(f"1 draft of {depth} layers", _draft_path(lineup, depth), 1))
-    drafts = _draft_path(lineup, None)
-    found.append(always(f"3 drafts of {drafts.path.bit_count()} layers", drafts, 3))
-    found.append(always("2 drafts of 9 layers, refined by 15", _draft_path(lineup, 9, 15), 2))
+    exits = [draft.path.bit_count() for draft in lineup.artifact.drafts]
+    for depth in exits:
+        found.append(always(f"1 draft of {depth} layers", _draft_path(lineup, depth=depth), 1))
+    if lineup.artifact.draft_vocabulary is not None:
+        among_all = _draft_path(lineup, vocabulary="all")
+        found.append(always(f"1 draft of {among_all.path.bit_count()} layers, all tokens", among_all, 1))
+    drafts = _draft_path(lineup)
+    for most in (2, 3):
+        found.append(always(f"{most} drafts of {drafts.path.bit_count()} layers", drafts, most))
+    if len(exits) > 1:
+        refined = _draft_path(lineup, refine_depth=exits[1])
+        found.append(always(f"2 drafts of {exits[0]} layers, refined by {exits[1]}", refined, 2))
     found.append(lossless("as it pays", ngrams=False, drafts=drafts))
     found.append(lossless("n-gram, then as it pays", ngrams=True, drafts=drafts))
     with _numba_hidden():
@@ -156,8 +163,8 @@ def _variants(lineup: Lineup) -> list[Variant]:
     return found
 
 
-def _draft_path(lineup: Lineup, depth: int | None, refine_depth: int | None = None) -> DraftPath:
-    settings = BuddySettings(drafts=DraftSettings(depth=depth, refine_depth=refine_depth))
+def _draft_path(lineup: Lineup, **drafts: Any) -> DraftPath:
+    settings = BuddySettings(drafts=DraftSettings(**drafts))
     artifact = load_artifact(Path(engines.core(lineup.drafting).vllm_config.additional_config["buddy"]["artifact"]))
     hf_config = engines.core(lineup.drafting).vllm_config.model_config.hf_text_config
     return DraftPath.of(settings, artifact, hf_config)

@@ -207,6 +207,36 @@ def test_round_trip_of_draft_exits(tmp_path: Path, rounded: bool) -> None:
     assert load_file(tmp_path / WEIGHTS_FILE)["drafts.up"].dtype == (np.int8 if rounded else np.float16)
 
 
+def test_round_trip_of_the_tokens_that_drafts_choose_among(tmp_path: Path) -> None:
+    """Fails if drafts choose among other tokens than were saved, or artifacts that differ in them have one digest."""
+    some = np.array([0, 3, VOCAB_SIZE - 1])
+    artifact = with_drafts(_artifact(), _exits(), some)
+    artifact.save(tmp_path)
+    loaded = load_artifact(tmp_path)
+    assert loaded.config.drafts is not None
+    assert loaded.config.drafts.vocabulary == 3
+    np.testing.assert_array_equal(loaded.draft_vocabulary, some)
+    assert loaded.digest == artifact.digest != with_drafts(_artifact(), _exits(), some[1:]).digest
+    assert loaded.without_drafts().draft_vocabulary is None
+    assert loaded.without_drafts().digest == _artifact().digest
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (None, rf"shape None, expected \({VOCAB_SIZE},\)"),
+        (np.ones(VOCAB_SIZE - 1, np.int8), rf"expected \({VOCAB_SIZE},\)"),
+        (np.ones(VOCAB_SIZE, np.int8), "by tensor 'drafts.vocabulary', among 3 by the configuration"),
+    ],
+)
+def test_tokens_of_drafts_that_do_not_fit(tmp_path: Path, array: np.ndarray | None, message: str) -> None:
+    """Fails if a vocabulary of another model, or another size than is said, is loaded and stops the engine later."""
+    with_drafts(_artifact(), _exits(), np.arange(3)).save(tmp_path)
+    _edit_tensors(tmp_path, drafts__vocabulary=array)
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(tmp_path)
+
+
 def test_an_artifact_of_before_has_no_draft_exits(folder: Path) -> None:
     """Fails if an artifact of format version 4, which knows no exits, is refused or gets another digest."""
     digest = load_artifact(folder).digest
@@ -250,6 +280,8 @@ def test_adapters_of_wrong_shape(tmp_path: Path, name: str, array: np.ndarray | 
         ({"rank": 0}, "rank"),
         ({"eps": float("nan")}, "eps"),
         ({"alpha": 1.0}, "alpha"),
+        ({"vocabulary": 0}, "vocabulary"),
+        ({"vocabulary": VOCAB_SIZE}, f"of which the model has {VOCAB_SIZE}"),
     ],
 )
 def test_exits_that_cannot_draft(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -83,7 +83,7 @@ def test_trained_exits_are_shown_beside_what_they_were_trained_from(
 ) -> None:
     """Fails if an exit's adapter or path is not the one that is measured, or its depth is left out."""
     folder = save_tiny_model(tmp_path / "model", "llama")
-    artifact = random_artifact(tmp_path / "artifact", folder, bypass_rank=4, draft_depths=(4, 6))
+    artifact = random_artifact(tmp_path / "artifact", folder, bypass_rank=4, draft_depths=(4, 6), draft_vocabulary=60)
     _save_tokenizer(folder)
     text, out = tmp_path / "text.txt", tmp_path / "profile.json"
     text.write_text("a b c d e f g h " * 60)
@@ -102,10 +102,12 @@ def test_trained_exits_are_shown_beside_what_they_were_trained_from(
     exit_path, library_path = artifact.drafts[0].path, artifact.first_path(4)
     assert library_path is not None
     bare = [draft_chains(model, tokens, path, 2, full, artifact.bypass) for path in (exit_path, library_path)]
-    chain = draft_chains(model, tokens, exit_path, 2, full, artifact.bypass, artifact.drafts[0].adapter)
-    (shown,) = _exit_rows(Drafts(tokens, said, 0, {4: chain}, {}, {4: bare}))
+    adapted = tokens, exit_path, 2, full, artifact.bypass, artifact.drafts[0].adapter
+    all_tokens, chain = draft_chains(model, *adapted), draft_chains(model, *adapted, artifact.draft_vocabulary)
+    assert not torch.equal(all_tokens, chain)
+    (shown,) = _exit_rows(Drafts(tokens, said, 0, {4: chain}, {}, {4: [all_tokens, *bare]}))
     n = tokens.shape[1] - 2
-    for name, one in (("right", chain), ("without_adapter", bare[0]), ("library", bare[1])):
+    for name, one in zip(("right", "all_tokens", "without_adapter", "library"), (chain, all_tokens, *bare)):
         assert shown[name][0] == pytest.approx(float((one[0, :, :n] == said[:, :n]).float().mean()), abs=1e-4)
 
 

@@ -122,6 +122,7 @@ def random_artifact(
     predictor_depths: Sequence[int] = (),
     token_depths: Sequence[int] = (),
     draft_depths: Sequence[int] = (),
+    draft_vocabulary: int = 0,
 ) -> Artifact:
     """Write an artifact for the model in `model_dir` into `folder`, and return it as loaded from there.
 
@@ -131,6 +132,7 @@ def random_artifact(
     predictor_depths: grid of a random Budget Predictor; empty for none.
     token_depths: depths of nested random paths, without the full depth, and a random router of tokens; empty for none.
     draft_depths: depths of nested random exits for drafts, with adapters that change every token; empty for none.
+    draft_vocabulary: number of random tokens that drafts choose among; 0: all.
     """
     base = identify(model_dir)
     num_middle = base.num_layers - 2
@@ -158,7 +160,8 @@ def random_artifact(
     artifact = Artifact(config, prior, folded, bypass, lora, predictor)
     artifact = artifact if token is None else with_token_router(artifact, token)
     if draft_depths:
-        artifact = with_drafts(artifact, random_exits(model, draft_depths, seed))
+        some = np.sort(rng.permutation(base.vocab_size)[:draft_vocabulary]) if draft_vocabulary else None
+        artifact = with_drafts(artifact, random_exits(model, draft_depths, seed), some)
     artifact.save(folder)
     return load_artifact(folder)
 

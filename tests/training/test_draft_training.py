@@ -55,6 +55,9 @@ def test_a_draft_path_is_measured_after_a_prefix_of_the_whole_model(made: tuple[
     paths = [full_path(NUM_LAYERS)] * last + [path]
     one = routed_logits(model, text[: last + 1], paths, MASKED, artifact.bypass)[-1]
     assert int(drafted[0, last]) == int(one.argmax())
+    some = artifact.config.base_model.vocab_size // 2
+    among = DraftPaths(model, tokens, artifact.bypass, np.arange(some))
+    assert among.agreement(set()) == pytest.approx(float((said < some).float().mean()))
     assert found.divergence(set()) == pytest.approx(0.0, abs=1e-5)
     assert found.agreement(set()) == 1.0
 
@@ -170,7 +173,7 @@ def command(tmp_path: Path, model_with_tokenizer: Path, data: Path) -> list[str]
     config.write_text(
         f"artifact: {tmp_path / 'artifact'}\nmodel: {model_with_tokenizer}\ndata: [{{file: {data}}}]\n"
         "min_depth: 3\nmax_depth: 5\nrefine_depth: 7\nrank: 4\nlength: 32\nbatch: 2\ntokens: 512\n"
-        "held_out_tokens: 128\nsearch_tokens: 128\ndtype: float32\n"
+        "held_out_tokens: 128\nsearch_tokens: 128\nvocabulary: 20\ndtype: float32\n"
     )
     return ["train-drafts", str(config), f"out={tmp_path / 'out'}"]
 
@@ -193,12 +196,17 @@ def test_from_files_to_an_artifact_with_exits(
     assert card.endswith("\n## Last\n")
     found = json.loads(f"[{record.split('layers: ')[1].splitlines()[0]}]")
     assert found[0][0] == 0
+    assert artifact.draft_vocabulary is not None
+    assert len(artifact.draft_vocabulary) == 20
+    assert "Drafts choose among the 20 tokens that are most frequent" in card
     printed = capsys.readouterr()
     assert f"{depths[0]} layers, on held-out text" in printed.out
     assert "5 layers:" in printed.err
     # Again, from the result itself: exits are replaced, not added.
-    assert main([*command, f"artifact={out}", "depth=4", "refine_depth=null"]) == 0
-    assert [draft.path.bit_count() for draft in load_artifact(out).drafts] == [4]
+    assert main([*command, f"artifact={out}", "depth=4", "refine_depth=null", "vocabulary=null"]) == 0
+    again = load_artifact(out)
+    assert [draft.path.bit_count() for draft in again.drafts] == [4]
+    assert again.draft_vocabulary is None
     assert (out / "README.md").read_text().count(DRAFTS_HEADING) == 1
     assert (out / "run.yaml").read_text().count("\ndrafts:") + (out / "run.yaml").read_text().startswith("drafts:") == 1
 
@@ -208,6 +216,7 @@ def test_from_files_to_an_artifact_with_exits(
     [
         ("refine_depth=8", "drafts of 8 layers were asked for, the model has 8"),
         ("artifact=nowhere", "no artifact at nowhere"),
+        ("vocabulary=100000", "lower vocabulary, or leave it out"),
         ("tokens=1000000", "none is left to hold out"),
         ("out=/proc/no/such", "cannot make the folder"),
         ("depht=3", "unknown settings depht"),

@@ -80,7 +80,7 @@ def write_sample(folder: Path) -> None:
         lora=LoraConfig(rank=2, alpha=2.0),
         token=token,
         predictor=PredictorConfig(depths=depths, price=0.5),
-        drafts=DraftConfig(exits=tuple(map(tuple, paths[:2])), rank=_RANK, eps=1e-5),
+        drafts=DraftConfig(exits=tuple(map(tuple, paths[:2])), rank=_RANK, eps=1e-5, vocabulary=5),
     )
     prices = tuple((point.budget, point.price) for point in token.prices)
     router = TokenRouter(FoldedPredictor(decision(2), depths, _LAYERS), tuple(map(path_of, paths)), prices, 0.5)
@@ -96,6 +96,7 @@ def write_sample(folder: Path) -> None:
             DraftExit(path_of(layers), ExitAdapter(down[i], up[i].T.contiguous(), 1e-5).rounded())
             for i, layers in enumerate(paths[:2])
         ),
+        np.arange(5),
     ).save(folder)
 
 
@@ -158,6 +159,8 @@ def check(folder: Path) -> bool:
     for draft in artifact.drafts:
         assert MIN_DEPTH <= draft.path.bit_count() < limits.num_layers
         assert draft.adapter.apply(state).shape == state.shape
+    if (drafted := artifact.draft_vocabulary) is not None:
+        assert 0 <= drafted.min() <= drafted.max() < artifact.config.base_model.vocab_size
     return True
 
 

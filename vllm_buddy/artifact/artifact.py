@@ -49,7 +49,8 @@ class Artifact:
     """An artifact in memory.
 
     prior: [num_layers - 2], float32, normalised, larger is more important. bypass, lora: float32 after loading.
-    drafts: exits of lossless mode, shallow to deep; empty: none were trained.
+    drafts: exits of lossless mode, shallow to deep; empty: none were trained. draft_vocabulary: [n], int64, ascending,
+        the tokens that drafts choose among; None: all.
     """
 
     config: BuddyConfig
@@ -60,6 +61,7 @@ class Artifact:
     predictor: FoldedPredictor | None = None
     token: TokenRouter | None = None
     drafts: tuple[DraftExit, ...] = ()
+    draft_vocabulary: np.ndarray | None = None
 
     @property
     def repair(self) -> RepairKind:
@@ -79,7 +81,7 @@ class Artifact:
         # Nor does a field that later versions added, and that it does not use, change it.
         unused = {name for name in ("token", "drafts") if getattr(self.config, name) is None}
         h = hashlib.sha256(self.config.model_dump_json(exclude={"format_version", *unused}).encode())
-        for _, array in sorted(pack_tensors(self._parts).items()):
+        for _, array in sorted(self._tensors.items()):
             h.update(np.ascontiguousarray(array).tobytes())
         return h.hexdigest()[:16]
 
@@ -89,7 +91,8 @@ class Artifact:
 
     def without_drafts(self) -> "Artifact":
         """Return this artifact without exits of its own for lossless mode, which then drafts with the bypass alone."""
-        return replace(self, config=self.config.model_copy(update={"drafts": None}), drafts=())
+        config = self.config.model_copy(update={"drafts": None})
+        return replace(self, config=config, drafts=(), draft_vocabulary=None)
 
     def router(self, *, library: bool | None = None) -> Router:
         """Return the router of this artifact.
@@ -139,7 +142,7 @@ class Artifact:
                 there stays.
         """
         config = self.config.model_copy(update={"format_version": FORMAT_VERSION})
-        tensors = pack_tensors(self._parts)
+        tensors = self._tensors
         stored = parse_tensors(config, tensors, f"artifact '{config.name}'")
         if stored.constants != self._parts.constants:
             raise ArtifactError(
@@ -152,7 +155,20 @@ class Artifact:
 
     @property
     def _parts(self) -> ArtifactParts:
-        return ArtifactParts(self.prior, self.decision, self.bypass, self.lora, self.predictor, self.token, self.drafts)
+        return ArtifactParts(
+            self.prior,
+            self.decision,
+            self.bypass,
+            self.lora,
+            self.predictor,
+            self.token,
+            self.drafts,
+            self.draft_vocabulary,
+        )
+
+    @property
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return pack_tensors(self._parts, self.config.base_model.vocab_size)
 
 
 def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
@@ -165,16 +181,20 @@ def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
     return replace(artifact, config=artifact.config.model_copy(update={"token": config}), token=router)
 
 
-def with_drafts(artifact: Artifact, exits: Sequence[DraftExit]) -> Artifact:
+def with_drafts(artifact: Artifact, exits: Sequence[DraftExit], vocabulary: np.ndarray | None = None) -> Artifact:
     """Return the artifact with exits for lossless mode, shallow to deep, in place of those that it may have.
 
-    exits: their adapters have one rank and one eps.
+    exits: their adapters have one rank and one eps. vocabulary: as Artifact.draft_vocabulary.
     """
     adapter = exits[0].adapter
     config = DraftConfig(
-        exits=tuple(tuple(layers_of(draft.path)) for draft in exits), rank=adapter.rank, eps=adapter.eps
+        exits=tuple(tuple(layers_of(draft.path)) for draft in exits),
+        rank=adapter.rank,
+        eps=adapter.eps,
+        vocabulary=None if vocabulary is None else len(vocabulary),
     )
-    return replace(artifact, config=artifact.config.model_copy(update={"drafts": config}), drafts=tuple(exits))
+    config_with = artifact.config.model_copy(update={"drafts": config})
+    return replace(artifact, config=config_with, drafts=tuple(exits), draft_vocabulary=vocabulary)
 
 
 def load_artifact(folder: Path) -> Artifact:
@@ -191,7 +211,15 @@ def load_artifact(folder: Path) -> Artifact:
     check_headers(config, file.headers, str(weights))
     parts = parse_tensors(config, file.read(), str(weights))
     return Artifact(
-        config, parts.prior, parts.decision, parts.bypass, parts.lora, parts.predictor, parts.token, parts.drafts
+        config,
+        parts.prior,
+        parts.decision,
+        parts.bypass,
+        parts.lora,
+        parts.predictor,
+        parts.token,
+        parts.drafts,
+        parts.draft_vocabulary,
     )
 
 

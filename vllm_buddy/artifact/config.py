@@ -96,6 +96,9 @@ class DraftConfig(BaseModel):
     )
     rank: int = Field(ge=1, description="rank of the adapters")
     eps: float = Field(ge=0, le=1, description="epsilon of the adapters' RMSNorm, equal to the base model's")
+    vocabulary: int | None = Field(
+        default=None, ge=1, description="number of tokens that drafts choose among; absent: all of the vocabulary"
+    )
 
     @model_validator(mode="after")
     def _nested(self) -> "DraftConfig":
@@ -166,6 +169,9 @@ class BuddyConfig(BaseModel):
                 raise ValueError(
                     f"an exit holds layers 0 and {last}, at least {MIN_DEPTH} layers and not all; one holds {layers}"
                 )
+        size = self.base_model.vocab_size
+        if self.drafts is not None and self.drafts.vocabulary is not None and self.drafts.vocabulary >= size:
+            raise ValueError(f"drafts choose among {self.drafts.vocabulary} tokens, of which the model has {size}")
         return self
 
     @model_validator(mode="after")

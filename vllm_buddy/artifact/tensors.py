@@ -10,17 +10,19 @@
 | `token.*` | as `decision.*`, with one output per step between the nested paths of schedule `token` |
 | `bypass.down`, `bypass.up` | [num_middle, rank, hidden_size], [num_middle, hidden_size, rank], int8 |
 | `bypass.down_scale`, `bypass.up_scale` | [num_middle * rank], [num_middle * hidden_size], float32, one per row |
-| `drafts.*` | as `bypass.*`, the adapters of the exits in place of the bypasses of the middle layers |
+| `drafts.down`, `drafts.up` | as those of `bypass`, the adapters of the exits in place of the bypasses of the layers |
+| `drafts.vocabulary` | [vocab_size], int8, 1 for each token that drafts choose among and else 0 |
 | `lora.NAME.a`, `lora.NAME.b` | [rank, in], [out, rank], float16; NAME is Hugging Face's, without `.weight` |
 
-num_middle is num_layers - 2. A tensor is stored as int8 only if that loses no bit. Otherwise it has no scale: tables
-are then float32 (as all tables of format version 1 are), and bypasses and adapters are float16.
+num_middle is num_layers - 2. Weights are stored as int8 only if that loses no bit. Otherwise a tensor has no scale:
+tables are then float32 (as all tables of format version 1 are), and bypasses and adapters are float16.
 """
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ import torch
 from vllm_buddy.artifact.config import BuddyConfig
 from vllm_buddy.artifact.files import TensorHeader
 from vllm_buddy.errors import ArtifactError, shown
-from vllm_buddy.method import DraftExit, ExitAdapter, FoldedDecision, FoldedPredictor, LayerPath, TokenRouter, path_of
+from vllm_buddy.method import DraftExit, ExitAdapter, FoldedDecision, FoldedPredictor, TokenRouter, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import byte_grid
 from vllm_buddy.method.lora import LoraDeltas
@@ -38,6 +40,7 @@ _TABLES = ("table_context", "table_newest")
 _DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
 _BYPASS, _DRAFTS = "bypass", "drafts"
 _LOW_RANK_TENSORS = ("down", "up")
+_VOCABULARY = "drafts.vocabulary"
 _LORA_TENSORS = ("a", "b")
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)  # Hugging Face's name of a module
@@ -52,7 +55,7 @@ _Shapes = dict[str, tuple[int | None, ...]]
 class ArtifactParts:
     """The parts of an artifact that are stored as tensors.
 
-    prior: [num_layers - 2]. bypass, lora, drafts: float32 when read from tensors.
+    prior: [num_layers - 2]. bypass, lora, drafts: float32 when read from tensors. draft_vocabulary: see Artifact.
     """
 
     prior: np.ndarray
@@ -62,25 +65,25 @@ class ArtifactParts:
     predictor: FoldedPredictor | None
     token: TokenRouter | None = None
     drafts: tuple[DraftExit, ...] = ()
+    draft_vocabulary: np.ndarray | None = None
 
     @property
-    def constants(
-        self,
-    ) -> tuple[float | None, float | None, tuple[int, ...] | None, tuple[tuple[LayerPath, float], ...]]:
+    def constants(self) -> tuple[Any, ...]:
         """The values that are stored in the configuration.
 
-        bypass_eps, lora.alpha, predictor.depths, and path and eps of each exit of drafts.
+        bypass_eps, lora.alpha, predictor.depths, path and eps of each exit of drafts, and the size of their vocabulary.
         """
         return (
             None if self.bypass is None else self.bypass.eps,
             None if self.lora is None else self.lora.alpha,
             None if self.predictor is None else self.predictor.depths,
             tuple((draft.path, draft.adapter.eps) for draft in self.drafts),
+            None if self.draft_vocabulary is None else len(self.draft_vocabulary),
         )
 
 
-def pack_tensors(parts: ArtifactParts) -> dict[str, np.ndarray]:
-    """Return the named tensors that store `parts`."""
+def pack_tensors(parts: ArtifactParts, vocab_size: int) -> dict[str, np.ndarray]:
+    """Return the named tensors that store `parts`. vocab_size: of the base model."""
     tensors = {"prior": parts.prior.astype(np.float32)}
     predictor = None if parts.predictor is None else parts.predictor.decision
     token = None if parts.token is None else parts.token.predictor.decision
@@ -94,6 +97,9 @@ def pack_tensors(parts: ArtifactParts) -> dict[str, np.ndarray]:
         if parts.drafts:
             adapters = torch.stack([getattr(draft.adapter, name) for draft in parts.drafts])
             tensors |= _pack_low_rank(f"{_DRAFTS}.{name}", adapters)
+    if parts.draft_vocabulary is not None:
+        tensors[_VOCABULARY] = np.zeros(vocab_size, np.int8)
+        tensors[_VOCABULARY][parts.draft_vocabulary] = 1
     if parts.lora is not None:
         for part in _LORA_TENSORS:
             tensors |= {f"lora.{name}.{part}": _half(t) for name, t in getattr(parts.lora, part).items()}
@@ -137,16 +143,25 @@ def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: s
     if config.bypass_rank:
         bypass = Bypass(*_low_rank(_BYPASS, tensors, source), config.bypass_eps)
     drafts: tuple[DraftExit, ...] = ()
+    vocabulary = None
     if config.drafts is not None:
         adapters = zip(*_low_rank(_DRAFTS, tensors, source))
         exits = zip(config.drafts.exits, adapters, strict=True)
         drafts = tuple(
             DraftExit(path_of(layers), ExitAdapter(down, up, config.drafts.eps)) for layers, (down, up) in exits
         )
+        if config.drafts.vocabulary is not None:
+            vocabulary = np.flatnonzero(tensors[_VOCABULARY])
+            if len(vocabulary) != config.drafts.vocabulary:
+                raise ArtifactError(
+                    f"{source}: drafts choose among {len(vocabulary)} tokens by tensor '{_VOCABULARY}', among "
+                    f"{config.drafts.vocabulary} by the configuration"
+                )
     if config.lora is not None:
         a, b = ({name: _float32(tensors[f"lora.{name}.{part}"]) for name in lora_names} for part in _LORA_TENSORS)
         lora = LoraDeltas(a, b, config.lora.alpha)
-    return ArtifactParts(tensors["prior"].astype(np.float32), decision, bypass, lora, predictor, token, drafts)
+    prior = tensors["prior"].astype(np.float32)
+    return ArtifactParts(prior, decision, bypass, lora, predictor, token, drafts, vocabulary)
 
 
 def _lora_names(config: BuddyConfig, tensors: _Headers, source: str) -> list[str]:
@@ -177,6 +192,7 @@ def _expected_shapes(config: BuddyConfig, tensors: _Headers, lora_names: list[st
     if config.drafts is not None:
         num_exits = len(config.drafts.exits)
         shapes |= _low_rank_shapes(_DRAFTS, num_exits, config.drafts.rank, base.hidden_size, tensors)
+        shapes |= {} if config.drafts.vocabulary is None else {_VOCABULARY: (base.vocab_size,)}
     if config.lora is not None:
         for name in lora_names:
             shapes |= {f"lora.{name}.a": (config.lora.rank, None), f"lora.{name}.b": (None, config.lora.rank)}
@@ -205,7 +221,7 @@ def _check_headers(tensors: _Headers, shapes: _Shapes, config: BuddyConfig, sour
             raise ArtifactError(
                 f"{source}: tensor '{name}' has shape {found}, expected {shape} for {config.base_model.summary()}"
             )
-        if tensors[name].dtype == np.int8 and f"{name}_scale" not in shapes:
+        if tensors[name].dtype == np.int8 and f"{name}_scale" not in shapes and name != _VOCABULARY:
             raise ArtifactError(f"{source}: tensor '{name}' is of bytes, which only tables, bypasses and adapters are")
     if unknown := tensors.keys() - shapes.keys():
         raise ArtifactError(f"{source}: the configuration says nothing of tensor {shown(min(unknown))}")

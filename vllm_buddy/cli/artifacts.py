@@ -43,7 +43,8 @@ def _trained(config: BuddyConfig) -> str:
     if config.predictor is not None:
         parts.append(f"budget auto among {len(config.predictor.depths)} depths")
     if config.drafts is not None:
-        parts.append(f"draft exits of {', '.join(str(len(layers)) for layers in config.drafts.exits)} layers")
+        among = "" if config.drafts.vocabulary is None else f" among {config.drafts.vocabulary} tokens"
+        parts.append(f"draft exits of {', '.join(str(len(layers)) for layers in config.drafts.exits)} layers{among}")
     if config.budgets is not None:
         parts.append("budgets {:g} to {:g}".format(*config.budgets))
     return "; ".join(parts) or "nothing"

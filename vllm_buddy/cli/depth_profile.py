@@ -81,7 +81,8 @@ def profile_tables(profile: "Profile") -> list[str]:
         [str(row["depth"]), what, *(f"{share:.3f}" for share in row[name])]
         for row in profile.exits
         for name, what in (
-            ("right", "as trained"),
+            ("right", "as it drafts"),
+            ("all_tokens", "among all tokens"),
             ("without_adapter", "without its adapter"),
             ("library", "path of the library"),
         )

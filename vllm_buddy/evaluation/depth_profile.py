@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,8 +44,8 @@ class Drafts:
     start: position of the last token of each passage, the first whose next token the model wrote.
     chains: by depth, [max_drafts, num_texts, length], see draft_chains. stages: by number of stages, what the exits of
         all stages but the last say, [stages - 1, num_texts, length].
-    untrained: by depth of an exit of the artifact, chains as above: of its path without the adapter and, where there is
-        one, of the library's path of that depth.
+    untrained: by depth of an exit of the artifact, chains as above: with its adapter among all tokens, of its path
+        without the adapter and, where there is one, of the library's path of that depth.
     """
 
     tokens: torch.Tensor
@@ -62,7 +63,8 @@ class Profile:
     depths: depth, cost, right (by length of the chain), ead (share of tokens with that earliest agreeing depth).
     speedups: batch, source, drafts, speedup. dex: devices, exit_stage, exit_speedup, exploration_speedup, ratio.
     exits: of each exit of the artifact, depth, and the share of chains of each length that are right: right,
-        without_adapter, and of the library's path of the depth, library (None: it has none).
+        all_tokens, without_adapter, and of the library's path of the depth, library (None: it has none). The last two
+        choose among all tokens too.
     """
 
     about: dict[str, Any]
@@ -133,18 +135,23 @@ def _costs(
 ) -> dict[int, float]:
     """Of a draft pass of each depth, by the sizes of the model, or of the one named by shape_of."""
     rank, num_layers = artifact.config.bypass_rank, artifact.config.base_model.num_layers
+    num_tokens = None if artifact.draft_vocabulary is None else len(artifact.draft_vocabulary)
     adapters = {depth: 0 if adapter is None else adapter.rank for depth, (_, adapter) in exits.items()}
     if settings.shape_of is None:
         config = load_config(model_dir)
-        return {depth: pass_cost(config, depth, rank, adapters[depth]) for depth in exits}
+        return {depth: pass_cost(config, depth, rank, adapters[depth], num_tokens) for depth in exits}
     folder = settings.shape_of.parent if settings.shape_of.suffix == ".json" else settings.shape_of
     config = load_config(folder)
 
     def scaled(rank: int) -> int:
         return rank * config.hidden_size // artifact.config.base_model.hidden_size
 
+    if num_tokens is not None:
+        num_tokens = num_tokens * config.vocab_size // artifact.config.base_model.vocab_size
     layers = {depth: round(depth * config.num_hidden_layers / num_layers) for depth in exits}
-    return {depth: pass_cost(config, layers[depth], scaled(rank), scaled(adapters[depth])) for depth in exits}
+    return {
+        depth: pass_cost(config, layers[depth], scaled(rank), scaled(adapters[depth]), num_tokens) for depth in exits
+    }
 
 
 @torch.no_grad()
@@ -157,11 +164,11 @@ def _drafted(
     report: Callable[[str, int, int], None],
 ) -> Drafts:
     num_layers, parts = artifact.config.base_model.num_layers, list[Any]()
-    untrained: dict[int, list[LayerPath]] = {}
+    untrained: dict[int, list[Exit]] = {}
     for depth, (path, adapter) in exits.items():
         if adapter is not None:
             in_library = artifact.first_path(depth)
-            untrained[depth] = [path] if in_library is None else [path, in_library]
+            untrained[depth] = [(path, adapter), (path, None), *([] if in_library is None else [(in_library, None)])]
     stage_paths = {k: [_stage_path(num_layers, k, stage) for stage in range(1, k)] for k in settings.devices}
     for begin in range(0, len(passages), _PASSAGES_AT_ONCE):
         tokens = _written(model, passages[begin : begin + _PASSAGES_AT_ONCE], settings.tokens)
@@ -171,15 +178,17 @@ def _drafted(
             path: LayerPath,
             length: int,
             adapter: ExitAdapter | None = None,
+            vocabulary: np.ndarray | None = None,
             tokens: torch.Tensor = tokens,
             full: Any = full,
         ) -> torch.Tensor:
-            return draft_chains(model, tokens, path, length, full, artifact.bypass, adapter)
+            return draft_chains(model, tokens, path, length, full, artifact.bypass, adapter, vocabulary)
 
-        chains = {depth: draft(path, settings.drafts, adapter) for depth, (path, adapter) in exits.items()}
+        among = artifact.draft_vocabulary
+        chains = {depth: draft(path, settings.drafts, adapter, among) for depth, (path, adapter) in exits.items()}
         ends = {path: draft(path, 1)[0] for of_one in stage_paths.values() for path in of_one}
         stages = {k: torch.stack([ends[path] for path in of_one]) for k, of_one in stage_paths.items()}
-        bare = {d: torch.stack([draft(path, settings.drafts) for path in of_one]) for d, of_one in untrained.items()}
+        bare = {d: torch.stack([draft(p, settings.drafts, a) for p, a in of_one]) for d, of_one in untrained.items()}
         parts.append((tokens, said, chains, stages, bare))
         report("passages", begin + len(tokens), len(passages))
     tokens, said = (torch.cat([part[i] for part in parts]) for i in (0, 1))
@@ -218,8 +227,9 @@ def _right(drafts: Drafts, chain: torch.Tensor) -> list[float]:
 
 def _exit_rows(drafts: Drafts) -> list[dict[str, Any]]:
     rows = []
-    for depth, (bare, *library) in drafts.untrained.items():
-        row = {"depth": depth, "right": _right(drafts, drafts.chains[depth]), "without_adapter": _right(drafts, bare)}
+    for depth, (all_tokens, bare, *library) in drafts.untrained.items():
+        row = {"depth": depth, "right": _right(drafts, drafts.chains[depth])}
+        row |= {"all_tokens": _right(drafts, all_tokens), "without_adapter": _right(drafts, bare)}
         rows.append({**row, "library": _right(drafts, library[0]) if library else None})
     return rows
 

@@ -2,9 +2,10 @@
 
 `budget.py`, `path.py`, `context.py`, `decision.py`, `router.py`, `predictor.py` and `request_route.py` make the
 decision, `token_router.py` for single tokens. `bypass.py` and `lora.py` repair the output of a model that skips layers,
-`exit_adapter.py` the drafts of a path of few layers. `byte_grid.py` rounds weights to 8 bits, and `kv_policy.py` names
-what a skipped layer leaves in the KV cache. `reference.py`, `batched.py` and `forked.py` run a Hugging Face model along
-given paths, the last two also with weights that processes share (`sharded.py`).
+`exit_adapter.py` the drafts of a path of few layers, of which `draft_head.py` says the tokens. `byte_grid.py` rounds
+weights to 8 bits, and `kv_policy.py` names what a skipped layer leaves in the KV cache. `reference.py`, `batched.py`
+and `forked.py` run a Hugging Face model along given paths, the last two also with weights that processes share
+(`sharded.py`).
 """
 
 from vllm_buddy.method.budget import budget_for_depth, depth_for_budget, parse_budget, smallest_budget

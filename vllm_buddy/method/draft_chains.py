@@ -9,11 +9,13 @@ the text is what the model says.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from vllm_buddy.method.batched import Rotary, after_attention, dense_layer, embed, heads, rms_norm
 from vllm_buddy.method.bypass import Bypass
+from vllm_buddy.method.draft_head import DraftHead
 from vllm_buddy.method.exit_adapter import ExitAdapter
 from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.reference import check_config
@@ -48,7 +50,7 @@ def full_pass(model: nn.Module, token_ids: torch.Tensor) -> tuple[torch.Tensor, 
         [batch, length] int64, the likeliest next tokens; one pair per layer.
     """
     hidden, kept = full_states(model, token_ids)
-    return _likeliest(model, hidden), kept
+    return DraftHead(_head(model)).likeliest(_normed(model, hidden)), kept
 
 
 @torch.no_grad()
@@ -60,10 +62,12 @@ def draft_chains(
     full: Sequence[KV],
     bypass: Bypass | None = None,
     adapter: ExitAdapter | None = None,
+    vocabulary: np.ndarray | None = None,
 ) -> torch.Tensor:
     """What `path` says after each token, as the first to the length-th token of a chain of drafts.
 
-    token_ids: [batch, num_tokens]. full: what full_pass keeps of them. adapter: of the path's exit.
+    token_ids: [batch, num_tokens]. full: what full_pass keeps of them. adapter: of the path's exit. vocabulary: the
+    tokens that drafts choose among; None: all.
 
     Returns:
         [length, batch, num_tokens] int64. Entry [i, :, p] is the draft after token p if the i tokens up to p were
@@ -73,7 +77,8 @@ def draft_chains(
     if adapter is not None:
         adapter = adapter.to(states[0])
         states = [adapter.apply(hidden) for hidden in states]
-    return torch.stack([_likeliest(model, hidden) for hidden in states])
+    head = DraftHead.of(_head(model), vocabulary)
+    return torch.stack([head.likeliest(_normed(model, hidden)) for hidden in states])
 
 
 @torch.no_grad()
@@ -145,5 +150,9 @@ def _attend(queries: torch.Tensor, full: KV, chain: Sequence[KV], scaling: float
     return mixed
 
 
-def _likeliest(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return model.lm_head(rms_norm(model.model.norm, hidden)).argmax(dim=-1)
+def _head(model: Any) -> torch.Tensor:
+    return model.lm_head.weight
+
+
+def _normed(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return rms_norm(model.model.norm, hidden)

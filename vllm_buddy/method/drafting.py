@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def pass_cost(config: Any, depth: int, bypass_rank: int = 0, adapter_rank: int = 0) -> float:
+def pass_cost(
+    config: Any, depth: int, bypass_rank: int = 0, adapter_rank: int = 0, num_tokens: int | None = None
+) -> float:
     """The share of the model's weights that a pass of `depth` layers reads.
 
-    With the other layers' bypass, the adapter of its exit and the head; a rank of 0: there is none.
+    With the other layers' bypass, the adapter of its exit and the head; a rank of 0: there is none. num_tokens: that
+    the pass chooses among; None: all.
 
     A step of few rows takes the time of reading its weights. config: of a Hugging Face Llama or Qwen model.
     """
@@ -21,7 +24,8 @@ def pass_cost(config: Any, depth: int, bypass_rank: int = 0, adapter_rank: int =
     layer = hidden * (heads * head_dim + 3 * config.intermediate_size)
     head = hidden * config.vocab_size
     bypass, adapter = 2 * hidden * bypass_rank, 2 * hidden * adapter_rank
-    return (depth * layer + (num_layers - depth) * bypass + adapter + head) / (num_layers * layer + head)
+    own_head = head if num_tokens is None else hidden * num_tokens
+    return (depth * layer + (num_layers - depth) * bypass + adapter + own_head) / (num_layers * layer + head)
 
 
 def batch_share(num_requests: int, row_cost: float) -> float:

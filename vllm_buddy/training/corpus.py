@@ -66,6 +66,18 @@ class Corpus:
         digest = hashlib.sha256(np.ascontiguousarray(sequences).tobytes()).hexdigest()[:16]
         return cls(sequences, order, starts, digest, hashes)
 
+    def counts(self, weights: Sequence[float], vocab_size: int, held_out: np.ndarray) -> np.ndarray:
+        """Return how frequent each token is where source i makes up the part weights[i] of the text: [vocab_size].
+
+        held_out: indices of sequences that are left out.
+        """
+        counts, kept = np.zeros(vocab_size), np.ones(len(self.sequences), dtype=bool)
+        kept[held_out] = False
+        for weight, start, end in zip(weights, self.starts[:-1], self.starts[1:], strict=True):
+            tokens = self.sequences[start:end][kept[start:end]].ravel()
+            counts += weight * np.bincount(tokens, minlength=vocab_size) / max(1, len(tokens))
+        return counts
+
     def take(self, num_tokens: int, source: int | None = None) -> torch.Tensor:
         """Return about `num_tokens` tokens as whole sequences, mixed as in training or from one source alone.
 

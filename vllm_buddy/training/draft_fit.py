@@ -18,6 +18,7 @@ from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import DraftExit, ExitAdapter, LayerPath
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_chains import draft_states, full_states
+from vllm_buddy.method.draft_head import DraftHead
 from vllm_buddy.method.exit_adapter import InducingAdapter
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
 from vllm_buddy.training.loop import rate_share
@@ -114,13 +115,23 @@ def fit_adapters(
 
 
 @torch.no_grad()
-def measure(states: DraftStates, sequences: np.ndarray, adapters: Sequence[ExitAdapter | None]) -> list[Right]:
-    """Return how good the drafts of each path are. sequences: [n, length]. adapters: None: the path has none."""
+def measure(
+    states: DraftStates,
+    sequences: np.ndarray,
+    adapters: Sequence[ExitAdapter | None],
+    vocabulary: np.ndarray | None = None,
+) -> list[Right]:
+    """Return how good the drafts of each path are.
+
+    sequences: [n, length]. adapters: None: the path has none. vocabulary: the tokens that drafts choose among; None:
+    all. The divergence is that of all tokens.
+    """
+    head = DraftHead.of(states.head, vocabulary)
     sums = np.zeros((len(adapters), 2))
     for sequence in sequences:
         found, ids, log_p = states.of(sequence[None])
         for number, (state, adapter) in enumerate(zip(found, adapters, strict=True)):
             hidden = states.normed(state if adapter is None else adapter.to(state).apply(state))
-            right = agreement(hidden, states.head, ids[..., 0])
+            right = agreement(hidden, head.weight, head.rows_of(ids[..., 0]))
             sums[number] += float(right), float(divergence(hidden, states.head, ids, log_p))
     return [Right(float(right), float(nats)) for right, nats in sums / len(sequences)]

@@ -56,6 +56,14 @@ def drafts_card(trained: TrainedDrafts, command: str) -> str:
         f"{before.divergence:.3f} | {after.divergence:.3f} |"
         for draft, before, after in zip(trained.artifact.drafts, trained.before, trained.after)
     ]
+    among = []
+    if (vocabulary := trained.artifact.draft_vocabulary) is not None:
+        shares = ", ".join(f"{right.agreement:.3f}" for right in trained.all_tokens)
+        among = [
+            f"Drafts choose among the {len(vocabulary)} tokens that are most frequent in the training text; among all "
+            f"tokens, {shares} would be right with the adapter.",
+            "",
+        ]
     lines = [
         DRAFTS_HEADING,
         "",
@@ -68,6 +76,7 @@ def drafts_card(trained: TrainedDrafts, command: str) -> str:
         "| --- | --- | --- | --- | --- |",
         *rows,
         "",
+        *among,
         f"    {command}",
         "",
     ]

@@ -7,6 +7,7 @@ condition, and goes on from a path that the artifact's bypass was trained for.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,18 +16,35 @@ from vllm_buddy.baselines import static_path
 from vllm_buddy.method import LayerPath, depth_for_budget, full_path, layers_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_chains import draft_layer, full_states
+from vllm_buddy.method.draft_head import DraftHead
 from vllm_buddy.method.drafting import draft_gain, pass_cost
+from vllm_buddy.training.objective import agreement
 from vllm_buddy.training.path_search import RepairedPaths, search_removals
 
 LONGEST_CHAIN = 4  # drafts in a row, in the prediction of what a depth gains
 
 
 class DraftPaths(RepairedPaths):
-    """Measures paths as first drafts after every position: one token runs the path, those before it all layers."""
+    """Measures paths as first drafts after every position: one token runs the path, those before it all layers.
 
-    def __init__(self, model: nn.Module, token_ids: torch.Tensor, bypass: Bypass | None) -> None:
+    vocabulary: the tokens that drafts choose among; None: all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        token_ids: torch.Tensor,
+        bypass: Bypass | None,
+        vocabulary: np.ndarray | None = None,
+    ) -> None:
         self._full = full_states(model, token_ids.to(next(model.parameters()).device))[1]
         super().__init__(model, token_ids, bypass)
+        self._draft_head = DraftHead.of(self._head.weight, vocabulary)
+
+    def agreement(self, skipped: set[int]) -> float:
+        """Return the share of tokens after which the draft is what the full model says."""
+        hidden = self._model.model.norm(self._run(self._start, 0, skipped))
+        return float(agreement(hidden, self._draft_head.weight, self._draft_head.rows_of(self._says)).mean())
 
     def _step(self, index: int, hidden: torch.Tensor, skip: bool) -> torch.Tensor:
         if skip:
@@ -71,11 +89,12 @@ def search_drafts(
     depths: Sequence[int],
     row_cost: float,
     note: Callable[[str], None],
+    vocabulary: np.ndarray | None = None,
 ) -> list[DraftCandidate]:
     """Return the best path that is found for each of `depths`, ascending. They are nested.
 
     token_ids: [num_sequences, length], the text that paths are compared on. row_cost: of checking one draft, see
-    draft_gain.
+    draft_gain. vocabulary: the tokens that drafts choose among; None: all.
     """
     num_layers, rank = artifact.config.base_model.num_layers, artifact.config.bypass_rank
     start = starting_path(artifact, max(depths))
@@ -84,13 +103,14 @@ def search_drafts(
         f"searching for draft paths from {num_layers - len(gone)} layers down to {min(depths)}, on "
         f"{token_ids.numel()} tokens"
     )
-    paths = DraftPaths(model, token_ids, artifact.bypass)
+    paths = DraftPaths(model, token_ids, artifact.bypass, vocabulary)
+    num_tokens = None if vocabulary is None else len(vocabulary)
     order = search_removals(paths, gone, min(depths), lambda *_: None)
     found = []
     for depth in sorted(depths):
         path = static_path(order, depth)
         skipped = set(range(num_layers)) - set(layers_of(path))
-        right, cost = paths.agreement(skipped), pass_cost(model.config, depth, rank)
+        right, cost = paths.agreement(skipped), pass_cost(model.config, depth, rank, num_tokens=num_tokens)
         chains = [[right**i for i in range(1, n + 1)] for n in range(1, LONGEST_CHAIN + 1)]
         gain = max(draft_gain(chain, cost, row_cost) for chain in chains)
         found.append(DraftCandidate(depth, path, paths.divergence(skipped), right, gain))

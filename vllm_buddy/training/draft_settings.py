@@ -40,6 +40,11 @@ class DraftTrainingSettings(BaseModel):
         description="layers of a second exit, on a path that holds the first, for `drafts.refine_depth` in serving "
         "(absent: there is none)",
     )
+    vocabulary: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens that drafts choose among, the most frequent of the training text (absent: all)",
+    )
     row_cost: float = Field(
         default=0.05,
         ge=0,

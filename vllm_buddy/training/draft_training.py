@@ -11,6 +11,7 @@ import torch
 from vllm_buddy.artifact import Artifact, load_artifact, with_drafts
 from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.errors import TrainingError
+from vllm_buddy.method.draft_head import frequent_tokens
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.draft_fit import DraftStates, Right, fit_adapters, measure
@@ -23,7 +24,8 @@ class TrainedDrafts:
     """The artifact with its exits, and figures for the record of the run.
 
     searched: the best path of each depth that was considered. before, after: of each exit, on held-out text, without
-    and with its adapter. sha256: hash of each source of text, by its name.
+    and with its adapter. sha256: hash of each source of text, by its name. all_tokens: as `after`, where drafts choose
+    among all tokens.
     """
 
     artifact: Artifact
@@ -31,6 +33,7 @@ class TrainedDrafts:
     before: list[Right]
     after: list[Right]
     sha256: dict[str, str]
+    all_tokens: list[Right]
 
 
 def train_drafts(
@@ -56,6 +59,11 @@ def train_drafts(
     wanted = [*settings.depths, *(() if settings.refine_depth is None else (settings.refine_depth,))]
     if wanted[-1] >= base.num_layers:
         raise TrainingError(f"drafts of {wanted[-1]} layers were asked for, the model has {base.num_layers}")
+    if settings.vocabulary is not None and settings.vocabulary >= base.vocab_size:
+        raise TrainingError(
+            f"drafts cannot choose among {settings.vocabulary} of the model's {base.vocab_size} tokens; lower "
+            "vocabulary, or leave it out"
+        )
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,17 +79,25 @@ def train_drafts(
             f"training takes all {len(corpus.sequences)} sequences of the data, and none is left to hold out; lower "
             "tokens, or add text"
         )
+    vocabulary = None
+    if settings.vocabulary is not None:
+        shares = [source.weight for source in settings.data]
+        vocabulary = frequent_tokens(corpus.counts(shares, base.vocab_size, held_out), settings.vocabulary)
     model: Any = load_model(model_dir, getattr(torch, settings.dtype)).requires_grad_(False)
     if artifact.lora is not None:
         artifact.lora.merge_into(model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    searched = search_drafts(model, corpus.take(settings.search_tokens), artifact, wanted, settings.row_cost, note)
+    text = corpus.take(settings.search_tokens)
+    searched = search_drafts(model, text, artifact, wanted, settings.row_cost, note, vocabulary)
     drafting = max((c for c in searched if c.depth in settings.depths), key=lambda c: c.gain)
     paths = [drafting.path, *(c.path for c in searched if c.depth == settings.refine_depth)]
     states = DraftStates(model, paths, artifact.bypass, settings.top_logits)
-    before = measure(states, corpus.sequences[held_out], [None] * len(paths))
+    before = measure(states, corpus.sequences[held_out], [None] * len(paths), vocabulary)
     note(f"training the adapters of {', '.join(str(path.bit_count()) for path in paths)} layers")
     batches = [corpus.sequences[rows] for rows in trained.reshape(-1, settings.batch)]
     exits = fit_adapters(states, batches, paths, settings, model.config.rms_norm_eps, report)
-    after = measure(states, corpus.sequences[held_out], [draft.adapter for draft in exits])
-    return TrainedDrafts(with_drafts(artifact, exits), searched, before, after, corpus.sha256)
+    adapters = [draft.adapter for draft in exits]
+    after = measure(states, corpus.sequences[held_out], adapters, vocabulary)
+    all_tokens = after if vocabulary is None else measure(states, corpus.sequences[held_out], adapters)
+    made = with_drafts(artifact, exits, vocabulary)
+    return TrainedDrafts(made, searched, before, after, corpus.sha256, all_tokens)

@@ -59,7 +59,12 @@ class RepairedPaths:
         """Return the share of tokens after which the path says what the full model says, both greedily."""
         hidden = self._model.model.norm(self._run(self._start, 0, skipped))
         with gathered(self._head):
-            return float(agreement(hidden, self._head.weight, self._teacher[0][..., 0]).mean())
+            return float(agreement(hidden, self._head.weight, self._says).mean())
+
+    @property
+    def _says(self) -> torch.Tensor:
+        """What the full model says after each token, greedily."""
+        return self._teacher[0][..., 0]
 
     def _run(self, hidden: torch.Tensor, start: int, skipped: set[int]) -> torch.Tensor:
         for index in range(start, self.num_layers):

@@ -215,13 +215,19 @@ def test_drafts_are_what_the_path_says_after_a_prefix_at_full_depth(
 def test_the_artifacts_exits_draft_with_their_adapters(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if drafts of trained exits differ from the reference's, or an adapter changes a token of an answer."""
-    tiny = make_tiny(tmp_path_factory.mktemp("exits"), "llama", bypass_rank=4, draft_depths=(4, 7))
+    """Fails if drafts of trained exits differ from the reference's, or an adapter changes a token of an answer.
+
+    Or if a token is drafted that is not among those of the artifact.
+    """
+    root = tmp_path_factory.mktemp("exits")
+    tiny = make_tiny(root, "llama", bypass_rank=4, draft_depths=(4, 7), draft_vocabulary=60)
     engine = start_lossless(tiny, depth=None, refine_depth=7)
     drafter, exits = engine.runner.drafter, tiny.artifact.drafts
     assert [drafter._drafts.path, drafter._drafts.refined] == [draft.path for draft in exits]
     check_drafts(engine, monkeypatch)
     drafter.use(replace(drafter._drafts, refined=None))  # the refining pass corrects nearly all drafts of random models
+    check_drafts(engine, monkeypatch)
+    drafter.use(replace(drafter._drafts, vocabulary=None))
     check_drafts(engine, monkeypatch)
     asks = mixed_batch(seed=4)
     engine.check(asks, engine.run(asks))
@@ -267,4 +273,6 @@ def after_each(engine: Engine, prefix: list[int], token_ids: list[int], path: Ex
     """What the reference says after each of token_ids on `path`, which follow a prefix at full depth."""
     paths, text = [full_path(NUM_LAYERS)] * len(prefix) + [path[0]] * len(token_ids), [*prefix, *token_ids]
     logits = routed_logits(engine.tiny.model, text, paths, MASKED, engine.tiny.artifact.bypass, path[1])
-    return logits[len(prefix) :].argmax(dim=-1).tolist()
+    vocabulary = engine.runner.drafter._drafts.vocabulary
+    allowed = list(range(logits.shape[1])) if vocabulary is None else vocabulary.tolist()
+    return [allowed[int(row[allowed].argmax())] for row in logits[len(prefix) :]]

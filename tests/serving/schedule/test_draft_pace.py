@@ -1,7 +1,9 @@
 """How many drafts a request gets, and on which layers they are made."""
 
+import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,6 +146,15 @@ def test_the_artifacts_exits_draft_where_they_have_the_depth(tmp_path_factory: p
     assert "has no trained draft exits (`vllm-buddy train-drafts` adds them)" in plain.summary(
         made.artifact.without_drafts()
     )
+    some_tokens = dataclasses.replace(made.artifact, draft_vocabulary=np.arange(9))
+    some, whole = (
+        DraftPath.of(BuddySettings(drafts=DraftSettings(vocabulary=v)), some_tokens, made.model.config)
+        for v in ("frequent", "all")
+    )
+    assert some.vocabulary is some_tokens.draft_vocabulary
+    assert whole.vocabulary is None
+    assert some.cost < whole.cost == own.cost
+    assert "with an adapter, and choose among 9 tokens;" in some.summary(made.artifact)
     half = both.to(torch.empty(0, dtype=torch.bfloat16))
     assert half.adapter is not None
     assert half.refine_adapter is not None

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import ExitAdapter, LayerPath
@@ -46,6 +48,7 @@ class DraftPath:
         finds wrong, before the full model does; None: there is no such pass.
     cost, refine_cost: of one pass of each, as a share of a full step of few tokens: of the weights that it reads.
     adapter, refine_adapter: of the exit of each; None: it has none.
+    vocabulary: [n], int64, the tokens that drafts choose among; None: all.
     """
 
     path: LayerPath
@@ -54,6 +57,7 @@ class DraftPath:
     refine_cost: float = 0.0
     adapter: ExitAdapter | None = field(default=None, compare=False)
     refine_adapter: ExitAdapter | None = field(default=None, compare=False)
+    vocabulary: np.ndarray | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, settings: BuddySettings, artifact: Artifact, hf_config: Any) -> "DraftPath":
@@ -68,16 +72,17 @@ class DraftPath:
         own = artifact.drafts[0].path.bit_count() if artifact.drafts else max(MIN_DEPTH, round(_SHARE * num_layers))
         depth = drafts.depth or own
         path, adapter = _exit(artifact, "drafts.depth", depth)
-        cost = _cost(hf_config, artifact, depth, adapter)
+        vocabulary = artifact.draft_vocabulary if drafts.vocabulary == "frequent" else None
+        cost = _cost(hf_config, artifact, depth, adapter, vocabulary)
         if drafts.refine_depth is None:
-            return cls(path, cost, adapter=adapter)
+            return cls(path, cost, adapter=adapter, vocabulary=vocabulary)
         if drafts.refine_depth <= depth:
             raise SettingsError(
                 f"drafts.refine_depth {drafts.refine_depth} is not more than the {depth} layers that drafts run"
             )
         refined, refine_adapter = _exit(artifact, "drafts.refine_depth", drafts.refine_depth)
-        refine_cost = _cost(hf_config, artifact, drafts.refine_depth, refine_adapter)
-        return cls(path, cost, refined, refine_cost, adapter, refine_adapter)
+        refine_cost = _cost(hf_config, artifact, drafts.refine_depth, refine_adapter, vocabulary)
+        return cls(path, cost, refined, refine_cost, adapter, refine_adapter, vocabulary)
 
     def to(self, like: Any) -> "DraftPath":
         """The same with adapters in the dtype and on the device of a tensor."""
@@ -89,6 +94,8 @@ class DraftPath:
         told = f"drafts run {_told(self.path, self.adapter)}"
         if self.refined is not None:
             told += f", and {_told(self.refined, self.refine_adapter)} check them"
+        if self.vocabulary is not None:
+            told += f", and choose among {len(self.vocabulary)} tokens"
         if not artifact.drafts:
             return f"{told}: the artifact has no trained draft exits (`vllm-buddy train-drafts` adds them)"
         trained = ", ".join(str(draft.path.bit_count()) for draft in artifact.drafts)
@@ -230,5 +237,8 @@ def _told(path: LayerPath, adapter: ExitAdapter | None) -> str:
     return f"{path.bit_count()} layers {'without an' if adapter is None else 'with an'} adapter"
 
 
-def _cost(hf_config: Any, artifact: Artifact, depth: int, adapter: ExitAdapter | None) -> float:
-    return pass_cost(hf_config, depth, artifact.config.bypass_rank, 0 if adapter is None else adapter.rank)
+def _cost(
+    hf_config: Any, artifact: Artifact, depth: int, adapter: ExitAdapter | None, vocabulary: np.ndarray | None
+) -> float:
+    rank, num_tokens = 0 if adapter is None else adapter.rank, None if vocabulary is None else len(vocabulary)
+    return pass_cost(hf_config, depth, artifact.config.bypass_rank, rank, num_tokens)

@@ -233,6 +233,13 @@ class DraftSettings(Section):
             "layers do; an exit of the artifact as for `depth`. Default: there is none."
         ),
     )
+    vocabulary: Literal["frequent", "all"] = Field(
+        default="frequent",
+        description=(
+            "Tokens that drafts of layers choose among: the artifact's frequent ones, whose rows of the head alone are "
+            "read, or all. Artifacts without such a list have all."
+        ),
+    )
     most: Size | None = Field(
         default=None,
         description="Draft passes after one step, at most. Default: the speculator's `num_speculative_tokens`.",

@@ -7,8 +7,9 @@ of the full model: drafts are greedy, so to the sampler each is one token with c
 A draft pass runs the newest token along a short path of the model, on the request's own KV cache. The cache holds K and
 V of all layers for all tokens before, because a lossless request runs at full depth. The pass writes K and V of the
 draft into the slots after them, in the layers of the path. Where the artifact has a trained exit, the exit's adapter
-follows, and then the model's own last norm and head. The step that checks the draft writes all layers' K and V there,
-and what lies beyond the accepted tokens is written again before anything reads it.
+follows, and then the model's own last norm and head, of all tokens or of frequent ones alone (`draft_tokens.py`). The
+step that checks the draft writes all layers' K and V there, and what lies beyond the accepted tokens is written again
+before anything reads it.
 """
 
 import copy
@@ -29,6 +30,7 @@ from vllm_buddy.serving.schedule.draft_pace import DraftPath
 from vllm_buddy.serving.schedule.plan import RequestPlan
 from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.batch import StepBatch
+from vllm_buddy.serving.worker.draft_tokens import Likeliest, likeliest_of
 
 
 class DepthDrafts:
@@ -44,6 +46,7 @@ class DepthDrafts:
         )
         self._ngrams = _ngram_proposer(vllm_config, settings.drafts.ngram_min, settings.drafts.ngram_max)
         self._model: Any = None
+        self._likeliest: Likeliest
         self._runner: Any = None
 
     def load_model(self, model: Any) -> None:
@@ -52,8 +55,9 @@ class DepthDrafts:
         self.use(self._drafts)
 
     def use(self, drafts: DraftPath) -> None:
-        """Draft on these layers from now on."""
+        """Draft on these layers, and among these tokens, from now on."""
         self._drafts = drafts.to(self._model.model.norm.weight)
+        self._likeliest = likeliest_of(self._model, drafts.vocabulary)
 
     def attach(self, runner: Any) -> None:
         """Take the model runner, whose KV cache and block tables drafts use."""
@@ -131,7 +135,7 @@ class DepthDrafts:
         step = state.drafting_step(batch, views, adapter)
         with set_forward_context({}, self._vllm_config, num_tokens=batch.num_tokens, slot_mapping={}):
             hidden: Any = step.forward(backbone, inputs, batch.to_device(places), None)
-        said = self._model.compute_logits(hidden).argmax(dim=-1).tolist()
+        said = self._likeliest(hidden).tolist()
         return [said[start:end] for start, end in pairwise(batch.query_start_loc)]
 
     def _batch(self, path: LayerPath, rows: Sequence[int], positions: np.ndarray, lengths: Sequence[int]) -> StepBatch:
