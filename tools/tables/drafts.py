@@ -46,6 +46,26 @@ def profile_depths_table() -> str:
     return section(note, ["layers", "cost", *(f"{n + 1} right" for n in lengths), "EAD"], lines)
 
 
+def profile_exits_table() -> str:
+    """Return what an exit's training, its adapter and a smaller vocabulary change of the drafts that are right."""
+    exits = json.loads((RESULTS / "depth_profile.json").read_text())["exits"]
+    lengths = range(len(exits[0]["right"]))
+    what = {
+        "right": "exit, as it drafts",
+        "all_tokens": "exit, among all tokens",
+        "without_adapter": "its path without the adapter, among all tokens",
+        "library": "first path of the library, among all tokens",
+    }
+    lines = [
+        [str(row["depth"]), name, *(f"{share:.3f}" for share in row[key])]
+        for row in exits
+        for key, name in what.items()
+        if row[key] is not None
+    ]
+    note = "The artifact's exits, on the same positions."
+    return section(note, ["layers", "drafts of", *(f"{n + 1} right" for n in lengths)], lines)
+
+
 def profile_speedups_table() -> str:
     """Return the best predicted speed-up of each source of drafts, and what DEX would gain."""
     profile = json.loads((RESULTS / "depth_profile.json").read_text())
