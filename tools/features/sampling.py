@@ -47,11 +47,13 @@ def outcome_of_samples(c: Client) -> Any:
 
 @case(_GROUP, "seed: the same alone and in a batch")
 def seed_in_a_batch(c: Client) -> Any:
-    """Other requests must not change the order in which random numbers are drawn."""
+    """Neither other requests nor chunks of a prompt must change the order in which random numbers are drawn."""
     seeded = partial(c.complete, _STORY, seed=11, **_SAMPLED)
     others = [partial(c.at(b).complete, f"Number {i}:", temperature=1.0) for i, b in enumerate((1.0, 0.75, 0.5))]
     alone = token_ids(seeded())
     assert token_ids(c.at_once(*others, seeded)[-1]) == alone
+    in_chunks = partial(c.complete, _LONG, seed=11, **_SAMPLED)
+    assert token_ids(in_chunks()) == token_ids(c.at_once(*others, in_chunks)[-1])
     return alone
 
 

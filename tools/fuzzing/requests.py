@@ -23,6 +23,7 @@ _prompts = st.one_of(
     st.lists(st.integers(), max_size=3),
     st.none(),
 )
+_chunked = st.just("The canary sang as long as the water rose in the deep shaft. " * 12)  # more than a step takes
 _optional: dict[str, st.SearchStrategy[Any]] = {
     "n": st.integers(0, 3),
     "temperature": st.floats(-0.5, 3),
@@ -52,7 +53,7 @@ _bodies = st.builds(
         "vllm_xargs": xargs,
         **others,
     },
-    st.just("The canary") | _texts | _prompts,
+    st.just("The canary") | _texts | _prompts | _chunked,
     st.integers(1, 6) | st.integers(-1, 6),
     _xargs,
     _others,
