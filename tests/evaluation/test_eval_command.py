@@ -11,6 +11,7 @@ import pytest
 from tests.harness.tiny_models import random_artifact, save_tiny_model
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation import EvalSettings
+from vllm_buddy.evaluation.policy import VARIANTS
 from vllm_buddy.evaluation.results import load_results, save_results
 
 WINDOWS = ["--window", "32", "--context", "8", "--text-tokens", "200"]
@@ -197,7 +198,7 @@ def test_a_budget_that_the_library_lacks(
 
 
 def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a setting of the schema is not a command line option."""
+    """Fails if a setting of the schema is not a command line option, or its help leaves out a default or a policy."""
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -206,6 +207,8 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert field.description
     assert "(default: 1.0,0.875,0.75,0.5)" in shown
     assert "(default: buddy,shortgpt,sleb)" in shown
+    assert "at the start of the text (default: 0)" in shown
+    assert all(f"buddy:{variant}" in shown for variant in VARIANTS)
 
 
 def test_results_are_read_as_they_were_written(data: list[str], tmp_path: Path) -> None:

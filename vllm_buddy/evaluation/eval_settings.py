@@ -44,8 +44,9 @@ class EvalSettings(BaseModel):
     policy: Annotated[tuple[PolicySpec, ...], BeforeValidator(_policies)] = Field(
         default=tuple(map(PolicySpec.parse, ("buddy", "shortgpt", "sleb"))),
         description="policies, separated by commas: buddy, a static method, or NAME=DIR for another artifact. "
-        "buddy:frozen runs one path per depth, buddy:prompt_only never re-routes, buddy:full_prompt "
-        "runs the context at full depth. The unrouted model always runs",
+        "buddy:token runs a path for each token, with the budget as their mean, and buddy:shuffled deals these paths at "
+        "random; buddy:frozen runs one path per depth, buddy:prompt_only never re-routes, buddy:full_prompt runs the "
+        "context at full depth. The unrouted model always runs",
     )
     model: Path | None = Field(
         default=None,
