@@ -132,6 +132,8 @@ def test_orders_of_another_model(data: list[str], model_with_tokenizer: Path, te
         (["--policy", "budy"], "unknown policy 'budy'; known are dense, buddy, shortgpt"),
         (["--policy", "buddy,buddy"], "policy 'buddy' is named twice"),
         (["--policy", "buddy:full_prompt", "--engine", "vllm"], "policy 'buddy:full_prompt' needs engine hf"),
+        (["--policy", "buddy:token", "--engine", "vllm"], "policy 'buddy:token' needs engine hf"),
+        (["--policy", "buddy:shuffled", "--engine", "vllm"], "policy 'buddy:shuffled' needs engine hf"),
         (["--budgets", "1.0,1.5"], "budget is 1.5; allowed is a number in (0, 1]"),
         (["--budgets", "half"], "budgets are 'half', but must be numbers in (0, 1] with commas between them"),
         (["--budgets", "0.1"], "leaves 0 of 8 layers, but at least 3 must run; the smallest allowed budget is 0.375"),

@@ -20,7 +20,7 @@ _ADDED = f"""vllm-buddy serve is vLLM's own command, with --model-impl buddy add
 model if none is named. Beside vLLM's options, which follow:
 
   {_LOSSLESS_DRAFTS} N  requests may ask for lossless mode, with up to N drafts per step
-  --additional-config '{{"buddy": {{...}}}}'  settings of vllm_buddy; an unknown one is answered with those that there are
+  --additional-config '{{"buddy": {{...}}}}'  settings of vllm_buddy; an unknown key is answered with those known
 """
 
 
