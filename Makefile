@@ -43,7 +43,7 @@ format: setup  ## let ruff rewrite what it can
 	@$(VENV)/ruff check --fix .
 	@$(VENV)/ruff format .
 
-bench: setup  ## the short form of all benchmarks, under 20 minutes on 2 cores
+bench: setup  ## the short form of the main benchmarks, under 20 minutes on 2 cores
 	@$(VENV)/python -m benchmarks.run
 
 docs: setup  ## docs/ as a site in results/site; fails on a warning

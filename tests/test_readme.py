@@ -1,9 +1,12 @@
 """Tests that the generated parts of README.md and docs/ agree with the code and the results files, and of links."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -48,3 +51,15 @@ def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and mkdocs both make them for plain headings."""
     heads = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+def test_the_example_of_a_response_has_its_keys() -> None:
+    """Fails if the outcome of a request gains or loses a key and docs/serving.md does not."""
+    from vllm_buddy.serving.schedule.outcome import Outcome
+
+    text = (ROOT / "docs" / "serving.md").read_text()
+    example = text.split("`kv_transfer_params.buddy`:\n\n")[1].split("\n\n")[0]
+    route: Any = SimpleNamespace(lowered=False, distinct_paths=lambda: {1}, num_reroutes=0)
+    told = Outcome(0.75, 22).as_dict(route)
+    assert set(json.loads(example)) == set(told)
+    assert set(json.loads(example)["prompt"]) == set(told["prompt"])

@@ -150,7 +150,7 @@ CAPABILITIES: dict[str, dict[str, Known]] = {
         ECONOMIZE: Known("yes", "run", "depth_prune"),
     },
     "less memory for KV": {
-        BUDDY: Known("no", "read", "README.md: a skipped layer leaves its slots empty"),
+        BUDDY: Known("partly", "test", "tests/serving/end_to_end/test_units.py: with kv_layout units"),
         NGRAM: Known("no", "read", "vLLM 0.32: every token runs all layers"),
         PRUNED: Known("yes", "run", "pruned"),
         ECONOMIZE: Known("yes", "run", "depth_prune"),

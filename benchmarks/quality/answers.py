@@ -3,6 +3,8 @@
     python -m benchmarks.quality.answers docs/answers.md                        # about 2 minutes on 2 cores
     python -m benchmarks.quality.answers docs/answers.md --before OLD_ARTIFACT  # beside another artifact's answers
 
+The answers of OLD_ARTIFACT are named after its folder.
+
 Answers are greedy. A number says how much an answer repeats itself: the share of its runs of four tokens that occurred
 in it before. It is 0 for most good answers and near 1 for an answer that is caught in a loop.
 """
@@ -59,12 +61,12 @@ def main() -> None:
     asked: dict[str, tuple[Path, dict[str, Any]]] = {"depths per token": (args.artifact, by_token)}
     asked["one depth"] = (args.artifact, {})
     if args.before is not None:
-        asked["before"] = (args.before, {})
+        asked[args.before.name] = (args.before, {})
     answers = {
         name: greedy_answers(fetch(), {"artifact": str(folder), **settings}, QUESTIONS, BUDGETS, MOST_TOKENS)
         for name, (folder, settings) in asked.items()
     }
-    args.out.write_text(page(answers))
+    args.out.write_text(page(answers, args.artifact.name))
     print(f"written to {args.out}")
 
 
@@ -74,16 +76,20 @@ def repeated(token_ids: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def page(answers: Mapping[str, Mapping[float, Sequence[Sequence[int]]]]) -> str:
-    """Return the page: a table of repetition, then the answers to each question."""
+def page(answers: Mapping[str, Mapping[float, Sequence[Sequence[int]]]], artifact: str) -> str:
+    """Return the page: a table of repetition, then the answers to each question.
+
+    artifact: name of the one behind the first two of `answers`; others are named after theirs.
+    """
     tokenizer = load_tokenizer(fetch())
     names = list(answers)
     lines = [
         "# Answers side by side",
         "",
-        f"SmolLM2-135M-Instruct answers {len(QUESTIONS)} questions greedily, in at most {MOST_TOKENS} tokens. The page",
-        "is written by `python -m benchmarks.quality.answers docs/answers.md`, with `--before ARTIFACT` for the",
-        "answers of another artifact.",
+        f"SmolLM2-135M-Instruct answers {len(QUESTIONS)} questions greedily, in at most {MOST_TOKENS} tokens.",
+        f"{' and '.join(f'*{name}*' for name in names[:2])} are two ways to serve the artifact `{artifact}`.",
+        *(f"*{name}* is another artifact, with one depth per request." for name in names[2:]),
+        "`python -m benchmarks.quality.answers docs/answers.md --before ARTIFACT` writes this page.",
         "",
         "Share of runs of four tokens that repeat an earlier one of the same answer, mean over the questions, and the",
         "number of answers in which it is above a half:",

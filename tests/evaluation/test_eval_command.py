@@ -11,6 +11,7 @@ import pytest
 from tests.harness.tiny_models import random_artifact, save_tiny_model
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation import EvalSettings
+from vllm_buddy.evaluation.policy import VARIANTS
 from vllm_buddy.evaluation.results import load_results, save_results
 
 WINDOWS = ["--window", "32", "--context", "8", "--text-tokens", "200"]
@@ -131,6 +132,8 @@ def test_orders_of_another_model(data: list[str], model_with_tokenizer: Path, te
         (["--policy", "budy"], "unknown policy 'budy'; known are dense, buddy, shortgpt"),
         (["--policy", "buddy,buddy"], "policy 'buddy' is named twice"),
         (["--policy", "buddy:full_prompt", "--engine", "vllm"], "policy 'buddy:full_prompt' needs engine hf"),
+        (["--policy", "buddy:token", "--engine", "vllm"], "policy 'buddy:token' needs engine hf"),
+        (["--policy", "buddy:shuffled", "--engine", "vllm"], "policy 'buddy:shuffled' needs engine hf"),
         (["--budgets", "1.0,1.5"], "budget is 1.5; allowed is a number in (0, 1]"),
         (["--budgets", "half"], "budgets are 'half', but must be numbers in (0, 1] with commas between them"),
         (["--budgets", "0.1"], "leaves 0 of 8 layers, but at least 3 must run; the smallest allowed budget is 0.375"),
@@ -197,7 +200,7 @@ def test_a_budget_that_the_library_lacks(
 
 
 def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a setting of the schema is not a command line option."""
+    """Fails if a setting of the schema is not a command line option, or its help leaves out a default or a policy."""
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -206,6 +209,8 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert field.description
     assert "(default: 1.0,0.875,0.75,0.5)" in shown
     assert "(default: buddy,shortgpt,sleb)" in shown
+    assert "at the start of the text (default: 0)" in shown
+    assert all(f"buddy:{variant}" in shown for variant in VARIANTS)
 
 
 def test_results_are_read_as_they_were_written(data: list[str], tmp_path: Path) -> None:

@@ -236,6 +236,13 @@ def test_overrides_go_on_top_of_the_file(tmp_path: Path) -> None:
         Stage1Settings.read(tmp_path / "no.yaml", {})
 
 
+@pytest.mark.parametrize("overrides", [{}, {"data": "text.txt"}])
+def test_data_that_is_no_list_is_answered_with_an_example(overrides: dict[str, str]) -> None:
+    """Fails if who leaves the data out, or names a file alone, is not told how data are named."""
+    with pytest.raises(TrainingError, match=r"data=\[{file: text.txt}\]"):
+        Stage1Settings.read(None, {"out": "here", **overrides})
+
+
 def test_no_room_for_the_logits_is_found_before_training(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

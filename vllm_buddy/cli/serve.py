@@ -16,6 +16,12 @@ _SPECULATIVE = re.compile(r"^--speculative[-_]config(=.*|\..*)?$")
 _MODEL = re.compile(r"^--(model|config)(=.*)?$")
 _LOSSLESS_DRAFTS = "--lossless-drafts"
 _SERVED_NAME = re.compile(r"^--served[-_]model[-_]name(=.*)?$")
+_ADDED = f"""vllm-buddy serve is vLLM's own command, with --model-impl buddy added and the embedded SmolLM2-135M as the
+model if none is named. Beside vLLM's options, which follow:
+
+  {_LOSSLESS_DRAFTS} N  requests may ask for lossless mode, with up to N drafts per step
+  --additional-config '{{"buddy": {{...}}}}'  settings of vllm_buddy; an unknown key is answered with those known
+"""
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -25,7 +31,9 @@ def serve(arguments: Sequence[str]) -> int:
         BuddyError: vLLM would not load the plugin, or the plugin refuses to start.
     """
     argv = list(arguments)
-    if not _has(argv, _HELP):
+    if _has(argv, _HELP):
+        print(_ADDED, flush=True)
+    else:
         require_plugin()
         argv = complete(with_lossless_drafts(argv))
     answer_for_vllm_cpu()

@@ -19,7 +19,8 @@ def add_setting_options(
     """Add one option for each field of `settings`, with description and default; `positional` ones have no dashes."""
     for name, field in settings.model_fields.items():
         help_text = field.description or ""
-        if field.default not in (None, False) and not field.is_required():
+        has_default = field.default is not None and not isinstance(field.default, bool) and field.default != ()
+        if has_default and not field.is_required():
             help_text += f" (default: {_shown(field.default)})"
         if name in positional:
             parser.add_argument(name, metavar=name.upper(), help=help_text)

@@ -6,10 +6,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from vllm_buddy.errors import BudgetError, EvaluationError
-from vllm_buddy.evaluation.policy import FULL_PROMPT, PolicySpec
+from vllm_buddy.evaluation.policy import FULL_PROMPT, SHUFFLED, TOKEN, PolicySpec
 from vllm_buddy.evaluation.windows import check_window
 from vllm_buddy.method import parse_budget
 from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
+
+# Variants of policies that engine vllm cannot score, and why.
+_HF_ONLY = {
+    FULL_PROMPT: "in vLLM, a window is one prompt and would run all layers",
+    TOKEN: "engine vllm serves with one depth per request",
+    SHUFFLED: "no server deals paths at random",
+}
 
 
 def _budgets(value: Any) -> Any:
@@ -44,8 +51,9 @@ class EvalSettings(BaseModel):
     policy: Annotated[tuple[PolicySpec, ...], BeforeValidator(_policies)] = Field(
         default=tuple(map(PolicySpec.parse, ("buddy", "shortgpt", "sleb"))),
         description="policies, separated by commas: buddy, a static method, or NAME=DIR for another artifact. "
-        "buddy:frozen runs one path per depth, buddy:prompt_only never re-routes, buddy:full_prompt "
-        "runs the context at full depth. The unrouted model always runs",
+        "buddy:token runs a path for each token, with the budget as their mean, buddy:shuffled deals these paths at "
+        "random, buddy:frozen runs one path per depth, buddy:prompt_only never re-routes, and buddy:full_prompt runs "
+        "the context at full depth. The unrouted model always runs",
     )
     model: Path | None = Field(
         default=None,
@@ -110,10 +118,9 @@ class EvalSettings(BaseModel):
         if self.text is None and self.piqa is None:
             raise EvaluationError("nothing to measure on; give --text, --piqa or both")
         check_window(self.window, self.window_stride, self.context)
-        if self.engine == "vllm" and (full := [str(spec) for spec in self.policy if spec.variant == FULL_PROMPT]):
-            raise EvaluationError(
-                f"policy '{full[0]}' needs engine hf: in vLLM, a window is one prompt and would run all layers"
-            )
+        for spec in self.policy:
+            if self.engine == "vllm" and spec.variant in _HF_ONLY:
+                raise EvaluationError(f"policy '{spec}' needs engine hf: {_HF_ONLY[spec.variant]}")
         names = [spec.name for spec in self.policy]
         for name in names:
             if names.count(name) > 1:

@@ -300,4 +300,6 @@ def read_settings(settings: type[Settings], config: Path | None, overrides: dict
         return settings(**values)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-        raise TrainingError(f"not a valid setting: {problems}") from None
+        is_no_list = any(e["loc"] == ("data",) for e in error.errors())
+        hint = ". `data` is a list of sources, such as data=[{file: text.txt}]" if is_no_list else ""
+        raise TrainingError(f"not a valid setting: {problems}{hint}") from None

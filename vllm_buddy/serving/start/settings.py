@@ -75,7 +75,7 @@ class BuddySettings(Section):
         default="routed",
         description=(
             "Prompts of requests that do not say. routed: a prompt runs the budget; full: it runs all layers, and the "
-            "budget is one of decoded tokens. Full prompts share the prefix cache with requests of any budget."
+            "budget is one of decoded tokens. Full prompts share the prefix cache with each other at any budget."
         ),
     )
     kv_policy: KVPolicyName | None = Field(
