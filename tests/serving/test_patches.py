@@ -179,6 +179,10 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
         "update_from_output": (Scheduler.update_from_output, ["self", "scheduler_output", "model_runner_output"]),
         "make_stats": (Scheduler.make_stats, ["self"]),
         "_free_request": (Scheduler._free_request, ["self", "request"]),
+        "_update_request_with_output": (
+            Scheduler._update_request_with_output,
+            ["self", "request", "new_token_ids"],
+        ),
         "cache_blocks": (KVCacheCoordinator.cache_blocks, ["self", "request", "num_computed_tokens"]),
         "get_kv_cache_groups": (
             original(getattr(kv_cache_utils, "get_kv_cache_groups", None)),
