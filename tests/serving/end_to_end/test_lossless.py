@@ -290,7 +290,7 @@ def check_drafts(lossless: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(drafter, "propose", watched)
     lossless.configure(MASKED)
-    lossless.run([Ask(ask.prompt, None, 8, options=LOSSLESS) for ask in batch(seed=3)[:4]])
+    lossless.run([Ask(ask.prompt, None, 10, options=LOSSLESS) for ask in batch(seed=3)[:4]])
     assert len(seen) > 20
     paths = drafter._drafts
     for known, drafts in seen[::5]:

@@ -14,6 +14,7 @@ from vllm_buddy.serving import patches
 from vllm_buddy.serving.schedule.outcome import described, is_outcome
 
 STEPS = ([0b1011, 0b1011], [0b1101], [0b1011], [0b1111])  # paths of the tokens that each step tells
+ALL = [path for paths in STEPS for path in paths]
 OUTCOME = {"buddy": {"mode": "budget", "paths": {}}}
 
 
@@ -44,7 +45,7 @@ def collected(*outputs: RequestOutput) -> Any:
 def test_a_slow_client_is_told_the_paths_of_all_tokens() -> None:
     """Fails if paths are lost where tokens come faster than they are read: those of the rest stand at wrong places."""
     got = collected(*(output(told(paths)) for paths in STEPS))
-    assert paths_told(got["buddy"]["paths"]) == sum(STEPS, [])
+    assert paths_told(got["buddy"]["paths"]) == ALL
     assert collected(output(told(STEPS[0])), output(OUTCOME)) == OUTCOME  # which has all paths
     assert collected(output(None), output({"other": 1})) == {"other": 1}
 
@@ -84,7 +85,7 @@ def test_tokens_that_are_streamed_together_tell_all_their_paths() -> None:
         one: Any = request.make_request_output([1], None, None, None, told(paths))
         if one is not None:
             seen += paths_told(one.kv_transfer_params["buddy"]["paths"])
-    assert seen == sum(STEPS, [])
+    assert seen == ALL
 
 
 def test_an_answer_that_a_stop_string_ends_does_not_tell_the_paths_of_its_last_step() -> None:
