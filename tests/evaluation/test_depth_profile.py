@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.harness.tiny_models import NUM_LAYERS, load_model, random_artifact, random_prompts, save_tiny_model
 from vllm_buddy.cli.main import main
+from vllm_buddy.evaluation import depth_profile
 from vllm_buddy.evaluation.depth_profile import Drafts, _exit_rows, dex_row, earliest_agreeing, ngram_drafts, walk
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
 
@@ -109,6 +111,31 @@ def test_trained_exits_are_shown_beside_what_they_were_trained_from(
     n = tokens.shape[1] - 2
     for name, one in zip(("right", "all_tokens", "without_adapter", "library"), (chain, all_tokens, *bare)):
         assert shown[name][0] == pytest.approx(float((one[0, :, :n] == said[:, :n]).float().mean()), abs=1e-4)
+
+
+def test_the_lora_of_an_artifact_belongs_to_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if drafts are measured on weights without the artifact's LoRA, which no server runs."""
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    artifact = random_artifact(tmp_path / "artifact", folder, lora_rank=2)
+    _save_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h " * 60)
+    drafted, measured = depth_profile._drafted, []
+
+    def watched(settings: Any, artifact: Any, model: Any, *others: Any) -> Drafts:
+        measured.append(model)
+        return drafted(settings, artifact, model, *others)
+
+    monkeypatch.setattr(depth_profile, "_drafted", watched)
+    options = ["--model", str(folder), "--artifact", str(tmp_path / "artifact"), "--text", str(text), "--depths", "4"]
+    options += ["--passages", "1", "--passage-tokens", "8", "--tokens", "8", "--drafts", "1", "--devices", "2"]
+    assert main(["depth-profile", *options]) == 0
+    served = load_model(folder)
+    assert artifact.lora is not None
+    artifact.lora.merge_into(served)
+    (model,) = measured
+    for name, weight in served.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
 
 
 def _save_tokenizer(folder: Path) -> None:

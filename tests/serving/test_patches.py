@@ -32,6 +32,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.model_executor.models.registry import _ModelRegistry
+    from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.core import EngineCoreProc
@@ -46,6 +47,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
             SamplingParams.verify,
             InputProcessor.process_inputs,
             RequestState.make_request_output,
+            RequestOutput.add,
             *(() if units_problem() else (kv_cache_utils.get_kv_cache_groups,)),
             DPLBAsyncMPClient.get_core_engine_for_request,
             EngineCoreProc._make_ready_response,
@@ -132,6 +134,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
     from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
     from vllm.model_executor.models.registry import _ModelRegistry
+    from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
     from vllm.v1.core import kv_cache_utils
@@ -164,6 +167,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
             original(OpenAIServingCompletion.completion_stream_generator),
             ["self", "request", "engine_inputs", "result_generator"],
         ),
+        "add outputs": (original(RequestOutput.add), ["self", "next_output"]),
         "stat loggers": (original(StatLoggerManager.__init__), ["self", "vllm_config", "engine_idxs"]),
         "record": (
             AggregateStatLoggerBase.record,
@@ -179,6 +183,10 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
         "update_from_output": (Scheduler.update_from_output, ["self", "scheduler_output", "model_runner_output"]),
         "make_stats": (Scheduler.make_stats, ["self"]),
         "_free_request": (Scheduler._free_request, ["self", "request"]),
+        "_update_request_with_output": (
+            Scheduler._update_request_with_output,
+            ["self", "request", "new_token_ids"],
+        ),
         "cache_blocks": (KVCacheCoordinator.cache_blocks, ["self", "request", "num_computed_tokens"]),
         "get_kv_cache_groups": (
             original(getattr(kv_cache_utils, "get_kv_cache_groups", None)),

@@ -87,6 +87,8 @@ def profile_depths(settings: DepthProfileSettings, model_dir: Path, report: Call
     exits = _exits(settings, artifact)
     costs = _costs(settings, model_dir, artifact, exits)
     tokenizer, model = load_tokenizer(model_dir), load_model(model_dir)
+    if artifact.lora is not None:
+        artifact.lora.merge_into(model)
     text = CalibrationText.read(settings.text)
     passages, _ = text.windows(tokenizer, settings.passage_tokens, settings.passages * settings.passage_tokens)
     drafts = _drafted(settings, artifact, model, passages, exits, report)

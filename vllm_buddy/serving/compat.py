@@ -279,6 +279,15 @@ def stop_hashing(request: "Request", num_blocks: int) -> None:
     request._block_hasher = None
 
 
+def ask_drafter_in_every_step(runner: Any) -> None:
+    """Let a V1 model runner ask its drafter in every step: ours makes as many drafts as there is room for.
+
+    vLLM does not ask it in a step in which one request comes within num_speculative_tokens of max_model_len. It then
+    drafts token 0, as often as it may, for all requests of the batch.
+    """
+    runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
+
+
 def mend_sampling_of_drafts() -> None:
     """Replace two functions of vLLM's rejection sampler that fail on CPU. Calling it again changes nothing.
 

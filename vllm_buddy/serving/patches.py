@@ -1,4 +1,4 @@
-"""All changes to vLLM's code: twelve wrapped functions, and a table entry for each routed model class.
+"""All changes to vLLM's code: thirteen wrapped functions, and a table entry for each routed model class.
 
 `_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
     Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
@@ -20,8 +20,10 @@ outcome of a request in its last chunk, and its paths, if it asks for them (`bud
     Nearest hook: `--middleware`, which would have to parse the answers of all requests.
     Remove when: vLLM streams `kv_transfer_params`.
 
-`RequestState.make_request_output` collects the outcomes of the samples of one request (n > 1).
-    Why: each sample is a request of its own in the engine, and vLLM passes on the parameters of the one that ends last.
+`RequestState.make_request_output` collects the outcomes of the samples of one request (n > 1), and the paths of steps
+that vLLM streams together; `RequestOutput.add` keeps the paths of two outputs that vLLM makes one of.
+    Why: each sample is a request of its own in the engine, and vLLM passes on the parameters of the one that ends last;
+    of outputs that a client has not read yet, those of the last one.
     Nearest hook: none; `RequestOutput` has one `kv_transfer_params` for all its outputs.
     Remove when: `CompletionOutput` has parameters of its own.
 
@@ -91,6 +93,7 @@ def apply() -> None:
     _wrap_process_inputs()
     _wrap_get_kv_cache_groups()
     _wrap_make_request_output()
+    _wrap_add_outputs()
     _wrap_get_core_engine_for_request()
     _wrap_ready_response()
     _wrap_stat_loggers()
@@ -272,21 +275,31 @@ def _wrap_get_kv_cache_groups() -> None:
 
 
 def _wrap_make_request_output() -> None:
-    """Tell the outcome of each sample, where vLLM makes one output of several."""
+    """Tell the outcome of each sample, and all paths, where vLLM makes one output of several."""
+    from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.output_processor import RequestState
 
-    from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY, with_samples
+    from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY, is_outcome, joined, with_samples
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def make_request_output(self: RequestState, *args: Any, **kwargs: Any) -> Any:
             output = original(self, *args, **kwargs)
+            # The fifth argument; only our scheduler puts an outcome there.
+            told = kwargs.get("kv_transfer_params", args[4] if len(args) > 4 else None)
+            if self.output_kind != RequestOutputKind.FINAL_ONLY:
+                told = joined(self.__dict__.pop("buddy_untold", None), told)
+                if output is None:  # with --stream-interval
+                    self.__dict__["buddy_untold"] = told
+                elif told and OUTCOME_KEY in told:
+                    output.kv_transfer_params = told
+            elif output is not None and told and OUTCOME_KEY in told and not is_outcome(told):
+                # It ended with a stop string. The paths of its last step are not those of the answer.
+                output.kv_transfer_params = {key: value for key, value in told.items() if key != OUTCOME_KEY} or None
             parent = self.parent_req
             if parent is None:
                 return output
-            # The fifth argument; only our scheduler puts an outcome there.
-            told = kwargs.get("kv_transfer_params", args[4] if len(args) > 4 else None)
             samples: dict[int, Any] = parent.__dict__.setdefault("buddy_samples", {})
-            if told and OUTCOME_KEY in told:
+            if told and is_outcome(told):
                 samples[self.request_index] = told[OUTCOME_KEY]
             if samples and output is not None and output.finished:
                 output.kv_transfer_params = with_samples(output.kv_transfer_params, samples, parent.n)
@@ -295,6 +308,25 @@ def _wrap_make_request_output() -> None:
         return make_request_output
 
     _wrap(RequestState, "make_request_output", around)
+
+
+def _wrap_add_outputs() -> None:
+    """Keep the paths of both, where vLLM adds an output to one that the client has not read yet."""
+    from vllm.outputs import RequestOutput
+
+    from vllm_buddy.serving.schedule.outcome import joined
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add(self: RequestOutput, next_output: RequestOutput, *args: Any, **kwargs: Any) -> None:
+            before = self.kv_transfer_params
+            same = [output.index for output in self.outputs] == [output.index for output in next_output.outputs]
+            original(self, next_output, *args, **kwargs)
+            told: Any = joined(before, self.kv_transfer_params, same_sample=same)
+            self.kv_transfer_params = told
+
+        return add
+
+    _wrap(RequestOutput, "add", around)
 
 
 def _wrap_stat_loggers() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm.v1.sample import rejection_sampler
 
-from tests.harness.engine import Ask, Engine, Tiny, make_tiny, start_engine
+from tests.harness.engine import MAX_MODEL_LEN, Ask, Engine, Tiny, make_tiny, start_engine
 from tests.harness.tiny_models import NUM_LAYERS, random_prompts
 from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import ExitAdapter, full_path
@@ -92,6 +92,22 @@ def test_layers_draft_where_no_ngram_is_found(
     asks = mixed_batch(seed=9)
     known = asks[:3]  # of these, one is lossless
 
+    draft_answers(engine, known, monkeypatch)
+    outputs = engine.run(asks)
+    engine.check(asks, outputs)
+    told = outcomes(outputs)
+    for ask, outcome in zip(asks, told):
+        by_ngram, lossless = ask in known, ask.options == LOSSLESS
+        assert (outcome["accepted"] > 10) == by_ngram
+        assert (outcome["drafted"] > 0) == (by_ngram or lossless)
+        if not lossless:
+            assert outcome["layers_drafting_mean"] == 0
+        elif not by_ngram:
+            assert outcome["layers_drafting_mean"] > 0
+
+
+def draft_answers(engine: Engine, known: Sequence[Ask], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let n-grams draft what the model answers to requests, whatever it is."""
     answers = [[*ask.prompt, *engine.expected(ask).token_ids[:-1]] for ask in known]
 
     class Ngrams:
@@ -105,17 +121,52 @@ def test_layers_draft_where_no_ngram_is_found(
     drafting = engine.scheduler._drafting
     monkeypatch.setattr(drafting, "settings", drafting.settings.model_copy(update={"ngram_max": 4}))
     monkeypatch.setattr(engine.runner.drafter, "_ngrams", Ngrams())
+
+
+def test_drafts_after_a_stop_token_are_not_counted(
+    lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the response counts drafts that were confirmed behind the token with which the answer stops."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    [prompt] = random_prompts(1, seed=6, min_tokens=9, max_tokens=9)
+    ask = Ask(tuple(prompt), None, 24, options=LOSSLESS)
+    answer = engine.expected(ask).token_ids
+    draft_answers(engine, [ask], monkeypatch)
+    cut = 0
+    for stop in dict.fromkeys(answer):
+        (output,) = engine.run([replace(ask, sampling={"stop_token_ids": [stop]})])
+        expected = answer[: answer.index(stop) + 1]
+        assert list(output.outputs[0].token_ids) == expected
+        (told,) = outcomes([output])
+        assert told["tokens"] == len(prompt) + len(expected) - 1
+        assert told["decoded"]["tokens"] == len(expected) - 1
+        cut += told["drafted"] - told["accepted"]
+    assert cut > 0, "no answer stopped within its drafts"
+
+
+def test_no_draft_is_made_that_the_answer_has_no_room_for(lossless_of: Callable[..., Engine]) -> None:
+    """Fails if a pass drafts the last token of an answer, which the next step gives anyway."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    [prompt] = random_prompts(1, seed=8, min_tokens=9, max_tokens=9)
+    asks = [Ask(tuple(prompt), None, num_tokens, options=LOSSLESS) for num_tokens in (1, 2, 3)]
     outputs = engine.run(asks)
     engine.check(asks, outputs)
-    told = outcomes(outputs)
-    for ask, outcome in zip(asks, told):
-        by_ngram, lossless = ask in known, ask.options == LOSSLESS
-        assert (outcome["accepted"] > 10) == by_ngram
-        assert (outcome["drafted"] > 0) == (by_ngram or lossless)
-        if not lossless:
-            assert outcome["layers_drafting_mean"] == 0
-        elif not by_ngram:
-            assert outcome["layers_drafting_mean"] > 0
+    assert [outcome["drafted"] for outcome in outcomes(outputs)] == [0, 0, 1]
+
+
+def test_a_request_that_comes_to_the_longest_length_leaves_others_alone(lossless_of: Callable[..., Engine]) -> None:
+    """Fails if all requests get drafts of token 0 while one is about to reach max_model_len."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    [long] = random_prompts(1, seed=1, min_tokens=MAX_MODEL_LEN - 9, max_tokens=MAX_MODEL_LEN - 9)
+    asks = [Ask(tuple(long), None, 9, options=LOSSLESS), Ask(tuple(long[:20]), 0.5, 12)]
+    outputs = engine.run(asks)
+    engine.check(asks, outputs)
+    longest, other = outcomes(outputs)
+    assert longest["drafted"] > 0
+    assert other["drafted"] == 0
 
 
 @pytest.mark.slow
@@ -245,7 +296,7 @@ def check_drafts(lossless: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(drafter, "propose", watched)
     lossless.configure(MASKED)
-    lossless.run([Ask(ask.prompt, None, 8, options=LOSSLESS) for ask in batch(seed=3)[:4]])
+    lossless.run([Ask(ask.prompt, None, 10, options=LOSSLESS) for ask in batch(seed=3)[:4]])
     assert len(seen) > 20
     paths = drafter._drafts
     for known, drafts in seen[::5]:

@@ -630,6 +630,9 @@ def test_settings_of_drafts_that_cannot_be_are_refused(llama_model: Tiny) -> Non
     assert "drafts.depth is 8" in refusal(llama_model, {"drafts": {"depth": 8}}, speculative_config=DRAFTS)
     assert "below drafts.ngram_min" in refusal(llama_model, {"drafts": {"ngram_max": 1}}, speculative_config=DRAFTS)
     assert "--lossless-drafts" in refusal(llama_model, {"drafts": {"depth": 4}})
+    # The refining pass would write to a slot that the request may not have.
+    one, refined = {**DRAFTS, "num_speculative_tokens": 1}, {"drafts": {"depth": 4, "refine_depth": 6}}
+    assert "drafts.refine_depth needs two drafts" in refusal(llama_model, refined, speculative_config=one)
 
 
 def test_adapters_need_a_policy_that_leaves_their_keys_alone(llama_model: Tiny) -> None:

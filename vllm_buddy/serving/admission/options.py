@@ -28,6 +28,7 @@ _KEYS = (BUDGET_KEY, PROMPT_KEY, MODE_KEY, CONTEXT_TOKENS_KEY, PATHS_KEY, *AUTO_
 _PREFIX = "buddy"
 _ALIKE = 0.85  # similarity, from 0 to 1, from which a key is a misspelt one of ours: `budy_budget` has 0.96
 _LONGEST_KEY = 64
+_MOST_COMPARED = 64  # keys of a request that are compared with ours; a comparison may take half a millisecond
 _SEPARATORS = str.maketrans("-. ", "___")
 
 
@@ -47,8 +48,8 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
     model_config: vLLM's, with the server's RequestLimits as `buddy_limits`.
     """
     extra_args = params.extra_args or {}
-    for key in extra_args:
-        if _is_misspelt(key):
+    for number, key in enumerate(extra_args):
+        if _is_misspelt(key, compare=number < _MOST_COMPARED):
             raise _refused(shown(key)[1:-1], _unknown(key), extra_args[key])
     if (paths := extra_args.get(PATHS_KEY)) not in (None, True, False):
         raise _refused(PATHS_KEY, f"{PATHS_KEY}: {shown(paths)} is not true or false", paths)
@@ -131,11 +132,14 @@ def wants_paths(extra_args: Mapping[str, Any] | None) -> bool:
     return bool((extra_args or {}).get(PATHS_KEY))
 
 
-def _is_misspelt(key: Any) -> bool:
-    """Whether a key is none of ours, but was meant to be. Keys of others are not ours to judge."""
+def _is_misspelt(key: Any, *, compare: bool) -> bool:
+    """Whether a key is none of ours, but was meant to be. Keys of others are not ours to judge.
+
+    compare: also with keys that begin otherwise.
+    """
     if not isinstance(key, str) or key in _KEYS:
         return False
-    return _plain(key).startswith(_PREFIX) or bool(_alike(key, _ALIKE))
+    return _plain(key).startswith(_PREFIX) or (compare and bool(_alike(key, _ALIKE)))
 
 
 def _unknown(key: str) -> str:

@@ -162,12 +162,12 @@ class Drafting:
     def wanted(self, asking: Sequence[tuple[RequestDrafts, int]], num_requests: int) -> list[tuple[int, int]]:
         """Drafts to make after a step of num_requests requests: for each that asks, of n-grams and on layers.
 
-        asking: those that will have sampled a token, with the tokens that each has left. To be called once a step.
+        asking: those that will have sampled a token, with the drafts that each has room for. To be called once a step.
         """
         passes = self._num_passes([drafts.by_depth for drafts, _ in asking if drafts.by_depth], num_requests)
         return [
-            (min(self._num_ngrams(drafts, num_requests), left), min(passes, left) if drafts.by_depth else 0)
-            for drafts, left in asking
+            (min(self._num_ngrams(drafts, num_requests), room), min(passes, room) if drafts.by_depth else 0)
+            for drafts, room in asking
         ]
 
     def observe(self, drafts: RequestDrafts, counts: Executed, num_accepted: int) -> bool:

@@ -7,6 +7,7 @@ from vllm_buddy.method import LayerPath, Route, Run, layers_of
 from vllm_buddy.serving.schedule.plan import Executed
 
 OUTCOME_KEY = "buddy"  # of the outcome, in a response's kv_transfer_params
+_WHOLE = "mode"  # a key that an outcome has, and paths that are told before it have not
 
 
 def described(runs: Iterable[Run], num_layers: int) -> dict[str, Any]:
@@ -104,6 +105,32 @@ class Outcome:
             "distinct_paths": len(route.distinct_paths()),
             "reroutes": route.num_reroutes,
         }
+
+
+def is_outcome(params: Mapping[str, Any] | None) -> bool:
+    """Whether kv_transfer_params have the outcome of a request that has ended, not only paths of some of its tokens."""
+    return _WHOLE in (params or {}).get(OUTCOME_KEY, ())
+
+
+def joined(
+    before: Mapping[str, Any] | None, later: Mapping[str, Any] | None, *, same_sample: bool = True
+) -> Mapping[str, Any] | None:
+    """The kv_transfer_params of two outputs that vLLM makes one of.
+
+    Paths are told of the tokens since the last output, so those of both are put together. An outcome tells all paths.
+    same_sample: whether both outputs are of one sample of the request; else paths of the later one are told.
+    """
+    told, more = ((params or {}).get(OUTCOME_KEY) for params in (before, later))
+    if told is None or is_outcome(later):
+        return later
+    if more is None or is_outcome(before):
+        return {**(later or {}), OUTCOME_KEY: told}
+    if not same_sample:
+        return later
+    first, second = told["paths"], more["paths"]
+    layers = [*first["layers"], *(own for own in second["layers"] if own not in first["layers"])]
+    runs = [[num_tokens, layers.index(second["layers"][index])] for num_tokens, index in second["runs"]]
+    return {**(later or {}), OUTCOME_KEY: {"paths": {**first, "layers": layers, "runs": [*first["runs"], *runs]}}}
 
 
 def with_samples(params: Mapping[str, Any] | None, outcomes: Mapping[int, Any], num_samples: int) -> dict[str, Any]:

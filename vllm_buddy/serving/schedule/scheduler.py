@@ -64,6 +64,7 @@ class _Routing(_Base):
         self._salt_prefix = f"{artifact.digest}:{settings.kv}"
         self._routes = RouteMaker.of(settings, artifact, _decision_lag(settings, vllm_config))
         self._routed: dict[str, RoutedRequest] = {}  # by request id
+        self._checked: dict[str, Executed] = {}  # of requests with drafts in the step that is being taken in
         self._routing_seconds = 0.0  # of the current step
         self._metrics = EngineMetrics(collects=self.log_stats)
         self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
@@ -250,9 +251,10 @@ class _Routing(_Base):
         for req_id in plan:
             request, drafts = self.requests[req_id], self._routed[req_id].drafts
             end = request.num_computed_tokens
-            left = min(self.max_model_len - end, request.max_tokens - request.num_output_tokens) - 1
-            if drafts is not None and end >= request.num_tokens and left > 0:
-                asking[req_id] = drafts, left
+            # Without the token of this step, and the one that the next step samples after its drafts.
+            room = min(self.max_model_len - end, request.max_tokens - request.num_output_tokens) - 2
+            if drafts is not None and end >= request.num_tokens and room > 0:
+                asking[req_id] = drafts, room
         for req_id, wanted in zip(asking, self._drafting.wanted(list(asking.values()), len(plan))):
             plan[req_id] = plan[req_id]._replace(wanted_ngrams=wanted[0], wanted_drafts=wanted[1])
 
@@ -261,19 +263,38 @@ class _Routing(_Base):
         executed: dict[str, Executed] = getattr(model_runner_output, EXECUTED_ATTRIBUTE, {})
         for req_id, counts in executed.items():
             if req_id in self._routed:
-                num_accepted = self._num_accepted(req_id, model_runner_output) if counts.drafts else 0
                 routed = self._routed[req_id]
-                routed.outcome.add(counts, num_accepted)
+                if counts.drafts:
+                    self._checked[req_id] = counts  # until vLLM knows which of them belong to the answer
+                else:
+                    routed.outcome.add(counts)
                 if self._drafting is not None and routed.drafts is not None:
-                    by_depth = self._drafting.observe(routed.drafts, counts, num_accepted)
-                    self._metrics.observe_drafts(counts, num_accepted if by_depth else None)
+                    num_right = _num_right(req_id, model_runner_output) if counts.drafts else 0
+                    by_depth = self._drafting.observe(routed.drafts, counts, num_right)
+                    self._metrics.observe_drafts(counts, num_right if by_depth else None)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         if self._meter is not None:
             sampled = zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids)
             self._meter.gets_token(req_id for req_id, tokens in sampled if len(tokens))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for req_id in [*self._checked]:  # whose tokens vLLM dropped
+            self._count_drafts(req_id, 0)
         self._tell_paths(outputs)
         return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        """Count the drafts that became part of the answer: none after the token that stops the request."""
+        kept, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        self._count_drafts(request.request_id, len(kept) - 1)
+        return kept, stopped
+
+    def _count_drafts(self, req_id: str, num_accepted: int) -> None:
+        """Count what the step executed for a request with drafts, if it had any."""
+        counts, routed = self._checked.pop(req_id, None), self._routed.get(req_id)
+        if counts is not None and routed is not None:
+            routed.outcome.add(counts, num_accepted)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
         """vLLM's statistics, with our figures. Called at the end of a step, when the requests that ended have left."""
@@ -297,14 +318,6 @@ class _Routing(_Base):
                 runs = routed.route.runs(routed.told, num_new, request.all_token_ids)
                 output.kv_transfer_params = {"buddy": {"paths": described(runs, self._limits.num_layers)}}
                 routed.told += num_new
-
-    def _num_accepted(self, req_id: str, model_runner_output: Any) -> int:
-        """How many of a request's drafts were accepted, without those that its max_tokens cuts off."""
-        sampled, request = model_runner_output.sampled_token_ids, self.requests.get(req_id)
-        if not sampled or request is None:
-            return 0
-        num_new = len(sampled[model_runner_output.req_id_to_index[req_id]])
-        return max(0, min(num_new, request.max_tokens - request.num_output_tokens) - 1)
 
     def _observe_load(self, *, idle: bool) -> None:
         """Let the price of budget "auto" follow the load: at each arrival that it decides, and after each step.
@@ -338,6 +351,12 @@ def make_scheduler(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Sche
     """Build the routing scheduler of the kind that vLLM would have built. vLLM expects a class here."""
     cls = BuddyAsyncScheduler if vllm_config.scheduler_config.async_scheduling else BuddyScheduler
     return cls(vllm_config, *args, **kwargs)
+
+
+def _num_right(req_id: str, model_runner_output: Any) -> int:
+    """How many of a request's drafts the step confirmed."""
+    sampled = model_runner_output.sampled_token_ids
+    return max(0, len(sampled[model_runner_output.req_id_to_index[req_id]]) - 1) if sampled else 0
 
 
 def _runs_with_drafts(

@@ -77,6 +77,11 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
                 )
         if limits.lossless:
             drafts = DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
+            if drafts.refined is not None and vllm_config.speculative_config.num_speculative_tokens < 2:
+                raise SettingsError(
+                    "drafts.refine_depth needs two drafts per step, because its pass adds one to those that it checks; "
+                    "start with `--lossless-drafts 2` or more, or leave it out"
+                )
             logger.info("vllm_buddy: %s", drafts.summary(artifact))
         elif "drafts" in settings.model_fields_set:
             raise SettingsError("drafts: nothing drafts; start with `vllm-buddy serve --lossless-drafts N`")

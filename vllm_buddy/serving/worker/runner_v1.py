@@ -9,7 +9,12 @@ import torch
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import get_forward_context
 
-from vllm_buddy.serving.compat import allocate_intermediate_tensors, moved_metadata, runner_output
+from vllm_buddy.serving.compat import (
+    allocate_intermediate_tensors,
+    ask_drafter_in_every_step,
+    moved_metadata,
+    runner_output,
+)
 from vllm_buddy.serving.worker.batch import StepBatch
 from vllm_buddy.serving.worker.depth_drafts import DepthDrafts
 from vllm_buddy.serving.worker.state import WorkerState
@@ -70,6 +75,7 @@ class RoutedRunnerV1(_Base):
         allocate_intermediate_tensors(self)
         if isinstance(drafter := getattr(self, "drafter", None), DepthDrafts):
             drafter.attach(self)
+            ask_drafter_in_every_step(self)
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's, by KV-cache group and by layer. Empty with KV units: each layer has its own (see kv/packed.py)."""
