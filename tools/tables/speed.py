@@ -42,27 +42,6 @@ def prefill_table() -> str:
     return section(note, ["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines)
 
 
-def second_model_table() -> str:
-    """Return decode and prefill of Qwen2.5-Coder-0.5B over stock vLLM's."""
-    decode, prefill = load_rows("cpu_decode_qwen.jsonl"), load_rows("cpu_prefill_qwen.jsonl")
-    steps, firsts = by_key(decode, "metric", "variant", "batch"), by_key(prefill, "metric", "variant", "prompt_tokens")
-    batches, lengths = sorted({row["batch"] for row in decode}), sorted({row["prompt_tokens"] for row in prefill})
-    lines = []
-    for variant in _variants(decode):
-        if ("over_stock", variant, lengths[0]) not in firsts or variant == "stock":
-            continue
-        cells = [spread(steps[("over_stock", variant, batch)]) for batch in batches]
-        cells += [spread(firsts[("over_stock", variant, length)]) for length in lengths]
-        lines.append([variant, str(steps[("over_stock", variant, batches[0])]["layers"]), *cells])
-    note = (
-        "`python -m benchmarks.speed.decode --model MODEL` and `benchmarks.speed.prefill`: decode tokens/s (more is "
-        f"better) and time to first token (less is better), over stock vLLM's. Decode: {rounds_note(decode)} First "
-        f"token: {rounds_note(prefill)}"
-    )
-    heads = [*(f"decode, batch {batch}" for batch in batches), *(f"first token of {length:,}" for length in lengths)]
-    return section(note, ["variant", "layers", *heads], lines)
-
-
 def schedules_table() -> str:
     """Return both schedules beside stock vLLM with p20 to p80."""
     rows = load_rows("cpu_schedules.jsonl")
