@@ -20,7 +20,7 @@ from benchmarks.harness.engines import Variant
 from benchmarks.harness.reference_check import Reference
 from benchmarks.harness.result_rows import device
 from benchmarks.harness.rounds import Refused, Rounds
-from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
+from vllm_buddy.artifact import SHIPPED_DIR, Artifact, identify, load_artifact
 from vllm_buddy.baselines import save_pruned_checkpoint
 from vllm_buddy.method import (
     DecisionModule,
@@ -209,16 +209,22 @@ def open_lineup(args: argparse.Namespace, *, on_gpu: bool = False) -> Iterator[L
     on_gpu: whether the benchmark can run there too: it must take no bypass away and time whole steps alone.
 
     Raises:
-        Refused: there is a GPU. There, captured steps keep the bypasses that they were captured with, and the parts of
-            a step cannot be told apart from outside.
+        Refused: the artifact is another model's. Or there is a GPU: there, captured steps keep the bypasses that they
+            were captured with, and the parts of a step cannot be told apart from outside.
     """
     if device() == "cuda" and not on_gpu:
         raise Refused(
             "this compares engines side by side on a CPU; on a GPU run python -m benchmarks.speed.decode --device cuda"
         )
+    model, artifact = Path(args.model or fetch(report=print)), load_artifact(args.artifact)
+    if not artifact.config.base_model.same_model(found := identify(model)):
+        raise Refused(
+            f"artifact '{artifact.config.name}' was made for {artifact.config.base_model.summary()}, but the model is "
+            f"{found.summary()}; name the model's own with --artifact"
+        )
     work = Path(tempfile.mkdtemp(prefix="vllm_buddy-bench-"))
     try:
-        yield Lineup(args.model or fetch(report=print), load_artifact(args.artifact), work)
+        yield Lineup(model, artifact, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
