@@ -22,8 +22,10 @@ from vllm_buddy.artifact.provenance import DRAFTS_HEADING
 from vllm_buddy.cli.main import main
 from vllm_buddy.method import full_path, layers_of
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
+from vllm_buddy.method.draft_head import frequent_tokens
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
+from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.draft_fit import DraftStates, fit_adapters, measure
 from vllm_buddy.training.draft_record import LOG_FILE
 from vllm_buddy.training.draft_search import DraftPaths, search_drafts, starting_path
@@ -145,6 +147,15 @@ def test_memory_does_not_grow_with_the_batch(made: tuple[Any, Artifact], monkeyp
     fit_adapters(states, [text], paths, settings, 1e-5, lambda _: None)
     assert len(rows) > batch
     assert max(rows) <= 128
+
+
+def test_frequent_is_what_the_mix_has_most_of() -> None:
+    """Fails if a long source drowns a short one of more weight, or held-out text counts."""
+    sequences = np.array([[1, 1, 2], [7, 7, 7], [3, 3, 4], [3, 3, 4], [3, 3, 4]], dtype=np.int32)
+    corpus = Corpus(sequences, np.arange(5), np.array([0, 2, 5]), "", {})
+    counts = corpus.counts([3.0, 1.0], 9, held_out=np.array([1]))
+    np.testing.assert_allclose(counts, [0, 2, 1, 2 / 3, 1 / 3, 0, 0, 0, 0])
+    assert frequent_tokens(counts, 2).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(

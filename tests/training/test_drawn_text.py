@@ -90,7 +90,7 @@ def asked(rows: list[Any]) -> DataFile:
 def test_questions_of_a_file_are_answered_once(tokenizer: Any, chat: bool) -> None:
     """Fails if a question is asked twice or not at all, one that is held out is asked, or the input is lost."""
     tokenizer.chat_template = TEMPLATE if chat else None
-    rows = [{"instruction": f"Q{i}", "input": f"in{i}", "output": "of the file"} for i in range(10)]
+    rows: list[Any] = [{"instruction": f"Q{i}", "input": f"in{i}", "output": "of the file"} for i in range(10)]
     model = Model(" of the model")
     drawn = list(Answerer(asked([{"text": "no question"}, *rows]), 9 / 11, tokenizer, 4).rounds(1000, 3, model))
     answers = [row for found, _ in drawn for row in found]
@@ -109,6 +109,13 @@ def test_no_more_answers_than_asked(tokenizer: Any) -> None:
         assert 40 <= done < 44
         chosen.append([draw.prompt for draw in model.draws])
     assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_a_question_without_input_is_one(tokenizer: Any) -> None:
+    """Fails if rows whose `input` is null or empty, as data sets have them, are left out without a word."""
+    questions = asked([{"instruction": "A", "input": None}, {"instruction": "B", "input": ""}, {"instruction": "C"}])
+    rows = [row for found, _ in Answerer(questions, 1.0, tokenizer, 4).rounds(100, 9, Model("x")) for row in found]
+    assert sorted(rows, key=str) == [{"instruction": name, "output": "x"} for name in "ABC"]
 
 
 def test_a_file_without_questions_is_refused(tokenizer: Any) -> None:

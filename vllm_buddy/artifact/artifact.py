@@ -8,7 +8,7 @@ On disk it is a Hugging Face folder of four files: `buddy_config.json` (schema: 
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -155,16 +155,7 @@ class Artifact:
 
     @property
     def _parts(self) -> ArtifactParts:
-        return ArtifactParts(
-            self.prior,
-            self.decision,
-            self.bypass,
-            self.lora,
-            self.predictor,
-            self.token,
-            self.drafts,
-            self.draft_vocabulary,
-        )
+        return ArtifactParts(**{part.name: getattr(self, part.name) for part in fields(ArtifactParts)})
 
     @property
     def _tensors(self) -> dict[str, np.ndarray]:
@@ -193,8 +184,8 @@ def with_drafts(artifact: Artifact, exits: Sequence[DraftExit], vocabulary: np.n
         eps=adapter.eps,
         vocabulary=None if vocabulary is None else len(vocabulary),
     )
-    config_with = artifact.config.model_copy(update={"drafts": config})
-    return replace(artifact, config=config_with, drafts=tuple(exits), draft_vocabulary=vocabulary)
+    changed = artifact.config.model_copy(update={"drafts": config})
+    return replace(artifact, config=changed, drafts=tuple(exits), draft_vocabulary=vocabulary)
 
 
 def load_artifact(folder: Path) -> Artifact:
@@ -210,17 +201,7 @@ def load_artifact(folder: Path) -> Artifact:
     file = TensorFile(weights)
     check_headers(config, file.headers, str(weights))
     parts = parse_tensors(config, file.read(), str(weights))
-    return Artifact(
-        config,
-        parts.prior,
-        parts.decision,
-        parts.bypass,
-        parts.lora,
-        parts.predictor,
-        parts.token,
-        parts.drafts,
-        parts.draft_vocabulary,
-    )
+    return Artifact(config, **vars(parts))
 
 
 def _read_config(folder: Path) -> BuddyConfig:

@@ -42,9 +42,9 @@ class DraftPaths(RepairedPaths):
         self._draft_head = DraftHead.of(self._head.weight, vocabulary)
 
     def agreement(self, skipped: set[int]) -> float:
-        """Return the share of tokens after which the draft is what the full model says."""
-        hidden = self._model.model.norm(self._run(self._start, 0, skipped))
-        return float(agreement(hidden, self._draft_head.weight, self._draft_head.rows_of(self._says)).mean())
+        """Return the share of tokens after which the draft is what the full model says, both greedily."""
+        hidden, said = self._model.model.norm(self._run(self._start, 0, skipped)), self._teacher[0][..., 0]
+        return float(agreement(hidden, self._draft_head.weight, self._draft_head.rows_of(said)).mean())
 
     def _step(self, index: int, hidden: torch.Tensor, skip: bool) -> torch.Tensor:
         if skip:

@@ -5,9 +5,10 @@ inside the user's turn, and then answers what it wrote. Questions of a file are 
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -74,14 +75,35 @@ class Drawn:
 Generate = Callable[[Sequence[Draw]], list[Drawn]]
 
 
-class DrawnText(Protocol):
-    """What `vllm-buddy sample` draws from. `length`: tokens of the longest prompt with its continuation."""
+class DrawnText(ABC):
+    """What `vllm-buddy sample` draws from, sample by sample.
+
+    max_tokens: of a sample, at most. most: number of samples that there are; None: any number. `length`, which
+    subclasses set: tokens of the longest prompt with its continuation.
+    """
 
     length: int
 
+    def __init__(self, max_tokens: int, most: int | None = None) -> None:
+        self._max_tokens, self._most = max_tokens, most
+
     def rounds(self, tokens: int, batch: int, generate: Generate) -> Iterator[tuple[list[dict[str, str]], int]]:
-        """Yield (rows, tokens drawn so far); a row is what `vllm-buddy train` reads. batch: samples of a round."""
-        ...
+        """Yield (rows, tokens drawn so far) until `tokens` are drawn or there is no sample left.
+
+        A row is what `vllm-buddy train` reads. At most `max_tokens` - 1 tokens are drawn beyond `tokens`. batch:
+        samples of a round.
+        """
+        done = number = 0
+        while done < tokens and number != self._most:
+            wanted = min(math.ceil((tokens - done) / self._max_tokens), batch)
+            numbers = range(number, number + wanted if self._most is None else min(number + wanted, self._most))
+            rows, drawn = self._drawn(numbers, generate)
+            done, number = done + drawn, numbers.stop
+            yield rows, done
+
+    @abstractmethod
+    def _drawn(self, numbers: range, generate: Generate) -> tuple[list[dict[str, str]], int]:
+        """Draw the samples of these numbers; returns their rows, and the tokens that were drawn."""
 
 
 class Sampler(DrawnText):
@@ -100,7 +122,8 @@ class Sampler(DrawnText):
         plain: bool = False,
         openers: Sequence[str] | None = None,
     ) -> None:
-        self._tokenizer, self._max_tokens, self._seed = tokenizer, max_tokens, seed
+        super().__init__(max_tokens)
+        self._tokenizer, self._seed = tokenizer, seed
         self.chat = bool(tokenizer.chat_template) and not plain
         self._openers = openers or (CHAT_OPENERS if self.chat else OPENERS)
         self._opened, longest = [tokenizer(opener).input_ids for opener in self._openers], 0
@@ -109,17 +132,8 @@ class Sampler(DrawnText):
             longest = max(len(self._turn(opener)) for opener in self._openers)
         self.length = max(longest, *map(len, self._opened)) + max_tokens
 
-    def rounds(self, tokens: int, batch: int, generate: Generate) -> Iterator[tuple[list[dict[str, str]], int]]:
-        """Yield (rows, tokens drawn so far) until `tokens` are drawn; a row is what `vllm-buddy train` reads.
-
-        At most `max_tokens` - 1 tokens are drawn beyond `tokens`. batch: samples of a round.
-        """
-        done = number = 0
-        while done < tokens:
-            numbers = range(number, number + min(math.ceil((tokens - done) / self._max_tokens), batch))
-            rows, drawn = (self._exchanges if self.chat else self._continued)(numbers, generate)
-            done, number = done + drawn, numbers.stop
-            yield rows, done
+    def _drawn(self, numbers: range, generate: Generate) -> tuple[list[dict[str, str]], int]:
+        return self._exchanges(numbers, generate) if self.chat else self._continued(numbers, generate)
 
     def _continued(self, numbers: range, generate: Generate) -> tuple[list[dict[str, str]], int]:
         drawn = generate([self._draw(number, self._max_tokens) for number in numbers])
@@ -175,29 +189,20 @@ class Answerer(DrawnText):
         if not asked:
             raise DataError(f"{questions.path} has no row with `instruction`, which would be a question to answer")
         self._rows = [asked[index] for index in np.random.default_rng(seed).permutation(len(asked))]
-        self._max_tokens, self._seed = max_tokens, seed
+        super().__init__(max_tokens, len(self._rows))
+        self._seed = seed
         prompts = [exchange({**row, "output": ""}, tokenizer).prompt for row in self._rows]
         self._prompts = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template).input_ids
         self.length = max(map(len, self._prompts)) + max_tokens
 
-    def rounds(self, tokens: int, batch: int, generate: Generate) -> Iterator[tuple[list[dict[str, str]], int]]:
-        """Yield (rows, tokens drawn so far) until `tokens` are drawn or every question is answered."""
-        done = number = 0
-        while done < tokens and number < len(self._rows):
-            wanted = min(math.ceil((tokens - done) / self._max_tokens), batch)
-            numbers = range(number, min(number + wanted, len(self._rows)))
-            draws = [Draw(self._prompts[i], self._max_tokens, self._seed * _SEEDS + i) for i in numbers]
-            answers = generate(draws)
-            rows = [
-                {**_question(self._rows[i]), "output": answer.text.strip()}
-                for i, answer in zip(numbers, answers, strict=True)
-            ]
-            done, number = done + sum(answer.num_tokens for answer in answers), numbers.stop
-            yield rows, done
+    def _drawn(self, numbers: range, generate: Generate) -> tuple[list[dict[str, str]], int]:
+        answers = generate([Draw(self._prompts[i], self._max_tokens, self._seed * _SEEDS + i) for i in numbers])
+        rows = [{**_question(self._rows[i]), "output": a.text.strip()} for i, a in zip(numbers, answers, strict=True)]
+        return rows, sum(answer.num_tokens for answer in answers)
 
 
 def _is_question(row: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("input", ""), str)
+    return isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("input") or "", str)
 
 
 def _question(row: dict[str, str]) -> dict[str, str]:

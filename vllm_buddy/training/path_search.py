@@ -15,7 +15,7 @@ from torch import nn
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.sharded import from_main, gathered
-from vllm_buddy.training.objective import agreement, divergence, top_log_probs
+from vllm_buddy.training.objective import divergence, top_log_probs
 
 TOP = 64  # logits of the full model that are compared
 CANDIDATES = 6  # measured in each round: those that looked best in the round before
@@ -54,17 +54,6 @@ class RepairedPaths:
         with gathered(self._head):
             found = divergence(self._model.model.norm(hidden), self._head.weight, *self._teacher).mean()
         return from_main(self._model, float(found))  # the search goes where it is lowest, so all must see the same
-
-    def agreement(self, skipped: set[int]) -> float:
-        """Return the share of tokens after which the path says what the full model says, both greedily."""
-        hidden = self._model.model.norm(self._run(self._start, 0, skipped))
-        with gathered(self._head):
-            return float(agreement(hidden, self._head.weight, self._says).mean())
-
-    @property
-    def _says(self) -> torch.Tensor:
-        """What the full model says after each token, greedily."""
-        return self._teacher[0][..., 0]
 
     def _run(self, hidden: torch.Tensor, start: int, skipped: set[int]) -> torch.Tensor:
         for index in range(start, self.num_layers):
