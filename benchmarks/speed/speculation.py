@@ -34,7 +34,7 @@ from benchmarks.peers.greedy_check import BFLOAT16_GAP, GreedyCheck, LayersRun, 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.path import full_path
 from vllm_buddy.models.folder import load_tokenizer
-from vllm_buddy.serving.schedule.draft_pace import DraftPath
+from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPath
 from vllm_buddy.serving.start.setting_sections import DraftSettings
 from vllm_buddy.serving.start.settings import BuddySettings
 
@@ -52,12 +52,14 @@ class Drafted(Variant):
 
     drafts: in lossless mode, where drafts come from; None: not in lossless mode. most: draft passes after a step.
     paced: whether the scheduler decides how many drafts there are; else there are as many as there may be.
+    pace: what the scheduler knows of this variant's drafts, as if it had a server of its own.
     """
 
     ngrams: bool
     drafts: DraftPath | None = None
     most: int = NUM_DRAFTS
     paced: bool = True
+    pace: Drafting | None = None
 
     @property
     def extra_args(self) -> dict[str, Any] | None:
@@ -70,11 +72,12 @@ class Drafted(Variant):
         drafter = core.model_executor.driver_worker.worker.model_runner.drafter
         drafter.kept_ngrams = getattr(drafter, "kept_ngrams", drafter._ngrams)
         drafter._ngrams = drafter.kept_ngrams if self.ngrams else None
-        drafting = core.scheduler._drafting
-        drafter.use(self.drafts or drafting.path)
-        row_cost = DraftSettings().row_cost if self.paced else 0.0  # with cost 0 too, the most drafts gain the most
-        drafting.path = drafter._drafts
-        drafting.settings = drafting.settings.model_copy(update={"row_cost": row_cost, "most": self.most})
+        if self.pace is None:
+            row_cost = None if self.paced else 0.0  # with cost 0 too, the most drafts gain the most
+            settings = core.scheduler._drafting.settings.model_copy(update={"row_cost": row_cost, "most": self.most})
+            self.pace = Drafting(self.drafts or core.scheduler._drafting.path, settings, NUM_DRAFTS)
+        drafter.use(self.pace.path)
+        core.scheduler._drafting = self.pace
 
 
 def main() -> None:

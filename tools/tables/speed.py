@@ -42,6 +42,26 @@ def prefill_table() -> str:
     return section(note, ["prompt tokens", "variant", "layers", "ms", "over stock", "over pruned"], lines)
 
 
+def second_model_table() -> str:
+    """Return decode and prefill of Qwen2.5-Coder-0.5B over stock vLLM's."""
+    decode, prefill = load_rows("cpu_decode_qwen.jsonl"), load_rows("cpu_prefill_qwen.jsonl")
+    steps, firsts = by_key(decode, "metric", "variant", "batch"), by_key(prefill, "metric", "variant", "prompt_tokens")
+    batches, lengths = sorted({row["batch"] for row in decode}), sorted({row["prompt_tokens"] for row in prefill})
+    lines = []
+    for variant in _variants(prefill):
+        if variant == "stock":
+            continue
+        cells = [spread(steps["ratio_to_stock", variant, batch]) for batch in batches]
+        cells += [spread(firsts["over_stock", variant, length]) for length in lengths]
+        lines.append([variant, str(steps["ratio_to_stock", variant, batches[0]]["layers"]), *cells])
+    note = (
+        "`benchmarks.speed.decode` and `benchmarks.speed.prefill`: decode tokens/s (more is better) and time to first "
+        f"token (less is better), over stock vLLM's. Decode: {rounds_note(decode)} First token: {rounds_note(prefill)}"
+    )
+    heads = [*(f"decode, batch {batch}" for batch in batches), *(f"first token of {length:,}" for length in lengths)]
+    return section(note, ["variant", "layers", *heads], lines)
+
+
 def schedules_table() -> str:
     """Return both schedules beside stock vLLM with p20 to p80."""
     rows = load_rows("cpu_schedules.jsonl")

@@ -9,9 +9,10 @@ import torch
 
 from tests.harness.engine import Tiny, make_tiny
 from vllm_buddy.errors import SettingsError
-from vllm_buddy.method import layers_of
+from vllm_buddy.method import Run, layers_of
 from vllm_buddy.serving.schedule.draft_pace import PROBE_EVERY, Drafting, DraftPath
-from vllm_buddy.serving.schedule.plan import Executed
+from vllm_buddy.serving.schedule.plan import Executed, RequestPlan
+from vllm_buddy.serving.schedule.step_costs import EXPECTED_ROW
 from vllm_buddy.serving.start.setting_sections import DraftSettings
 from vllm_buddy.serving.start.settings import BuddySettings
 
@@ -54,7 +55,7 @@ def test_what_does_not_pay_is_tried_rarely_so_that_it_costs_little(num_requests:
     server = drafting(0.5)
     after(server, 100, 0.0, num_requests)
     tried = after(server, 200, 0.0, num_requests)
-    row = server.settings.row_cost
+    row = server.costs.expected_row
     step = 1.0 + row * (num_requests - 1)
     assert sum(tried) * (0.5 * step + num_requests * row) / (len(tried) * step) < 0.03
 
@@ -94,6 +95,37 @@ def test_large_batches_get_fewer_ngrams() -> None:
         server = drafting(0.5, num_drafts=5, ngram_max=4)
         found.append(server.wanted([(server.of_request(lossless=False), 100)], num_requests)[0][0])
     assert found[0] > found[1] >= found[2] == 0
+
+
+def after_steps(server: Drafting, row: float, passes: float) -> tuple[int, int]:
+    """Drafts of n-grams and on layers that a new request gets, after steps that took what rows and passes cost."""
+    path = server.path.path
+    for n in range(300):
+        rows, drafted = 1 + n % 5, n % 3
+        plan = {"a": RequestPlan((Run(rows, path),), None, wanted_drafts=drafted)}
+        executed = {"a": Executed(1, 8, 8, 8, drafting=3 * drafted)}
+        server.observe_step(plan, executed, 0.02 * (1 + row * (rows - 1) + drafted * passes))
+    return server.wanted([(server.of_request(lossless=True), 100)], 1)[0]
+
+
+def test_drafts_follow_what_rows_and_passes_take() -> None:
+    """Fails if a server makes drafts by expected costs although its steps show others."""
+    cheap, costly = (drafting(0.3, ngram_max=4) for _ in range(2))
+    assert after_steps(cheap, 0.0, 0.05) == (4, 4)
+    assert after_steps(costly, 1.0, 0.9) == (0, 0)
+    told = Drafting(DraftPath(0b1011, 0.3), DraftSettings(ngram_max=4, row_cost=0.05), 4)
+    before = told.wanted([(told.of_request(lossless=True), 100)], 1)[0]
+    assert after_steps(told, 1.0, 0.9) == before, "costs that are given are not measured"
+
+
+def test_steps_with_prompts_tell_nothing() -> None:
+    """Fails if the time of a prompt is taken for what rows of drafts cost."""
+    server = drafting(0.3)
+    plan = {"a": RequestPlan((Run(1, 1),), None), "b": RequestPlan((Run(50, 1),), None, num_prompt=50)}
+    for _ in range(50):
+        server.observe_step(plan, {}, 9.0)
+        server.observe_step({}, {}, 9.0)
+    assert server.costs.step(2) / server.costs.step(1) == pytest.approx(1.0 + EXPECTED_ROW)
 
 
 def test_the_draft_path_is_the_artifacts(tiny: Callable[[str], Tiny]) -> None:

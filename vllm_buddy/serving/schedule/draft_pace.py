@@ -8,14 +8,15 @@ Whether a draft is right is estimated for each request from its own drafts, and 
 requests. Then drafts pay as follows (`method/drafting.py`):
 
 - N-grams cost rows in the step that checks them. Each request has the number that gains most by itself, 0 where none
-  gains more than MARGIN. A request without any tries one now and then, because its text may change.
+  gains more than MARGIN. A request without any tries all now and then, because its text may change.
 - A draft pass reads its layers once for all requests that draft, so they draft together or not at all: as many as gain
   most for the whole batch. A server that makes none tries one pass now and then.
 
-Drafts change no token of an answer, so nothing but speed follows from these estimates.
+What rows and passes cost is measured too (`step_costs.py`). Drafts change no token of an answer, so nothing but speed
+follows from these estimates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,8 +26,9 @@ from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import ExitAdapter, LayerPath
 from vllm_buddy.method.budget import MIN_DEPTH
-from vllm_buddy.method.drafting import batch_share, draft_gain, pass_cost
-from vllm_buddy.serving.schedule.plan import Executed
+from vllm_buddy.method.drafting import draft_gain, pass_cost
+from vllm_buddy.serving.schedule.plan import Executed, StepPlan
+from vllm_buddy.serving.schedule.step_costs import EXPECTED_ROW, StepCosts
 from vllm_buddy.serving.start.setting_sections import DraftSettings
 from vllm_buddy.serving.start.settings import BuddySettings
 
@@ -148,6 +150,8 @@ class Drafting:
 
     def __init__(self, path: DraftPath, settings: DraftSettings, num_drafts: int) -> None:
         self.path, self.settings = path, settings
+        row = settings.row_cost
+        self.costs = StepCosts(EXPECTED_ROW if row is None else row, measured=row is None)
         self._num_drafts = num_drafts
         # Of all requests.
         self._ngrams = Acceptance.expected(settings.acceptance, _SERVER_MEMORY)
@@ -181,31 +185,52 @@ class Drafting:
                 known.observe(len(counts.drafts), num_accepted)
         return by_depth
 
+    def observe_step(self, plan: StepPlan, executed: Mapping[str, Executed], seconds: float) -> None:
+        """Learn from the time of a step and of the draft passes after it."""
+        if not plan or any(request.num_prompt for request in plan.values()):
+            return
+        drafting = [plan[req_id].wanted_drafts for req_id, counts in executed.items() if counts.drafting]
+        num_rows = sum(run.num_tokens for request in plan.values() for run in request.runs)
+        self.costs.observe(num_rows, self._pass_costs(max(drafting, default=0), len(drafting)), seconds)
+
+    def _pass_costs(self, num_passes: int, num_drafting: int) -> float:
+        """What passes of num_drafting requests each are expected to cost, as a share of a step of one row."""
+        if num_passes == 0:
+            return 0.0
+        per_pass = 1.0 + self.costs.expected_row * (num_drafting - 1)
+        return (num_passes * self.path.cost + self.path.refine_cost) * per_pass
+
     def _num_ngrams(self, drafts: RequestDrafts, num_requests: int) -> int:
         if drafts.ngrams is None:
             return 0
-        row = self.settings.row_cost / batch_share(num_requests, self.settings.row_cost)
         right = drafts.ngrams.chain(self._num_drafts)
-        best = _best([draft_gain(right[:n], 0.0, row) for n in range(1, len(right) + 1)])
+        best = _best([draft_gain(right[:n], 0.0, self._ngram_row(n, num_requests)) for n in range(1, len(right) + 1)])
         if best == 0 and drafts.steps_without_ngrams >= PROBE_EVERY:
-            best = 1
+            best = self._num_drafts
         drafts.steps_without_ngrams = 0 if best else drafts.steps_without_ngrams + 1
         return best
+
+    def _ngram_row(self, n: int, num_requests: int) -> float:
+        """What each of n rows more costs, as a share of what one of num_requests requests pays of a step."""
+        costs = self.costs
+        if num_requests == 1:
+            return (costs.step(1 + n) / costs.step(1) - 1.0) / n
+        # How many rows the others will have is not known.
+        return num_requests * costs.row(num_requests, num_requests * (1 + self._num_drafts))
 
     def _num_passes(self, drafting: Sequence[Acceptance], num_requests: int) -> int:
         """Draft passes after a step in which all of `drafting` take part, of num_requests requests."""
         if not drafting:
             return 0
-        path, row = self.path, self.settings.row_cost
-        most = self._num_drafts - (path.refined is not None)  # a refining pass adds a token
+        costs = self.costs
+        most = self._num_drafts - (self.path.refined is not None)  # a refining pass adds a token
         most = min(most, self.settings.most or most)
         chains = [acceptance.chain(most) for acceptance in drafting]
-        step, per_pass = 1.0 + row * (num_requests - 1), 1.0 + row * (len(drafting) - 1)
         gains = []
         for n in range(1, most + 1):
             tokens = 1.0 + sum(sum(chain[:n]) for chain in chains) / num_requests
-            added = (n * path.cost + path.refine_cost) * per_pass + n * len(drafting) * row
-            gains.append(tokens / (1.0 + added / step))
+            cost = costs.step(num_requests + n * len(drafting)) + costs.passes * self._pass_costs(n, len(drafting))
+            gains.append(tokens / (cost / costs.step(num_requests)))
         best = _best(gains)
         if best == 0 and self._steps_without_passes >= PROBE_EVERY:
             best = 1

@@ -70,6 +70,7 @@ class _Routing(_Base):
         self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
         self._meter = None if settings.slo is None else LatencyMeter()
         self._lowers_running = settings.slo is not None or (settings.load is not None and settings.load.lowers_running)
+        self._step_started = 0.0
         self._drafting: Drafting | None = None
         if self._limits.lossless:
             path = DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
@@ -191,6 +192,7 @@ class _Routing(_Base):
             self._routing_seconds += time.perf_counter() - started
             self._metrics.observe_routing(self._routing_seconds)
             self._metrics.observe_plan(plan)
+            self._step_started = time.perf_counter()
             for new in output.scheduled_new_reqs:
                 if (prompt := first_prefill(self.requests[new.req_id])) is not None:
                     self._metrics.observe_prompt(self._routed[new.req_id].outcome.budget, *prompt)
@@ -261,6 +263,9 @@ class _Routing(_Base):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Collect the layers executed, before vLLM finishes the requests of this step."""
         executed: dict[str, Executed] = getattr(model_runner_output, EXECUTED_ATTRIBUTE, {})
+        if self._drafting is not None:
+            seconds = time.perf_counter() - self._step_started  # drafts are not scheduled asynchronously
+            self._drafting.observe_step(getattr(scheduler_output, PLAN_ATTRIBUTE), executed, seconds)
         for req_id, counts in executed.items():
             if req_id in self._routed:
                 routed = self._routed[req_id]
