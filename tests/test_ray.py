@@ -182,7 +182,7 @@ def test_a_replica_on_a_node_that_would_serve_unrouted_does_not_start(
     assert done.returncode == 1
     assert "node " in error[0]
     assert told in error[0]
-    assert f"run `pip install vllm-buddy=={vllm_buddy.__version__}` there" in error[0]
+    assert f"install vllm-buddy {vllm_buddy.__version__} there" in error[0]
 
 
 _DEPLOY = """

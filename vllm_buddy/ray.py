@@ -132,8 +132,8 @@ def needs_plugin() -> dict[str, Any]:
                     problem = f"has vllm_buddy {vllm_buddy.__version__} instead of {version}"
             if problem is not None:
                 raise RuntimeError(
-                    f"node {get_node_ip_address()} {problem}, and would not serve what was asked for; run "
-                    f"`pip install vllm-buddy=={version}` there, in the environment of Ray's workers"
+                    f"node {get_node_ip_address()} {problem}, and would not serve what was asked for; install "
+                    f"vllm-buddy {version} there, in the environment of Ray's workers (`pip install .` in a checkout)"
                 )
 
     return {"callback_class": NeedsPlugin}

@@ -8,7 +8,7 @@ from tests.harness.tiny_models import random_artifact, save_tiny_model
 from vllm_buddy.cli import artifacts, main
 
 
-def test_the_table_tells_what_was_trained(
+def test_the_list_tells_what_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fails if an artifact that changes the base weights looks like one that only routes."""
@@ -24,9 +24,10 @@ def test_the_table_tells_what_was_trained(
         random_artifact(folder, model, **parts[name])
     monkeypatch.setattr(artifacts, "shipped_artifacts", lambda: folders)
     assert main(["artifacts"]) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split()[0] for line in lines] == list(parts)
-    assert [line.split("  ")[-1].strip() for line in lines] == [
+    blocks = capsys.readouterr().out.split("\n\n")
+    assert [block.split("\n")[0] for block in blocks] == list(parts)
+    trained = [line for block in blocks for line in block.splitlines() if line.startswith("  trained:")]
+    assert [line.split(maxsplit=1)[1] for line in trained] == [
         "nothing",
         "bypass of rank 4",
         "LoRA of rank 2, merged",

@@ -3,30 +3,34 @@
 import json
 from typing import Any
 
-from tools.tables.results import RESULTS, by_key, load_rows, section, spread, where
+from tools.tables.results import RESULTS, by_key, load_rows, section, spread, table, where
 
 
 def speculation_table() -> str:
-    """Return all variants with p20 to p80, and the drafts that a step accepts."""
+    """Return all variants at all batch sizes with p20 to p80, and the drafts that a step accepts, for each task."""
     rows = load_rows("cpu_speculation.jsonl")
     found = by_key(rows, "metric", "variant", "task", "batch")
-    lines = [
-        [
-            task,
-            str(batch),
-            variant,
-            *(spread(found[metric, variant, task, batch]) for metric in ("over_stock", "over_ngram")),
-            f"{found['accepted_per_step', variant, task, batch]['p50']:.2f}",
-        ]
-        for task, batch in dict.fromkeys((row["task"], row["batch"]) for row in rows)
-        for variant in dict.fromkeys(row["variant"] for row in rows)
-    ]
-    note = (
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    parts = [
         "`python -m benchmarks.speed.speculation`: decode tokens/s over stock vLLM without drafts, greedy, and over "
         f"stock vLLM with n-grams; drafts that a step of a request accepts. Medians of {rows[0]['n']} rounds with 20th "
         f"to 80th percentile, {where(rows[0])}."
-    )
-    return section(note, ["prompts", "batch", "variant", "over stock", "over stock, n-gram", "accepted"], lines)
+    ]
+    names = {"over_stock": "over stock", "over_ngram": "over n-gram"}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        lines = []
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            shown = [name for name in names if name == "over_stock" or "n-gram" in variant]
+            cells = [
+                spread(found[metric, variant, task, batch]) if metric in shown else ""
+                for metric in names
+                for batch in batches
+            ]
+            accepted = [f"{found['accepted_per_step', variant, task, batch]['p50']:.2f}" for batch in batches]
+            lines.append([variant, *cells, " / ".join(accepted)])
+        heads = [f"{name}, batch {batch}" for name in names.values() for batch in batches]
+        parts += [f"**{task}**", "\n".join(table(["variant", *heads, "accepted"], lines))]
+    return "\n\n".join(parts)
 
 
 def profile_depths_table() -> str:

@@ -4,7 +4,6 @@ import argparse
 
 from vllm_buddy.artifact import load_artifact, shipped_artifacts
 from vllm_buddy.artifact.config import BuddyConfig
-from vllm_buddy.cli.table import format_table
 from vllm_buddy.errors import ArtifactError
 
 
@@ -14,20 +13,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per shipped artifact; returns 0.
+    """Print each shipped artifact with what it holds; returns 0.
 
     Raises:
         ArtifactError: the installation has no artifacts, or one of them cannot be read.
     """
     del args
-    rows = []
+    blocks = []
     for name, folder in shipped_artifacts().items():
         config = load_artifact(folder).config
-        made_by = "trained Decision Module" if config.has_decision_module else f"{config.prior.indicator} prior alone"
-        rows.append([name, config.base_model.id, config.base_model.fingerprint, made_by, _trained(config)])
-    if not rows:
+        paths = "trained Decision Module" if config.has_decision_module else f"{config.prior.indicator} prior alone"
+        model = f"{config.base_model.id}, fingerprint {config.base_model.fingerprint}"
+        about = {"base model": model, "paths follow": paths, "trained": _trained(config)}
+        blocks.append("\n".join([name, *(f"  {key + ':':<13} {value}" for key, value in about.items())]))
+    if not blocks:
         raise ArtifactError("this installation has no artifacts; install the package again, from a wheel or git")
-    print(format_table(["artifact", "base model", "fingerprint", "paths follow", "trained beside"], rows))
+    print("\n\n".join(blocks))
     return 0
 
 

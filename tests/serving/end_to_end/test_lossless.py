@@ -11,7 +11,7 @@ import torch
 from vllm.v1.sample import rejection_sampler
 
 from tests.harness.engine import MAX_MODEL_LEN, Ask, Engine, Tiny, make_tiny, start_engine
-from tests.harness.tiny_models import NUM_LAYERS, random_prompts
+from tests.harness.tiny_models import NUM_LAYERS, VOCAB_SIZE, random_prompts
 from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import ExitAdapter, full_path
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
@@ -108,19 +108,64 @@ def test_layers_draft_where_no_ngram_is_found(
 
 def draft_answers(engine: Engine, known: Sequence[Ask], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let n-grams draft what the model answers to requests, whatever it is."""
-    answers = [[*ask.prompt, *engine.expected(ask).token_ids[:-1]] for ask in known]
+    draft_texts(engine, [[*ask.prompt, *engine.expected(ask).token_ids[:-1]] for ask in known], monkeypatch)
+
+
+def draft_texts(engine: Engine, texts: Sequence[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let n-grams draft how one of the texts goes on."""
 
     class Ngrams:
         def propose(self, most: int, sampled: Any, num_tokens: Any, token_ids: Any) -> list[list[int]]:
-            texts = [token_ids[i, : num_tokens[i]].tolist() if new else [] for i, new in enumerate(sampled)]
-            return [self.after(text)[:most] for text in texts]
+            known = [token_ids[i, : num_tokens[i]].tolist() if new else [] for i, new in enumerate(sampled)]
+            return [self.after(text)[:most] for text in known]
 
-        def after(self, text: list[int]) -> list[int]:
-            return next((a[len(text) :] for a in answers if text and a[: len(text)] == text), [])
+        def after(self, begun: list[int]) -> list[int]:
+            return next((text[len(begun) :] for text in texts if begun and text[: len(begun)] == begun), [])
 
     drafting = engine.scheduler._drafting
     monkeypatch.setattr(drafting, "settings", drafting.settings.model_copy(update={"ngram_max": 4}))
     monkeypatch.setattr(engine.runner.drafter, "_ngrams", Ngrams())
+
+
+def test_options_of_sampling_hold_beside_drafts(
+    lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a draft is confirmed that the same request, which had no drafts, would not have sampled.
+
+    Drafts come from layers, which know of no option and are often wrong, and then are the answer itself.
+    """
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    prompts = [tuple(prompt) for prompt in random_prompts(6, seed=13, min_tokens=9, max_tokens=30)]
+    ends = engine.run([Ask(prompt, 1.0, 3) for prompt in prompts])
+    options: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.6},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+        {"min_tokens": 12, "stop_token_ids": list(ends[2].outputs[0].token_ids)},
+        {"allowed_token_ids": list(range(0, VOCAB_SIZE, 3))},
+        {"logprobs": 3},
+        {"temperature": 0.8, "top_k": 1, "seed": 5},
+    ]
+    plain = [Ask(prompt, 1.0, 24, sampling) for prompt, sampling in zip(prompts, options)]
+    expected = engine.run(plain)
+    assert not any(outcome["drafted"] for outcome in outcomes(expected))
+    asks = [replace(ask, budget=None, options=LOSSLESS) for ask in plain]
+
+    def check(outputs: Sequence[Any]) -> None:
+        for sampling, output, reference in zip(options, outputs, expected):
+            assert output.outputs[0].token_ids == reference.outputs[0].token_ids, sampling
+            assert output.kv_transfer_params["buddy"]["drafted"] > 0, sampling
+        for got, wanted in zip(outputs[4].outputs[0].logprobs, expected[4].outputs[0].logprobs):
+            assert {token: one.logprob for token, one in got.items()} == pytest.approx(
+                {token: one.logprob for token, one in wanted.items()}, abs=1e-4
+            )
+
+    check(engine.run(asks))
+    answers = [[*ask.prompt, *output.outputs[0].token_ids[:-1]] for ask, output in zip(asks, expected)]
+    draft_texts(engine, answers, monkeypatch)
+    outputs = engine.run(asks)
+    check(outputs)
+    assert all(outcome["accepted"] > 3 for outcome in outcomes(outputs))
 
 
 def test_drafts_after_a_stop_token_are_not_counted(
