@@ -83,6 +83,24 @@ def test_tokens_are_those_of_the_full_model_beside_lossy_requests(lossless: Engi
     assert sum(outcome["accepted"] for outcome in outcomes(outputs)) > 0
 
 
+def test_steps_tell_what_rows_and_passes_cost(
+    lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if drafts are paced by what they are expected to cost, though steps have shown what they do."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    seen: list[tuple[int, float, float]] = []
+    monkeypatch.setattr(engine.scheduler._drafting.costs, "observe", lambda *step: seen.append(step))
+    [prompt] = random_prompts(1, seed=3, min_tokens=9, max_tokens=9)
+    engine.run([Ask(tuple(prompt), None, 12, options=LOSSLESS)])
+    rows, pass_costs, seconds = zip(*seen)
+    assert rows[0] == 4  # the step with the prompt tells nothing; the one after it has a token and three drafts
+    assert 0.0 < pass_costs[0] == pytest.approx(3 * engine.scheduler._drafting.path.cost)
+    assert rows[-1] <= 4
+    assert pass_costs[-1] == 0.0  # no draft has room after the last token
+    assert all(0.0 < second < 60.0 for second in seconds)
+
+
 def test_layers_draft_where_no_ngram_is_found(
     lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
