@@ -49,7 +49,7 @@ and narrower than hidden size over heads; one KV head; a vocabulary that vLLM pa
 
 ## Faults of stock vLLM 0.32
 
-Found with these cases and by fuzzing, and seen without this plugin too. The server goes on after each but the last:
+Found with these cases and by fuzzing, and seen without this plugin too. The server goes on after each but the last two:
 
 - `"vllm_xargs": {"kv_transfer_params": "x"}`, or a number or list there, is answered HTTP 500 instead of 400.
 - A lone surrogate (`"\\ud800"`) in `vllm_xargs` is answered HTTP 500. In the plugin's own options it is HTTP 400.
@@ -58,6 +58,7 @@ Found with these cases and by fuzzing, and seen without this plugin too. The ser
   began with HTTP 200.
 - Without a tokenizer (`--skip-tokenizer-init`), a token id that the model lacks ends the engine. With this plugin it is
   refused.
+- On CPU, a `seed` beside a prompt that is computed in chunks ends the engine. With this plugin it does not.
 
 ## Open
 

@@ -47,14 +47,23 @@ def outcome_of_samples(c: Client) -> Any:
 
 @case(_GROUP, "seed: the same alone and in a batch")
 def seed_in_a_batch(c: Client) -> Any:
-    """Neither other requests nor chunks of a prompt must change the order in which random numbers are drawn."""
+    """Other requests must not change the order in which random numbers are drawn."""
     seeded = partial(c.complete, _STORY, seed=11, **_SAMPLED)
     others = [partial(c.at(b).complete, f"Number {i}:", temperature=1.0) for i, b in enumerate((1.0, 0.75, 0.5))]
     alone = token_ids(seeded())
     assert token_ids(c.at_once(*others, seeded)[-1]) == alone
-    in_chunks = partial(c.complete, _LONG, seed=11, **_SAMPLED)
-    assert token_ids(in_chunks()) == token_ids(c.at_once(*others, in_chunks)[-1])
     return alone
+
+
+@case(_GROUP, "seed: beside a prompt in chunks")
+def seed_of_a_long_prompt(c: Client) -> Any:
+    """Nor must chunks of a prompt change it."""
+    if not c.routed:
+        return None  # it ends stock vLLM's engine on CPU
+    seeded = partial(c.complete, _LONG, seed=11, **_SAMPLED)
+    others = [partial(c.at(b).complete, f"Number {i}:", temperature=1.0) for i, b in enumerate((1.0, 0.75, 0.5))]
+    assert token_ids(seeded()) == token_ids(c.at_once(*others, seeded)[-1])
+    return None
 
 
 @case(_GROUP, "greedy: the same alone and in a batch of budgets")
