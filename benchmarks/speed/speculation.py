@@ -1,6 +1,6 @@
 """Measures what drafts add to routing, and what routing adds to drafts.
 
-    python -m benchmarks.speed.speculation          # SmolLM2-135M on CPU: about 28 minutes on 2 cores
+    python -m benchmarks.speed.speculation          # SmolLM2-135M on CPU: about 26 minutes on 2 cores
 
 Stock vLLM and buddy run with and without n-gram drafts, in one process, and so does lossless mode: drafts from short
 paths of the model's own layers, always, as the pace allows, and where no n-gram is found. Depths are those of the
