@@ -169,8 +169,9 @@ class Drafting:
         asking: those that will have sampled a token, with the drafts that each has room for. To be called once a step.
         """
         passes = self._num_passes([drafts.by_depth for drafts, _ in asking if drafts.by_depth], num_requests)
+        rows = self._ngram_rows(num_requests)
         return [
-            (min(self._num_ngrams(drafts, num_requests), room), min(passes, room) if drafts.by_depth else 0)
+            (min(self._num_ngrams(drafts, rows), room), min(passes, room) if drafts.by_depth else 0)
             for drafts, room in asking
         ]
 
@@ -200,23 +201,25 @@ class Drafting:
         per_pass = 1.0 + self.costs.expected_row * (num_drafting - 1)
         return (num_passes * self.path.cost + self.path.refine_cost) * per_pass
 
-    def _num_ngrams(self, drafts: RequestDrafts, num_requests: int) -> int:
+    def _num_ngrams(self, drafts: RequestDrafts, rows: Sequence[float]) -> int:
+        """rows: see _ngram_rows."""
         if drafts.ngrams is None:
             return 0
         right = drafts.ngrams.chain(self._num_drafts)
-        best = _best([draft_gain(right[:n], 0.0, self._ngram_row(n, num_requests)) for n in range(1, len(right) + 1)])
+        best = _best([draft_gain(right[:n], 0.0, row) for n, row in enumerate(rows, start=1)])
         if best == 0 and drafts.steps_without_ngrams >= PROBE_EVERY:
             best = self._num_drafts
         drafts.steps_without_ngrams = 0 if best else drafts.steps_without_ngrams + 1
         return best
 
-    def _ngram_row(self, n: int, num_requests: int) -> float:
-        """What each of n rows more costs, as a share of what one of num_requests requests pays of a step."""
-        costs = self.costs
+    def _ngram_rows(self, num_requests: int) -> list[float]:
+        """[num_drafts], what each of 1, 2, ... rows more costs, as a share of what one request pays of a step."""
+        costs, numbers = self.costs, range(1, self._num_drafts + 1)
         if num_requests == 1:
-            return (costs.step(1 + n) / costs.step(1) - 1.0) / n
+            return [(costs.step(1 + n) / costs.step(1) - 1.0) / n for n in numbers]
         # How many rows the others will have is not known.
-        return num_requests * costs.row(num_requests, num_requests * (1 + self._num_drafts))
+        row = costs.row(num_requests, num_requests * (1 + self._num_drafts))
+        return [num_requests * row for _ in numbers]
 
     def _num_passes(self, drafting: Sequence[Acceptance], num_requests: int) -> int:
         """Draft passes after a step in which all of `drafting` take part, of num_requests requests."""
