@@ -1,6 +1,7 @@
 """Cases: how the next token is chosen, and what is told about it."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -45,13 +46,17 @@ def outcome_of_samples(c: Client) -> Any:
     return None
 
 
+def _neighbours(c: Client) -> list[Callable[[], Any]]:
+    """Requests of several budgets that draw random numbers of their own."""
+    return [partial(c.at(b).complete, f"Number {i}:", temperature=1.0) for i, b in enumerate((1.0, 0.75, 0.5))]
+
+
 @case(_GROUP, "seed: the same alone and in a batch")
 def seed_in_a_batch(c: Client) -> Any:
     """Other requests must not change the order in which random numbers are drawn."""
     seeded = partial(c.complete, _STORY, seed=11, **_SAMPLED)
-    others = [partial(c.at(b).complete, f"Number {i}:", temperature=1.0) for i, b in enumerate((1.0, 0.75, 0.5))]
     alone = token_ids(seeded())
-    assert token_ids(c.at_once(*others, seeded)[-1]) == alone
+    assert token_ids(c.at_once(*_neighbours(c), seeded)[-1]) == alone
     return alone
 
 
@@ -61,8 +66,7 @@ def seed_of_a_long_prompt(c: Client) -> Any:
     if not c.routed:
         return None  # it ends stock vLLM's engine on CPU
     seeded = partial(c.complete, _LONG, seed=11, **_SAMPLED)
-    others = [partial(c.at(b).complete, f"Number {i}:", temperature=1.0) for i, b in enumerate((1.0, 0.75, 0.5))]
-    assert token_ids(seeded()) == token_ids(c.at_once(*others, seeded)[-1])
+    assert token_ids(seeded()) == token_ids(c.at_once(*_neighbours(c), seeded)[-1])
     return None
 
 

@@ -20,12 +20,10 @@ def speculation_table() -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         lines = []
         for variant in dict.fromkeys(row["variant"] for row in rows):
-            shown = [name for name in names if name == "over_stock" or "n-gram" in variant]
-            cells = [
-                spread(found[metric, variant, task, batch]) if metric in shown else ""
-                for metric in names
-                for batch in batches
-            ]
+            by_metric = {metric: [spread(found[metric, variant, task, batch]) for batch in batches] for metric in names}
+            if "n-gram" not in variant:
+                by_metric["over_ngram"] = [""] * len(batches)
+            cells = [cell for of_metric in by_metric.values() for cell in of_metric]
             accepted = [f"{found['accepted_per_step', variant, task, batch]['p50']:.2f}" for batch in batches]
             lines.append([variant, *cells, " / ".join(accepted)])
         heads = [f"{name}, batch {batch}" for name in names.values() for batch in batches]

@@ -118,6 +118,21 @@ def test_drafts_follow_what_rows_and_passes_take() -> None:
     assert after_steps(told, 1.0, 0.9) == before, "costs that are given are not measured"
 
 
+def test_batches_follow_what_their_rows_take() -> None:
+    """Fails if only a single stream's drafts follow the steps."""
+    wanted = []
+    for row in (0.0, 0.2):
+        server = drafting(0.3, ngram_max=4)
+        for n in range(600):
+            rows = 8 + 8 * (n % 5)
+            plan = {"a": RequestPlan((Run(rows, server.path.path),), None)}
+            server.observe_step(plan, {}, 0.02 * (1 + row * (rows - 1)))
+        wanted.append(server.wanted([(server.of_request(lossless=True), 100)] * 8, 8)[0])
+    assert wanted[0][0] == 4
+    assert wanted[0][1] > 0
+    assert wanted[1] == (0, 0)
+
+
 def test_steps_with_prompts_tell_nothing() -> None:
     """Fails if the time of a prompt is taken for what rows of drafts cost."""
     server = drafting(0.3)
