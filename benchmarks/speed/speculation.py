@@ -34,7 +34,7 @@ from benchmarks.peers.greedy_check import BFLOAT16_GAP, GreedyCheck, LayersRun, 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.path import full_path
 from vllm_buddy.models.folder import load_tokenizer
-from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPath
+from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPasses
 from vllm_buddy.serving.start.setting_sections import DraftSettings
 from vllm_buddy.serving.start.settings import BuddySettings
 
@@ -56,7 +56,7 @@ class Drafted(Variant):
     """
 
     ngrams: bool
-    drafts: DraftPath | None = None
+    drafts: DraftPasses | None = None
     most: int = NUM_DRAFTS
     paced: bool = True
     pace: Drafting | None = None
@@ -75,8 +75,8 @@ class Drafted(Variant):
         if self.pace is None:
             row_cost = None if self.paced else 0.0  # with cost 0 too, the most drafts gain the most
             settings = core.scheduler._drafting.settings.model_copy(update={"row_cost": row_cost, "most": self.most})
-            self.pace = Drafting(self.drafts or core.scheduler._drafting.path, settings, NUM_DRAFTS)
-        drafter.use(self.pace.path)
+            self.pace = Drafting(self.drafts or core.scheduler._drafting.passes, settings, NUM_DRAFTS)
+        drafter.use(self.pace.passes)
         core.scheduler._drafting = self.pace
 
 
@@ -144,20 +144,21 @@ def _variants(lineup: Lineup) -> list[Variant]:
     def lossless(name: str, **how: Any) -> Drafted:
         return Drafted(name=f"lossless, {name}", layers=lineup.num_layers, budget=1.0, **common, **how)
 
-    def always(name: str, drafts: DraftPath, most: int) -> Drafted:
-        free = replace(drafts, cost=0.0, refine_cost=0.0)
+    def always(name: str, drafts: DraftPasses, most: int) -> Drafted:
+        refining = drafts.refining and replace(drafts.refining, cost=0.0)
+        free = replace(drafts, drafting=replace(drafts.drafting, cost=0.0), refining=refining)
         return lossless(f"always {name}", ngrams=False, drafts=free, most=most, paced=False)
 
     exits = [draft.path.bit_count() for draft in lineup.artifact.drafts]
     for depth in exits:
-        found.append(always(f"1 draft of {depth} layers", _draft_path(lineup, depth=depth), 1))
+        found.append(always(f"1 draft of {depth} layers", _draft_passes(lineup, depth=depth), 1))
     if lineup.artifact.draft_vocabulary is not None:
-        among_all = _draft_path(lineup, vocabulary="all")
-        found.append(always(f"1 draft of {among_all.path.bit_count()} layers, all tokens", among_all, 1))
-    drafts = _draft_path(lineup)
-    found.append(always(f"3 drafts of {drafts.path.bit_count()} layers", drafts, 3))
+        among_all = _draft_passes(lineup, vocabulary="all")
+        found.append(always(f"1 draft of {among_all.drafting.path.bit_count()} layers, all tokens", among_all, 1))
+    drafts = _draft_passes(lineup)
+    found.append(always(f"3 drafts of {drafts.drafting.path.bit_count()} layers", drafts, 3))
     if len(exits) > 1:
-        refined = _draft_path(lineup, refine_depth=exits[1])
+        refined = _draft_passes(lineup, refine_depth=exits[1])
         found.append(always(f"2 drafts of {exits[0]} layers, refined by {exits[1]}", refined, 2))
     found.append(lossless("as it pays", ngrams=False, drafts=drafts))
     found.append(lossless("n-gram, then as it pays", ngrams=True, drafts=drafts))
@@ -167,11 +168,11 @@ def _variants(lineup: Lineup) -> list[Variant]:
     return found
 
 
-def _draft_path(lineup: Lineup, **drafts: Any) -> DraftPath:
+def _draft_passes(lineup: Lineup, **drafts: Any) -> DraftPasses:
     settings = BuddySettings(drafts=DraftSettings(**drafts))
     artifact = load_artifact(Path(engines.core(lineup.drafting).vllm_config.additional_config["buddy"]["artifact"]))
     hf_config = engines.core(lineup.drafting).vllm_config.model_config.hf_text_config
-    return DraftPath.of(settings, artifact, hf_config)
+    return DraftPasses.of(settings, artifact, hf_config)
 
 
 def _check(lineup: Lineup, variants: Sequence[Variant], prompts: Sequence[list[int]]) -> None:

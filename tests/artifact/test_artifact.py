@@ -66,12 +66,18 @@ def _artifact(
     return Artifact(config, prior, random_decision() if decision is True else decision or None, bypass, lora)
 
 
-def _exits(*, rounded: bool = True) -> list[DraftExit]:
+def _exits(*, rounded: bool = True, gaps: bool = False) -> list[DraftExit]:
     exits = []
     for seed, layers in enumerate(([0, 1, 4, 9], [0, 1, 4, 5, 9])):
         down, up = torch.randn(2, RANK, BASE.hidden_size, generator=torch.Generator().manual_seed(seed)).half().float()
         adapter = ExitAdapter(down, up.T.contiguous(), EPS)
-        exits.append(DraftExit(path_of(layers), adapter.rounded() if rounded else adapter))
+        exit_ = DraftExit(path_of(layers), adapter.rounded() if rounded else adapter)
+        if gaps:
+            firsts = exit_.first_of_gaps
+            scales = torch.arange(1, len(firsts) + 1)[:, None, None]
+            own = Bypass(scales * down, scales * up.T, EPS, firsts)
+            exit_ = dataclasses.replace(exit_, bypass=own.rounded() if rounded else own)
+        exits.append(exit_)
     return exits
 
 
@@ -205,6 +211,54 @@ def test_round_trip_of_draft_exits(tmp_path: Path, rounded: bool) -> None:
         assert torch.equal(found.adapter.up, wanted.adapter.up)
         assert found.adapter.eps == EPS
     assert load_file(tmp_path / WEIGHTS_FILE)["drafts.up"].dtype == (np.int8 if rounded else np.float16)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_round_trip_of_the_bypasses_of_gaps(tmp_path: Path, rounded: bool) -> None:
+    """Fails if a gap gets the bypass of another, of another exit, or a digest does not tell one from the other."""
+    exits = _exits(rounded=rounded, gaps=True)
+    artifact = with_drafts(_artifact(bypass=_bypass()), exits)
+    artifact.save(tmp_path)
+    loaded = load_artifact(tmp_path)
+    assert loaded.config.drafts is not None
+    assert loaded.config.drafts.gaps
+    assert loaded.digest == artifact.digest != with_drafts(_artifact(bypass=_bypass()), _exits(rounded=rounded)).digest
+    for found, wanted, firsts in zip(loaded.drafts, exits, [(2, 5), (2, 6)], strict=True):
+        assert found.bypass is not None
+        assert wanted.bypass is not None
+        assert found.bypass.layers == wanted.bypass.layers == firsts
+        assert torch.equal(found.bypass.down, wanted.bypass.down)
+        assert torch.equal(found.bypass.up, wanted.bypass.up)
+    assert load_file(tmp_path / WEIGHTS_FILE)["drafts.bypass.up"].dtype == (np.int8 if rounded else np.float16)
+
+
+def test_exits_without_bypasses_of_gaps_keep_their_digest(tmp_path: Path) -> None:
+    """Fails if an artifact of format version 5, which knows no bypasses of gaps, is refused or gets another digest."""
+    artifact = with_drafts(_artifact(), _exits())
+    artifact.save(tmp_path)
+    raw = json.loads((tmp_path / CONFIG_FILE).read_text())
+    del raw["drafts"]["gaps"]
+    assert '"gaps"' not in json.dumps(raw)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(raw | {"format_version": 5}))
+    loaded = load_artifact(tmp_path)
+    assert [draft.bypass for draft in loaded.drafts] == [None, None]
+    assert loaded.digest == artifact.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("drafts__bypass.down", np.zeros((3, RANK, 8), np.float16), r"shape \(3, 3, 8\), expected \(4, 3, 8\)"),
+        ("drafts__bypass.up", None, r"shape None, expected \(4, 8, 3\)"),
+        ("drafts__bypass.up_scale", np.full(32, np.inf, np.float32), "not finite"),
+    ],
+)
+def test_bypasses_of_gaps_of_wrong_shape(tmp_path: Path, name: str, array: np.ndarray | None, message: str) -> None:
+    """Fails if bypasses that do not fit the gaps are loaded and stop the engine later."""
+    with_drafts(_artifact(), _exits(gaps=True)).save(tmp_path)
+    _edit_tensors(tmp_path, **{name: array})
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(tmp_path)
 
 
 def test_round_trip_of_the_tokens_that_drafts_choose_among(tmp_path: Path) -> None:

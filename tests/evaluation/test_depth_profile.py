@@ -97,7 +97,7 @@ def test_trained_exits_are_shown_beside_what_they_were_trained_from(
     (row,) = found["exits"]
     assert row["depth"] == 4
     assert row["right"] == found["depths"][0]["right"]
-    assert "without its adapter" in capsys.readouterr().out
+    assert "with the bypass of each layer" in capsys.readouterr().out
     # The same path without an adapter, and the library's, as an artifact without exits has them.
     model, tokens = load_model(folder), torch.tensor(random_prompts(1, seed=2, min_tokens=40, max_tokens=40))
     said, full = full_pass(model, tokens)
@@ -109,7 +109,7 @@ def test_trained_exits_are_shown_beside_what_they_were_trained_from(
     assert not torch.equal(all_tokens, chain)
     (shown,) = _exit_rows(Drafts(tokens, said, 0, {4: chain}, {}, {4: [all_tokens, *bare]}))
     n = tokens.shape[1] - 2
-    for name, one in zip(("right", "all_tokens", "without_adapter", "library"), (chain, all_tokens, *bare)):
+    for name, one in zip(("right", "all_tokens", "untrained", "library"), (chain, all_tokens, *bare)):
         assert shown[name][0] == pytest.approx(float((one[0, :, :n] == said[:, :n]).float().mean()), abs=1e-4)
 
 

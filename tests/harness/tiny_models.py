@@ -41,6 +41,7 @@ from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.lora import LoraDeltas
+from vllm_buddy.method.path import gaps_of
 
 NUM_LAYERS = 8
 HIDDEN_SIZE = 128
@@ -123,6 +124,7 @@ def random_artifact(
     token_depths: Sequence[int] = (),
     draft_depths: Sequence[int] = (),
     draft_vocabulary: int = 0,
+    draft_gaps: bool = False,
 ) -> Artifact:
     """Write an artifact for the model in `model_dir` into `folder`, and return it as loaded from there.
 
@@ -133,6 +135,7 @@ def random_artifact(
     token_depths: depths of nested random paths, without the full depth, and a random router of tokens; empty for none.
     draft_depths: depths of nested random exits for drafts, with adapters that change every token; empty for none.
     draft_vocabulary: number of random tokens that drafts choose among; 0: all.
+    draft_gaps: whether the gaps of the exits' paths have random bypasses of their own.
     """
     base = identify(model_dir)
     num_middle = base.num_layers - 2
@@ -161,22 +164,28 @@ def random_artifact(
     artifact = artifact if token is None else with_token_router(artifact, token)
     if draft_depths:
         some = np.sort(rng.permutation(base.vocab_size)[:draft_vocabulary]) if draft_vocabulary else None
-        artifact = with_drafts(artifact, random_exits(model, draft_depths, seed), some)
+        artifact = with_drafts(artifact, random_exits(model, draft_depths, seed, gaps=draft_gaps), some)
     artifact.save(folder)
     return load_artifact(folder)
 
 
-def random_exits(model: nn.Module, depths: Sequence[int], seed: int, rank: int = 4) -> list[DraftExit]:
-    """Return exits of nested random paths, whose adapters add about as much as the states have."""
+def random_exits(
+    model: nn.Module, depths: Sequence[int], seed: int, rank: int = 4, *, gaps: bool = False
+) -> list[DraftExit]:
+    """Return exits of nested random paths, whose adapters and bypasses add about as much as the states have."""
     config: Any = model.config
     middle = np.random.default_rng(seed + 1).permutation(np.arange(1, config.num_hidden_layers - 1)).tolist()
     generator = torch.Generator().manual_seed(seed)
     exits = []
     for depth in depths:
-        down = torch.randn(rank, config.hidden_size, generator=generator) / config.hidden_size**0.5
-        up = 4 * torch.randn(config.hidden_size, rank, generator=generator) / rank**0.5
         path = path_of([0, config.num_hidden_layers - 1, *middle[: depth - 2]])
-        exits.append(DraftExit(path, ExitAdapter(down, up, config.rms_norm_eps).rounded()))
+        firsts = tuple(gap.start for gap in gaps_of(path))
+        count = 1 + (len(firsts) if gaps else 0)
+        down = torch.randn(count, rank, config.hidden_size, generator=generator) / config.hidden_size**0.5
+        up = 4 * torch.randn(count, config.hidden_size, rank, generator=generator) / rank**0.5
+        adapter = ExitAdapter(down[0], up[0], config.rms_norm_eps).rounded()
+        own = Bypass(down[1:], up[1:], config.rms_norm_eps, firsts).rounded() if gaps else None
+        exits.append(DraftExit(path, adapter, own))
     return exits
 
 

@@ -1,6 +1,7 @@
 """The search for draft paths, the training of their adapters, and the way from files to an artifact with exits."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from tests.harness.tiny_models import (
 from vllm_buddy.artifact import Artifact, load_artifact
 from vllm_buddy.artifact.provenance import DRAFTS_HEADING
 from vllm_buddy.cli.main import main
-from vllm_buddy.method import full_path, layers_of
+from vllm_buddy.method import full_path, layers_of, path_of
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
 from vllm_buddy.method.draft_head import frequent_tokens
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.draft_fit import DraftStates, fit_adapters, measure
+from vllm_buddy.training.draft_fit import DraftTeacher, fit_exits, fit_gaps, measure
 from vllm_buddy.training.draft_record import LOG_FILE
 from vllm_buddy.training.draft_search import DraftPaths, search_drafts, starting_path
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
@@ -100,33 +101,56 @@ def test_a_layer_that_does_nothing_goes_first(tmp_path: Path) -> None:
     assert (found.agreement, found.divergence) == (1.0, pytest.approx(0.0, abs=1e-5))
 
 
-def test_an_adapter_learns_what_the_whole_model_says(made: tuple[Any, Artifact]) -> None:
-    """Fails if the loss has no gradient in the adapter, another exit's state is trained on, or rounding loses it."""
+@pytest.mark.parametrize("gaps", [False, True], ids=["adapters", "gaps"])
+def test_an_exit_learns_what_the_whole_model_says(gaps: bool, made: tuple[Any, Artifact]) -> None:
+    """Fails if the loss has no gradient in what is trained, another exit is trained instead, or rounding loses it."""
     model, artifact = made
     settings = DraftTrainingSettings(
         out="x", data=DATA, rank=32, length=32, batch=8, tokens=60 * 256, learning_rate=0.01, min_depth=3, max_depth=4
     )  # fmt: skip
     paths = [artifact.first_path(depth) or 0 for depth in (4, 6)]
-    # Without the bypass, which is random and leaves little to learn from.
-    states = DraftStates(model, paths, None, settings.top_logits)
+    teacher = DraftTeacher(model, settings.top_logits)
     rng = np.random.default_rng(0)
     # Few tokens, so that much of what comes next can be learned from few texts.
     texts = rng.integers(0, 24, (settings.num_steps + 4, 8, 32))
     held_out = texts[-4:].reshape(-1, 32)
-    before = measure(states, held_out, [None, None])
+    # Without the artifact's bypass, which is random and leaves little to learn from.
+    starts = fit_gaps(model, torch.from_numpy(texts[0]), settings.rank, paths) if gaps else [None, None]
+    before = measure(teacher, held_out, [(path, start, None) for path, start in zip(paths, starts)])
     log: list[dict[str, Any]] = []
-    exits = fit_adapters(states, list(texts[: settings.num_steps]), paths, settings, 1e-5, log.append)
-    after = measure(states, held_out, [draft.adapter for draft in exits])
+    exits = fit_exits(teacher, list(texts[: settings.num_steps]), paths, starts, None, settings, log.append)
+    after = measure(teacher, held_out, [(draft.path, draft.bypass, draft.adapter) for draft in exits])
     assert [draft.path for draft in exits] == paths
     assert len(log) == settings.num_steps
     for old, new in zip(before, after):
         assert new.divergence < 0.9 * old.divergence
         assert new.agreement > old.agreement
-    swapped = measure(states, held_out, [draft.adapter for draft in reversed(exits)])
-    assert all(right.divergence > new.divergence for right, new in zip(swapped, after))
+    swapped = [(draft.path, draft.bypass, other.adapter) for draft, other in zip(exits, reversed(exits), strict=True)]
+    assert all(right.divergence > new.divergence for right, new in zip(measure(teacher, held_out, swapped), after))
 
 
-def test_memory_does_not_grow_with_the_batch(made: tuple[Any, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bypass_of_a_gap_starts_where_it_predicts_the_gap(made: tuple[Any, Artifact]) -> None:
+    """Fails if a gap's bypass is computed from other layers than those of the gap, or goes to another path."""
+    model, _ = made
+    text = np.random.default_rng(0).integers(0, 24, (8, 32))
+    teacher = DraftTeacher(model, 16)
+    paths = [path_of([0, 1, 2, 6, NUM_LAYERS - 1]), path_of([0, 1, 2, 4, 6, NUM_LAYERS - 1])]
+    starts = fit_gaps(model, torch.from_numpy(text), 16, paths)
+    assert [start.layers for start in starts] == [(3,), (3, 5)]
+    swapped = [replace(starts[1], layers=(3,)), replace(starts[0], layers=(5,))]
+    bare, fitted, wrong = (
+        measure(teacher, text, [(path, bypass, None) for path, bypass in zip(paths, of_paths)])
+        for of_paths in ([None, None], starts, swapped)
+    )
+    for nothing, own, other in zip(bare, fitted, wrong):
+        assert own.divergence < nothing.divergence
+        assert own.divergence < other.divergence
+
+
+@pytest.mark.parametrize("gaps", [False, True], ids=["adapters", "gaps"])
+def test_memory_does_not_grow_with_the_batch(
+    gaps: bool, made: tuple[Any, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the logits of a whole batch are in memory at once: batch times length times vocabulary."""
     model, artifact = made
     length, batch, rows = 64, 8, []
@@ -142,9 +166,11 @@ def test_memory_does_not_grow_with_the_batch(made: tuple[Any, Artifact], monkeyp
         out="x", data=DATA, length=length, batch=batch, tokens=batch * length, min_depth=3, max_depth=4
     )
     paths = [artifact.first_path(4) or 0]
-    states = DraftStates(model, paths, artifact.bypass, settings.top_logits)
     text = np.random.default_rng(0).integers(0, VOCAB_SIZE, (batch, length))
-    fit_adapters(states, [text], paths, settings, 1e-5, lambda _: None)
+    starts = fit_gaps(model, torch.from_numpy(text), settings.rank, paths) if gaps else [None]
+    fit_exits(
+        DraftTeacher(model, settings.top_logits), [text], paths, starts, artifact.bypass, settings, lambda _: None
+    )
     assert len(rows) > batch
     assert max(rows) <= 128
 
@@ -168,6 +194,7 @@ def test_frequent_is_what_the_mix_has_most_of() -> None:
         ({"held_out_tokens": 100}, "less than one sequence of 256"),
         ({"depth": 2}, "depth"),
         ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"rank": 5}, "rank must be even, not 5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:

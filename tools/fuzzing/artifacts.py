@@ -23,11 +23,20 @@ from vllm_buddy.artifact.config import (
     TokenConfig,
 )
 from vllm_buddy.errors import ArtifactError, BuddyError
-from vllm_buddy.method import DraftExit, ExitAdapter, FoldedDecision, FoldedPredictor, TokenRouter, path_of
+from vllm_buddy.method import (
+    DraftExit,
+    ExitAdapter,
+    FoldedDecision,
+    FoldedPredictor,
+    LayerPath,
+    TokenRouter,
+    path_of,
+)
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import on_byte_grid
 from vllm_buddy.method.lora import LoraDeltas
+from vllm_buddy.method.path import gaps_of
 from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.start.settings import BuddySettings
 
@@ -80,7 +89,7 @@ def write_sample(folder: Path) -> None:
         lora=LoraConfig(rank=2, alpha=2.0),
         token=token,
         predictor=PredictorConfig(depths=depths, price=0.5),
-        drafts=DraftConfig(exits=tuple(map(tuple, paths[:2])), rank=_RANK, eps=1e-5, vocabulary=5),
+        drafts=DraftConfig(exits=tuple(map(tuple, paths[:2])), rank=_RANK, eps=1e-5, gaps=True, vocabulary=5),
     )
     prices = tuple((point.budget, point.price) for point in token.prices)
     router = TokenRouter(FoldedPredictor(decision(2), depths, _LAYERS), tuple(map(path_of, paths)), prices, 0.5)
@@ -92,12 +101,17 @@ def write_sample(folder: Path) -> None:
         LoraDeltas(lora, {name: tensor.T for name, tensor in lora.items()}, alpha=2.0),
         FoldedPredictor(decision(2), depths, _LAYERS),
         router,
-        tuple(
-            DraftExit(path_of(layers), ExitAdapter(down[i], up[i].T.contiguous(), 1e-5).rounded())
-            for i, layers in enumerate(paths[:2])
-        ),
+        tuple(exit_of(path_of(layers), down[i:]) for i, layers in enumerate(paths[:2])),
         np.arange(5),
     ).save(folder)
+
+
+def exit_of(path: LayerPath, weights: torch.Tensor) -> DraftExit:
+    """An exit with bypasses of its gaps. weights: [at least 1 + its gaps, rank, hidden_size]."""
+    firsts = tuple(gap.start for gap in gaps_of(path))
+    of_gaps = weights[1 : 1 + len(firsts)]
+    adapter = ExitAdapter(weights[0], weights[0].T.contiguous(), 1e-5).rounded()
+    return DraftExit(path, adapter, Bypass(of_gaps, of_gaps.mT.contiguous(), 1e-5, firsts).rounded())
 
 
 def fuzz(num_cases: int, folder: Path) -> int:

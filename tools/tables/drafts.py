@@ -55,7 +55,7 @@ def profile_exits_table() -> str:
     what = {
         "right": "exit, as it drafts",
         "all_tokens": "exit, among all tokens",
-        "without_adapter": "its path without the adapter, among all tokens",
+        "untrained": "its path with the bypass of each layer, among all tokens",
         "library": "first path of the library, among all tokens",
     }
     lines = [

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -79,8 +79,10 @@ class Artifact:
         """Sixteen hex digits that change with everything that can change a path or its results."""
         # Without the format version: an artifact that a later version saves again keeps its digest.
         # Nor does a field that later versions added, and that it does not use, change it.
-        unused = {name for name in ("token", "drafts") if getattr(self.config, name) is None}
-        h = hashlib.sha256(self.config.model_dump_json(exclude={"format_version", *unused}).encode())
+        unused: dict[str, Any] = {name: True for name in ("token", "drafts") if getattr(self.config, name) is None}
+        if self.config.drafts is not None and not self.config.drafts.gaps:
+            unused["drafts"] = {"gaps"}
+        h = hashlib.sha256(self.config.model_dump_json(exclude={"format_version": True, **unused}).encode())
         for _, array in sorted(self._tensors.items()):
             h.update(np.ascontiguousarray(array).tobytes())
         return h.hexdigest()[:16]
@@ -175,13 +177,15 @@ def with_token_router(artifact: Artifact, router: TokenRouter) -> Artifact:
 def with_drafts(artifact: Artifact, exits: Sequence[DraftExit], vocabulary: np.ndarray | None = None) -> Artifact:
     """Return the artifact with exits for lossless mode, shallow to deep, in place of those that it may have.
 
-    exits: their adapters have one rank and one eps. vocabulary: as Artifact.draft_vocabulary.
+    exits: their adapters, and the bypasses that all or none have of their gaps, have one rank and one eps.
+    vocabulary: as Artifact.draft_vocabulary.
     """
     adapter = exits[0].adapter
     config = DraftConfig(
         exits=tuple(tuple(layers_of(draft.path)) for draft in exits),
         rank=adapter.rank,
         eps=adapter.eps,
+        gaps=exits[0].bypass is not None,
         vocabulary=None if vocabulary is None else len(vocabulary),
     )
     changed = artifact.config.model_copy(update={"drafts": config})

@@ -10,7 +10,7 @@ from vllm_buddy.artifact.fingerprint import BaseModelIdentity, Line
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.router import OMEGA
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 _LARGE = 1e6  # beyond any useful value, and far from overflow
 _Budget = Annotated[float, Field(gt=0, le=1)]
@@ -94,8 +94,12 @@ class DraftConfig(BaseModel):
         min_length=1,
         description="layer sets, each a subset of the next; the first one drafts, a deeper one may check its drafts",
     )
-    rank: int = Field(ge=1, description="rank of the adapters")
-    eps: float = Field(ge=0, le=1, description="epsilon of the adapters' RMSNorm, equal to the base model's")
+    rank: int = Field(ge=1, description="rank of the adapters, and of the bypasses of gaps")
+    eps: float = Field(ge=0, le=1, description="epsilon of their RMSNorm, equal to the base model's")
+    gaps: bool = Field(
+        default=False,
+        description="whether each gap of an exit's path has a bypass of its own; false: skipped layers have theirs",
+    )
     vocabulary: int | None = Field(
         default=None, ge=1, description="number of tokens that drafts choose among; absent: all of the vocabulary"
     )

@@ -11,6 +11,7 @@
 | `bypass.down`, `bypass.up` | [num_middle, rank, hidden_size], [num_middle, hidden_size, rank], int8 |
 | `bypass.down_scale`, `bypass.up_scale` | [num_middle * rank], [num_middle * hidden_size], float32, one per row |
 | `drafts.down`, `drafts.up` | as those of `bypass`, the adapters of the exits in place of the bypasses of the layers |
+| `drafts.bypass.down`, `drafts.bypass.up` | the same, of the bypasses of the gaps of all exits, one after the other |
 | `drafts.vocabulary` | [vocab_size], int8, 1 for each token that drafts choose among and else 0 |
 | `lora.NAME.a`, `lora.NAME.b` | [rank, in], [out, rank], float16; NAME is Hugging Face's, without `.weight` |
 
@@ -20,25 +21,27 @@ tables are then float32 (as all tables of format version 1 are), and bypasses an
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_buddy.artifact.config import BuddyConfig
+from vllm_buddy.artifact.config import BuddyConfig, DraftConfig
 from vllm_buddy.artifact.files import TensorHeader
 from vllm_buddy.errors import ArtifactError, shown
 from vllm_buddy.method import DraftExit, ExitAdapter, FoldedDecision, FoldedPredictor, TokenRouter, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import byte_grid
 from vllm_buddy.method.lora import LoraDeltas
+from vllm_buddy.method.path import gaps_of
 
 _DECISION, _PREDICTOR, _TOKEN = "decision", "predictor", "token"
 _TABLES = ("table_context", "table_newest")
 _DECISION_TENSORS = (*_TABLES, "b1", "w2", "b2")
-_BYPASS, _DRAFTS = "bypass", "drafts"
+_BYPASS, _DRAFTS, _GAPS = "bypass", "drafts", "drafts.bypass"
 _LOW_RANK_TENSORS = ("down", "up")
 _VOCABULARY = "drafts.vocabulary"
 _LORA_TENSORS = ("a", "b")
@@ -71,13 +74,14 @@ class ArtifactParts:
     def constants(self) -> tuple[Any, ...]:
         """The values that are stored in the configuration.
 
-        bypass_eps, lora.alpha, predictor.depths, path and eps of each exit of drafts, and the size of their vocabulary.
+        bypass_eps, lora.alpha, predictor.depths, path, eps and gaps of each exit of drafts, and the size of their
+        vocabulary.
         """
         return (
             None if self.bypass is None else self.bypass.eps,
             None if self.lora is None else self.lora.alpha,
             None if self.predictor is None else self.predictor.depths,
-            tuple((draft.path, draft.adapter.eps) for draft in self.drafts),
+            tuple((d.path, d.adapter.eps, d.bypass and (d.bypass.eps, d.bypass.layers)) for d in self.drafts),
             None if self.draft_vocabulary is None else len(self.draft_vocabulary),
         )
 
@@ -97,6 +101,8 @@ def pack_tensors(parts: ArtifactParts, vocab_size: int) -> dict[str, np.ndarray]
         if parts.drafts:
             adapters = torch.stack([getattr(draft.adapter, name) for draft in parts.drafts])
             tensors |= _pack_low_rank(f"{_DRAFTS}.{name}", adapters)
+        if gaps := [getattr(draft.bypass, name) for draft in parts.drafts if draft.bypass is not None]:
+            tensors |= _pack_low_rank(f"{_GAPS}.{name}", torch.cat(gaps))
     if parts.draft_vocabulary is not None:
         tensors[_VOCABULARY] = np.zeros(vocab_size, np.int8)
         tensors[_VOCABULARY][parts.draft_vocabulary] = 1
@@ -145,11 +151,7 @@ def parse_tensors(config: BuddyConfig, tensors: dict[str, np.ndarray], source: s
     drafts: tuple[DraftExit, ...] = ()
     vocabulary = None
     if config.drafts is not None:
-        adapters = zip(*_low_rank(_DRAFTS, tensors, source))
-        exits = zip(config.drafts.exits, adapters, strict=True)
-        drafts = tuple(
-            DraftExit(path_of(layers), ExitAdapter(down, up, config.drafts.eps)) for layers, (down, up) in exits
-        )
+        drafts = tuple(_exits(config.drafts, tensors, source))
         if config.drafts.vocabulary is not None:
             vocabulary = np.flatnonzero(tensors[_VOCABULARY])
             if len(vocabulary) != config.drafts.vocabulary:
@@ -192,6 +194,9 @@ def _expected_shapes(config: BuddyConfig, tensors: _Headers, lora_names: list[st
     if config.drafts is not None:
         num_exits = len(config.drafts.exits)
         shapes |= _low_rank_shapes(_DRAFTS, num_exits, config.drafts.rank, base.hidden_size, tensors)
+        if config.drafts.gaps:
+            num_gaps = sum(len(gaps_of(path_of(layers))) for layers in config.drafts.exits)
+            shapes |= _low_rank_shapes(_GAPS, num_gaps, config.drafts.rank, base.hidden_size, tensors)
         shapes |= {} if config.drafts.vocabulary is None else {_VOCABULARY: (base.vocab_size,)}
     if config.lora is not None:
         for name in lora_names:
@@ -238,6 +243,17 @@ def _decision(part: str, tensors: dict[str, np.ndarray], source: str) -> FoldedD
         if scale is not None:
             parts[name] = _scaled(parts[name], scale, f"{part}.{name}", source)
     return FoldedDecision(**parts)
+
+
+def _exits(config: DraftConfig, tensors: dict[str, np.ndarray], source: str) -> Iterator[DraftExit]:
+    gaps = zip(*_low_rank(_GAPS, tensors, source)) if config.gaps else iter(())
+    for layers, down, up in zip(config.exits, *_low_rank(_DRAFTS, tensors, source), strict=True):
+        path, bypass = path_of(layers), None
+        if config.gaps:
+            firsts = tuple(gap.start for gap in gaps_of(path))
+            downs, ups = zip(*islice(gaps, len(firsts)))
+            bypass = Bypass(torch.stack(downs), torch.stack(ups), config.eps, firsts)
+        yield DraftExit(path, ExitAdapter(down, up, config.eps), bypass)
 
 
 def _scaled(codes: np.ndarray, scale: np.ndarray, name: str, source: str) -> np.ndarray:

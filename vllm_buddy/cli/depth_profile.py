@@ -83,7 +83,7 @@ def profile_tables(profile: "Profile") -> list[str]:
         for name, what in (
             ("right", "as it drafts"),
             ("all_tokens", "among all tokens"),
-            ("without_adapter", "without its adapter"),
+            ("untrained", "with the bypass of each layer"),
             ("library", "path of the library"),
         )
         if row[name] is not None

@@ -1,4 +1,4 @@
-"""`vllm-buddy train-drafts`: adds exits for lossless mode to an artifact: paths that draft, each with an adapter."""
+"""`vllm-buddy train-drafts`: adds exits for lossless mode to an artifact: paths that draft, with what is trained."""
 
 import argparse
 from typing import Any
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search the draft paths, train their adapters and write the artifact; returns 0.
+    """Search the draft paths, train their exits and write the artifact; returns 0.
 
     Raises:
         BuddyError: a setting, the data, the artifact or the model cannot be used, or a loss is not finite.
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     for draft, before, after in zip(trained.artifact.drafts, trained.before, trained.after):
         print(
             f"{draft.path.bit_count()} layers, on held-out text: {before.agreement:.1%} of first drafts are right "
-            f"without the adapter, {after.agreement:.1%} with it ({before.divergence:.3f} and {after.divergence:.3f} "
-            "nats per token from the whole model)"
+            f"before training, {after.agreement:.1%} after it ({before.divergence:.3f} and {after.divergence:.3f} nats "
+            "per token from the whole model)"
         )
     print(f"wrote artifact '{trained.artifact.config.name}' to {settings.out}")
     return 0

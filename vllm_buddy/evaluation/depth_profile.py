@@ -26,6 +26,7 @@ from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.depth_profile_settings import DepthProfileSettings
 from vllm_buddy.importance.calibration import CalibrationText
 from vllm_buddy.method import ExitAdapter, LayerPath, path_of
+from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
 from vllm_buddy.method.drafting import batch_share, pass_cost
 from vllm_buddy.models.folder import load_config, load_model, load_tokenizer
@@ -33,7 +34,8 @@ from vllm_buddy.models.folder import load_config, load_model, load_tokenizer
 NUM_DEPTHS = 8
 _PASSAGES_AT_ONCE = 8
 
-Exit = tuple[LayerPath, ExitAdapter | None]  # a path that drafts, with the adapter of its exit, if it has one
+# A path that drafts, the adapter of its exit, and the bypass of what it skips, each if there is one.
+Exit = tuple[LayerPath, ExitAdapter | None, Bypass | None]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Drafts:
     start: position of the last token of each passage, the first whose next token the model wrote.
     chains: by depth, [max_drafts, num_texts, length], see draft_chains. stages: by number of stages, what the exits of
         all stages but the last say, [stages - 1, num_texts, length].
-    untrained: by depth of an exit of the artifact, chains as above: with its adapter among all tokens, of its path
-        without the adapter and, where there is one, of the library's path of that depth.
+    untrained: by depth of an exit of the artifact, chains as above: among all tokens, of its path with the bypass of
+        each layer alone and, where there is one, of the library's path of that depth with the same.
     """
 
     tokens: torch.Tensor
@@ -63,8 +65,8 @@ class Profile:
     depths: depth, cost, right (by length of the chain), ead (share of tokens with that earliest agreeing depth).
     speedups: batch, source, drafts, speedup. dex: devices, exit_stage, exit_speedup, exploration_speedup, ratio.
     exits: of each exit of the artifact, depth, and the share of chains of each length that are right: right,
-        all_tokens, without_adapter, and of the library's path of the depth, library (None: it has none). The last two
-        choose among all tokens too.
+        all_tokens, untrained, and of the library's path of the depth, library (None: it has none). The last two choose
+        among all tokens too, with the bypass of each layer and no adapter.
     """
 
     about: dict[str, Any]
@@ -112,7 +114,7 @@ def profile_depths(settings: DepthProfileSettings, model_dir: Path, report: Call
 
 def _exits(settings: DepthProfileSettings, artifact: Artifact) -> dict[int, Exit]:
     """By depth, what drafts there: the artifact's exit, or else the path of its library."""
-    num_layers = artifact.config.base_model.num_layers
+    num_layers, bypass = artifact.config.base_model.num_layers, artifact.bypass
     trained = {draft.path.bit_count(): draft for draft in artifact.drafts}
     in_library = sorted(d for d in (artifact.config.library or range(3, num_layers)) if d < num_layers)
     known = sorted({*in_library, *trained})
@@ -126,9 +128,9 @@ def _exits(settings: DepthProfileSettings, artifact: Artifact) -> dict[int, Exit
     exits: dict[int, Exit] = {}
     for depth in sorted({*wanted}):
         if depth in trained:
-            exits[depth] = trained[depth].path, trained[depth].adapter
+            exits[depth] = trained[depth].path, trained[depth].adapter, trained[depth].bypass or bypass
         elif (path := artifact.first_path(depth)) is not None:
-            exits[depth] = path, None
+            exits[depth] = path, None, bypass
     return exits
 
 
@@ -136,24 +138,24 @@ def _costs(
     settings: DepthProfileSettings, model_dir: Path, artifact: Artifact, exits: dict[int, Exit]
 ) -> dict[int, float]:
     """Of a draft pass of each depth, by the sizes of the model, or of the one named by shape_of."""
-    rank, num_layers = artifact.config.bypass_rank, artifact.config.base_model.num_layers
+    base, bypass_rank = artifact.config.base_model, artifact.config.bypass_rank
     num_tokens = None if artifact.draft_vocabulary is None else len(artifact.draft_vocabulary)
-    adapters = {depth: 0 if adapter is None else adapter.rank for depth, (_, adapter) in exits.items()}
-    if settings.shape_of is None:
-        config = load_config(model_dir)
-        return {depth: pass_cost(config, depth, rank, adapters[depth], num_tokens) for depth in exits}
-    folder = settings.shape_of.parent if settings.shape_of.suffix == ".json" else settings.shape_of
-    config = load_config(folder)
-
-    def scaled(rank: int) -> int:
-        return rank * config.hidden_size // artifact.config.base_model.hidden_size
-
-    if num_tokens is not None:
-        num_tokens = num_tokens * config.vocab_size // artifact.config.base_model.vocab_size
-    layers = {depth: round(depth * config.num_hidden_layers / num_layers) for depth in exits}
-    return {
-        depth: pass_cost(config, layers[depth], scaled(rank), scaled(adapters[depth]), num_tokens) for depth in exits
-    }
+    config = load_config(model_dir)
+    if settings.shape_of is not None:
+        config = load_config(settings.shape_of.parent if settings.shape_of.suffix == ".json" else settings.shape_of)
+    trained = {draft.path.bit_count(): draft for draft in artifact.drafts}
+    costs = {}
+    for depth in exits:
+        # Ranks grow with the width of the model, bypasses of layers with their number.
+        layers = round(depth * config.num_hidden_layers / base.num_layers)
+        ranks = (config.num_hidden_layers - layers) * bypass_rank
+        if depth in trained:
+            gaps, own = trained[depth].bypass, trained[depth].adapter.rank
+            ranks = own + (ranks if gaps is None else len(gaps.down) * gaps.rank)
+        ranks = ranks * config.hidden_size // base.hidden_size
+        among = None if num_tokens is None else num_tokens * config.vocab_size // base.vocab_size
+        costs[depth] = pass_cost(config, layers, ranks, among)
+    return costs
 
 
 @torch.no_grad()
@@ -167,30 +169,31 @@ def _drafted(
 ) -> Drafts:
     num_layers, parts = artifact.config.base_model.num_layers, list[Any]()
     untrained: dict[int, list[Exit]] = {}
-    for depth, (path, adapter) in exits.items():
+    for depth, (path, adapter, bypass) in exits.items():
         if adapter is not None:
             in_library = artifact.first_path(depth)
-            untrained[depth] = [(path, adapter), (path, None), *([] if in_library is None else [(in_library, None)])]
+            untrained[depth] = [(path, adapter, bypass), (path, None, artifact.bypass)]
+            untrained[depth] += [] if in_library is None else [(in_library, None, artifact.bypass)]
     stage_paths = {k: [_stage_path(num_layers, k, stage) for stage in range(1, k)] for k in settings.devices}
     for begin in range(0, len(passages), _PASSAGES_AT_ONCE):
         tokens = _written(model, passages[begin : begin + _PASSAGES_AT_ONCE], settings.tokens)
         said, full = full_pass(model, tokens)
 
         def draft(
-            path: LayerPath,
+            exit_: Exit,
             length: int,
-            adapter: ExitAdapter | None = None,
             vocabulary: np.ndarray | None = None,
             tokens: torch.Tensor = tokens,
             full: Any = full,
         ) -> torch.Tensor:
-            return draft_chains(model, tokens, path, length, full, artifact.bypass, adapter, vocabulary)
+            path, adapter, bypass = exit_
+            return draft_chains(model, tokens, path, length, full, bypass, adapter, vocabulary)
 
         among = artifact.draft_vocabulary
-        chains = {depth: draft(path, settings.drafts, adapter, among) for depth, (path, adapter) in exits.items()}
-        ends = {path: draft(path, 1)[0] for of_one in stage_paths.values() for path in of_one}
+        chains = {depth: draft(exit_, settings.drafts, among) for depth, exit_ in exits.items()}
+        ends = {path: draft((path, None, artifact.bypass), 1)[0] for one in stage_paths.values() for path in one}
         stages = {k: torch.stack([ends[path] for path in of_one]) for k, of_one in stage_paths.items()}
-        bare = {d: torch.stack([draft(p, settings.drafts, a) for p, a in of_one]) for d, of_one in untrained.items()}
+        bare = {d: torch.stack([draft(exit_, settings.drafts) for exit_ in one]) for d, one in untrained.items()}
         parts.append((tokens, said, chains, stages, bare))
         report("passages", begin + len(tokens), len(passages))
     tokens, said = (torch.cat([part[i] for part in parts]) for i in (0, 1))
@@ -231,7 +234,7 @@ def _exit_rows(drafts: Drafts) -> list[dict[str, Any]]:
     rows = []
     for depth, (all_tokens, bare, *library) in drafts.untrained.items():
         row = {"depth": depth, "right": _right(drafts, drafts.chains[depth])}
-        row |= {"all_tokens": _right(drafts, all_tokens), "without_adapter": _right(drafts, bare)}
+        row |= {"all_tokens": _right(drafts, all_tokens), "untrained": _right(drafts, bare)}
         rows.append({**row, "library": _right(drafts, library[0]) if library else None})
     return rows
 

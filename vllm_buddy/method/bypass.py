@@ -7,7 +7,7 @@ model therefore equals the base model exactly, and the base weights stay untouch
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,14 +17,16 @@ from vllm_buddy.method.byte_grid import on_byte_grid
 
 @dataclass(frozen=True)
 class Bypass:
-    """The weights of the bypasses of all middle layers.
+    """The weights of bypasses, those of all middle layers or of some layers.
 
-    down: [num_middle, rank, hidden_size], D. up: [num_middle, hidden_size, rank], U. eps: that of the model's RMSNorm.
+    down: [num_bypasses, rank, hidden_size], D. up: [num_bypasses, hidden_size, rank], U. eps: that of the model's
+    RMSNorm. layers: those that have one, ascending; skipping another one changes nothing. None: all middle layers do.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     eps: float
+    layers: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -32,7 +34,7 @@ class Bypass:
 
     def to(self, like: torch.Tensor) -> "Bypass":
         """Return these weights in the dtype and on the device of `like`."""
-        return Bypass(self.down.to(like), self.up.to(like), self.eps)
+        return replace(self, down=self.down.to(like), up=self.up.to(like))
 
     def rounded(self) -> "Bypass":
         """Return these weights rounded to 8 bits with one scale per row, float32: an artifact stores them exactly."""
@@ -40,11 +42,17 @@ class Bypass:
             torch.from_numpy(on_byte_grid(t.detach().cpu().float().flatten(0, 1).T.numpy()).T.copy()).view(t.shape)
             for t in (self.down, self.up)
         )
-        return Bypass(down, up, self.eps)
+        return replace(self, down=down, up=up)
 
     def apply(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Replace the output of `layer` (1 to num_layers - 2). hidden: the layer's input, [..., hidden_size]."""
-        return hidden + bypass_delta(hidden, self.down[layer - 1], self.up[layer - 1], self.eps)
+        if self.layers is None:
+            index = layer - 1
+        elif layer in self.layers:
+            index = self.layers.index(layer)
+        else:
+            return hidden
+        return hidden + bypass_delta(hidden, self.down[index], self.up[index], self.eps)
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

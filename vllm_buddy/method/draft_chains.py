@@ -66,8 +66,8 @@ def draft_chains(
 ) -> torch.Tensor:
     """What `path` says after each token, as the first to the length-th token of a chain of drafts.
 
-    token_ids: [batch, num_tokens]. full: what full_pass keeps of them. adapter: of the path's exit. vocabulary: the
-    tokens that drafts choose among; None: all.
+    token_ids: [batch, num_tokens]. full: what full_pass keeps of them. bypass: of skipped layers, or of the gaps of the
+    path. adapter: of its exit. vocabulary: the tokens that drafts choose among; None: all.
 
     Returns:
         [length, batch, num_tokens] int64. Entry [i, :, p] is the draft after token p if the i tokens up to p were
@@ -81,7 +81,6 @@ def draft_chains(
     return torch.stack([head.likeliest(_normed(model, hidden)) for hidden in states])
 
 
-@torch.no_grad()
 def draft_states(
     model: nn.Module,
     token_ids: torch.Tensor,
@@ -92,6 +91,8 @@ def draft_states(
 ) -> list[torch.Tensor]:
     """The states in which the passes of draft_chains end, before adapter, norm and head. Same arguments.
 
+    Differentiable in the bypass.
+
     Returns:
         `length` times [batch, num_tokens, hidden_size].
     """
@@ -100,7 +101,7 @@ def draft_states(
     states = []
     for _ in range(length):
         hidden, rotary = embed(model, token_ids)
-        bypass = bypass if bypass is None else bypass.to(hidden)
+        bypass = bypass and bypass.to(hidden)
         drafted = {}
         for index, layer in enumerate(backbone.layers):
             if path >> index & 1:

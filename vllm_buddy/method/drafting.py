@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def pass_cost(
-    config: Any, depth: int, bypass_rank: int = 0, adapter_rank: int = 0, num_tokens: int | None = None
-) -> float:
-    """The share of the model's weights that a pass of `depth` layers reads.
+def pass_cost(config: Any, depth: int, ranks: int = 0, num_tokens: int | None = None) -> float:
+    """The share of the model's weights that a pass of `depth` layers reads, with the head.
 
-    With the other layers' bypass, the adapter of its exit and the head; a rank of 0: there is none. num_tokens: that
-    the pass chooses among; None: all.
+    ranks: the sum of the ranks of what it goes through beside its layers, see DraftExit.ranks. num_tokens: that the
+    pass chooses among; None: all.
 
     A step of few rows takes the time of reading its weights. config: of a Hugging Face Llama or Qwen model.
     """
@@ -23,9 +21,8 @@ def pass_cost(
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # Q and O, K and V
     layer = hidden * (heads * head_dim + 3 * config.intermediate_size)
     head = hidden * config.vocab_size
-    bypass, adapter = 2 * hidden * bypass_rank, 2 * hidden * adapter_rank
     own_head = head if num_tokens is None else hidden * num_tokens
-    return (depth * layer + (num_layers - depth) * bypass + adapter + own_head) / (num_layers * layer + head)
+    return (depth * layer + 2 * hidden * ranks + own_head) / (num_layers * layer + head)
 
 
 def batch_share(num_requests: int, row_cost: float) -> float:
@@ -37,6 +34,6 @@ def draft_gain(right: Sequence[float], cost: float, row: float, refine_cost: flo
     """Tokens per unit of cost, over those without drafts.
 
     right: [n], for each of n drafts the probability that it and all drafts before it are right. cost: of one draft
-    pass. row: of checking one draft. refine_cost: of a pass that checks them before, see DraftPath.
+    pass. row: of checking one draft. refine_cost: of a pass that checks them before, see DraftPasses.
     """
     return (1.0 + sum(right)) / (1.0 + len(right) * (cost + row) + refine_cost)

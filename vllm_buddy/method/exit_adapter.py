@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vllm_buddy.method.bypass import Bypass, bypass_delta
-from vllm_buddy.method.path import LayerPath
+from vllm_buddy.method.path import LayerPath, gaps_of
 
 START_ALPHA = 1e-3
 
@@ -53,10 +53,26 @@ class ExitAdapter:
 
 @dataclass(frozen=True)
 class DraftExit:
-    """Layers that draft, and the adapter of the state that they end in."""
+    """Layers that draft, and the adapter of the state that they end in.
+
+    bypass: of the path's gaps, each in the place of the gap's first layer; None: skipped layers have those that the
+        artifact has for all paths.
+    """
 
     path: LayerPath
     adapter: ExitAdapter
+    bypass: Bypass | None = None
+
+    @property
+    def first_of_gaps(self) -> tuple[int, ...]:
+        """The first layer of each gap of the path."""
+        return tuple(gap.start for gap in gaps_of(self.path))
+
+    def ranks(self, bypass_rank: int) -> int:
+        """The sum of the ranks of adapter and bypasses. bypass_rank: of the artifact's bypass of each layer."""
+        if self.bypass is not None:
+            return self.adapter.rank + self.bypass.rank * len(self.first_of_gaps)
+        return self.adapter.rank + bypass_rank * sum(map(len, gaps_of(self.path)))
 
 
 class InducingAdapter(nn.Module):

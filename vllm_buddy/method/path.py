@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -20,6 +21,12 @@ def path_of(layers: Iterable[int]) -> LayerPath:
 def layers_of(path: LayerPath) -> list[int]:
     """Return the layers of `path` in ascending order."""
     return [layer for layer in range(path.bit_length()) if path >> layer & 1]
+
+
+def gaps_of(path: LayerPath) -> list[range]:
+    """Return the gaps of `path`, ascending: the longest ranges of layers that it skips one after the other."""
+    layers = layers_of(path)
+    return [range(before + 1, after) for before, after in pairwise(layers) if after > before + 1]
 
 
 @lru_cache(maxsize=4096)

@@ -61,18 +61,20 @@ def drafts_card(trained: TrainedDrafts, command: str) -> str:
         shares = ", ".join(f"{right.agreement:.3f}" for right in trained.all_tokens)
         among = [
             f"Drafts choose among the {len(vocabulary)} tokens that are most frequent in the training text; among all "
-            f"tokens, {shares} would be right with the adapter.",
+            f"tokens, {shares} would be right after training.",
             "",
         ]
+    first = trained.artifact.drafts[0]
+    own = "" if first.bypass is None else "a bypass for each gap of the path and "
     lines = [
         DRAFTS_HEADING,
         "",
-        "In lossless mode the first of these paths drafts, with an adapter of rank "
-        f"{trained.artifact.drafts[0].adapter.rank} before the model's last norm. On text that was not trained on, the "
-        "share of first drafts that are what the whole model says, and the divergence in nats per token, without and "
-        "with the adapter:",
+        f"In lossless mode the first of these paths drafts, with {own}an adapter before the model's last norm, of rank "
+        f"{first.adapter.rank}. On text that was not trained on, the share of first drafts that are what the whole "
+        "model says, and the divergence in nats per token, before training (the artifact's bypass of each skipped "
+        "layer, no adapter) and after it:",
         "",
-        "| layers | right, without | with | divergence, without | with |",
+        "| layers | right, before | after | divergence, before | after |",
         "| --- | --- | --- | --- | --- |",
         *rows,
         "",

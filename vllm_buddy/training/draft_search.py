@@ -110,7 +110,8 @@ def search_drafts(
     for depth in sorted(depths):
         path = static_path(order, depth)
         skipped = set(range(num_layers)) - set(layers_of(path))
-        right, cost = paths.agreement(skipped), pass_cost(model.config, depth, rank, num_tokens=num_tokens)
+        right = paths.agreement(skipped)
+        cost = pass_cost(model.config, depth, (num_layers - depth) * rank, num_tokens)
         chains = [[right**i for i in range(1, n + 1)] for n in range(1, LONGEST_CHAIN + 1)]
         gain = max(draft_gain(chain, cost, row_cost) for chain in chains)
         found.append(DraftCandidate(depth, path, paths.divergence(skipped), right, gain))

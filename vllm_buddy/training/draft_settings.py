@@ -10,7 +10,7 @@ from vllm_buddy.training.stage1_settings import Source
 
 
 class DraftTrainingSettings(BaseModel):
-    """Settings of the search for draft paths and of the training of their adapters. They are recorded in run.yaml."""
+    """Settings of the search for draft paths and of the training of their exits. They are recorded in run.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,20 +53,33 @@ class DraftTrainingSettings(BaseModel):
         "compared",
     )
     search_tokens: int = Field(default=2560, ge=1, description="tokens of text that paths are compared on")
-    rank: int = Field(default=64, ge=1, description="rank of the adapters")
+    gaps: bool = Field(
+        default=True,
+        description="whether each gap of a path, the layers that it skips one after the other, gets a bypass of its "
+        "own; false: skipped layers have those of the artifact, and adapters alone are trained",
+    )
+    init_tokens: int = Field(
+        default=16384, ge=1, description="tokens from which the bypasses of gaps are computed, in closed form"
+    )
+    rank: int = Field(default=256, ge=1, description="rank of the adapters and of the bypasses of gaps")
     tokens: int = Field(default=150_000, ge=1, description="training tokens; a token that is used twice counts twice")
     held_out_tokens: int = Field(
         default=8192, ge=1, description="tokens on which drafts are counted before and after training, not trained on"
     )
     length: int = Field(default=256, ge=16, description="tokens per sequence")
     batch: int = Field(default=2, ge=1, description="sequences per optimizer step")
-    learning_rate: float = Field(default=5e-3, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="weight decay of AdamW")
+    learning_rate: float = Field(
+        default=5e-3, gt=0, allow_inf_nan=False, description="peak learning rate of the adapters (AdamW)"
+    )
+    gap_learning_rate: float = Field(
+        default=1.5e-3, gt=0, allow_inf_nan=False, description="peak learning rate of the bypasses of gaps (Muon)"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="weight decay of both")
     warmup_steps: int = Field(default=20, ge=0, description="optimizer steps of linear warm-up")
     clip: float = Field(
-        default=1.0, gt=0, description="largest norm of an adapter's gradient; larger ones are scaled down"
+        default=1.0, gt=0, description="largest norm of an exit's gradient; larger ones are scaled down"
     )
-    top_logits: int = Field(default=64, ge=1, description="logits of the full model that an adapter is trained on")
+    top_logits: int = Field(default=64, ge=1, description="logits of the full model that exits are trained on")
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="dtype of the model's passes")
     seed: int = Field(default=0, ge=0, description="seed of all random draws")
 
@@ -79,6 +92,8 @@ class DraftTrainingSettings(BaseModel):
             raise ValueError(f"refine_depth ({self.refine_depth}) must be more than the {deepest} layers of drafts")
         if self.num_steps < 1:
             raise ValueError(f"{self.tokens} tokens are less than one batch of {self.batch} x {self.length}")
+        if self.gaps and self.rank % 2:
+            raise ValueError(f"a bypass of a gap starts as pairs of units, so rank must be even, not {self.rank}")
         if self.num_held_out < 1:
             raise ValueError(f"held_out_tokens ({self.held_out_tokens}) are less than one sequence of {self.length}")
         return self

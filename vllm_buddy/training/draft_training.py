@@ -1,4 +1,4 @@
-"""Adds draft exits to an artifact, from settings to artifact: searches their paths and trains their adapters."""
+"""Adds draft exits to an artifact, from settings to artifact: searches their paths and trains the exits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,11 @@ import torch
 from vllm_buddy.artifact import Artifact, load_artifact, with_drafts
 from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.errors import TrainingError
+from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_head import frequent_tokens
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.draft_fit import DraftStates, Right, fit_adapters, measure
+from vllm_buddy.training.draft_fit import DraftTeacher, Right, fit_exits, fit_gaps, measure
 from vllm_buddy.training.draft_search import DraftCandidate, search_drafts
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
 
@@ -23,9 +24,9 @@ from vllm_buddy.training.draft_settings import DraftTrainingSettings
 class TrainedDrafts:
     """The artifact with its exits, and figures for the record of the run.
 
-    searched: the best path of each depth that was considered. before, after: of each exit, on held-out text, without
-    and with its adapter. sha256: hash of each source of text, by its name. all_tokens: as `after`, where drafts choose
-    among all tokens.
+    searched: the best path of each depth that was considered. before, after: of each exit, on held-out text, before and
+    after training: before, it has no adapter, and the bypass of each layer. sha256: hash of each source of text, by its
+    name. all_tokens: as `after`, where drafts choose among all tokens.
     """
 
     artifact: Artifact
@@ -43,7 +44,7 @@ def train_drafts(
     report: Callable[[dict[str, Any]], None],
     note: Callable[[str], None],
 ) -> TrainedDrafts:
-    """Search draft paths and train their adapters; the artifact is not saved yet.
+    """Search draft paths and train their exits; the artifact is not saved yet.
 
     report: called with the log row of each training step. note: called with a line of text about other work.
 
@@ -91,13 +92,18 @@ def train_drafts(
     searched = search_drafts(model, text, artifact, wanted, settings.row_cost, note, vocabulary)
     drafting = max((c for c in searched if c.depth in settings.depths), key=lambda c: c.gain)
     paths = [drafting.path, *(c.path for c in searched if c.depth == settings.refine_depth)]
-    states = DraftStates(model, paths, artifact.bypass, settings.top_logits)
-    before = measure(states, corpus.sequences[held_out], [None] * len(paths), vocabulary)
-    note(f"training the adapters of {', '.join(str(path.bit_count()) for path in paths)} layers")
+    teacher, rest = DraftTeacher(model, settings.top_logits), corpus.sequences[held_out]
+    before = measure(teacher, rest, [(path, artifact.bypass, None) for path in paths], vocabulary)
+    starts: list[Bypass | None] = [None] * len(paths)
+    if settings.gaps:
+        note(f"computing the bypasses of gaps from {settings.init_tokens} tokens")
+        first = trained[: -(-settings.init_tokens // settings.length)]
+        starts = [*fit_gaps(model, torch.from_numpy(corpus.sequences[first].astype(np.int64)), settings.rank, paths)]
+    note(f"training the exits of {', '.join(str(path.bit_count()) for path in paths)} layers")
     batches = [corpus.sequences[rows] for rows in trained.reshape(-1, settings.batch)]
-    exits = fit_adapters(states, batches, paths, settings, model.config.rms_norm_eps, report)
-    adapters = [draft.adapter for draft in exits]
-    after = measure(states, corpus.sequences[held_out], adapters, vocabulary)
-    all_tokens = after if vocabulary is None else measure(states, corpus.sequences[held_out], adapters)
+    exits = fit_exits(teacher, batches, paths, starts, artifact.bypass, settings, report)
+    trained_exits = [(draft.path, draft.bypass or artifact.bypass, draft.adapter) for draft in exits]
+    after = measure(teacher, rest, trained_exits, vocabulary)
+    all_tokens = after if vocabulary is None else measure(teacher, rest, trained_exits)
     made = with_drafts(artifact, exits, vocabulary)
     return TrainedDrafts(made, searched, before, after, corpus.sha256, all_tokens)

@@ -6,6 +6,7 @@ output metric G), so that the rank is spent where it matters to the loss. Becaus
 rank r can start as exactly a linear map of rank r / 2; training makes it nonlinear.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -78,24 +79,27 @@ def fit_bypass(
     batch_size: int = 2,
     *,
     checkpoint: bool = False,
+    gaps: Sequence[range] | None = None,
 ) -> Bypass:
-    """Return the initial bypass of all middle layers.
+    """Return the initial bypass of all middle layers, or of ranges of layers.
 
     model: a Hugging Face Llama, Mistral, Qwen2 or Qwen3. token_ids: [num_sequences, length], int64. rank: even.
     batch_size: sequences whose states and gradients are in memory at once; their logits never are.
     checkpoint: keep no activations inside the layers for the backward pass but compute them again there.
+    gaps: ranges of layers, each of which one bypass replaces; None: each middle layer.
     """
     if rank < 2 or rank % 2:
         raise ValueError(f"a bypass starts as pairs of units, so its rank must be even and positive, not {rank}")
     net: Any = model
     config = net.config
     device = net.model.embed_tokens.weight.device
-    moments = [LayerMoments(config.hidden_size, device) for _ in range(config.num_hidden_layers - 2)]
+    replaced = [range(i, i + 1) for i in range(1, config.num_hidden_layers - 1)] if gaps is None else gaps
+    moments = [LayerMoments(config.hidden_size, device) for _ in replaced]
     for start in range(0, len(token_ids), batch_size):
         states = _states_with_gradient(net, token_ids[start : start + batch_size].to(device), checkpoint)
-        for layer, moment in enumerate(moments, start=1):
-            before, after = (s.detach().flatten(0, 1).float() for s in states[layer : layer + 2])
-            gradient = states[layer + 1].grad
+        for gap, moment in zip(replaced, moments):
+            before, after = (states[i].detach().flatten(0, 1).float() for i in (gap.start, gap.stop))
+            gradient = states[gap.stop].grad
             assert gradient is not None
             moment.add(before, after, gradient.flatten(0, 1).float() * gradient.shape[0], config.rms_norm_eps)
     pairs = [moment.low_rank(rank // 2) for moment in moments]
@@ -103,6 +107,7 @@ def fit_bypass(
         torch.stack([torch.cat([down, -down]) for down, _ in pairs]),
         torch.stack([torch.cat([up, -up], dim=1) for _, up in pairs]),
         config.rms_norm_eps,
+        None if gaps is None else tuple(gap.start for gap in gaps),
     )
 
 

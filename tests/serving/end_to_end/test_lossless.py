@@ -13,10 +13,10 @@ from vllm.v1.sample import rejection_sampler
 from tests.harness.engine import MAX_MODEL_LEN, Ask, Engine, Tiny, make_tiny, start_engine
 from tests.harness.tiny_models import NUM_LAYERS, VOCAB_SIZE, random_prompts
 from tests.serving.end_to_end.test_golden import batch
-from vllm_buddy.method import ExitAdapter, full_path
+from vllm_buddy.method import full_path
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 from vllm_buddy.method.reference import routed_logits
-from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, Drafting
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, Drafting, DraftPass
 
 SPECULATOR = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 4}
 LOSSLESS = {"buddy_mode": "lossless"}
@@ -96,7 +96,7 @@ def test_steps_tell_what_rows_and_passes_cost(
     engine.run([Ask(tuple(prompt), None, 12, options=LOSSLESS)])
     rows, pass_costs, seconds = zip(*seen)
     assert rows[0] == 4  # the step with the prompt tells nothing; the one after it has a token and three drafts
-    assert 0.0 < pass_costs[0] == pytest.approx(3 * engine.scheduler._drafting.path.cost)
+    assert 0.0 < pass_costs[0] == pytest.approx(3 * engine.scheduler._drafting.passes.drafting.cost)
     assert rows[-1] <= 4
     assert pass_costs[-1] == 0.0  # no draft has room after the last token
     assert all(0.0 < second < 60.0 for second in seconds)
@@ -327,20 +327,22 @@ def test_drafts_are_what_the_path_says_after_a_prefix_at_full_depth(
     check_drafts(lossless, monkeypatch)
 
 
-def test_the_artifacts_exits_draft_with_their_adapters(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gaps", [False, True], ids=["adapters", "bypasses of gaps"])
+def test_the_artifacts_exits_draft(
+    gaps: bool, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if drafts of trained exits differ from the reference's, or an adapter changes a token of an answer.
+    """Fails if drafts of trained exits differ from the reference's, or an exit changes a token of an answer.
 
     Or if a token is drafted that is not among those of the artifact.
     """
     root = tmp_path_factory.mktemp("exits")
-    tiny = make_tiny(root, "llama", bypass_rank=4, draft_depths=(4, 7), draft_vocabulary=60)
+    tiny = make_tiny(root, "llama", bypass_rank=4, draft_depths=(4, 7), draft_vocabulary=60, draft_gaps=gaps)
     engine = start_lossless(tiny, depth=None, refine_depth=7)
     drafter, exits = engine.runner.drafter, tiny.artifact.drafts
-    assert [drafter._drafts.path, drafter._drafts.refined] == [draft.path for draft in exits]
+    passes = drafter._drafts
+    assert [passes.drafting.path, passes.refining.path] == [draft.path for draft in exits]
     check_drafts(engine, monkeypatch)
-    drafter.use(replace(drafter._drafts, refined=None))  # the refining pass corrects nearly all drafts of random models
+    drafter.use(replace(passes, refining=None))  # the refining pass corrects nearly all drafts of random models
     check_drafts(engine, monkeypatch)
     drafter.use(replace(drafter._drafts, vocabulary=None))
     check_drafts(engine, monkeypatch)
@@ -362,21 +364,17 @@ def check_drafts(lossless: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     lossless.configure(MASKED)
     lossless.run([Ask(ask.prompt, None, 10, options=LOSSLESS) for ask in batch(seed=3)[:4]])
     assert len(seen) > 20
-    paths = drafter._drafts
+    first, second = drafter._drafts.drafting, drafter._drafts.refining
     for known, drafts in seen[::5]:
-        first, second = (paths.path, paths.adapter), (paths.refined, paths.refine_adapter)
-        chain = draft_chain(lossless, known, first, 3 if paths.refined else len(drafts))
-        if paths.refined is not None:
+        chain = draft_chain(lossless, known, first, 3 if second else len(drafts))
+        if second is not None:
             checked = after_each(lossless, known[:-1], [known[-1], *chain], second)
             agreed = next((i for i, token in enumerate(chain) if token != checked[i]), len(chain))
             chain = [*chain[:agreed], checked[agreed]]
         assert drafts == chain[: len(drafts)]
 
 
-Exit = tuple[int, ExitAdapter | None]  # path, and the adapter of its exit
-
-
-def draft_chain(engine: Engine, known: list[int], path: Exit, length: int) -> list[int]:
+def draft_chain(engine: Engine, known: list[int], path: DraftPass, length: int) -> list[int]:
     chain: list[int] = []
     for _ in range(length):
         chain.append(after_each(engine, known[:-1], [known[-1], *chain], path)[-1])
@@ -384,10 +382,11 @@ def draft_chain(engine: Engine, known: list[int], path: Exit, length: int) -> li
 
 
 @torch.no_grad()
-def after_each(engine: Engine, prefix: list[int], token_ids: list[int], path: Exit) -> list[int]:
+def after_each(engine: Engine, prefix: list[int], token_ids: list[int], path: DraftPass) -> list[int]:
     """What the reference says after each of token_ids on `path`, which follow a prefix at full depth."""
-    paths, text = [full_path(NUM_LAYERS)] * len(prefix) + [path[0]] * len(token_ids), [*prefix, *token_ids]
-    logits = routed_logits(engine.tiny.model, text, paths, MASKED, engine.tiny.artifact.bypass, path[1])
+    paths, text = [full_path(NUM_LAYERS)] * len(prefix) + [path.path] * len(token_ids), [*prefix, *token_ids]
+    bypass = path.bypass or engine.tiny.artifact.bypass
+    logits = routed_logits(engine.tiny.model, text, paths, MASKED, bypass, path.adapter)
     vocabulary = engine.runner.drafter._drafts.vocabulary
     allowed = list(range(logits.shape[1])) if vocabulary is None else vocabulary.tolist()
     return [allowed[int(row[allowed].argmax())] for row in logits[len(prefix) :]]

@@ -158,6 +158,9 @@ def test_the_adapter_of_an_exit_stands_before_the_last_norm(last_residual: bool)
     adapter = ExitAdapter(torch.randn(2, HIDDEN), torch.randn(HIDDEN, 2), 1e-5)
     left = []
 
+    def adapt(_positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
+        return adapter.delta(hidden + residual), hidden + residual
+
     def layer(positions: torch.Tensor, hidden: torch.Tensor, _: Any) -> Any:
         return hidden, residual.clone() if last_residual else torch.zeros_like(hidden)
 
@@ -170,7 +173,7 @@ def test_the_adapter_of_an_exit_stands_before_the_last_norm(last_residual: bool)
         functions=[layer],
         bypasses=None,
     )
-    step = RoutedStep(SimpleNamespace(), [LayerView()], np.zeros(NUM_ROWS, dtype=np.int32), exit_adapter=adapter)  # type: ignore[arg-type]
+    step = RoutedStep(SimpleNamespace(), [LayerView()], np.zeros(NUM_ROWS, dtype=np.int32), exit_adapter=adapt)  # type: ignore[arg-type]
     with override_forward_context(SimpleNamespace()):
         step.forward(backbone, None, torch.arange(NUM_ROWS), None)
     ((added, state, *_),) = left

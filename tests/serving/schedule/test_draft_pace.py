@@ -10,7 +10,7 @@ import torch
 from tests.harness.engine import Tiny, make_tiny
 from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import Run, layers_of
-from vllm_buddy.serving.schedule.draft_pace import PROBE_EVERY, Drafting, DraftPath
+from vllm_buddy.serving.schedule.draft_pace import PROBE_EVERY, Drafting, DraftPass, DraftPasses
 from vllm_buddy.serving.schedule.plan import Executed, RequestPlan
 from vllm_buddy.serving.schedule.step_costs import EXPECTED_ROW
 from vllm_buddy.serving.start.setting_sections import DraftSettings
@@ -18,7 +18,7 @@ from vllm_buddy.serving.start.settings import BuddySettings
 
 
 def drafting(cost: float, *, num_drafts: int = 4, ngram_max: int = 0) -> Drafting:
-    return Drafting(DraftPath(0b1011, cost), DraftSettings(ngram_max=ngram_max), num_drafts)
+    return Drafting(DraftPasses(DraftPass(0b1011, cost)), DraftSettings(ngram_max=ngram_max), num_drafts)
 
 
 def after(server: Drafting, num_steps: int, share_right: float, num_requests: int = 1) -> list[int]:
@@ -99,7 +99,7 @@ def test_large_batches_get_fewer_ngrams() -> None:
 
 def after_steps(server: Drafting, row: float, passes: float) -> tuple[int, int]:
     """Drafts of n-grams and on layers that a new request gets, after steps that took what rows and passes cost."""
-    path = server.path.path
+    path = server.passes.drafting.path
     for n in range(300):
         rows, drafted = 1 + n % 5, n % 3
         plan = {"a": RequestPlan((Run(rows, path),), None, wanted_drafts=drafted)}
@@ -113,7 +113,7 @@ def test_drafts_follow_what_rows_and_passes_take() -> None:
     cheap, costly = (drafting(0.3, ngram_max=4) for _ in range(2))
     assert after_steps(cheap, 0.0, 0.05) == (4, 4)
     assert after_steps(costly, 1.0, 0.9) == (0, 0)
-    told = Drafting(DraftPath(0b1011, 0.3), DraftSettings(ngram_max=4, row_cost=0.05), 4)
+    told = Drafting(DraftPasses(DraftPass(0b1011, 0.3)), DraftSettings(ngram_max=4, row_cost=0.05), 4)
     before = told.wanted([(told.of_request(lossless=True), 100)], 1)[0]
     assert after_steps(told, 1.0, 0.9) == before, "costs that are given are not measured"
 
@@ -125,7 +125,7 @@ def test_batches_follow_what_their_rows_take() -> None:
         server = drafting(0.3, ngram_max=4)
         for n in range(600):
             rows = 8 + 8 * (n % 5)
-            plan = {"a": RequestPlan((Run(rows, server.path.path),), None)}
+            plan = {"a": RequestPlan((Run(rows, server.passes.drafting.path),), None)}
             server.observe_step(plan, {}, 0.02 * (1 + row * (rows - 1)))
         wanted.append(server.wanted([(server.of_request(lossless=True), 100)] * 8, 8)[0])
     assert wanted[0][0] == 4
@@ -147,13 +147,14 @@ def test_the_draft_path_is_the_artifacts(tiny: Callable[[str], Tiny]) -> None:
     """Fails if drafts run other layers than was asked for, or a depth that there is no path of is not refused."""
     made = tiny("llama")
     config = made.model.config
-    drafts = DraftPath.of(BuddySettings(drafts=DraftSettings(depth=4, refine_depth=6)), made.artifact, config)
+    drafts = DraftPasses.of(BuddySettings(drafts=DraftSettings(depth=4, refine_depth=6)), made.artifact, config)
     library = made.artifact.config.library
     assert library is not None
-    assert layers_of(drafts.path) == library[4][0]
-    assert drafts.refined is not None
-    assert layers_of(drafts.refined) == library[6][0]
-    assert 0 < drafts.cost < drafts.refine_cost < 1
+    assert layers_of(drafts.drafting.path) == library[4][0]
+    assert drafts.refining is not None
+    assert layers_of(drafts.refining.path) == library[6][0]
+    assert 0 < drafts.drafting.cost < drafts.refining.cost < 1
+    assert drafts.cost(3) == 3 * drafts.drafting.cost + drafts.refining.cost
     for wrong in (
         DraftSettings(depth=2),
         DraftSettings(depth=8),
@@ -161,7 +162,7 @@ def test_the_draft_path_is_the_artifacts(tiny: Callable[[str], Tiny]) -> None:
         DraftSettings(depth=4, refine_depth=8),
     ):
         with pytest.raises(SettingsError, match="drafts"):
-            DraftPath.of(BuddySettings(drafts=wrong), made.artifact, config)
+            DraftPasses.of(BuddySettings(drafts=wrong), made.artifact, config)
 
 
 def test_the_artifacts_exits_draft_where_they_have_the_depth(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -169,40 +170,57 @@ def test_the_artifacts_exits_draft_where_they_have_the_depth(tmp_path_factory: p
     made = make_tiny(tmp_path_factory.mktemp("exits"), "llama", bypass_rank=4, draft_depths=(4, 6))
     first, second = made.artifact.drafts
 
-    def of(**drafts: int) -> DraftPath:
-        return DraftPath.of(BuddySettings(drafts=DraftSettings(**drafts)), made.artifact, made.model.config)
+    def of(**drafts: int) -> DraftPasses:
+        return DraftPasses.of(BuddySettings(drafts=DraftSettings(**drafts)), made.artifact, made.model.config)
 
     own = of()
-    assert (own.path, own.adapter, own.refined, own.refine_adapter) == (first.path, first.adapter, None, None)
+    assert (own.drafting.path, own.drafting.adapter, own.refining) == (first.path, first.adapter, None)
     assert (
         own.summary(made.artifact) == "drafts run 4 layers with an adapter; the artifact's draft exits have 4, 6 layers"
     )
     both = of(refine_depth=6)
-    assert (both.path, both.adapter) == (first.path, first.adapter)
-    assert (both.refined, both.refine_adapter) == (second.path, second.adapter)
+    assert both.drafting == own.drafting
+    assert both.refining is not None
+    assert (both.refining.path, both.refining.adapter) == (second.path, second.adapter)
     other = of(depth=5, refine_depth=6)
     library = made.artifact.config.library
     assert library is not None
-    assert (layers_of(other.path), other.adapter, other.refine_adapter) == (library[5][0], None, second.adapter)
+    assert (layers_of(other.drafting.path), other.drafting.adapter) == (library[5][0], None)
+    assert other.refining == both.refining
     assert "5 layers without an adapter, and 6 layers with an adapter check them" in other.summary(made.artifact)
-    plain = DraftPath.of(
+    plain = DraftPasses.of(
         BuddySettings(drafts=DraftSettings(depth=4)), made.artifact.without_drafts(), made.model.config
     )
-    assert plain.adapter is None
-    assert plain.cost < own.cost
+    assert plain.drafting.adapter is None
+    assert plain.cost(1) < own.cost(1)
     assert "has no trained draft exits (`vllm-buddy train-drafts` adds them)" in plain.summary(
         made.artifact.without_drafts()
     )
     some_tokens = dataclasses.replace(made.artifact, draft_vocabulary=np.arange(9))
     some, whole = (
-        DraftPath.of(BuddySettings(drafts=DraftSettings(vocabulary=v)), some_tokens, made.model.config)
+        DraftPasses.of(BuddySettings(drafts=DraftSettings(vocabulary=v)), some_tokens, made.model.config)
         for v in ("frequent", "all")
     )
     assert some.vocabulary is some_tokens.draft_vocabulary
     assert whole.vocabulary is None
-    assert some.cost < whole.cost == own.cost
+    assert some.cost(1) < whole.cost(1) == own.cost(1)
     assert "with an adapter, and choose among 9 tokens;" in some.summary(made.artifact)
     half = both.to(torch.empty(0, dtype=torch.bfloat16))
-    assert half.adapter is not None
-    assert half.refine_adapter is not None
-    assert {half.adapter.up.dtype, half.refine_adapter.down.dtype} == {torch.bfloat16}
+    assert half.drafting.adapter is not None
+    assert half.refining is not None
+    assert half.refining.adapter is not None
+    assert {half.drafting.adapter.up.dtype, half.refining.adapter.down.dtype} == {torch.bfloat16}
+
+
+def test_an_exit_drafts_with_the_bypasses_of_its_gaps(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fails if an exit of its own bypasses drafts with those of each layer, or is priced by them."""
+    made = make_tiny(tmp_path_factory.mktemp("gaps"), "llama", bypass_rank=4, draft_depths=(4,), draft_gaps=True)
+    exit_ = made.artifact.drafts[0]
+    of_layers = dataclasses.replace(made.artifact, drafts=(dataclasses.replace(exit_, bypass=None),))
+    whole, layers_alone = (
+        DraftPasses.of(BuddySettings(), artifact, made.model.config) for artifact in (made.artifact, of_layers)
+    )
+    assert whole.drafting.bypass is exit_.bypass
+    assert layers_alone.drafting.bypass is None
+    assert whole.cost(1) < layers_alone.cost(1), "one bypass of a rank is read for each gap, not for each layer"
+    assert "with an adapter and a bypass of each gap;" in whole.summary(made.artifact)

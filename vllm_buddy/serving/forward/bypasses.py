@@ -34,6 +34,11 @@ def bypass_functions(bypass: Bypass, vllm_config: VllmConfig) -> list[LayerFn]:
     bypass: of a whole model, in its dtype. The first and the last layer are never skipped and have none: calling their
         entries is an error.
     """
+    return [_never_skipped, *bypass_calls(bypass, vllm_config), _never_skipped]
+
+
+def bypass_calls(bypass: Bypass, vllm_config: VllmConfig) -> list["BypassCall"]:
+    """The function of each entry of a bypass, called like a layer. One that is compiled is shared by all."""
     weights = [(_weight(down), _weight(up)) for down, up in zip(bypass.down.unbind(), bypass.up.unbind())]
     products = (weights[0][0].product, weights[0][1].product)
 
@@ -50,7 +55,7 @@ def bypass_functions(bypass: Bypass, vllm_config: VllmConfig) -> list[LayerFn]:
             lambda num_tokens: (*example_states(vllm_config, num_tokens), down, up),
         )
 
-    return [_never_skipped, *(BypassCall(step, down, up) for down, up in weights), _never_skipped]
+    return [BypassCall(step, down, up) for down, up in weights]
 
 
 def kv_bypass_functions(layers: Sequence[Any], bypass: Bypass, vllm_config: VllmConfig) -> list[Any] | None:

@@ -11,7 +11,6 @@ from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.sequence import IntermediateTensors
 from vllm_buddy_kernels import Kernels
 
-from vllm_buddy.method import ExitAdapter
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
 from vllm_buddy.serving.forward.auxiliary import AuxiliaryStates, ModelOutput
 from vllm_buddy.serving.forward.compiled import LayerFn
@@ -32,7 +31,9 @@ class RoutedStep:
     kernels: what moves rows, fused with the first norm of a span and with its bypasses; None: torch's indexing, between
         functions of any kind.
     adapters: LoRA adapters of the batch's rows, which layers apply; None: there are none.
-    exit_adapter: applied to all rows after the last layer, before the last norm; None: there is none.
+    bypasses: in place of those of the model, see `run`; None: those of the model.
+    exit_adapter: applied to all rows after the last layer, before the last norm, called like a layer; None: there is
+        none.
     """
 
     policy: KVPolicy
@@ -40,7 +41,8 @@ class RoutedStep:
     executed: np.ndarray
     kernels: Kernels | None = None
     adapters: RoutedAdapters | None = None
-    exit_adapter: ExitAdapter | None = None
+    bypasses: Sequence[LayerFn | None] | None = None
+    exit_adapter: LayerFn | None = None
     _before: torch.Tensor | None = None  # as `executed`, of the stages before
 
     def forward(
@@ -57,11 +59,10 @@ class RoutedStep:
             self._before = executed_of(intermediate_tensors)
         auxiliary = AuxiliaryStates(backbone.aux_hidden_state_layers)
         with override_forward_context(self._forward_context(backbone.attention_names)):
-            state = self.run(
-                backbone.stage, backbone.functions, positions, hidden, residual, backbone.bypasses, auxiliary
-            )
+            bypasses = backbone.bypasses if self.bypasses is None else self.bypasses
+            state = self.run(backbone.stage, backbone.functions, positions, hidden, residual, bypasses, auxiliary)
         if self.exit_adapter is not None:
-            state = _adapted(self.exit_adapter, *state)
+            state = self.exit_adapter(positions, *state)
         executed = torch.from_numpy(self.executed)
         if self._before is not None:
             executed = executed.to(self._before) + self._before
@@ -192,11 +193,6 @@ class RoutedStep:
                 attn_metadata[name] = view.attn_metadata
                 slot_mapping[name] = view.slot_mapping
         return replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
-
-
-def _adapted(adapter: ExitAdapter, hidden: torch.Tensor, residual: torch.Tensor | None) -> Pair:
-    whole = hidden if residual is None else hidden + residual
-    return adapter.delta(whole), whole
 
 
 def _same_rows(a: np.ndarray | None, b: np.ndarray | None) -> bool:

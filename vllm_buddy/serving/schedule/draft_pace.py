@@ -26,6 +26,7 @@ from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import ExitAdapter, LayerPath
 from vllm_buddy.method.budget import MIN_DEPTH
+from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.drafting import draft_gain, pass_cost
 from vllm_buddy.serving.schedule.plan import Executed, StepPlan
 from vllm_buddy.serving.schedule.step_costs import EXPECTED_ROW, StepCosts
@@ -43,26 +44,72 @@ _MEMORY, _SERVER_MEMORY = 0.9, 0.98  # weight of what was known, per step with d
 
 
 @dataclass(frozen=True)
-class DraftPath:
-    """Where drafts come from.
+class DraftPass:
+    """A pass of the model that drafts, or that checks drafts before the full model does.
 
-    path: of a draft pass. refined: a deeper path that checks the drafts of one pass, and corrects the first that it
-        finds wrong, before the full model does; None: there is no such pass.
-    cost, refine_cost: of one pass of each, as a share of a full step of few tokens: of the weights that it reads.
-    adapter, refine_adapter: of the exit of each; None: it has none.
-    vocabulary: [n], int64, the tokens that drafts choose among; None: all.
+    path: the layers that it runs. cost: a share of a full step of few tokens, that of the weights that it reads.
+    adapter: of the path's exit; None: it has none. bypass: of the path's gaps; None: that of the artifact.
     """
 
     path: LayerPath
     cost: float
-    refined: LayerPath | None = None
-    refine_cost: float = 0.0
     adapter: ExitAdapter | None = field(default=None, compare=False)
-    refine_adapter: ExitAdapter | None = field(default=None, compare=False)
+    bypass: Bypass | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(
+        cls, artifact: Artifact, hf_config: Any, name: str, depth: int, vocabulary: np.ndarray | None
+    ) -> "DraftPass":
+        """The pass of the artifact's exit of a depth, else of the library's path.
+
+        name: of the setting that asks for the depth. hf_config, vocabulary: see DraftPasses.
+
+        Raises:
+            SettingsError: there is no path of this depth.
+        """
+        num_layers, bypass_rank = artifact.config.base_model.num_layers, artifact.config.bypass_rank
+        if not MIN_DEPTH <= depth < num_layers:
+            raise SettingsError(f"{name} is {depth}; allowed are {MIN_DEPTH} to {num_layers - 1} layers")
+        num_tokens = None if vocabulary is None else len(vocabulary)
+        for draft in artifact.drafts:
+            if draft.path.bit_count() == depth:
+                cost = pass_cost(hf_config, depth, draft.ranks(bypass_rank), num_tokens)
+                return cls(draft.path, cost, draft.adapter, draft.bypass)
+        path = artifact.first_path(depth)
+        if path is None:
+            known = ", ".join(map(str, sorted(artifact.config.library or ())))
+            raise SettingsError(
+                f"{name} is {depth}, of which the path library has no path; it has paths of {known} layers"
+            )
+        return cls(path, pass_cost(hf_config, depth, (num_layers - depth) * bypass_rank, num_tokens))
+
+    def to(self, like: Any) -> "DraftPass":
+        """The same with weights in the dtype and on the device of a tensor."""
+        return replace(
+            self, adapter=self.adapter and self.adapter.to(like), bypass=self.bypass and self.bypass.to(like)
+        )
+
+    def __str__(self) -> str:
+        adapted = "without an" if self.adapter is None else "with an"
+        own = "" if self.bypass is None else " and a bypass of each gap"
+        return f"{self.path.bit_count()} layers {adapted} adapter{own}"
+
+
+@dataclass(frozen=True)
+class DraftPasses:
+    """Where drafts come from.
+
+    drafting: the pass that drafts a token. refining: a deeper one that checks the drafts of one step, and corrects the
+        first that it finds wrong, before the full model does; None: there is no such pass.
+    vocabulary: [n], int64, the tokens that drafts choose among; None: all.
+    """
+
+    drafting: DraftPass
+    refining: DraftPass | None = None
     vocabulary: np.ndarray | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, settings: BuddySettings, artifact: Artifact, hf_config: Any) -> "DraftPath":
+    def of(cls, settings: BuddySettings, artifact: Artifact, hf_config: Any) -> "DraftPasses":
         """What the settings ask for: at the depth of one of the artifact's exits that exit, else the library's path.
 
         Where they ask for no depth, the artifact's first exit drafts. hf_config: of the model.
@@ -73,29 +120,30 @@ class DraftPath:
         num_layers, drafts = artifact.config.base_model.num_layers, settings.drafts
         own = artifact.drafts[0].path.bit_count() if artifact.drafts else max(MIN_DEPTH, round(_SHARE * num_layers))
         depth = drafts.depth or own
-        path, adapter = _exit(artifact, "drafts.depth", depth)
         vocabulary = artifact.draft_vocabulary if drafts.vocabulary == "frequent" else None
-        cost = _cost(hf_config, artifact, depth, adapter, vocabulary)
+        drafting = DraftPass.of(artifact, hf_config, "drafts.depth", depth, vocabulary)
         if drafts.refine_depth is None:
-            return cls(path, cost, adapter=adapter, vocabulary=vocabulary)
+            return cls(drafting, vocabulary=vocabulary)
         if drafts.refine_depth <= depth:
             raise SettingsError(
                 f"drafts.refine_depth {drafts.refine_depth} is not more than the {depth} layers that drafts run"
             )
-        refined, refine_adapter = _exit(artifact, "drafts.refine_depth", drafts.refine_depth)
-        refine_cost = _cost(hf_config, artifact, drafts.refine_depth, refine_adapter, vocabulary)
-        return cls(path, cost, refined, refine_cost, adapter, refine_adapter, vocabulary)
+        refining = DraftPass.of(artifact, hf_config, "drafts.refine_depth", drafts.refine_depth, vocabulary)
+        return cls(drafting, refining, vocabulary)
 
-    def to(self, like: Any) -> "DraftPath":
-        """The same with adapters in the dtype and on the device of a tensor."""
-        adapter, refine_adapter = (a if a is None else a.to(like) for a in (self.adapter, self.refine_adapter))
-        return replace(self, adapter=adapter, refine_adapter=refine_adapter)
+    def cost(self, num_drafts: int) -> float:
+        """What it costs to draft so many tokens for a request, at least one."""
+        return num_drafts * self.drafting.cost + (0.0 if self.refining is None else self.refining.cost)
+
+    def to(self, like: Any) -> "DraftPasses":
+        """The same with weights in the dtype and on the device of a tensor."""
+        return replace(self, drafting=self.drafting.to(like), refining=self.refining and self.refining.to(like))
 
     def summary(self, artifact: Artifact) -> str:
         """What drafts run, for the log of the start."""
-        told = f"drafts run {_told(self.path, self.adapter)}"
-        if self.refined is not None:
-            told += f", and {_told(self.refined, self.refine_adapter)} check them"
+        told = f"drafts run {self.drafting}"
+        if self.refining is not None:
+            told += f", and {self.refining} check them"
         if self.vocabulary is not None:
             told += f", and choose among {len(self.vocabulary)} tokens"
         if not artifact.drafts:
@@ -148,8 +196,8 @@ class RequestDrafts:
 class Drafting:
     """How a server with the drafter DepthDrafts drafts. num_drafts: of a step, at most."""
 
-    def __init__(self, path: DraftPath, settings: DraftSettings, num_drafts: int) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, passes: DraftPasses, settings: DraftSettings, num_drafts: int) -> None:
+        self.passes, self.settings = passes, settings
         row = settings.row_cost
         self.costs = StepCosts(EXPECTED_ROW if row is None else row, measured=row is None)
         self._num_drafts = num_drafts
@@ -199,7 +247,7 @@ class Drafting:
         if num_passes == 0:
             return 0.0
         per_pass = 1.0 + self.costs.expected_row * (num_drafting - 1)
-        return (num_passes * self.path.cost + self.path.refine_cost) * per_pass
+        return self.passes.cost(num_passes) * per_pass
 
     def _num_ngrams(self, drafts: RequestDrafts, rows: Sequence[float]) -> int:
         """rows: see _ngram_rows."""
@@ -226,7 +274,7 @@ class Drafting:
         if not drafting:
             return 0
         costs = self.costs
-        most = self._num_drafts - (self.path.refined is not None)  # a refining pass adds a token
+        most = self._num_drafts - (self.passes.refining is not None)  # a refining pass adds a token
         most = min(most, self.settings.most or most)
         chains = [acceptance.chain(most) for acceptance in drafting]
         gains = []
@@ -245,28 +293,3 @@ def _best(gains: Sequence[float]) -> int:
     """The number of drafts of the largest gain, gains[n - 1] that of n; 0 if none is worth it."""
     most = max(gains, default=0.0)
     return gains.index(most) + 1 if most > 1.0 + MARGIN else 0
-
-
-def _exit(artifact: Artifact, name: str, depth: int) -> tuple[LayerPath, ExitAdapter | None]:
-    num_layers = artifact.config.base_model.num_layers
-    if not MIN_DEPTH <= depth < num_layers:
-        raise SettingsError(f"{name} is {depth}; allowed are {MIN_DEPTH} to {num_layers - 1} layers")
-    for draft in artifact.drafts:
-        if draft.path.bit_count() == depth:
-            return draft.path, draft.adapter
-    path = artifact.first_path(depth)
-    if path is None:
-        known = ", ".join(map(str, sorted(artifact.config.library or ())))
-        raise SettingsError(f"{name} is {depth}, of which the path library has no path; it has paths of {known} layers")
-    return path, None
-
-
-def _told(path: LayerPath, adapter: ExitAdapter | None) -> str:
-    return f"{path.bit_count()} layers {'without an' if adapter is None else 'with an'} adapter"
-
-
-def _cost(
-    hf_config: Any, artifact: Artifact, depth: int, adapter: ExitAdapter | None, vocabulary: np.ndarray | None
-) -> float:
-    rank, num_tokens = 0 if adapter is None else adapter.rank, None if vocabulary is None else len(vocabulary)
-    return pass_cost(hf_config, depth, artifact.config.bypass_rank, rank, num_tokens)

@@ -24,7 +24,7 @@ from vllm_buddy.serving.admission.limits import FixedBudget, RequestLimits
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
 from vllm_buddy.serving.compat import add_figures, finished_params, first_prefill
 from vllm_buddy.serving.schedule.auto_again import choose_again, lower
-from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPath
+from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPasses
 from vllm_buddy.serving.schedule.metrics import EngineMetrics
 from vllm_buddy.serving.schedule.outcome import Outcome, described
 from vllm_buddy.serving.schedule.plan import (
@@ -73,8 +73,8 @@ class _Routing(_Base):
         self._step_started = 0.0
         self._drafting: Drafting | None = None
         if self._limits.lossless:
-            path = DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
-            self._drafting = Drafting(path, settings.drafts, self.num_spec_tokens)
+            passes = DraftPasses.of(settings, artifact, vllm_config.model_config.hf_text_config)
+            self._drafting = Drafting(passes, settings.drafts, self.num_spec_tokens)
             # vLLM reserves no slots for what a drafter of method custom_class writes.
             self.num_lookahead_tokens = self.num_spec_tokens
         self._units: KVUnits | None = vllm_config.model_config.buddy_kv_units

@@ -14,7 +14,7 @@ from vllm_buddy.method.kv_policy import KV_ONLY
 from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import TESTED_VLLM, vllm_version
 from vllm_buddy.serving.schedule import SCHEDULER
-from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, DraftPath
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, DraftPasses
 from vllm_buddy.serving.schedule.route_maker import check_schedule
 from vllm_buddy.serving.start.agreement import served
 from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
@@ -76,8 +76,8 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
                     limits.max_budget,
                 )
         if limits.lossless:
-            drafts = DraftPath.of(settings, artifact, vllm_config.model_config.hf_text_config)
-            if drafts.refined is not None and vllm_config.speculative_config.num_speculative_tokens < 2:
+            drafts = DraftPasses.of(settings, artifact, vllm_config.model_config.hf_text_config)
+            if drafts.refining is not None and vllm_config.speculative_config.num_speculative_tokens < 2:
                 raise SettingsError(
                     "drafts.refine_depth needs two drafts per step, because its pass adds one to those that it checks; "
                     "start with `--lossless-drafts 2` or more, or leave it out"

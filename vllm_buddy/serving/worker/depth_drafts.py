@@ -6,14 +6,15 @@ of the full model: drafts are greedy, so to the sampler each is one token with c
 
 A draft pass runs the newest token along a short path of the model, on the request's own KV cache. The cache holds K and
 V of all layers for all tokens before, because a lossless request runs at full depth. The pass writes K and V of the
-draft into the slots after them, in the layers of the path. Where the artifact has a trained exit, the exit's adapter
-follows, and then the model's own last norm and head, of all tokens or of frequent ones alone (`draft_tokens.py`). The
-step that checks the draft writes all layers' K and V there, and what lies beyond the accepted tokens is written again
-before anything reads it.
+draft into the slots after them, in the layers of the path. A trained exit of the artifact has a bypass for each gap of
+the path and an adapter after its last layer. Then come the model's own last norm and head, of all tokens or of frequent
+ones alone (`draft_tokens.py`). The step that checks the draft writes all layers' K and V there, and what lies beyond
+the accepted tokens is written again before anything reads it.
 """
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ import torch
 from vllm.forward_context import set_forward_context
 
 from vllm_buddy.artifact import load_artifact
-from vllm_buddy.method import ExitAdapter, LayerPath, Run
+from vllm_buddy.method import LayerPath, Run
+from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.serving.compat import moved_metadata
+from vllm_buddy.serving.forward.bypasses import bypass_calls
+from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.kv import LayerView
-from vllm_buddy.serving.schedule.draft_pace import DraftPath
+from vllm_buddy.serving.schedule.draft_pace import DraftPass, DraftPasses
 from vllm_buddy.serving.schedule.plan import RequestPlan
 from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.batch import StepBatch
@@ -41,12 +45,13 @@ class DepthDrafts:
         assert settings.artifact is not None  # the config hook resolved it to a folder
         self._vllm_config = vllm_config
         self._most: int = vllm_config.speculative_config.num_speculative_tokens
-        self._drafts = DraftPath.of(
+        self._drafts = DraftPasses.of(
             settings, load_artifact(Path(settings.artifact)), vllm_config.model_config.hf_text_config
         )
         self._ngrams = _ngram_proposer(vllm_config, settings.drafts.ngram_min, settings.drafts.ngram_max)
         self._model: Any = None
         self._likeliest: Likeliest
+        self._functions: dict[LayerPath, _PassFunctions] = {}  # of the passes that were used, by path
         self._runner: Any = None
 
     def load_model(self, model: Any) -> None:
@@ -54,10 +59,13 @@ class DepthDrafts:
         self._model = model
         self.use(self._drafts)
 
-    def use(self, drafts: DraftPath) -> None:
+    def use(self, drafts: DraftPasses) -> None:
         """Draft on these layers, and among these tokens, from now on."""
         self._drafts = drafts.to(self._model.model.norm.weight)
         self._likeliest = likeliest_of(self._model, drafts.vocabulary)
+        for each in (self._drafts.drafting, self._drafts.refining):
+            if each is not None and each.path not in self._functions:
+                self._functions[each.path] = _PassFunctions.of(each, self._vllm_config)
 
     def attach(self, runner: Any) -> None:
         """Take the model runner, whose KV cache and block tables drafts use."""
@@ -106,33 +114,26 @@ class DepthDrafts:
             active = [i for i, length in enumerate(lengths) if length > step]
             inputs = [[(newest[i], *chains[i])[-1]] for i in active]
             places = positions[active] + step
-            outputs = self._run(drafts.path, drafts.adapter, [rows[i] for i in active], places, inputs)
+            outputs = self._run(drafts.drafting.path, [rows[i] for i in active], places, inputs)
             for i, (token,) in zip(active, outputs):
                 chains[i].append(token)
-        if drafts.refined is None:
+        if drafts.refining is None:
             return chains
         inputs = [[token, *chain] for token, chain in zip(newest, chains)]
-        checked = self._run(drafts.refined, drafts.refine_adapter, rows, positions, inputs)
+        checked = self._run(drafts.refining.path, rows, positions, inputs)
         return [_refined(chain, says)[: self._most] for chain, says in zip(chains, checked)]
 
     def _run(
-        self,
-        path: LayerPath,
-        adapter: ExitAdapter | None,
-        rows: Sequence[int],
-        positions: np.ndarray,
-        token_ids: Sequence[Sequence[int]],
+        self, path: LayerPath, rows: Sequence[int], positions: np.ndarray, token_ids: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        """The most likely token after each of token_ids[i], which follow each other from positions[i] on.
-
-        adapter: of the path's exit.
-        """
+        """The most likely token after each of token_ids[i], which follow each other from positions[i] on."""
         batch = self._batch(path, rows, positions, [len(tokens) for tokens in token_ids])
         state, backbone = self._runner.buddy_state, self._model.model
         views = self._views(batch, path)
         inputs = batch.to_device(np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in token_ids]))
         places = np.concatenate([start + np.arange(len(tokens)) for start, tokens in zip(positions, token_ids)])
-        step = state.drafting_step(batch, views, adapter)
+        own = self._functions[path]
+        step = state.drafting_step(batch, views, own.bypasses, own.adapter)
         with set_forward_context({}, self._vllm_config, num_tokens=batch.num_tokens, slot_mapping={}):
             hidden: Any = step.forward(backbone, inputs, batch.to_device(places), None)
         said = self._likeliest(hidden).tolist()
@@ -174,6 +175,34 @@ class DepthDrafts:
         runs = LayerView(attn_metadata=metadata, slot_mapping=batch.slot_mapping)
         skips = LayerView(rows_np=np.empty(0, dtype=np.int64))
         return [runs if path >> layer & 1 else skips for layer in range(batch.num_layers)]
+
+
+@dataclass(frozen=True)
+class _PassFunctions:
+    """What a draft pass computes beside the model's layers, see RoutedStep.
+
+    bypasses: one entry per layer; None: the model's own.
+    """
+
+    bypasses: Sequence[LayerFn | None] | None
+    adapter: LayerFn | None
+
+    @classmethod
+    def of(cls, drafts: DraftPass, vllm_config: Any) -> "_PassFunctions":
+        """drafts: its weights in the model's dtype, on its device."""
+        adapter, bypass = drafts.adapter, drafts.bypass
+        if adapter is None:
+            return cls(None, None)
+        weights = Bypass(adapter.down[None], adapter.up[None], adapter.eps)
+        if bypass is None:
+            return cls(None, *bypass_calls(weights, vllm_config))
+        # An adapter has the form of a bypass and here its rank, so that all share one compiled function.
+        together = Bypass(torch.cat([bypass.down, weights.down]), torch.cat([bypass.up, weights.up]), bypass.eps)
+        *of_gaps, call = bypass_calls(together, vllm_config)
+        bypasses: list[LayerFn | None] = [None] * drafts.path.bit_length()
+        for layer, function in zip(bypass.layers or (), of_gaps, strict=True):
+            bypasses[layer] = function
+        return cls(bypasses, call)
 
 
 def _refined(chain: Sequence[int], says: Sequence[int]) -> list[int]:

@@ -14,11 +14,12 @@ from vllm.logger import init_logger
 from vllm_buddy_kernels import KERNELS, Kernels
 
 from vllm_buddy.errors import UnsupportedError
-from vllm_buddy.method import ExitAdapter, LayerPath, full_path
+from vllm_buddy.method import LayerPath, full_path
 from vllm_buddy.method.kv_policy import KVPolicyName
 from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
+from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
 from vllm_buddy.serving.forward.pipeline import is_here, stage_of
@@ -213,14 +214,21 @@ class WorkerState:
         return [(plan.wanted_ngrams, plan.wanted_drafts) for plan in plans]
 
     def drafting_step(
-        self, batch: StepBatch, views: Sequence[LayerView], adapter: ExitAdapter | None = None
+        self,
+        batch: StepBatch,
+        views: Sequence[LayerView],
+        bypasses: Sequence[LayerFn | None] | None = None,
+        exit_adapter: LayerFn | None = None,
     ) -> RoutedStep:
-        """What the model runs to draft, beside its steps. Its layers are counted apart. adapter: see RoutedStep."""
+        """What the model runs to draft, beside its steps. Its layers are counted apart.
+
+        bypasses, exit_adapter: see RoutedStep.
+        """
         for plan, req_id in zip(batch.plans, batch.req_ids):
             layers = sum(run.num_tokens * run.path.bit_count() for run in plan.runs)
             self._drafting[req_id] = self._drafting.get(req_id, 0) + layers
         executed = np.zeros(batch.num_tokens, dtype=np.int32)
-        return RoutedStep(self.policy, views, executed, self._moves_rows, exit_adapter=adapter)
+        return RoutedStep(self.policy, views, executed, self._moves_rows, bypasses=bypasses, exit_adapter=exit_adapter)
 
     def report(self, output: Any, req_ids: Sequence[str], query_start_loc: np.ndarray) -> None:
         """Attach the layers executed in the last step to vLLM's output. Only for the last pipeline stage.
