@@ -95,6 +95,17 @@ def test_just_below_the_objective_nothing_moves() -> None:
     assert drive.itl(0.85) < level
 
 
+def test_headroom_is_left_for_what_is_not_measured() -> None:
+    """Fails if the engine takes all of an objective, which a client measures with the API server on top."""
+    objectives = Objectives({"itl": 1.0, "ttft": 1.0}, headroom=0.1)
+    assert objectives.objective_s == {"itl": 1.0, "ttft": 1.0}, "what is shown is what was asked for"
+    assert objectives.observe(Latencies(0.0, itls=Counter({0.89: 1}))) == 0.0
+    assert objectives.observe(Latencies(0.1, itls=Counter({0.91: 1}))) == STEP
+    whole, part = Objectives({"ttft": 1.0}), Objectives({"ttft": 1.0}, headroom=0.5)
+    assert whole.observe(Latencies(0.0, wait_s=0.3)) == pytest.approx(0.5)
+    assert part.observe(Latencies(0.0, wait_s=0.15)) == pytest.approx(0.5)
+
+
 def test_steps_count_by_their_requests() -> None:
     """Fails if one request alone moves the level as far as a full batch: the percentile is one of tokens."""
     drive = Drive(itl=1.0)

@@ -58,7 +58,7 @@ class BudgetChooser:
         if load is not None:
             follows = LoadPrice(load.price, load.waiting, load.running, load.kv_use, load.hysteresis)
         if slo is not None:
-            keeps = Objectives(slo.objectives_s, slo.hysteresis)
+            keeps = Objectives(slo.objectives_s, slo.hysteresis, slo.headroom)
         return cls(artifact.predictor, limits, follows, keeps)
 
     @property

@@ -89,12 +89,14 @@ class Objectives:
 
     objective_s: seconds between tokens (ITL) and to the first token (TTFT), either or both.
     hysteresis: share of an objective by which a latency must be below it before the level falls, in [0, 1).
+    headroom: share of an objective that is left for what is not measured here; the rest is kept. In [0, 1).
     """
 
-    def __init__(self, objective_s: Mapping[str, float], hysteresis: float = 0.1) -> None:
+    def __init__(self, objective_s: Mapping[str, float], hysteresis: float = 0.1, headroom: float = 0.0) -> None:
         self.objective_s = dict(objective_s)
         self.observed_s = dict.fromkeys(self.objective_s, math.nan)
-        self._trials = {name: _TrialLevel(seconds, hysteresis) for name, seconds in self.objective_s.items()}
+        self._kept_s = {name: (1 - headroom) * seconds for name, seconds in self.objective_s.items()}
+        self._trials = {name: _TrialLevel(seconds, hysteresis) for name, seconds in self._kept_s.items()}
         self._percentiles = {name: Percentile() for name in self.objective_s}
         self._prefills: deque[float] = deque(maxlen=_PREFILLS)
         self._falling_wait = lowered(WAIT, hysteresis)
@@ -150,7 +152,7 @@ class Objectives:
         self._trials[TTFT].add(first.prefill_s)
 
     def _see_queue(self, wait_s: float) -> None:
-        objective = self.objective_s[TTFT]
+        objective = self._kept_s[TTFT]
         wait = wait_s / max(objective - self._usual_prefill, objective / 10)
         self._queue_level = max(on_line(wait, WAIT), min(self._queue_level, on_line(wait, self._falling_wait)))
 

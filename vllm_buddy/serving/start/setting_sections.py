@@ -131,6 +131,15 @@ class SloSettings(Section):
         lt=1,
         description="Share of an objective by which a latency must be below it before the price falls.",
     )
+    headroom: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description=(
+            "Share of an objective that is left for what the engine does not see, such as the way through the API "
+            "server: it keeps the rest."
+        ),
+    )
 
     @model_validator(mode="after")
     def _any(self) -> "SloSettings":
