@@ -1,9 +1,9 @@
 """Measures decode speed of depth and quantisation together, against stock vLLM on either model, in alternating rounds.
 
-    python -m benchmarks.speed.quantised            # SmolLM2-135M, CPU, an estimated 10 minutes on 2 cores
+    python -m benchmarks.speed.quantised            # SmolLM2-135M, CPU, about 5 minutes on 2 cores
 
 The model is quantised by rounding (`benchmarks.harness.quantised`), which says nothing about quality. Engines: stock
-vLLM and buddy on the model as it is, and on the quantised one; all requests of a budget share a path, as in
+vLLM and buddy on the model as it is, and on one of each --format; all requests of a budget share a path, as in
 benchmarks.speed.decode. `over_stock` is tokens/s over those of stock vLLM on the model as it is, and
 `over_same_weights` over those of stock vLLM on the same weights.
 
@@ -36,6 +36,7 @@ from vllm_buddy.models.embedded import fetch
 BUDGETS = (1.0, 0.75, 0.5)
 PROMPT_TOKENS = 64
 AS_IS = "as it is"
+COMPARED = ["compressed-tensors W8A8", "GPTQ"]  # of 8 and of 4 bits
 
 
 def main() -> None:
@@ -44,8 +45,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = list(FORMATS)
-    parser.add_argument("--format", choices=kinds, default=kinds[0], help=f"of the weights; default: {kinds[0]}")
+    parser.add_argument("--format", choices=list(FORMATS), nargs="+", default=COMPARED, help="of the weights")
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], help="default: 1 8")
     parser.add_argument("--tokens", type=at_least(2), default=33, help="decoded tokens of a run; default: 33")
     add_rounds_option(parser, 6)
@@ -63,14 +63,13 @@ def open_lineups(args: argparse.Namespace) -> Iterator[dict[str, Lineup]]:
     """Yield the engines on each kind of weights, AS_IS first, and remove their files afterwards."""
     work = Path(tempfile.mkdtemp(prefix="vllm_buddy-bench-"))
     model, artifact = args.model or fetch(report=print), load_artifact(args.artifact)
+    lineups = {AS_IS: Lineup(model, artifact, work / AS_IS)}
     try:
-        quantised = quantise(model, work / "quantised", args.format)
-        rounded = round_off(model, work / "rounded", args.format)
-        rounds_too = partial(round_activations, kind=args.format)
-        yield {
-            AS_IS: Lineup(model, artifact, work / AS_IS),
-            args.format: Lineup(quantised, artifact, work / "of-quantised", rounded, rounds_too),
-        }
+        for number, kind in enumerate(args.format):
+            folder = work / str(number)
+            quantised, rounded = quantise(model, folder / "quantised", kind), round_off(model, folder / "rounded", kind)
+            lineups[kind] = Lineup(quantised, artifact, folder, rounded, partial(round_activations, kind=kind))
+        yield lineups
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_buddy.method import full_path, layers_of, path_of, top_k_path
+from vllm_buddy.method.path import gaps_of
 
 
 @given(st.sets(st.integers(0, 200)))
@@ -33,6 +34,15 @@ def test_ties_go_to_the_lower_layer() -> None:
     assert layers_of(top_k_path([1.0, 1.0, 1.0, 1.0], 4)) == [0, 1, 2, 5]
     assert layers_of(top_k_path(np.zeros(40), 22)) == [*range(21), 41]
     assert layers_of(top_k_path([0.0, 1.0, 0.0, 1.0, -0.0], 5)) == [0, 1, 2, 4, 6]
+
+
+@given(st.sets(st.integers(1, 30)))
+def test_gaps_are_the_skipped_layers_between_those_that_run(middle: set[int]) -> None:
+    """Fails if a skipped layer is in no gap or in two, or layers that run lie in one or do not part two."""
+    path = path_of({0, 31} | middle)
+    gaps = gaps_of(path)
+    assert [layer for gap in gaps for layer in gap] == sorted(set(range(32)) - set(layers_of(path)))
+    assert all(path >> gap.start - 1 & 1 and path >> gap.stop & 1 for gap in gaps)
 
 
 def test_full_depth_is_the_full_path() -> None:

@@ -62,6 +62,28 @@ def second_model_table() -> str:
     return section(note, ["variant", "layers", *heads], lines)
 
 
+def quantised_table() -> str:
+    """Return decode speed of depth and quantised weights together, over stock vLLM's on both kinds of weights."""
+    rows = load_rows("cpu_quantised.jsonl")
+    found = by_key(rows, "metric", "weights", "variant", "batch")
+    batches = sorted({row["batch"] for row in rows})
+    lines = []
+    for weights in dict.fromkeys(row["weights"] for row in rows):
+        for variant in _variants(rows):
+            cells = [
+                spread(found[metric, weights, variant, batch])
+                for batch in batches
+                for metric in ("ms_per_step", "over_stock", "over_same_weights")
+            ]
+            lines.append([weights, variant, str(found["ms_per_step", weights, variant, batches[0]]["layers"]), *cells])
+    note = (
+        "`python -m benchmarks.speed.quantised`: ms of a decode step, and tokens/s over those of stock vLLM on the "
+        f"model as it is, and on the same weights. {rounds_note(rows)}"
+    )
+    heads = [f"{head}, batch {batch}" for batch in batches for head in ("ms", "over stock", "over same weights")]
+    return section(note, ["weights", "variant", "layers", *heads], lines)
+
+
 def schedules_table() -> str:
     """Return both schedules beside stock vLLM with p20 to p80."""
     rows = load_rows("cpu_schedules.jsonl")

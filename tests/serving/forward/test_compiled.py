@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.harness.quantised import FORMATS, quantise
 from tests.harness.engine import Engine, Tiny, start_engine
-from tests.harness.tiny_models import HIDDEN_SIZE, NUM_LAYERS
+from tests.harness.tiny_models import HIDDEN_SIZE, NUM_LAYERS, random_exits
 from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import depth_for_budget
+from vllm_buddy.serving.schedule.draft_pace import DraftPass
 
 # fp32 sums of 128 products of magnitude 1 in another order
 ATOL = 1e-5
@@ -102,6 +103,30 @@ def test_compiled_bypasses_are_called_directly_and_are_the_formula(compiled: Eng
         assert functions[layer].up.owner is not None
         added, state = functions[layer](torch.arange(5), hidden, residual)
         torch.testing.assert_close(added + state, bypass.apply(layer, hidden + residual), atol=ATOL, rtol=0)
+
+
+def test_a_draft_pass_has_one_compiled_function_beside_its_layers(compiled: Engine) -> None:
+    """Fails if a gap or the adapter of an exit is computed with other weights, at another layer, or uncompiled."""
+    from vllm_buddy.serving.forward.direct_call import DirectCall
+    from vllm_buddy.serving.worker.depth_drafts import _PassFunctions
+
+    (exit_,) = random_exits(compiled.tiny.model, [4], seed=1, gaps=True)
+    own = _PassFunctions.of(DraftPass(exit_.path, 0.3, exit_.adapter, exit_.bypass), compiled.core.vllm_config)
+    assert own.bypasses is not None
+    assert exit_.bypass is not None
+    hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
+    wanted = {layer: exit_.bypass.apply(layer, hidden + residual) for layer in exit_.first_of_gaps}
+    found = {layer: function for layer, function in enumerate(own.bypasses) if function is not None}
+    assert found.keys() == wanted.keys()
+    calls = [
+        *((found[layer], wanted[layer]) for layer in wanted),
+        (own.adapter, exit_.adapter.apply(hidden + residual)),
+    ]
+    for call, state_after in calls:
+        assert isinstance(call.step, DirectCall)  # type: ignore[union-attr]
+        added, state = call(torch.arange(5), hidden, residual)  # type: ignore[misc]
+        torch.testing.assert_close(added + state, state_after, atol=ATOL, rtol=0)
+    assert len({id(call.step) for call, _ in calls}) == 1  # type: ignore[union-attr]
 
 
 def check_skipped_rows(engine: Engine) -> None:

@@ -231,8 +231,8 @@ class DraftSettings(Section):
     depth: Size | None = Field(
         default=None,
         description=(
-            "Layers that a draft runs: an exit that the artifact was trained for, with its adapter, or else the path "
-            "of the library. Default: the artifact's first exit, without one three tenths of the model's layers."
+            "Layers that a draft runs: an exit that the artifact was trained for, or else the path of the library. "
+            "Default: the artifact's first exit, without one three tenths of the model's layers."
         ),
     )
     refine_depth: Size | None = Field(
