@@ -71,6 +71,29 @@ def profile_exits_table() -> str:
 def profile_speedups_table() -> str:
     """Return the best predicted speed-up of each source of drafts, and what DEX would gain."""
     profile = json.loads((RESULTS / "depth_profile.json").read_text())
+    dex = [
+        f"{row['devices']} devices {row['exploration_speedup']:.2f} and {row['exit_speedup']:.2f}"
+        for row in profile["dex"]
+    ]
+    note = (
+        "Predicted speed-up of the best depth and number of drafts, over no drafts, where a row of drafts costs "
+        f"{profile['about']['row_cost']} of a step of one row. On several devices, as an upper "
+        f"bound, depth exploration and the best single exit: {'; '.join(dex)}."
+    )
+    return _speedups(note, profile)
+
+
+def profile_shape_table() -> str:
+    """Return the predicted speed-ups where passes cost what they would in a model of another shape."""
+    profile = json.loads((RESULTS / "depth_profile_llama8b.json").read_text())
+    note = (
+        "**A prediction, not a measurement**: the same drafts, where passes cost the weights that they would read in a "
+        f"model of the shape of Llama-3.1-8B, and a row {profile['about']['row_cost']} of a step of one row."
+    )
+    return _speedups(note, profile)
+
+
+def _speedups(note: str, profile: dict[str, Any]) -> str:
     best: dict[tuple[str, int], dict[str, Any]] = {}
     for row in profile["speedups"]:
         key = (row["source"], row["batch"])
@@ -86,13 +109,4 @@ def profile_speedups_table() -> str:
             of = "" if row["depth"] is None else f" ({row['drafts']} of {row['depth']} layers)"
             cells.append(f"{row['speedup']:.2f}{of}")
         lines.append([source, *cells])
-    dex = [
-        f"{row['devices']} devices {row['exploration_speedup']:.2f} and {row['exit_speedup']:.2f}"
-        for row in profile["dex"]
-    ]
-    note = (
-        "Predicted speed-up of the best depth and number of drafts, over no drafts, where a row of drafts costs "
-        f"{profile['about']['row_cost']} of a step of one row. On several devices, as an upper "
-        f"bound, depth exploration and the best single exit: {'; '.join(dex)}."
-    )
     return section(note, ["drafts from", *(f"batch {batch}" for batch in batches)], lines)

@@ -102,6 +102,28 @@ def test_steps_tell_what_rows_and_passes_cost(
     assert all(0.0 < second < 60.0 for second in seconds)
 
 
+def test_steps_without_drafts_leave_out_the_rejection_sampler(
+    lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if requests that get no drafts pay for those that others get, or a step with drafts is not checked."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    checked: list[list[int]] = []
+    forward = engine.runner.rejection_sampler.forward
+
+    def watched(metadata: Any, *others: Any) -> Any:
+        checked.append(metadata.num_draft_tokens)
+        return forward(metadata, *others)
+
+    monkeypatch.setattr(engine.runner.rejection_sampler, "forward", watched)
+    first, second = (tuple(prompt) for prompt in random_prompts(2, seed=21, min_tokens=9, max_tokens=12))
+    engine.run([Ask(first, 0.5, 8)])
+    assert checked == []
+    engine.run([Ask(first, 0.5, 8), Ask(second, None, 8, options=LOSSLESS)])
+    assert checked
+    assert all(any(of_step) for of_step in checked)
+
+
 def test_layers_draft_where_no_ngram_is_found(
     lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
