@@ -230,6 +230,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
             GPUModelRunner._model_forward,
             ["self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"],
         ),
+        "_sample": (GPUModelRunner._sample, ["self", "logits", "spec_decode_metadata"]),
         "_get_slot_mappings": (GPUModelRunner._get_slot_mappings, ["self"]),
         "_build_attention_metadata": (GPUModelRunner._build_attention_metadata, ["self"]),
         "prepare_attn": (
