@@ -124,6 +124,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "static": quality.static_table,
     "auto": auto.auto_table,
     "speculation": drafts.speculation_table,
+    "second model's speculation": drafts.second_model_speculation_table,
     "profile of exits": drafts.profile_exits_table,
     "profile of depths": drafts.profile_depths_table,
     "profile of speed-ups": drafts.profile_speedups_table,
@@ -160,6 +161,7 @@ PAGES = {
     ],
     DOCS / "speculation.md": [
         "speculation",
+        "second model's speculation",
         "profile of depths",
         "profile of exits",
         "profile of speed-ups",

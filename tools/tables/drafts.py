@@ -8,13 +8,22 @@ from tools.tables.results import RESULTS, by_key, load_rows, section, spread, ta
 
 def speculation_table() -> str:
     """Return all variants at all batch sizes with p20 to p80, and the drafts that a step accepts, for each task."""
-    rows = load_rows("cpu_speculation.jsonl")
+    return _speculation("cpu_speculation.jsonl", "python -m benchmarks.speed.speculation")
+
+
+def second_model_speculation_table() -> str:
+    """Return the same for Qwen2.5-Coder-0.5B."""
+    return _speculation("cpu_speculation_qwen.jsonl", "benchmarks.speed.speculation")
+
+
+def _speculation(name: str, command: str) -> str:
+    rows = load_rows(name)
     found = by_key(rows, "metric", "variant", "task", "batch")
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     parts = [
-        "`python -m benchmarks.speed.speculation`: decode tokens/s over stock vLLM without drafts, greedy, and over "
-        f"stock vLLM with n-grams; drafts that a step of a request accepts. Medians of {rows[0]['n']} rounds with 20th "
-        f"to 80th percentile, {where(rows[0])}."
+        f"`{command}`: decode tokens/s over stock vLLM without drafts, greedy, and over stock vLLM with n-grams; drafts "
+        f"that a step of a request accepts. Medians of {rows[0]['n']} rounds with 20th to 80th percentile, "
+        f"{where(rows[0])}."
     ]
     names = {"over_stock": "over stock", "over_ngram": "over n-gram"}
     for task in dict.fromkeys(row["task"] for row in rows):
