@@ -21,8 +21,8 @@ def _speculation(name: str, command: str) -> str:
     found = by_key(rows, "metric", "variant", "task", "batch")
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     parts = [
-        f"`{command}`: decode tokens/s over stock vLLM without drafts, greedy, and over stock vLLM with n-grams; drafts "
-        f"that a step of a request accepts. Medians of {rows[0]['n']} rounds with 20th to 80th percentile, "
+        f"`{command}`: decode tokens/s over stock vLLM without drafts, greedy, and over stock vLLM with n-grams; "
+        f"drafts that a step of a request accepts. Medians of {rows[0]['n']} rounds with 20th to 80th percentile, "
         f"{where(rows[0])}."
     ]
     names = {"over_stock": "over stock", "over_ngram": "over n-gram"}
