@@ -1,6 +1,6 @@
 """Measures decode speed of depth and quantisation together, against stock vLLM on either model, in alternating rounds.
 
-    python -m benchmarks.speed.quantised            # SmolLM2-135M, CPU, about 5 minutes on 2 cores
+    python -m benchmarks.speed.quantised            # SmolLM2-135M, CPU, about 3 minutes on 2 cores
 
 The model is quantised by rounding (`benchmarks.harness.quantised`), which says nothing about quality. Engines: stock
 vLLM and buddy on the model as it is, and on one of each --format; all requests of a budget share a path, as in

@@ -18,6 +18,7 @@ from vllm_buddy.errors import ArtifactError
 from vllm_buddy.method import DecisionModule, DraftExit, ExitAdapter, FoldedDecision, path_of
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.lora import LoraDeltas
+from vllm_buddy.method.path import gap_starts
 
 BASE = BaseModelIdentity(
     id="tiny", architecture="LlamaForCausalLM", num_layers=NUM_LAYERS, hidden_size=8, vocab_size=VOCAB_SIZE,
@@ -73,7 +74,7 @@ def _exits(*, rounded: bool = True, gaps: bool = False) -> list[DraftExit]:
         adapter = ExitAdapter(down, up.T.contiguous(), EPS)
         exit_ = DraftExit(path_of(layers), adapter.rounded() if rounded else adapter)
         if gaps:
-            firsts = exit_.first_of_gaps
+            firsts = gap_starts(exit_.path)
             scales = torch.arange(1, len(firsts) + 1)[:, None, None]
             own = Bypass(scales * down, scales * up.T, EPS, firsts)
             exit_ = dataclasses.replace(exit_, bypass=own.rounded() if rounded else own)

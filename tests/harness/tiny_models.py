@@ -41,7 +41,7 @@ from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.lora import LoraDeltas
-from vllm_buddy.method.path import gaps_of
+from vllm_buddy.method.path import gap_starts
 
 NUM_LAYERS = 8
 HIDDEN_SIZE = 128
@@ -179,7 +179,7 @@ def random_exits(
     exits = []
     for depth in depths:
         path = path_of([0, config.num_hidden_layers - 1, *middle[: depth - 2]])
-        firsts = tuple(gap.start for gap in gaps_of(path))
+        firsts = gap_starts(path)
         count = 1 + (len(firsts) if gaps else 0)
         down = torch.randn(count, rank, config.hidden_size, generator=generator) / config.hidden_size**0.5
         up = 4 * torch.randn(count, config.hidden_size, rank, generator=generator) / rank**0.5

@@ -36,7 +36,7 @@ from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import on_byte_grid
 from vllm_buddy.method.lora import LoraDeltas
-from vllm_buddy.method.path import gaps_of
+from vllm_buddy.method.path import gap_starts
 from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.start.settings import BuddySettings
 
@@ -108,7 +108,7 @@ def write_sample(folder: Path) -> None:
 
 def exit_of(path: LayerPath, weights: torch.Tensor) -> DraftExit:
     """An exit with bypasses of its gaps. weights: [at least 1 + its gaps, rank, hidden_size]."""
-    firsts = tuple(gap.start for gap in gaps_of(path))
+    firsts = gap_starts(path)
     of_gaps = weights[1 : 1 + len(firsts)]
     adapter = ExitAdapter(weights[0], weights[0].T.contiguous(), 1e-5).rounded()
     return DraftExit(path, adapter, Bypass(of_gaps, of_gaps.mT.contiguous(), 1e-5, firsts).rounded())

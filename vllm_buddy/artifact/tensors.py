@@ -36,7 +36,7 @@ from vllm_buddy.method import DraftExit, ExitAdapter, FoldedDecision, FoldedPred
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.byte_grid import byte_grid
 from vllm_buddy.method.lora import LoraDeltas
-from vllm_buddy.method.path import gaps_of
+from vllm_buddy.method.path import gap_starts, gaps_of
 
 _DECISION, _PREDICTOR, _TOKEN = "decision", "predictor", "token"
 _TABLES = ("table_context", "table_newest")
@@ -250,9 +250,9 @@ def _exits(config: DraftConfig, tensors: dict[str, np.ndarray], source: str) -> 
     for layers, down, up in zip(config.exits, *_low_rank(_DRAFTS, tensors, source), strict=True):
         path, bypass = path_of(layers), None
         if config.gaps:
-            firsts = tuple(gap.start for gap in gaps_of(path))
-            downs, ups = zip(*islice(gaps, len(firsts)))
-            bypass = Bypass(torch.stack(downs), torch.stack(ups), config.eps, firsts)
+            starts = gap_starts(path)
+            downs, ups = zip(*islice(gaps, len(starts)))
+            bypass = Bypass(torch.stack(downs), torch.stack(ups), config.eps, starts)
         yield DraftExit(path, ExitAdapter(down, up, config.eps), bypass)
 
 

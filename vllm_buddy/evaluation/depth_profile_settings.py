@@ -19,7 +19,7 @@ class DepthProfileSettings(BaseModel):
     )
     artifact: str | None = Field(
         default=None,
-        description="artifact whose paths draft, with its bypass and the adapters of its draft exits (absent: the "
+        description="artifact whose paths draft, with its bypass and its draft exits (absent: the "
         "shipped one of the model)",
     )
     passages: int = Field(default=24, ge=1, description="passages of the text to go on from")

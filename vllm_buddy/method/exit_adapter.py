@@ -63,15 +63,10 @@ class DraftExit:
     adapter: ExitAdapter
     bypass: Bypass | None = None
 
-    @property
-    def first_of_gaps(self) -> tuple[int, ...]:
-        """The first layer of each gap of the path."""
-        return tuple(gap.start for gap in gaps_of(self.path))
-
     def ranks(self, bypass_rank: int) -> int:
         """The sum of the ranks of adapter and bypasses. bypass_rank: of the artifact's bypass of each layer."""
         if self.bypass is not None:
-            return self.adapter.rank + self.bypass.rank * len(self.first_of_gaps)
+            return self.adapter.rank + self.bypass.rank * len(gaps_of(self.path))
         return self.adapter.rank + bypass_rank * sum(map(len, gaps_of(self.path)))
 
 

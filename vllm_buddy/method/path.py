@@ -29,6 +29,11 @@ def gaps_of(path: LayerPath) -> list[range]:
     return [range(before + 1, after) for before, after in pairwise(layers) if after > before + 1]
 
 
+def gap_starts(path: LayerPath) -> tuple[int, ...]:
+    """Return the first layer of each gap of `path`, ascending."""
+    return tuple(gap.start for gap in gaps_of(path))
+
+
 @lru_cache(maxsize=4096)
 def path_mask(path: LayerPath, num_layers: int) -> np.ndarray:
     """Return which layers the path holds: [num_layers], bool. The array is cached, so do not write to it."""

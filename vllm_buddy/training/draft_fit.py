@@ -19,7 +19,7 @@ from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_chains import KV, draft_states, full_states
 from vllm_buddy.method.draft_head import DraftHead
 from vllm_buddy.method.exit_adapter import InducingAdapter
-from vllm_buddy.method.path import gaps_of
+from vllm_buddy.method.path import gap_starts, gaps_of
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
 from vllm_buddy.training.loop import rate_share
 from vllm_buddy.training.objective import agreement, distillation_loss, divergence, top_log_probs
@@ -125,10 +125,7 @@ def fit_gaps(model: nn.Module, token_ids: torch.Tensor, rank: int, paths: Sequen
     known = list(dict.fromkeys(gap for of_path in gaps for gap in of_path))
     found = fit_bypass(model, token_ids, rank, gaps=known)
     rows = [[known.index(gap) for gap in of_path] for of_path in gaps]
-    return [
-        Bypass(found.down[which], found.up[which], found.eps, tuple(gap.start for gap in of_path))
-        for which, of_path in zip(rows, gaps)
-    ]
+    return [Bypass(found.down[which], found.up[which], found.eps, gap_starts(path)) for which, path in zip(rows, paths)]
 
 
 def fit_exits(
@@ -168,8 +165,8 @@ def fit_exits(
             losses.append(float(loss.detach()))
             if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
                 raise TrainingError(
-                    f"step {step}: the loss is {losses[-1]} and the gradient's norm {norm}; lower learning_rate, or "
-                    "look at the text of this step"
+                    f"step {step}: the loss is {losses[-1]} and the gradient's norm {norm}; lower learning_rate or "
+                    "gap_learning_rate, or look at the text of this step"
                 )
         for optimizer in optimizers:
             optimizer.step()

@@ -13,6 +13,7 @@ from tests.harness.engine import Engine, Tiny, start_engine
 from tests.harness.tiny_models import HIDDEN_SIZE, NUM_LAYERS, random_exits
 from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import depth_for_budget
+from vllm_buddy.method.path import gap_starts
 from vllm_buddy.serving.schedule.draft_pace import DraftPass
 
 # fp32 sums of 128 products of magnitude 1 in another order
@@ -115,7 +116,7 @@ def test_a_draft_pass_has_one_compiled_function_beside_its_layers(compiled: Engi
     assert own.bypasses is not None
     assert exit_.bypass is not None
     hidden, residual = torch.randn(2, 5, HIDDEN_SIZE)
-    wanted = {layer: exit_.bypass.apply(layer, hidden + residual) for layer in exit_.first_of_gaps}
+    wanted = {layer: exit_.bypass.apply(layer, hidden + residual) for layer in gap_starts(exit_.path)}
     found = {layer: function for layer, function in enumerate(own.bypasses) if function is not None}
     assert found.keys() == wanted.keys()
     calls = [
