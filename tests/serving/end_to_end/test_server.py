@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -198,8 +199,10 @@ def test_a_stream_tells_paths_as_it_goes_and_the_outcome_at_its_end(
     assert all(chunk["choices"] == [] for chunk in chunks if "kv_transfer_params" in chunk)
     assert paths_told(told[-1]["paths"]) == expected.paths[: len(PROMPTS[1]) + NUM_TOKENS - 1]
     assert told[-1]["depth"] == depth_for_budget(0.5, NUM_LAYERS)
-    # A client that reads slowly may get fewer, because vLLM merges chunks; a local one reads the first as it comes.
-    assert paths_told(told[0]["paths"]) == expected.paths[: len(PROMPTS[1])]
+    # With the first token come those of the prompt. A client that reads slowly gets more, because vLLM merges chunks.
+    first = paths_told(told[0]["paths"])
+    assert len(first) >= len(PROMPTS[1])
+    assert first == expected.paths[: len(first)]
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
@@ -260,6 +263,9 @@ def test_a_bad_option_of_auto_is_answered_400_while_others_go_on(
     assert told in answer["error"]["message"]
 
 
+MOST_ASKED = 100
+
+
 def test_auto_is_chosen_at_the_price_of_the_moment(server: Server, tiny: Callable[[str], Tiny]) -> None:
     """Fails if price, range or load do not reach the choice, or the response does not tell what was chosen.
 
@@ -287,13 +293,22 @@ def test_auto_is_chosen_at_the_price_of_the_moment(server: Server, tiny: Callabl
         assert told(prompt, PREDICTOR_PRICE) == PREDICTOR_PRICE
     assert told(PROMPTS[0], 0.0, buddy_price=0.0) == 0.0
     assert told(PROMPTS[0], 1e6, buddy_price=1e6, buddy_auto_min=0.5) == 1e6
+    enough = Event()
+
+    def keep_running(prompt: tuple[int, ...]) -> set[int]:
+        """Send a prompt again and again until it is enough; returns the depths that it ran at."""
+        depths = set()
+        while not enough.is_set():
+            depths.add(server.complete(prompt, budget("0.5"), 440)[1]["kv_transfer_params"]["buddy"]["depth"])
+        return depths
+
     with ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(server.complete, prompt, budget("0.5"), 440) for prompt in PROMPTS * 2]
-        seen = []
-        while LOAD_PRICE not in seen and not all(request.done() for request in running):
-            seen.append(told(PROMPTS[1], PREDICTOR_PRICE))
-        assert LOAD_PRICE in seen
-        assert all(request.result()[1]["kv_transfer_params"]["buddy"]["depth"] == 4 for request in running)
+        running = [pool.submit(keep_running, prompt) for prompt in PROMPTS * 2]
+        try:
+            assert any(told(PROMPTS[1], PREDICTOR_PRICE) == LOAD_PRICE for _ in range(MOST_ASKED))
+        finally:
+            enough.set()
+        assert [request.result() for request in running] == [{4}] * len(running)
     assert told(PROMPTS[1], PREDICTOR_PRICE) == PREDICTOR_PRICE
     metrics = server.metrics()
     assert (metrics["vllm_buddy:load"], metrics["vllm_buddy:auto_price"]) == (0, PREDICTOR_PRICE)
