@@ -225,6 +225,7 @@ def test_a_deployment_on_such_a_node_fails_with_the_reason(tmp_path: Path, monke
         monkeypatch.setenv("RAY_TMPDIR", folder)
         done = subprocess.run(
             [sys.executable, "-c", _DEPLOY, str(save_tiny_model(tmp_path / "model", "llama")), str(hidden)],
+            cwd=tmp_path,  # Ray's workers look for packages where the driver was started, before PYTHONPATH
             capture_output=True,
             text=True,
             timeout=800,
