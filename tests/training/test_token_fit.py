@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.harness.tiny_models import load_model, random_exits
 from tests.training.conftest import run
 from vllm_buddy.artifact import load_artifact, with_drafts
+from vllm_buddy.artifact.provenance import DRAFTS_HEADING, add_section
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import TokenRoute, TokenSchedule, full_path, path_of
+from vllm_buddy.training.draft_record import RUN_KEY
 from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.stage1_record import finish_run
 from vllm_buddy.training.stage1_settings import Stage1Settings
@@ -86,6 +89,28 @@ def test_training_writes_an_artifact_with_nested_paths(
     again, _, same = run(token_settings | {"out": token_settings["out"].parent / "again", "name": "token"})
     assert same == losses
     assert again.digest == artifact.digest
+
+
+def test_exits_that_depend_on_the_base_model_alone_are_kept(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Fails if more training loses the exits of lossless mode, or what is known of them."""
+    first, stage, _ = run(settings | {"out": tmp_path / "first"})
+    finish_run(first, stage, Stage1Settings(**settings | {"out": tmp_path / "first"}), "vllm-buddy train", None)
+    with_exits = with_drafts(first, random_exits(load_model(settings["model"]), (4,), seed=0, gaps=True))
+    with_exits.save(tmp_path / "first")
+    section, record = f"{DRAFTS_HEADING}\n\nThey are good.\n\n", {"seed": 7, "held_out": {"4": {"after": 0.5}}}
+    add_section(tmp_path / "first", tmp_path / "first", ("first", "tiny"), section, RUN_KEY, record)
+    more = settings | {"start_from": str(tmp_path / "first"), "out": tmp_path / "more"}
+    artifact, stage, _ = run(more)
+    finish_run(artifact, stage, Stage1Settings(**more), "vllm-buddy train", None)
+    loaded = load_artifact(tmp_path / "more")
+    assert [draft.path for draft in loaded.drafts] == [draft.path for draft in with_exits.drafts]
+    assert loaded.drafts[0].bypass is not None
+    assert torch.equal(loaded.drafts[0].bypass.down, load_artifact(tmp_path / "first").drafts[0].bypass.down)
+    card = (tmp_path / "more" / "README.md").read_text()
+    assert card.count(DRAFTS_HEADING) == card.count(section) == 1
+    assert yaml.safe_load((tmp_path / "more" / "run.yaml").read_text())[RUN_KEY] == record
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,17 @@ def add_section(
 
 def with_section(card: str, section: str) -> str:
     """Return `card` with `section` in place of the one with its heading, or before the last heading of that level."""
-    heading = section.splitlines()[0]
-    start = card.find(f"{heading}\n")
-    if start >= 0:
-        end = card.find("\n## ", start)
-        return card[:start] + section + (card[end + 1 :] if end >= 0 else "")
+    if old := section_of(card, section.splitlines()[0]):
+        return card.replace(old, section, 1)
     last = card.rfind("\n## ")
     return card[: last + 1] + section + card[last + 1 :] if last >= 0 else f"{card}\n{section}"
+
+
+def section_of(card: str, heading: str) -> str:
+    """Return the section of `card` with this heading; empty where there is none."""
+    start = card.find(f"{heading}\n")
+    end = card.find("\n## ", start)
+    return "" if start < 0 else card[start : end + 1 if end >= 0 else len(card)]
 
 
 def without_key(yaml: str, key: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_buddy.artifact import Artifact, with_token_router
+from vllm_buddy.artifact import Artifact, with_drafts, with_token_router
 from vllm_buddy.artifact.config import (
     FORMAT_VERSION,
     BuddyConfig,
@@ -138,6 +138,9 @@ def run_stage1(
         found = fit.observed(settings.num_steps)
         run.router_figures = {"explained": dict(zip(map(str, settings.token_depths), found.explained))}
         artifact = with_token_router(artifact, found.router)
+    if start.artifact is not None and (exits := start.artifact.drafts) and exits[0].bypass is not None:
+        # They depend on the base model alone. Exits without bypasses of their own ran with the bypass of before.
+        artifact = with_drafts(artifact, exits, start.artifact.draft_vocabulary)
     return artifact, run
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from vllm_buddy.artifact import Artifact
+from vllm_buddy.artifact import Artifact, resolve_artifact
 from vllm_buddy.artifact.provenance import (
     CARD_FILE,
     DRAFTS_HEADING,
@@ -15,6 +15,7 @@ from vllm_buddy.artifact.provenance import (
 )
 from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
+from vllm_buddy.training.draft_record import keep_record
 from vllm_buddy.training.loop import LOG_FILE, TrainingRun
 from vllm_buddy.training.stage1_settings import DatasetSource, Source, Stage1Settings
 
@@ -48,6 +49,9 @@ def finish_run(
         "router_fit": run.router_figures,
     }
     (settings.out / RUN_FILE).write_text(to_yaml(record))
+    if artifact.drafts:  # of the artifact that training started from
+        source = resolve_artifact(settings.start_from, lambda: artifact.config.base_model)
+        keep_record(source, settings.out, (artifact.config.name, artifact.config.base_model.id))
 
 
 def _how(source: Source) -> dict[str, Any]:
