@@ -145,7 +145,7 @@ def random_artifact(
     folded = _random_decision(values, num_middle, seed) if decision else None
     bypass = _random_bypass(model, bypass_rank, seed) if bypass_rank else None
     lora = _random_lora(model, lora_rank, seed) if lora_rank else None
-    predictor = _random_predictor(values, predictor_depths, base.num_layers, seed) if predictor_depths else None
+    predictor = random_predictor(values, predictor_depths, base.num_layers, seed) if predictor_depths else None
     token = random_token_router(values, token_depths, base.num_layers, seed) if token_depths else None
     config = BuddyConfig(
         format_version=FORMAT_VERSION,
@@ -217,11 +217,12 @@ def random_token_router(values: torch.Tensor, depths: Sequence[int], num_layers:
     grid = (*depths, num_layers)
     middle = np.random.default_rng(seed).permutation(np.arange(1, num_layers - 1)).tolist()
     paths = tuple(path_of([0, num_layers - 1, *middle[: depth - 2]]) for depth in grid)
-    predictor = _random_predictor(values, grid, num_layers, seed + 1)
+    predictor = random_predictor(values, grid, num_layers, seed + 1)
     return TokenRouter(predictor, paths, ((grid[0] / num_layers, 12.0), (1.0, 0.0)))
 
 
-def _random_predictor(values: torch.Tensor, depths: Sequence[int], num_layers: int, seed: int) -> FoldedPredictor:
+def random_predictor(values: torch.Tensor, depths: Sequence[int], num_layers: int, seed: int) -> FoldedPredictor:
+    """Return a Budget Predictor with random weights. values: see value_table. depths: its grid."""
     predictor = BudgetPredictor(values.shape[1], depths, num_layers)
     _randomise_decision(predictor.module, values, seed)
     return FoldedPredictor.fold(predictor, values, num_layers)

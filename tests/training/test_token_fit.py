@@ -1,5 +1,6 @@
 """Training of depths per token: from measured divergences to an artifact that is better than chance."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,23 @@ import pytest
 import torch
 import yaml
 
-from tests.harness.tiny_models import load_model, random_exits
+from tests.harness.tiny_models import load_model, random_exits, random_predictor
 from tests.training.conftest import run
 from vllm_buddy.artifact import load_artifact, with_drafts
+from vllm_buddy.artifact.config import PredictorConfig
 from vllm_buddy.artifact.provenance import DRAFTS_HEADING, add_section
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import TokenRoute, TokenSchedule, full_path, path_of
-from vllm_buddy.training.draft_record import RUN_KEY
+from vllm_buddy.method.decision import value_table
+from vllm_buddy.training import draft_record, stage2_record
 from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.stage1_record import finish_run
 from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.token_fit import fit_tokens
 
 VOCAB, LENGTH = 64, 40
+TOKEN = {"schedule": "token", "token_depths": (4, 6), "kv_policy": "kv_only", "token_windows": 12}
+KEPT = ((DRAFTS_HEADING, draft_record.RUN_KEY), (stage2_record.CARD_HEADING, stage2_record.RUN_KEY))
 PATHS = (path_of([0, 2, 4, 7]), path_of([0, 1, 2, 4, 5, 7]), full_path(8))
 
 
@@ -62,8 +67,7 @@ def token_settings(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """Settings of a run that starts from the artifact of another one."""
     first, stage, _ = run(settings | {"out": tmp_path / "first"})
     finish_run(first, stage, Stage1Settings(**settings | {"out": tmp_path / "first"}), "vllm-buddy train", None)
-    token = {"schedule": "token", "token_depths": (4, 6), "kv_policy": "kv_only", "token_windows": 12}
-    return settings | token | {"start_from": str(tmp_path / "first"), "out": tmp_path / "token"}
+    return settings | TOKEN | {"start_from": str(tmp_path / "first"), "out": tmp_path / "token"}
 
 
 def test_training_writes_an_artifact_with_nested_paths(
@@ -91,26 +95,40 @@ def test_training_writes_an_artifact_with_nested_paths(
     assert again.digest == artifact.digest
 
 
-def test_exits_that_depend_on_the_base_model_alone_are_kept(
-    settings: dict[str, Any], tmp_path: Path
+def test_predictor_and_exits_are_kept_where_they_are_of_use(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if more training loses the exits of lossless mode, or what is known of them."""
+    """Fails if more training of the bypass loses other parts, or what is known of them."""
     first, stage, _ = run(settings | {"out": tmp_path / "first"})
     finish_run(first, stage, Stage1Settings(**settings | {"out": tmp_path / "first"}), "vllm-buddy train", None)
-    with_exits = with_drafts(first, random_exits(load_model(settings["model"]), (4,), seed=0, gaps=True))
-    with_exits.save(tmp_path / "first")
-    section, record = f"{DRAFTS_HEADING}\n\nThey are good.\n\n", {"seed": 7, "held_out": {"4": {"after": 0.5}}}
-    add_section(tmp_path / "first", tmp_path / "first", ("first", "tiny"), section, RUN_KEY, record)
+    model = load_model(settings["model"])
+    predictor = random_predictor(value_table(model), (4, 6, 8), 8, seed=0)
+    config = first.config.model_copy(update={"predictor": PredictorConfig(depths=predictor.depths, price=1.0)})
+    first = dataclasses.replace(first, config=config, predictor=predictor)
+    whole = with_drafts(first, random_exits(model, (4,), seed=0, gaps=True))
+    whole.save(folder := tmp_path / "first")
+    record = {"seed": 7, "held_out": {"4": {"after": 0.5}}}
+    for heading, key in KEPT:
+        add_section(folder, folder, ("first", "tiny"), f"{heading}\n\nIt is good.\n\n", key, record)
     more = settings | {"start_from": str(tmp_path / "first"), "out": tmp_path / "more"}
     artifact, stage, _ = run(more)
     finish_run(artifact, stage, Stage1Settings(**more), "vllm-buddy train", None)
     loaded = load_artifact(tmp_path / "more")
-    assert [draft.path for draft in loaded.drafts] == [draft.path for draft in with_exits.drafts]
+    assert [draft.path for draft in loaded.drafts] == [draft.path for draft in whole.drafts]
     assert loaded.drafts[0].bypass is not None
-    assert torch.equal(loaded.drafts[0].bypass.down, load_artifact(tmp_path / "first").drafts[0].bypass.down)
-    card = (tmp_path / "more" / "README.md").read_text()
-    assert card.count(DRAFTS_HEADING) == card.count(section) == 1
-    assert yaml.safe_load((tmp_path / "more" / "run.yaml").read_text())[RUN_KEY] == record
+    assert torch.equal(loaded.drafts[0].bypass.down, load_artifact(folder).drafts[0].bypass.down)
+    assert loaded.config.predictor == whole.config.predictor
+    assert loaded.predictor is not None
+    assert np.array_equal(loaded.predictor.excess([1, 2, 3]), load_artifact(folder).predictor.excess([1, 2, 3]))
+    card, told = ((tmp_path / "more" / name).read_text() for name in ("README.md", "run.yaml"))
+    for heading, key in KEPT:
+        assert card.count(heading) == card.count(f"{heading}\n\nIt is good.\n\n") == 1
+        assert yaml.safe_load(told)[key] == record
+    by_token = TOKEN | {"start_from": str(folder), "out": tmp_path / "token"}
+    monkeypatch.setattr("vllm_buddy.training.token_fit.STEPS", 50)
+    token, _, _ = run(settings | by_token)
+    assert token.predictor is None
+    assert token.drafts
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from vllm_buddy.artifact.provenance import (
-    CARD_FILE,
-    DRAFTS_HEADING,
-    RUN_FILE,
-    add_section,
-    run_header,
-    section_of,
-)
+from vllm_buddy.artifact.provenance import DRAFTS_HEADING, add_section, run_header
 from vllm_buddy.method import layers_of
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
 from vllm_buddy.training.draft_training import TrainedDrafts
@@ -56,16 +47,6 @@ def finish_run(
     }
     names = config.name, config.base_model.id
     add_section(artifact_dir, out, names, drafts_card(trained, command), RUN_KEY, record)
-
-
-def keep_record(source: Path, out: Path, names: tuple[str, str]) -> None:
-    """Write to the card and record of `out` what those of the artifact in `source` say of its exits.
-
-    names: of the artifact and of its base model.
-    """
-    card, run = ((source / name).read_text() if (source / name).is_file() else "" for name in (CARD_FILE, RUN_FILE))
-    section = section_of(card, DRAFTS_HEADING) or f"{DRAFTS_HEADING}\n\nThose of an artifact without a model card.\n\n"
-    add_section(out, out, names, section, RUN_KEY, (yaml.safe_load(run) or {}).get(RUN_KEY, {}))
 
 
 def drafts_card(trained: TrainedDrafts, command: str) -> str:

@@ -138,10 +138,23 @@ def run_stage1(
         found = fit.observed(settings.num_steps)
         run.router_figures = {"explained": dict(zip(map(str, settings.token_depths), found.explained))}
         artifact = with_token_router(artifact, found.router)
-    if start.artifact is not None and (exits := start.artifact.drafts) and exits[0].bypass is not None:
-        # They depend on the base model alone. Exits without bypasses of their own ran with the bypass of before.
-        artifact = with_drafts(artifact, exits, start.artifact.draft_vocabulary)
+    if start.artifact is not None:
+        artifact = _with_kept(artifact, start.artifact, settings)
     return artifact, run
+
+
+def _with_kept(artifact: Artifact, before: Artifact, settings: Stage1Settings) -> Artifact:
+    """Add what an artifact had that is of use with another bypass of the same paths.
+
+    Draft exits with bypasses of their own depend on the base model alone. The Budget Predictor reads prompts, and goes
+    on choosing as it did.
+    """
+    if before.predictor is not None and settings.schedule == "request":
+        config = artifact.config.model_copy(update={"predictor": before.config.predictor})
+        artifact = dataclasses.replace(artifact, config=config, predictor=before.predictor)
+    if before.drafts and before.drafts[0].bypass is not None:
+        artifact = with_drafts(artifact, before.drafts, before.draft_vocabulary)
+    return artifact
 
 
 def split(

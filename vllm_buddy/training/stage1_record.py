@@ -3,19 +3,23 @@
 import json
 from typing import Any
 
+import yaml
+
 from vllm_buddy.artifact import Artifact, resolve_artifact
 from vllm_buddy.artifact.provenance import (
     CARD_FILE,
     DRAFTS_HEADING,
     RUN_FILE,
+    add_section,
     card_origin,
     card_title,
     run_header,
+    section_of,
     to_yaml,
 )
 from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
+from vllm_buddy.training import draft_record, stage2_record
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
-from vllm_buddy.training.draft_record import keep_record
 from vllm_buddy.training.loop import LOG_FILE, TrainingRun
 from vllm_buddy.training.stage1_settings import DatasetSource, Source, Stage1Settings
 
@@ -49,9 +53,19 @@ def finish_run(
         "router_fit": run.router_figures,
     }
     (settings.out / RUN_FILE).write_text(to_yaml(record))
-    if artifact.drafts:  # of the artifact that training started from
-        source = resolve_artifact(settings.start_from, lambda: artifact.config.base_model)
-        keep_record(source, settings.out, (artifact.config.name, artifact.config.base_model.id))
+    if artifact.drafts:
+        _keep_record(artifact, settings, DRAFTS_HEADING, draft_record.RUN_KEY)
+    if artifact.predictor is not None:
+        _keep_record(artifact, settings, stage2_record.CARD_HEADING, stage2_record.RUN_KEY)
+
+
+def _keep_record(artifact: Artifact, settings: Stage1Settings, heading: str, key: str) -> None:
+    """Write to card and record what those of the artifact that training started from say of a part that was kept."""
+    source = resolve_artifact(settings.start_from, lambda: artifact.config.base_model)
+    card, run = ((source / name).read_text() if (source / name).is_file() else "" for name in (CARD_FILE, RUN_FILE))
+    section = section_of(card, heading) or f"{heading}\n\nThat of {settings.start_from}, which has no model card.\n\n"
+    names = artifact.config.name, artifact.config.base_model.id
+    add_section(settings.out, settings.out, names, section, key, (yaml.safe_load(run) or {}).get(key, {}))
 
 
 def _how(source: Source) -> dict[str, Any]:
