@@ -119,6 +119,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality.quality_table,
     "token": quality.token_table,
     "routing": quality.routing_table,
+    "copying": quality.copying_table,
     "qwen": quality.qwen_table,
     "recipes": quality.recipes_table,
     "static": quality.static_table,
@@ -139,7 +140,7 @@ PAGES = {
     DOCS / "operations.md": ["metrics"],
     DOCS / "serving.md": ["prices"],
     DOCS / "settings.md": ["settings"],
-    DOCS / "quality.md": ["token", "routing", "quality", "qwen", "auto", "recipes", "static"],
+    DOCS / "quality.md": ["token", "routing", "quality", "copying", "qwen", "auto", "recipes", "static"],
     DOCS / "benchmarks.md": [
         "decode",
         "mixed",

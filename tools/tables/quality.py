@@ -2,6 +2,7 @@
 
 from tools.tables.results import Row, by_key, load_rows, section, table, where
 
+_PARTS = {"first_part": "800,000 tokens", "smollm2-135m": "480,000 more"}
 CHANCE = 0.5  # accuracy of guessing on PIQA
 
 
@@ -32,6 +33,24 @@ def routing_table() -> str:
         f"{where(rows[0])}."
     )
     return section(note, ["text", "mean layers", "per token", "more at random", "more with one depth"], lines)
+
+
+def copying_table() -> str:
+    """Return how faithfully passages are copied, before and after the second part of the training."""
+    rows = load_rows("quality_copying.jsonl")
+    found, names = by_key(rows, "artifact", "budget"), list(dict.fromkeys(row["artifact"] for row in rows))
+    lines = []
+    for budget in sorted({row["budget"] for row in rows}, reverse=True):
+        of_each = [found[name, budget] for name in names]
+        cells = [[f"{row['copied']:.2f} ± {row['stderr']:.2f}", f"{row['repeated']:.2f}"] for row in of_each]
+        lines.append([f"{budget:g}", *(cell for pair in cells for cell in pair)])
+    note = (
+        f"`python -m benchmarks.quality.copying`: {rows[0]['passages']} passages are to be proofread, greedily. Share of "
+        "an answer's runs of four tokens that stand in the prompt (± standard error), and that occurred in the answer "
+        f"before. {where(rows[0])}."
+    )
+    heads = [head for name in names for head in (f"copied, {_PARTS.get(name, name)}", "repeated")]
+    return section(note, ["budget", *heads], lines)
 
 
 def recipes_table() -> str:
