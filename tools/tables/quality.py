@@ -45,8 +45,8 @@ def copying_table() -> str:
         cells = [[f"{row['copied']:.2f} ± {row['stderr']:.2f}", f"{row['repeated']:.2f}"] for row in of_each]
         lines.append([f"{budget:g}", *(cell for pair in cells for cell in pair)])
     note = (
-        f"`python -m benchmarks.quality.copying`: {rows[0]['passages']} passages are to be proofread, greedily. Share of "
-        "an answer's runs of four tokens that stand in the prompt (± standard error), and that occurred in the answer "
+        f"`python -m benchmarks.quality.copying`: {rows[0]['passages']} passages are to be proofread, greedily. "
+        "Share of an answer's runs of four tokens that stand in the prompt (± standard error), and that occurred in the answer "
         f"before. {where(rows[0])}."
     )
     heads = [head for name in names for head in (f"copied, {_PARTS.get(name, name)}", "repeated")]
