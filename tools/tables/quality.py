@@ -46,8 +46,8 @@ def copying_table() -> str:
         lines.append([f"{budget:g}", *(cell for pair in cells for cell in pair)])
     note = (
         f"`python -m benchmarks.quality.copying`: {rows[0]['passages']} passages are to be proofread, greedily. "
-        "Share of an answer's runs of four tokens that stand in the prompt (± standard error), and that occurred in the answer "
-        f"before. {where(rows[0])}."
+        "Share of an answer's runs of four tokens that stand in the prompt (± standard error), and that occurred in "
+        f"the answer before. {where(rows[0])}."
     )
     heads = [head for name in names for head in (f"copied, {_PARTS.get(name, name)}", "repeated")]
     return section(note, ["budget", *heads], lines)
