@@ -1,6 +1,6 @@
 """Measures how faithfully a model copies at several budgets: it is asked to proofread passages.
 
-    python -m benchmarks.quality.copying                                             # 4 minutes on 2 cores
+    python -m benchmarks.quality.copying                                             # 1 minute on 2 cores
     python -m benchmarks.quality.copying --artifacts FIRST smollm2-135m              # folders, or names of shipped ones
 
 The passages are those of this repository's documentation, which no training has seen. Answers are greedy. *Copied* is
