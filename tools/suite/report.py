@@ -7,6 +7,7 @@ imports nothing of this package.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ REPORT_VARIABLE = "VLLM_SUITE_REPORT"
 CUDA_VARIABLE = "VLLM_SUITE_IMPORT_AS_CUDA"  # set: test files are imported as if there were CUDA
 UNITS_VARIABLE = "VLLM_SUITE_UNITS"  # set: no test starts an engine
 IMPORT = "(import)"  # a file that cannot be imported counts as one test of this name
+_PATH = re.compile(r"(?<![\w./:])/(?:[\w.-]+/)+[\w.-]*")  # of this machine
 _LONGEST_MESSAGE = 300
 _found: dict[str, dict[str, Any]] = {}
 
@@ -82,7 +84,8 @@ def _gist(report: Any, when: str) -> str:
     """The last line of an error, and the phase it came in unless that is the test's own."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else (str(report.longrepr).strip().splitlines() or [""])[-1]
-    return ("" if when == "call" else f"{when}: ") + " ".join(text.split())[:_LONGEST_MESSAGE]
+    text = _PATH.sub("<path>", " ".join(text.split()))
+    return ("" if when == "call" else f"{when}: ") + text[:_LONGEST_MESSAGE]
 
 
 def _reason(report: Any) -> str:
