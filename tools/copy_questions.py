@@ -36,9 +36,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="*.json to write")
     args = parser.parse_args()
     rows = DataFile.read(args.instructions).rows
-    if rows is None:
-        parser.error(f"{args.instructions} has no rows")
-    args.out.write_text(json.dumps(questions(str(row.get("output", "")) for row in rows), indent=1), encoding="utf-8")
+    if rows is None or not all(isinstance(row, dict) and isinstance(row.get("output"), str) for row in rows):
+        parser.error(f"{args.instructions} must hold rows with an `output`, which is text")
+    args.out.write_text(json.dumps(questions(row["output"] for row in rows), indent=1), encoding="utf-8")
 
 
 def questions(texts: Iterable[str]) -> list[dict[str, str]]:

@@ -308,7 +308,7 @@ def test_auto_is_chosen_at_the_price_of_the_moment(server: Server, tiny: Callabl
             assert any(told(PROMPTS[1], PREDICTOR_PRICE) == LOAD_PRICE for _ in range(MOST_ASKED))
         finally:
             enough.set()
-        assert [request.result() for request in running] == [{4}] * len(running)
+        assert set().union(*(request.result() for request in running)) == {4}
     assert told(PROMPTS[1], PREDICTOR_PRICE) == PREDICTOR_PRICE
     metrics = server.metrics()
     assert (metrics["vllm_buddy:load"], metrics["vllm_buddy:auto_price"]) == (0, PREDICTOR_PRICE)
