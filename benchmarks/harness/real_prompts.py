@@ -1,10 +1,11 @@
-"""Makes prompts of real text: passages of this repository's documentation, each with a task.
+"""Makes prompts of real text: passages of prose, each with a task.
+
+The passages are from this repository's documentation as it was on 2026-11-29, so that runs compare from then on.
 
 Random tokens do not suit a peer that drafts by copying from the context, because the speed depends on how much there
 is to copy.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,12 @@ TASKS = {
 OPENING_WORDS = 10
 PASSAGE_WORDS = range(45, 111)
 
-_ROOT = Path(__file__).parents[2]
-_FENCED = re.compile(r"```.*?```|<!--.*?-->", re.DOTALL)
-_PARAGRAPH_END = re.compile(r"\n\s*\n|\n(?=- |\d\. )")
-_NOT_PROSE = re.compile(r"^\s*[#<]|^ {4}|\|")
-_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
-_MARKUP = re.compile(r"[*`]|^(- |\d\. )")
+PASSAGES_FILE = Path(__file__).with_name("passages.txt")
 
 
 def passages() -> list[str]:
-    """Return the prose paragraphs of README.md and docs/*.md with a length in PASSAGE_WORDS, without markup."""
-    found = []
-    for path in [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]:
-        for block in _PARAGRAPH_END.split(_FENCED.sub("\n\n", path.read_text())):
-            if not _NOT_PROSE.search(block):
-                text = " ".join(_MARKUP.sub("", _LINK.sub(r"\1", block.strip())).split())
-                found += [text] if len(text.split()) in PASSAGE_WORDS else []
-    return found
+    """Return the passages: paragraphs of prose with a length in PASSAGE_WORDS, without markup."""
+    return PASSAGES_FILE.read_text(encoding="utf-8").splitlines()
 
 
 def draw_prompts(

@@ -14,7 +14,6 @@ from vllm_buddy.method.router import OMEGA
 from vllm_buddy.method.token_router import TokenRoute, TokenRouter, TokenSchedule
 from vllm_buddy.training.observations import UNROUTED
 
-FIRST_SHARE = 0.6  # share of the sequences that run the first path of their depth; the others draw one of the rest
 SWITCHED = 0.25  # share of the sequences whose path changes midway, as it may when a request is routed again
 SHORTEST_CONTEXT = 16  # tokens that a path is decided from, at least
 CONSTANT_SHARE = 0.2  # share of the sequences of schedule `token` that run one path
@@ -52,11 +51,14 @@ class Routing(Protocol):
 class LibraryRouting:
     """Draws paths from a list for each depth: mostly the first, sometimes another, and sometimes two in a row.
 
-    interval: a path changes at a multiple of this many tokens, as in serving; 0: paths do not change.
+    interval: a path changes at a multiple of this many tokens, as in serving; 0: paths do not change. first_share: of
+    the sequences, run the first path of their depth; the others draw one of the rest.
     """
 
-    def __init__(self, num_layers: int, library: Mapping[int, Sequence[Sequence[int]]], interval: int) -> None:
-        self._num_layers = num_layers
+    def __init__(
+        self, num_layers: int, library: Mapping[int, Sequence[Sequence[int]]], interval: int, first_share: float
+    ) -> None:
+        self._num_layers, self._first_share = num_layers, first_share
         self._library = {depth: [path_of(layers) for layers in sets] for depth, sets in library.items()}
         self._interval = interval
 
@@ -77,7 +79,7 @@ class LibraryRouting:
         if depth == self._num_layers:
             return (1 << self._num_layers) - 1
         paths = self._library[depth]
-        if len(paths) == 1 or rng.random() < FIRST_SHARE:
+        if len(paths) == 1 or rng.random() < self._first_share:
             return paths[0]
         return paths[int(rng.integers(1, len(paths)))]
 

@@ -191,6 +191,13 @@ class Stage1Settings(BaseModel):
     route_every: int = Field(
         default=16, ge=0, description="tokens between two changes of a path, as in serving; 0: paths do not change"
     )
+    first_share: float = Field(
+        default=0.6,
+        ge=0,
+        le=1,
+        description="share of the sequences that run the first of the searched paths of their depth, the best one for "
+        "all text; the others draw one of the rest",
+    )
     decide_every: int | None = Field(
         default=None,
         ge=0,

@@ -1,4 +1,4 @@
-"""Tests the prompts that are cut from the documentation."""
+"""Tests the prompts that are made of passages."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def test_passages_are_prose() -> None:
 
 
 def test_there_are_enough_passages_for_a_batch() -> None:
-    """Fails if the documentation becomes so short that a batch would repeat prompts."""
+    """Fails if a batch would repeat prompts."""
     texts = passages()
     assert len(set(texts)) == len(texts) >= 2 * LARGEST_BATCH
 
