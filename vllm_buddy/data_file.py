@@ -49,7 +49,7 @@ class DataFile:
             if path.suffix == ".json":
                 rows = json.loads(text)
             elif path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = _json_lines(path, text)
             else:
                 raise DataError(f"{path}: what is in it follows from its ending; known are .txt, .json and .jsonl")
         except json.JSONDecodeError as error:
@@ -95,6 +95,17 @@ def exchange(row: Any, tokenizer: Any) -> Exchange:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     return Exchange(prompt, tokenizer.apply_chat_template(messages, tokenize=False), row["output"])
+
+
+def _json_lines(path: Path, text: str) -> list[Any]:
+    # Not splitlines(), which also splits at characters that JSON strings may hold, such as U+2028.
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: line {number} is not JSON: {error}") from None
+    return rows
 
 
 def _read_bytes(path: Path) -> bytes:

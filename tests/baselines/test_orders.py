@@ -1,6 +1,7 @@
 """Tests of pruning orders: in which order layers are removed, and to which model an order belongs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from vllm_buddy.baselines import (
     OrderFile,
     layer_order,
     shipped_orders,
+    sleb,
     static_path,
 )
 from vllm_buddy.baselines.sleb import search_cost, sleb_order
@@ -110,6 +112,31 @@ def test_sleb_costs_what_it_says(
     assert f"{most.layers:,} layer and {most.heads:,} head passes" in notes[0]
     if candidates == 100:
         assert order == sleb_order(model, windows, lambda done, total: None)
+
+
+def test_candidates_are_the_layers_that_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a layer that is tried again counts as cheaper than others only because it was."""
+    costs = {1: 5.0, 2: 100.0, 3: 0.5, 4: 2.0, 5: 3.0, 6: 4.0}
+    tried: list[int] = []
+
+    class Trials:
+        def __init__(self, *_: Any) -> None:
+            self.middle, self._loss = list(costs), 1000.0
+
+        def loss(self, layer: int, most: float) -> float:
+            tried.append(layer)
+            return self._loss + costs[layer]
+
+        def remove(self, layer: int) -> None:
+            self.middle.remove(layer)
+            self._loss += costs[layer]
+
+    monkeypatch.setattr(sleb, "_Trials", Trials)
+    monkeypatch.setattr(sleb, "LayerStack", lambda *_: SimpleNamespace(num_layers=8))
+    monkeypatch.setattr(sleb, "_forecast", lambda *_: "")
+    order = sleb_order(nn.Module(), torch.zeros(1, 4), lambda done, total: None, candidates=2)
+    assert order == [3, 4, 5, 6, 1, 2]
+    assert tried[6:] == [4, 5, 5, 6, 6, 1, 1, 2]
 
 
 @pytest.mark.parametrize("num_layers", [3, 4, 8, 30])

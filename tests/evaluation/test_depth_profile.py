@@ -10,7 +10,15 @@ import torch
 from tests.harness.tiny_models import NUM_LAYERS, load_model, random_artifact, random_prompts, save_tiny_model
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation import depth_profile
-from vllm_buddy.evaluation.depth_profile import Drafts, _exit_rows, dex_row, earliest_agreeing, ngram_drafts, walk
+from vllm_buddy.evaluation.depth_profile import (
+    Drafts,
+    _exit_rows,
+    _written,
+    dex_row,
+    earliest_agreeing,
+    ngram_drafts,
+    walk,
+)
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
 
 
@@ -76,8 +84,22 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "profile.png").stat().st_size > 10_000
     assert "exploration" in capsys.readouterr().out
     assert found["exits"] == []
-    assert main(["depth-profile", *options, "--depths", "2,5"]) == 2
-    assert "known depths are 3, 4" in capsys.readouterr().err
+    for wrong, problem in (
+        (["--depths", "2,5"], "known depths are 3, 4"),
+        (["--devices", "1"], "greater than or equal to 2"),
+        (["--batches", "0"], "greater than 0"),
+    ):
+        assert main(["depth-profile", *options, *wrong]) == 2
+        assert problem in capsys.readouterr().err
+
+
+def test_the_text_is_what_the_layers_say(tmp_path: Path) -> None:
+    """Fails if a repetition penalty of the model's configuration changes the text, which no draft follows."""
+    model = load_model(save_tiny_model(tmp_path, "llama"))
+    model.generation_config.repetition_penalty = 1.5
+    text = _written(model, torch.tensor(random_prompts(1, seed=1, min_tokens=8, max_tokens=8)), 24)
+    said, _ = full_pass(model, text)
+    assert torch.equal(said[:, 7:-1], text[:, 8:])
 
 
 def test_trained_exits_are_shown_beside_what_they_were_trained_from(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from tests.training.conftest import run
 from vllm_buddy.artifact import RUN_FILE, identify, load_artifact
 from vllm_buddy.baselines import LayerOrder, OrderFile
 from vllm_buddy.cli import main
+from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import BuddyError, DataError, TrainingError
-from vllm_buddy.method import PathSchedule, RequestRoute, batched, layers_of
+from vllm_buddy.method import FoldedDecision, PathSchedule, RequestRoute, batched, layers_of
+from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.reference import generate, routed_logits
 from vllm_buddy.training import checkpoint, start
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
 from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.loop import LOG_FILE
 from vllm_buddy.training.regression import fit_bypass
+from vllm_buddy.training.routing import LearnedRouting
 from vllm_buddy.training.stage1_record import finish_run
 from vllm_buddy.training.stage1_settings import Stage1Settings, read_settings
 from vllm_buddy.training.stage2_settings import Stage2Settings
@@ -62,6 +66,17 @@ def test_every_recipe_makes_an_artifact_that_loads_and_routes(settings: dict[str
     assert {len(layers_of(path)) for path in done.paths} == {5}
 
 
+def test_a_learned_decision_is_served_on_what_it_was_trained_on(settings: dict[str, Any]) -> None:
+    """Fails if a Decision Module that learned from the base model's values is folded over those of the trained LoRA."""
+    artifact, stage, _ = run(settings | RECIPES["paper"] | {"learning_rate": 0.05})
+    assert isinstance(stage.routing, LearnedRouting)
+    expected = FoldedDecision.fold(stage.routing.decision, value_table(load_model(settings["model"])))
+    trained = FoldedDecision.fold(stage.routing.decision, value_table(stage.model))
+    assert artifact.decision is not None
+    assert not np.array_equal(expected.table_context, trained.table_context)
+    assert np.array_equal(artifact.decision.table_context, expected.table_context)
+
+
 def test_full_depth_is_the_base_model_to_the_last_bit(settings: dict[str, Any]) -> None:
     """Fails if a bypass changes a request at budget 1.0."""
     artifact, _, _ = run(settings)
@@ -92,12 +107,14 @@ def test_a_stopped_run_goes_on_with_the_same_losses(
     whole, _, losses = run(settings | RECIPES[name] | {"out": tmp_path / "whole", "name": "run"})
     with pytest.raises(KeyboardInterrupt):
         run(settings | RECIPES[name], stop_after)
+    with (settings["out"] / LOG_FILE).open("a") as log:
+        log.write('{"step": 4, "lo')  # what a full disk leaves
     resumed, _, rest = run(settings | RECIPES[name])
     assert rest == losses[saved:]
     assert resumed.digest == whole.digest
-    log = [json.loads(line) for line in (settings["out"] / LOG_FILE).read_text().splitlines()]
-    assert [row["step"] for row in log] == list(range(6))
-    assert [row["loss"] for row in log] == losses
+    rows = [json.loads(line) for line in (settings["out"] / LOG_FILE).read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert [row["loss"] for row in rows] == losses
 
 
 def test_a_stopped_run_may_be_shortened(settings: dict[str, Any]) -> None:
@@ -199,6 +216,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], change:
         ("a.json", b"{", "is not JSON"),
         ("a.json", b"{}", "list of rows"),
         ("a.jsonl", b'{"question": "?"}', "row 0 has neither"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "line 3 is not JSON"),
         ("a.json", b'[{"text": "' + b"x" * 64 + b'"}, {"instruction": 1}]', "row 1 has neither"),
     ],
 )
@@ -224,6 +242,14 @@ def test_rows_of_instructions_become_conversations(settings: dict[str, Any], tmp
     assert any(re.search(r"Say (\d+)\n\ntwice\n\n\1 \1", text) for text in texts)
 
 
+def test_rows_may_hold_separators_of_lines(tmp_path: Path) -> None:
+    """Fails if a string of JSON is cut at a character that ends lines elsewhere."""
+    rows = [{"text": "one\u2028two\u0085three"}, {"text": "four"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows))
+    assert DataFile.read(file).rows == rows
+
+
 def test_overrides_go_on_top_of_the_file(tmp_path: Path) -> None:
     """Fails if an override does not replace the value of the file, or a mistyped key is ignored."""
     config = tmp_path / "run.yaml"
@@ -247,8 +273,6 @@ def test_no_room_for_the_logits_is_found_before_training(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a full disk is noticed only by a write to the mapped file, which kills the process without a message."""
-    import shutil
-
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(TrainingError, match=r"logits need .* MiB .* cache_dir"):
@@ -269,10 +293,11 @@ def test_a_second_run_finds_the_logits_of_the_first(
         return compute(self, token_ids)
 
     monkeypatch.setattr(Teacher, "_compute", counted)
-    cache = {"cache_dir": tmp_path / "cache"}
+    cache, usage = {"cache_dir": tmp_path / "cache"}, shutil.disk_usage("/")
     _, stage, losses = run(settings | cache)
     assert sum(computed) == len(np.unique(stage.corpus.order))
     computed.clear()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))  # which is enough now
     assert run(settings | cache | {"out": tmp_path / "again"})[2] == losses
     assert computed == []
 

@@ -131,6 +131,33 @@ def test_predictor_and_exits_are_kept_where_they_are_of_use(
     assert token.drafts
 
 
+def test_more_training_fits_the_router_again(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if the artifact keeps a router of other paths' losses, or settings of the second run are ignored."""
+    with_router = settings | {"router_windows": 12, "library": 2}
+    first, stage, _ = run(with_router | {"out": tmp_path / "first"})
+    finish_run(first, stage, Stage1Settings(**with_router | {"out": tmp_path / "first"}), "vllm-buddy train", None)
+    more = with_router | {"start_from": str(tmp_path / "first"), "seed": 1}
+    artifact, _, _ = run(more | {"decide_every": 0})
+    assert first.decision is not None
+    assert artifact.decision is not None
+    assert not np.array_equal(artifact.decision.w2, first.decision.w2)
+    assert artifact.config.route_every == 0
+    kept, _, _ = run(more | {"router_windows": 0, "out": tmp_path / "kept"})
+    assert kept.decision is not None
+    assert np.array_equal(kept.decision.w2, first.decision.w2)
+    assert kept.config.route_every == first.config.route_every
+    with pytest.raises(TrainingError, match="has rank 4; set rank to that"):
+        run(more | {"rank": 8, "out": tmp_path / "other"})
+
+
+def test_rows_that_were_not_run_are_no_observations(tmp_path: Path) -> None:
+    """Fails if the router is fitted to tokens that cost nothing because nobody ran them."""
+    observed = Observations.open(tmp_path, 4, LENGTH)
+    observed.add(slice(0, 2), np.array([5, 6]), np.zeros((2, LENGTH), np.int8), torch.ones(2, LENGTH))
+    longer = Observations.open(tmp_path, 8, LENGTH)
+    assert longer.routed(slice(0, 8)).sequences.tolist() == [5, 6]
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

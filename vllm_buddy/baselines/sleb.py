@@ -69,6 +69,8 @@ def sleb_order(
             increase[layer] = loss - current
             if (loss, -layer) < (lowest, -best):
                 best, lowest = layer, loss
+        if not order:  # the loss without the cheapest layer stands in for that of the whole model
+            increase = {layer: loss - lowest for layer, loss in increase.items()}
         order.append(best)
         trials.remove(best)
         current = lowest

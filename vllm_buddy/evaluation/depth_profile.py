@@ -205,9 +205,12 @@ def _drafted(
 
 def _written(model: nn.Module, passages: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """The passages and what the model says after them, greedily: [num_passages, passage + num_tokens]."""
+    from transformers import GenerationConfig
+
     generate: Any = model.generate
-    length = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
-    return generate(passages, attention_mask=torch.ones_like(passages), do_sample=False, pad_token_id=0, **length)
+    # The model's own configuration may have a repetition penalty, which is not what its layers say.
+    plain = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=num_tokens, min_new_tokens=num_tokens)
+    return generate(passages, attention_mask=torch.ones_like(passages), generation_config=plain)
 
 
 def _stage_path(num_layers: int, num_stages: int, stage: int) -> LayerPath:

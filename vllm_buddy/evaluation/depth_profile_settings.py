@@ -1,9 +1,9 @@
 """The settings of `vllm-buddy depth-profile`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 
 class DepthProfileSettings(BaseModel):
@@ -29,11 +29,13 @@ class DepthProfileSettings(BaseModel):
     drafts: int = Field(default=4, ge=1, description="longest chain of drafts")
     ngram_max: int = Field(default=4, ge=1, description="longest n-gram that is looked up")
     ngram_min: int = Field(default=2, ge=1, description="shortest n-gram that is looked up")
-    batches: tuple[int, ...] = Field(default=(1, 4, 16), description="batch sizes to predict speed-up for")
+    batches: tuple[PositiveInt, ...] = Field(default=(1, 4, 16), description="batch sizes to predict speed-up for")
     row_cost: float = Field(
         default=0.02, ge=0, description="time of one more row in a step, as a share of a step of one row"
     )
-    devices: tuple[int, ...] = Field(default=(2, 4, 8), description="pipeline stages of DEX to simulate")
+    devices: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        default=(2, 4, 8), description="pipeline stages of DEX to simulate, 2 or more"
+    )
     shape_of: Path | None = Field(
         default=None,
         description="folder or config.json of another model, by whose sizes passes are priced at equal shares of its "

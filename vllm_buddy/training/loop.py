@@ -253,9 +253,13 @@ class TrainingRun:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if self.accelerator.is_main_process and log.is_file():  # steps after the checkpoint are run again
-            kept = [line for line in log.read_text().splitlines() if line and json.loads(line)["step"] < state["step"]]
-            log.write_text("".join(f"{line}\n" for line in kept))
+            log.write_text("".join(f"{line}\n" for line in _lines_before(state["step"], log.read_text())))
         return state["step"], state["seconds"]
+
+
+def _lines_before(step: int, log: str) -> list[str]:
+    """The rows of a log that belong to steps before `step`, without a last one that a full disk has cut off."""
+    return [line for line in log.split("\n")[:-1] if json.loads(line)["step"] < step]
 
 
 def rate_share(step: int, warmup_steps: int, num_steps: int) -> float:

@@ -21,7 +21,7 @@ class Observations:
     """Arrays on disk, one row per sequence that training runs.
 
     sequences: [rows], int32, index of the sequence in the corpus. choices: [rows, length], int8, index of each token's
-    path, or UNROUTED. divergences: [rows, length], float16, nats.
+    path, or UNROUTED, also in rows that were not run yet. divergences: [rows, length], float16, nats.
     """
 
     sequences: np.ndarray
@@ -33,7 +33,7 @@ class Observations:
         """Open the arrays in a folder, or create them."""
         return cls(
             open_array(folder / "observed_sequences.npy", np.int32, (num_rows,)),
-            open_array(folder / "observed_choices.npy", np.int8, (num_rows, length)),
+            open_array(folder / "observed_choices.npy", np.int8, (num_rows, length), UNROUTED),
             open_array(folder / "observed_divergences.npy", np.float16, (num_rows, length)),
         )
 

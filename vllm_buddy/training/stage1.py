@@ -113,7 +113,8 @@ def run_stage1(
     observations, fit, refit = None, None, None
     if settings.schedule == "token":
         assert teacher is not None
-        observations = Observations.open(settings.out, settings.num_steps * settings.batch, settings.length)
+        with accelerator.main_process_first():  # the others would map a file that it makes longer
+            observations = Observations.open(settings.out, main[0].num_steps * settings.batch, settings.length)
         fit = _TokenFitter(settings, model, corpus, library, observations, note)
         router = fit.measured(start.bypass, teacher, token_windows).router
         by_token = TokenRouting(router, TokenSchedule(), constant)
@@ -129,13 +130,13 @@ def run_stage1(
     run.train()
     folded = None
     if isinstance(routing, LearnedRouting):
-        folded = FoldedDecision.fold(routing.decision.cpu(), value_table(model).cpu())
+        folded = FoldedDecision.fold(routing.decision.cpu(), values.cpu())  # as trained: LoRA changes the model's
     elif settings.router_windows:
         trained = {depth: paths for depth, paths in library.items() if depth >= smallest}
         folded = _fit_router(run, trained, static_prior(start.order), note)
     artifact = _artifact(settings, base, start, repair, folded, library)
     if fit is not None:
-        found = fit.observed(settings.num_steps)
+        found = fit.observed(main[0].num_steps)
         run.router_figures = {"explained": dict(zip(map(str, settings.token_depths), found.explained))}
         artifact = with_token_router(artifact, found.router)
     if start.artifact is not None:
@@ -300,5 +301,12 @@ def _artifact(
     # All that is not trained here stays as it was, but a Budget Predictor knows the losses with another bypass, and
     # adapters the states after it.
     kept = start.artifact.without_predictor().without_drafts()
-    known = kept.config.model_copy(update={"name": config.name, "budgets": config.budgets, "token": None})
-    return dataclasses.replace(kept, config=known, bypass=rounded, token=None)
+    update: dict[str, Any] = {"name": config.name, "budgets": config.budgets, "token": None}
+    if settings.decide_every is not None:
+        update["route_every"] = settings.decide_every
+    if folded is not None:
+        update["has_decision_module"] = True
+    decision = kept.decision if folded is None else folded
+    return dataclasses.replace(
+        kept, config=kept.config.model_copy(update=update), decision=decision, bypass=rounded, token=None
+    )

@@ -106,7 +106,13 @@ def find_start(
         return known
     if settings.start_from is not None:
         artifact = load_artifact(resolve_artifact(settings.start_from, lambda: base))
-        return Start(_order_of(artifact, base), [], artifact.bypass, artifact)
+        order = _order_of(artifact, base)
+        assert artifact.bypass is not None
+        if settings.rank != artifact.bypass.rank:
+            raise TrainingError(
+                f"start_from: the bypass of '{artifact.config.name}' has rank {artifact.bypass.rank}; set rank to that"
+            )
+        return Start(order, [], artifact.bypass, artifact)
     bypass = None
     in_turn = contextlib.nullcontext if settings.shard_base else accelerator.main_process_first
     if settings.recipe == "bypass":

@@ -33,10 +33,11 @@ class Teacher:
         self._sequences = corpus.sequences
         shape = (*corpus.sequences.shape, top)
         folder.mkdir(parents=True, exist_ok=True)
-        _check_room(folder, len(np.unique(corpus.order)) * int(np.prod(shape[1:])) * BYTES_PER_LOGIT)
         self._ids = open_array(folder / "ids.npy", np.int32, shape)
         self._log_probs = open_array(folder / "log_probs.npy", np.float16, shape)
         self._known = open_array(folder / "known.npy", np.bool_, shape[:1])
+        num_missing = int((~self._known[np.unique(corpus.order)]).sum())
+        _check_room(folder, num_missing * int(np.prod(shape[1:])) * BYTES_PER_LOGIT)
 
     def top_log_probs(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (token ids int64, log p float32) of the sequences at `indices`, each [batch, length, top]."""
