@@ -10,7 +10,7 @@ n-grams, with the settings of stock vLLM) and *layer_skip* (drafts by 22 of the 
 removes layers by ShortGPT (SLEB removes others; the speed is the same). *skipdecode* runs decoded tokens through the
 upper 22 or 15 layers. All use bf16 and the same number of threads. vLLM compiles, the others do not.
 
-Prompts come from the documentation: *proofread* is answered by copying, *story* is not. tokens/s are those of greedy
+Prompts are about passages of prose: *proofread* is answered by copying, *story* is not. tokens/s are those of greedy
 decoding, from the time at which all prompts of a batch have their first token until all have their last. Ratios are
 taken within a round. accepted_per_step: tokens beyond one that a request gains from a pass of the whole model.
 agreed_tokens: tokens of an answer with drafts before the first difference from the plain loop of the same framework.

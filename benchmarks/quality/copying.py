@@ -3,9 +3,9 @@
     python -m benchmarks.quality.copying                                             # 1 minute on 2 cores
     python -m benchmarks.quality.copying --artifacts FIRST smollm2-135m              # folders, or names of shipped ones
 
-The passages are those of this repository's documentation, which no training has seen. Answers are greedy. *Copied* is
-the share of an answer's runs of four tokens that stand in the prompt, *repeated* the share that occurred in the answer
-before. The full model corrects little, so what it copies is close to what can be.
+No training has seen the passages. Answers are greedy. *Copied* is the share of an answer's runs of four tokens that
+stand in the prompt, *repeated* the share that occurred in the answer before. The full model corrects little, so what it
+copies is close to what can be.
 """
 
 import argparse

@@ -108,7 +108,7 @@ def start(model: Path, artifact: Any) -> list[Variant]:
 
 
 class Text:
-    """Token ids of this repository's documentation, cut into prompts, each from another place."""
+    """Token ids of passages of prose, cut into prompts, each from another place."""
 
     def __init__(self, model: Path) -> None:
         from transformers import AutoTokenizer

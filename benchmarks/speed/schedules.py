@@ -7,7 +7,7 @@ has not been run on one.
 
 A decode step of many requests reads the layers of all paths that its tokens run, while the tokens of a prompt are paid
 for one by one. So each schedule is timed on prompts and on decoded tokens apart: requests arrive together, the first
-steps run all prompts, and the steps after them decode. Prompts are real text (this repository's documentation), because
+steps run all prompts, and the steps after them decode. Prompts are real text, because
 depths per token follow from the text. Engines alternate in each round.
 
 `ttft_ms` is the mean over the requests, `tokens_per_s` that of the steps after the last first token. `over_stock` and

@@ -1,10 +1,10 @@
 """Measures what drafts add to routing, and what routing adds to drafts.
 
-    python -m benchmarks.speed.speculation          # SmolLM2-135M on CPU: about 26 minutes on 2 cores
+    python -m benchmarks.speed.speculation          # SmolLM2-135M on CPU: about 13 minutes on 2 cores
 
 Stock vLLM and buddy run with and without n-gram drafts, in one process, and so does lossless mode: drafts from short
 paths of the model's own layers, always, as the pace allows, and where no n-gram is found. Depths are those of the
-artifact's draft exits. Engines alternate in each round. Prompts are passages of this repository's documentation; one
+artifact's draft exits. Engines alternate in each round. Prompts are passages of prose; one
 task is answered by copying, the other is not.
 
 Before a variant is timed, what it computes is compared with a plain forward; a lossless answer must consist of greedy

@@ -69,8 +69,8 @@ def conversations_table() -> str:
         over = [spread(found.get((f"{metric}_over_stock", name))) or "1" for metric in ("tokens_per_s", "ttft_ms")]
         lines.append([*kinds, percent(row["p50"]), *over])
     note = (
-        "`python -m benchmarks.speed.conversations`: 16 users over one system prompt of 1,000 tokens, three turns "
-        f"each, budgets 1.0, 0.875, 0.75 and 0.5. {rounds_note(rows)}"
+        "`python -m benchmarks.speed.conversations --rounds 3`: 16 users over one system prompt of 1,000 tokens, three "
+        f"turns each, budgets 1.0, 0.875, 0.75 and 0.5. {rounds_note(rows)}"
     )
     heads = ["layout", "KV policy", "prompts", "prompt tokens found in the cache", "tokens/s over stock"]
     return section(note, [*heads, "time to first token over stock"], lines)

@@ -15,12 +15,12 @@ from vllm_buddy.errors import BuddyError
 
 COMMANDS = {
     "serve": "start vLLM's server with --model-impl buddy; takes every option of `vllm serve`",
-    "fetch-model": "write the embedded model as a Hugging Face folder",
+    "fetch-model": "write an embedded model as a Hugging Face folder",
     "prior": "measure layer importance and write an artifact",
     "sample": "write training text sampled from the model itself",
     "train": "train a bypass or LoRA and a router, in one artifact for all budgets",
     "train-budget": "train a Budget Predictor, which chooses the budget of requests that say auto",
-    "train-drafts": "search the layers that draft in lossless mode, and train their adapters",
+    "train-drafts": "search the layers that draft in lossless mode, and train their exits",
     "eval": "measure quality by policy and budget: perplexity, multiple choice, closeness to the unrouted model",
     "depth-profile": "measure how often drafts from fewer layers are right, and what lossless mode would gain",
     "eval-budget": "compare budget auto with constant budgets and with the best choice",

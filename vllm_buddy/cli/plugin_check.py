@@ -19,7 +19,7 @@ def plugin_problem() -> tuple[str, str] | None:
     if not found:
         return (
             f"there is no entry point '{NAME}' in group {GROUP}: the package is importable but not installed here",
-            "pip install vllm-buddy (or `pip install --no-deps -e .` in a checkout) into the environment of vLLM",
+            "run `pip install .` in a checkout of vllm_buddy, in the environment of vLLM",
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and NAME not in allowed.split(","):

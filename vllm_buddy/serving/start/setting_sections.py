@@ -161,7 +161,8 @@ class GraphSettings(Section):
         default=None,
         description=(
             "Whether decode steps are replayed as CUDA graphs, of single layers and of recurring paths. Default: true "
-            "on a GPU, unless `--enforce-eager`, the reference kernels or a KV policy that cannot be captured (zero)."
+            "on a GPU, unless `--enforce-eager`, the reference kernels, pipeline parallelism, the speculator eagle3 "
+            "or a KV policy that cannot be captured (zero)."
         ),
     )
     sizes: Sizes | None = Field(
