@@ -126,7 +126,7 @@ class PretendEngine:
         self._rows: dict[str, _Row] = {}
         self._stored = [[0] * BLOCK_SIZE for _ in range(num_blocks)]
         self._stored_by_class: dict[tuple[int, int], int] = {}  # with KV units, by class and slot
-        self._num_steps = 0
+        self._num_steps = self._num_requests = 0
         self._routes: dict[str, RequestRoute] = {}
         self.asks: dict[str, Ask] = {}
         self.generated: dict[str, list[int]] = {}
@@ -138,15 +138,20 @@ class PretendEngine:
 
     def add(self, ask: Ask, runs_as: Ask | None = None) -> str:
         """Send a request and return its id. runs_as: the request with a numeric budget that it must be equal to."""
+        request = self.request(ask)
+        self.scheduler.add_request(request)
+        self.expect(request.request_id, runs_as or ask)
+        self.generated[request.request_id] = []
+        return request.request_id
+
+    def request(self, ask: Ask) -> Any:
+        """vLLM's Request for `ask`, which the scheduler does not know yet."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
-        request_id = f"r{len(self.asks)}"
         params = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True, extra_args=ask.extra_args)
-        self.scheduler.add_request(Request(request_id, list(ask.prompt), params, None, block_hasher=self._hasher))
-        self.expect(request_id, runs_as or ask)
-        self.generated[request_id] = []
-        return request_id
+        self._num_requests += 1
+        return Request(f"r{self._num_requests}", list(ask.prompt), params, None, block_hasher=self._hasher)
 
     def expect(self, request_id: str, ask: Ask) -> None:
         """Hold a request that was just sent to what `ask` gets."""

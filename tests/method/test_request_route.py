@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness.random_router import NUM_LAYERS, VOCAB_SIZE, random_router
-from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router, full_path
+from vllm_buddy.method import LayerPath, PathSchedule, RequestRoute, Router, SplitRoute, full_path
 
 ROUTER = random_router()
 INTERVALS = (0, 1, 4, 16)
@@ -141,6 +141,21 @@ def test_no_decisions_where_none_can_change_the_path(depth: int) -> None:
         _spread(route, [40], list(range(40)))
         assert (route.num_decisions, route.num_reroutes) == (1, 0)
         assert (route.first_path == full_path(NUM_LAYERS)) == (depth == NUM_LAYERS)
+
+
+def test_a_change_after_the_prompt_counts_once_a_token_ran_there() -> None:
+    """Fails if a path that no token ran is counted, or the change from the prompt's path to the next is not."""
+    router, tokens = random_router(0), list(range(20))
+    whole, decoded = (RequestRoute(router, PathSchedule(0), depth, tokens[:16]) for depth in (NUM_LAYERS, 4))
+    route = SplitRoute(whole, decoded, 16)
+    route.runs(0, 16, tokens[:16])
+    assert (len(route.distinct_paths()), route.num_reroutes) == (1, 0)
+    ahead = route.copy()
+    ahead.decide(18, tokens)
+    assert (len(ahead.distinct_paths()), ahead.num_reroutes) == (2, 1)
+    assert (len(route.distinct_paths()), route.num_reroutes) == (1, 0)
+    route.runs(10, 8, tokens)
+    assert (len(route.distinct_paths()), route.num_reroutes) == (2, 1)
 
 
 @pytest.mark.parametrize("schedule", [{"interval": -1}, {"lag": -1}])

@@ -111,6 +111,18 @@ def test_tokens_that_lose_most_get_the_layers() -> None:
     assert depths.mean() > 0.95 * 6  # savings are spent
 
 
+def test_where_layers_keep_executed_tokens_alone_one_path_is_shared() -> None:
+    """Fails if KV is shared beyond the first change of path where a layer has entries of only some of the tokens."""
+    tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, 200).tolist()
+    route = TokenRoute(ROUTER, TokenSchedule(12), 0.75, tokens, 50, shares_one_path=True)
+    route.decide(51, tokens)
+    assert route.uniform_length is None
+    route.decide(60, tokens)
+    route.decide(200, tokens)
+    assert route.uniform_length == 50 + int(np.flatnonzero(route.choices != route.choices[0])[0])
+    assert route.copy().uniform_length == route.uniform_length
+
+
 def test_lowering_spends_less_from_a_position_on() -> None:
     """Fails if a rising load changes what was decided, or leaves the budget as it was."""
     tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, 400).tolist()

@@ -1,7 +1,10 @@
 """What the plugin changes in vLLM, and what it expects of vLLM's side."""
 
+import asyncio
 import inspect
+import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +27,30 @@ def original(function: Any) -> Any:
 def test_the_tested_version_is_the_installed_one() -> None:
     """Fails if vLLM is updated and nobody looked at what the plugin expects of it."""
     assert vllm_version() in TESTED_VLLM
+
+
+def test_streams_in_another_protocol_tell_no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if Anthropic's converter gets chunks without choices, which end the message for its clients."""
+
+    class Serving:
+        async def stream(self, request: Any, result_generator: Any) -> Any:
+            async for _ in result_generator:
+                yield 'data: {"choices": [{"index": 0, "finish_reason": null}]}\n\n'
+
+    class Converting(Serving):
+        pass
+
+    async def results() -> Any:
+        yield SimpleNamespace(kv_transfer_params={"buddy": {"paths": {}}})
+
+    async def chunks(serving: Serving) -> list[Any]:
+        request = SimpleNamespace(vllm_xargs={"buddy_paths": True})
+        return [json.loads(chunk[6:])["choices"] async for chunk in serving.stream(request, results())]
+
+    monkeypatch.setattr(patches, "_is_routed", lambda serving: True)
+    patches._wrap_stream(Serving, "stream")
+    assert len(asyncio.run(chunks(Serving()))) == 2
+    assert len(asyncio.run(chunks(Converting()))) == 1
 
 
 def test_applying_the_patches_again_changes_nothing() -> None:

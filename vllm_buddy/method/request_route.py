@@ -64,7 +64,7 @@ class Route(Protocol):
 
     @property
     def uniform_length(self) -> int | None:
-        """Number of tokens whose paths follow from their ids and `cache_key`; None: all tokens so far."""
+        """Number of tokens whose KV can be shared by requests with equal ids and `cache_key`; None: all so far."""
         ...
 
     @property
@@ -96,6 +96,7 @@ class SplitRoute:
 
     def __init__(self, prompt: Route, decoded: Route, num_prompt_tokens: int) -> None:
         self._prompt, self.decoded, self._split = prompt, decoded, num_prompt_tokens
+        self._changes: bool | None = None  # whether the path changes after the prompt; None: nothing is decided there
         self.first_path, self.num_context_tokens = prompt.first_path, prompt.num_context_tokens
 
     @property
@@ -120,11 +121,13 @@ class SplitRoute:
 
     @property
     def num_reroutes(self) -> int:
-        return self._prompt.num_reroutes + self.decoded.num_reroutes
+        """Number of changes of the path, the one after the prompt among them."""
+        return self._prompt.num_reroutes + self.decoded.num_reroutes + bool(self._changes)
 
     def distinct_paths(self, start: int = 0) -> set[LayerPath]:
         """See Route."""
-        return self._prompt.distinct_paths(start) | self.decoded.distinct_paths(max(start, self._split))
+        decoded = set() if self._changes is None else self.decoded.distinct_paths(max(start, self._split))
+        return self._prompt.distinct_paths(start) | decoded
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
         """See RequestRoute.lower; a position within the prompt is not lowered."""
@@ -132,19 +135,28 @@ class SplitRoute:
 
     def copy(self) -> "SplitRoute":
         """See Route."""
-        return SplitRoute(self._prompt.copy(), self.decoded.copy(), self._split)
+        result = SplitRoute(self._prompt.copy(), self.decoded.copy(), self._split)
+        result._changes = self._changes
+        return result
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
         """Make all decisions for positions below `end`."""
         self._prompt.decide(min(end, self._split), token_ids)
         if end > self._split:
-            self.decoded.decide(end, token_ids)
+            self._decide_after_prompt(end, token_ids)
+
+    def _decide_after_prompt(self, end: int, token_ids: Sequence[int]) -> None:
+        self.decoded.decide(end, token_ids)
+        if self._changes is None:
+            last, first = self._prompt.runs(self._split - 1, 1, token_ids), self.decoded.runs(self._split, 1, token_ids)
+            self._changes = last[0].path != first[0].path
 
     def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
         """Return the runs that cover positions [start, start + num_tokens)."""
         inside = max(0, min(start + num_tokens, self._split) - start)
         runs = self._prompt.runs(start, inside, token_ids) if inside else []
         if num_tokens > inside:
+            self._decide_after_prompt(start + num_tokens, token_ids)
             runs += self.decoded.runs(start + inside, num_tokens - inside, token_ids)
         return runs
 

@@ -138,7 +138,8 @@ class TokenRoute:
     """The paths of one request whose tokens are routed one by one, decided in order of position and never revised.
 
     A Route. budget: of the request, at least that of the shallowest path. start: the first position that is routed so;
-    those before it are part of the context, and of no account.
+    those before it are part of the context, and of no account. shares_one_path: KV can be shared only of tokens that,
+    like all before them, ran one path, because layers keep entries of executed tokens alone (KV policy masked).
     """
 
     def __init__(
@@ -148,6 +149,8 @@ class TokenRoute:
         budget: float,
         prompt_token_ids: Sequence[int],
         start: int = 0,
+        *,
+        shares_one_path: bool = False,
     ) -> None:
         self.router = router
         self.depth = math.floor(budget * router.num_layers + _ROUNDING)
@@ -163,6 +166,8 @@ class TokenRoute:
         self._set_budget(budget)
         self._start = start
         self._choices: list[int] = []  # index of the path of each position from `start` on
+        self._shares_one_path = shares_one_path
+        self._changed: int | None = None  # the first position of another path than the first one
         self.first_path = router.paths[0]
         if start == 0:
             self.decide(1, prompt_token_ids)
@@ -198,8 +203,11 @@ class TokenRoute:
 
     @property
     def uniform_length(self) -> int | None:
-        """Number of tokens before the budget was lowered; None while it was not."""
-        return self.lowered[0][0] if self.lowered else None
+        """See Route: the tokens before the budget was lowered, or before the first change of path."""
+        lowered = self.lowered[0][0] if self.lowered else None
+        if not self._shares_one_path or self._changed is None:
+            return lowered
+        return self._changed if lowered is None else min(lowered, self._changed)
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
         """Spend `depth` layers a token on average from `position` on, which no run was asked for yet.
@@ -239,6 +247,9 @@ class TokenRoute:
         lag = self._schedule.lag
         self._spend([self._excess[max(position - lag, 0) - first] for position in range(start, end)])
         del self._excess[: max(0, max(end - lag, 0) - first)]
+        if self._changed is None:
+            new = range(max(start, self._start + 1), end)
+            self._changed = next((p for p in new if self._choices[p - self._start] != self._choices[0]), None)
 
     def _spend(self, excess: Sequence[Sequence[float]]) -> None:
         """Choose a path for each row of `excess`, and keep the account."""

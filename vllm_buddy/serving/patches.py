@@ -381,7 +381,9 @@ def _wrap_stream(serving: type, method: str) -> None:
             if not _is_routed(self):
                 return original(self, request, *args, **kwargs)
             call = signature.bind(self, request, *args, **kwargs)
-            return with_outcome(original, call, tells_paths=wants_paths(request.vllm_xargs))
+            # A subclass writes the chunks in another protocol: Anthropic's takes one without choices for the end.
+            tells_paths = wants_paths(request.vllm_xargs) and type(self) is serving
+            return with_outcome(original, call, tells_paths=tells_paths)
 
         return stream
 

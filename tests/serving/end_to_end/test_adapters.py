@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from vllm.lora.layers import LoRAMapping
 
 from tests.harness.engine import Ask, Engine, Tiny, start_engine
 from tests.harness.tiny_models import load_model, random_prompts
 from vllm_buddy.method import PathSchedule
 from vllm_buddy.method.lora import LoraDeltas
+from vllm_buddy.serving.forward.adapters import RoutedAdapters
 
 RANK, ALPHA = 8, 16.0
 NUM_TOKENS = 16
@@ -132,3 +134,18 @@ def test_full_depth_equals_stock_vllm(engine: Engine, adapted: dict[str | None, 
     expected = adapted[None][1].expected(alone, "masked", PathSchedule(4)).token_ids
     beside = stock.run([alone, *plain])[0]
     assert list(beside.outputs[0].token_ids) != expected
+
+
+@pytest.mark.parametrize("is_prefill", [True, False])
+def test_rows_without_an_adapter_get_none_anywhere(is_prefill: bool) -> None:
+    """Fails if a request without an adapter gets another user's at the embedding, in a layer or at the logits."""
+    adapters = RoutedAdapters(64, 8, "cpu")
+    adapters.update_metadata(LoRAMapping((0, 1), (0, 1), is_prefill=is_prefill), [1], 1, 10)
+    hidden, logits = torch.ones(2, 4), torch.zeros(2, 10)
+    adapters.add_lora_logits(logits, hidden, torch.ones(1, 1, 2, 4), torch.ones(1, 1, 10, 2), 1.0)
+    embedded, projected = torch.zeros(2, 4), torch.zeros(2, 4)
+    adapters.add_lora_embedding(embedded, torch.ones(2, 2), torch.ones(1, 1, 4, 2), add_inputs=True)
+    adapters.add_lora_linear(projected, hidden, (torch.ones(1, 1, 2, 4),), (torch.ones(1, 1, 4, 2),), 1.0, (4,))
+    for rows, delta in ((logits, 8.0), (embedded, 2.0), (projected, 8.0)):
+        assert rows[0].tolist() == [0.0] * rows.shape[1]
+        assert rows[1].tolist() == [delta] * rows.shape[1]

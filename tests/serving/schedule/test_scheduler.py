@@ -5,12 +5,14 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm.v1.request import RequestStatus
 
 from tests.harness.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Tiny, paths_told
 from tests.harness.pretend_worker import PretendEngine
 from tests.harness.tiny_models import NUM_LAYERS, random_prompts
 from tests.serving.end_to_end.test_independence import BUDGETS, CONTEXTS, PROMPTS, ask_with
 from vllm_buddy.method import PathSchedule
+from vllm_buddy.serving.schedule.plan import PLAN_ATTRIBUTE
 
 scenarios = given(
     interval=st.sampled_from((0, 1, 4, 16)),
@@ -43,8 +45,6 @@ def check_scenario(
     tiny: Tiny, asynchronous: bool, interval, lag, num_blocks, chunk, requests, events, *, units: bool = False
 ) -> int:
     """Serve and compare; returns the number of tokens found in the cache."""
-    from vllm.v1.request import RequestStatus
-
     engine = PretendEngine(
         tiny,
         PathSchedule(interval, lag),
@@ -168,6 +168,80 @@ def test_paths_told_as_a_request_goes_on_add_up_to_the_whole(tiny: Callable[[str
     assert streamed == expected[: len(streamed)]
     assert len(streamed) == len(expected) - 1  # the last step is told with the whole
     assert ["paths" in told for told in engine.told[silent]] == [False]
+
+
+def test_paths_are_told_where_the_last_token_arrives_after_a_preemption(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if a request that vLLM finishes from a step in flight is said to have run nothing."""
+    engine = PretendEngine(tiny("llama"), PathSchedule(0), asynchronous=True, num_blocks=50, chunk=MAX_TOKENS_PER_STEP)
+    ask = Ask(PROMPTS[0], 0.5, 6, options={"buddy_paths": True})
+    asked = engine.add(ask)
+    while len(engine.generated[asked]) < 5:
+        engine.step()
+    engine.preempt(0, drop_stale_output=False)
+    while not engine.idle:
+        engine.step()
+    tokens = (*ask.prompt, *engine.generated[asked])
+    assert paths_told(engine.told[asked][-1]["paths"]) == engine.paths(ask, tokens)[:-1]
+
+
+@pytest.mark.parametrize("in_prompts", [True, False])
+def test_masked_tokens_of_many_depths_are_shared_up_to_the_first_change(
+    tiny: Callable[[str], Tiny], in_prompts: bool
+) -> None:
+    """Fails if a worker is told of tokens in the cache that they ran one path, and they did not."""
+    by_token = {"prefill": "token" if in_prompts else "request", "decode": "token"}
+    engine = PretendEngine(
+        tiny("llama"),
+        PathSchedule(0),
+        asynchronous=False,
+        num_blocks=100,
+        chunk=MAX_TOKENS_PER_STEP,
+        buddy={"schedule": by_token, "kv_policy": "masked"},
+    )
+    found = 0
+    for seed in range(12):
+        prompt = random_prompts(1, seed=seed, min_tokens=3 * BLOCK_SIZE, max_tokens=3 * BLOCK_SIZE)[0]
+        for _ in range(2):
+            request = engine.request(Ask(tuple(prompt), 0.75, 1))
+            engine.scheduler.add_request(request)
+            output = engine.scheduler.schedule()
+            plan = getattr(output, PLAN_ATTRIBUTE)[request.request_id]
+            cached = output.scheduled_new_reqs[0].num_computed_tokens
+            runs = engine.scheduler._routed[request.request_id].route.runs(0, cached, prompt) if cached else []
+            assert {run.path for run in runs} <= {plan.cached_path}
+            found += cached
+            engine.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    assert (found > 0) or in_prompts
+
+
+def test_a_session_goes_on_after_the_tokens_that_it_has(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if drafts that were accepted after the token that ended a turn count as part of the next one."""
+    engine = PretendEngine(tiny("llama"), PathSchedule(0), asynchronous=False, num_blocks=50, chunk=MAX_TOKENS_PER_STEP)
+    session = engine.request(Ask(PROMPTS[0], None, 9))
+    session.resumable = True
+    engine.scheduler.add_request(session)
+    engine.scheduler.schedule()
+    session.append_output_token_ids([3, 4])
+    session.num_computed_tokens = session.num_tokens + 2
+    assert not engine.scheduler._handle_stopped_request(session)
+    assert session.num_computed_tokens == session.num_tokens - 1
+
+
+@pytest.mark.parametrize("prompt", ["routed", "full"])
+def test_a_request_that_leaves_the_queue_is_decided_again(tiny: Callable[[str], Tiny], prompt: str) -> None:
+    """Fails if a burst keeps the depth of the calm before it, also where its prompts run all layers."""
+    buddy = {"slo": {"ttft_ms": 1}}
+    engine = PretendEngine(
+        tiny("llama"), PathSchedule(0), asynchronous=False, num_blocks=50, chunk=MAX_TOKENS_PER_STEP, buddy=buddy
+    )
+    request = engine.request(Ask(PROMPTS[0], "auto", 4, options={"buddy_prompt": prompt}))
+    engine.scheduler.add_request(request)
+    before = engine.scheduler._routed[request.request_id].outcome.depth
+    engine.scheduler._chooser._scale_price = 50.0
+    engine.scheduler._choose_again_for_waiting()
+    routed = engine.scheduler._routed[request.request_id]
+    assert routed.outcome.depth < before
+    assert routed.route.depth == routed.outcome.depth
 
 
 def leaves_with_the_last_token_of_a_block(engine: PretendEngine) -> tuple[Ask, Ask]:

@@ -4,6 +4,7 @@ vLLM's LoRA layers ask a Punica wrapper, which all of them share, for the adapte
 changed so that they can be told which rows of the batch a layer has got.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,12 +28,36 @@ class RoutedAdapters(PunicaWrapperCPU):
         """Slot of the adapter of each row of the product at hand."""
         return super().token_lora_indices if self._buddy_slots is None else self._buddy_slots
 
+    @property
+    def sampler_indices(self) -> torch.Tensor:
+        """The same, of rows whose logits are computed."""
+        return super().sampler_indices if self._buddy_slots is None else self._buddy_slots
+
     def add_lora_linear(
         self, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: Any, lora_b_stacked: Any, *args: Any, **kwargs: Any
     ) -> None:
         """vLLM's, on the rows that have an adapter. y: [num_rows, out_features], changed in place; x: its input."""
         slots = super().token_lora_indices
         slots = slots if self.buddy_rows is None else slots.index_select(0, self.buddy_rows)
+        add = super().add_lora_linear
+        self._add(y, x, slots, lambda y, x: add(y, x, lora_a_stacked, lora_b_stacked, *args, **kwargs))
+
+    def add_lora_embedding(
+        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        """vLLM's, on the rows that have an adapter. y: [num_rows, hidden], changed in place; x: [num_rows, rank]."""
+        add = super().add_lora_embedding
+        self._add(y, x, super().token_lora_indices, lambda y, x: add(y, x, lora_b_stacked, *args, **kwargs))
+
+    def add_lora_logits(self, y: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """vLLM's, on the rows that have an adapter. y: [num_rows, vocab], changed in place; x: [num_rows, hidden]."""
+        add = super().add_lora_logits
+        self._add(y, x, super().sampler_indices, lambda y, x: add(y, x, *args, **kwargs))
+
+    def _add(
+        self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Call `add(y, x)` on the rows of y and x whose slot is one; y is changed in place."""
         rows = (slots >= 0).nonzero()[:, 0]
         if len(rows) == 0:
             return
@@ -40,7 +65,7 @@ class RoutedAdapters(PunicaWrapperCPU):
         self._buddy_slots = slots[rows]
         try:
             adapted = y.index_select(0, rows)
-            super().add_lora_linear(adapted, x.index_select(0, rows), lora_a_stacked, lora_b_stacked, *args, **kwargs)
+            add(adapted, x.index_select(0, rows))
             y.index_copy_(0, rows, adapted)
         finally:
             self._buddy_slots, self.is_prefill = None, whole_batch

@@ -19,7 +19,7 @@ def choose_again(
     for request, routed in waiting:
         if routed.asked is None or routed.excess is None or routed.planned or request.num_computed_tokens:
             continue
-        if routed.route.uniform_length is not None:  # its hash chain has ended, which cannot be undone
+        if routed.chain_ended:
             continue
         if chooser.price_of(routed.asked) != routed.price:
             choice = chooser.choose(routed.asked, routed.excess)

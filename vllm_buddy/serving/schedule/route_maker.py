@@ -15,7 +15,7 @@ from vllm_buddy.method import (
     TokenSchedule,
     depth_for_budget,
 )
-from vllm_buddy.method.kv_policy import ZERO
+from vllm_buddy.method.kv_policy import MASKED, ZERO
 from vllm_buddy.method.token_router import see_newest
 from vllm_buddy.serving.start.settings import BuddySettings
 
@@ -25,6 +25,7 @@ class RouteMaker:
 
     router, schedule: of requests that run one depth. tokens, token_schedule: of tokens with depths of their own; None
         if the artifact has none. by_token: whether prompts, and decoded tokens, have depths per token.
+        shares_one_path: see TokenRoute.
     """
 
     def __init__(
@@ -34,12 +35,15 @@ class RouteMaker:
         token_schedule: TokenSchedule,
         tokens: TokenRouter | None,
         by_token: tuple[bool, bool],
+        *,
+        shares_one_path: bool = False,
     ) -> None:
         self.router = router
         self.schedule = schedule
         self.token_schedule = token_schedule
         self._tokens = tokens
         self._by_token = by_token
+        self._shares_one_path = shares_one_path
 
     @classmethod
     def of(cls, settings: BuddySettings, artifact: Artifact, lag: int) -> "RouteMaker":
@@ -50,6 +54,7 @@ class RouteMaker:
             TokenSchedule(settings.schedule.saved_layers, lag),
             artifact.token,
             (settings.schedule.prefill == "token", settings.schedule.decode == "token"),
+            shares_one_path=settings.kv == MASKED,
         )
 
     def route(
@@ -79,11 +84,11 @@ class RouteMaker:
             return self._of_request(depth, token_ids, num_context)
         assert self._tokens is not None
         if prompt and decoded:
-            return TokenRoute(self._tokens, self.token_schedule, budget, token_ids)
+            return self._of_tokens(self._tokens, budget, token_ids)
         if prompt:
-            in_prompt: Route = TokenRoute(self._tokens, self.token_schedule, budget, token_ids)
+            in_prompt = self._of_tokens(self._tokens, budget, token_ids)
             return SplitRoute(in_prompt, self._of_request(depth, token_ids, num_context), num_prompt_tokens)
-        after = TokenRoute(self._tokens, self.token_schedule, budget, token_ids, start=num_prompt_tokens)
+        after = self._of_tokens(self._tokens, budget, token_ids, start=num_prompt_tokens)
         return SplitRoute(self._of_request(depth, token_ids, num_context), after, num_prompt_tokens)
 
     def see_newest(self, asked: Iterable[tuple[Route, Sequence[int]]]) -> None:
@@ -104,8 +109,11 @@ class RouteMaker:
     def _after_full_prompt(self, budget: float, depth: int, token_ids: Sequence[int]) -> Route:
         tokens = self._tokens
         if self._by_token[1] and tokens is not None and depth >= tokens.depths[0]:
-            return TokenRoute(tokens, self.token_schedule, budget, token_ids, start=len(token_ids))
+            return self._of_tokens(tokens, budget, token_ids, start=len(token_ids))
         return self._of_request(depth, token_ids, None)
+
+    def _of_tokens(self, tokens: TokenRouter, budget: float, token_ids: Sequence[int], start: int = 0) -> TokenRoute:
+        return TokenRoute(tokens, self.token_schedule, budget, token_ids, start, shares_one_path=self._shares_one_path)
 
     def _of_request(self, depth: int, token_ids: Sequence[int], num_context: int | None) -> RequestRoute:
         return RequestRoute(self.router, self.schedule, depth, token_ids, num_context)

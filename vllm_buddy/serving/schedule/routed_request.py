@@ -22,6 +22,7 @@ class RoutedRequest:
         again stands before it.
     drafts: made for it by DepthDrafts; None on a server without that drafter.
     told: number of tokens whose paths streamed chunks have told so far; None if the request does not ask for paths.
+    chain_ended: whether its block hashes end before a change of path, which cannot be undone.
     units: that it takes of the KV cache; None in the dense layout. sent_layers: the layers whose units workers know.
     """
 
@@ -33,5 +34,6 @@ class RoutedRequest:
     planned: int = 0
     drafts: RequestDrafts | None = None
     told: int | None = None
+    chain_ended: bool = False
     units: RequestUnits | None = None
     sent_layers: LayerPath = 0

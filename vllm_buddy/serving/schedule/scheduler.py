@@ -140,7 +140,8 @@ class _Routing(_Base):
 
     def _publishable_tokens(self, request: Request, num_tokens: int) -> int:
         """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""
-        route = self._routed[request.request_id].route
+        routed = self._routed[request.request_id]
+        route = routed.route
         started = time.perf_counter()
         route.decide(num_tokens, request.all_token_ids)
         self._routing_seconds += time.perf_counter() - started
@@ -149,6 +150,7 @@ class _Routing(_Base):
             return num_tokens
         # Also where the change lies ahead: under asynchronous scheduling a path is decided before its token arrives.
         end_hash_chain(request, uniform // self.hash_block_size)
+        routed.chain_ended = True
         return min(uniform, num_tokens)
 
     def _units_of(self, req_id: str, num_tokens: int) -> RequestUnits:
@@ -164,8 +166,9 @@ class _Routing(_Base):
         routed = self._routed.pop(request.request_id)
         if self._meter is not None:
             self._meter.ends(request.request_id)
-        # Accepted drafts ran on decisions that were made on a copy.
-        num_run = min(request.num_computed_tokens, request.num_tokens - 1)
+        # Accepted drafts ran on decisions that were made on a copy. A request that was preempted while its last token
+        # was on the way counts no computed tokens any more.
+        num_run = min(max(request.num_computed_tokens, routed.planned), request.num_tokens - 1)
         routed.route.decide(num_run, request.all_token_ids)
         self._metrics.observe_request(routed.outcome, routed.route)
         outcome = routed.outcome.as_dict(routed.route)
@@ -294,6 +297,13 @@ class _Routing(_Base):
         kept, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
         self._count_drafts(request.request_id, len(kept) - 1)
         return kept, stopped
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """A session goes on after the tokens that it has: vLLM 0.32 also counts drafts accepted after the last one."""
+        if request.resumable:
+            last = request.num_tokens - 1 + request.num_output_placeholders
+            request.num_computed_tokens = min(request.num_computed_tokens, last)
+        return super()._handle_stopped_request(request)
 
     def _count_drafts(self, req_id: str, num_accepted: int) -> None:
         """Count what the step executed for a request with drafts, if it had any."""
