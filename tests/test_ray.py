@@ -43,7 +43,8 @@ def completion(**options: Any) -> Any:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     options = {f"buddy_{key}": value for key, value in options.items()}
-    return SimpleNamespace(args=[CompletionRequest(model="m", prompt="p", vllm_xargs=options or None)])
+    request = CompletionRequest(model="m", prompt="p", vllm_xargs=options or None)
+    return SimpleNamespace(args=[request], routing_context=SimpleNamespace(should_backoff=False))
 
 
 def ranked(made: Any, pending: Any, *names: str) -> list[list[str]]:
@@ -96,9 +97,25 @@ def test_the_budget_that_a_request_is_sorted_by(options: dict[str, Any], budget:
 def test_what_is_no_request_for_text_goes_to_any_replica() -> None:
     """Fails if Ray's own calls, such as those for adapters, are sorted by a budget or fail."""
     made = router()
-    for pending in (None, SimpleNamespace(args=[]), SimpleNamespace(args=["adapter"]), completion(budget=7)):
+    others = [SimpleNamespace(args=args, routing_context=SimpleNamespace()) for args in ([], ["adapter"])]
+    for pending in others:
+        pending.routing_context.should_backoff = False
+    for pending in (None, *others, completion(budget=7)):
         assert ranked(made, pending, *NAMES) == [["a", "b", "c"]]
     assert ranked(made, completion(budget=0.5)) == [[]]
+
+
+@pytest.mark.usefixtures("ray_serve")
+def test_a_request_that_no_replica_takes_waits_and_counts_once() -> None:
+    """Fails if Ray asks again without a pause, or retries push other budgets out of their homes."""
+    made, waiting = router(), completion(budget=0.5)
+    for _ in range(20):
+        for budget in (0.5, 1.0):
+            ranked(made, completion(budget=budget), "a", "b")
+    for _ in range(200):
+        assert ranked(made, waiting, "a", "b") == [["a"], ["b"]]
+    assert waiting.routing_context.should_backoff
+    assert ranked(made, completion(budget=1.0), "a", "b") == [["b"], ["a"]]
 
 
 @pytest.mark.usefixtures("ray_serve")

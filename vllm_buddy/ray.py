@@ -60,11 +60,15 @@ class BudgetRouter(RequestRouter):
         """The replica of the request's budget, then the others: Ray takes them if the first does not answer."""
         # In the same order on every call and in every ingress process.
         replicas = sorted(candidate_replicas, key=lambda replica: replica.replica_id.unique_id)
+        is_new = True
+        if pending_request is not None:  # Ray asks again while no replica takes it, at once if this is not set
+            is_new = not pending_request.routing_context.should_backoff
+            pending_request.routing_context.should_backoff = True
         budget = self._budget(pending_request)
         if budget is None or not replicas:
             return [replicas]
         loads = [self._loads.get(replica.replica_id, 0) for replica in replicas]
-        chosen = replicas.pop(self._affinity.choose(budget, loads))
+        chosen = replicas.pop(self._affinity.choose(budget, loads, is_new=is_new))
         return [[chosen], replicas]
 
     def _budget(self, pending: PendingRequest | None) -> float | None:

@@ -1,7 +1,8 @@
 """Pairs the quality of a policy with the decode speed of the variant that does the same work.
 
 The decode speed of a policy depends on its depth and on what runs where a layer is skipped, but not on which layers are
-skipped. So a policy of `vllm-buddy eval` has the speed of this variant of benchmarks.speed.decode:
+skipped, as long as a batch runs one path. With several paths, as a router may choose them, it is slower than drawn. So
+a policy of `vllm-buddy eval` has the speed of this variant of benchmarks.speed.decode:
 
 | policy | variant |
 |---|---|

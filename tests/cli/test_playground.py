@@ -16,6 +16,9 @@ from vllm_buddy.errors import ServerError
 EVENTS = 'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\ndata: [DONE]\n\n'
 METRICS = """# HELP vllm_buddy:load x
 vllm_buddy:load{engine="0"} 0.5
+vllm:kv_cache_usage_perc{engine="0"} 0.8
+vllm:kv_cache_usage_perc{engine="1"} 0.9
+vllm_buddy:slo_observed_seconds{engine="0"} nan
 vllm:generation_tokens_total{engine="0",model_name="m"} 3.0
 vllm:generation_tokens_total{engine="1",model_name="m"} 4.0
 python_info{x="1"} 1.0
@@ -86,10 +89,19 @@ def test_the_page_needs_nothing_else(url: str) -> None:
 
 
 def test_metrics_are_summed_over_engines(url: str) -> None:
-    """Fails if the state lacks the model, or a metric of several engines shows one of them."""
-    state = httpx.get(f"{url}/api/server", trust_env=False).json()
-    metrics = {"vllm_buddy:load": 0.5, "vllm:generation_tokens_total": 7.0}
+    """Fails if the state lacks the model, a metric of several engines shows one of them, shares add up to more than
+    all, or what was not observed yet makes it text that browsers cannot read."""
+    answer = httpx.get(f"{url}/api/server", trust_env=False).text
+    state = json.loads(answer, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    metrics = {"vllm_buddy:load": 0.5, "vllm:generation_tokens_total": 7.0, "vllm:kv_cache_usage_perc": 0.9}
     assert state == {"up": True, "model": "m", "metrics": metrics}
+
+
+def test_a_server_that_wants_a_key_is_not_said_to_be_down(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Fails if a reader looks for a server that is there."""
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self._send(401, "{}"))
+    state = httpx.get(f"{url}/api/server", trust_env=False).json()
+    assert (state["up"], state["status"]) == (False, 401)
 
 
 def test_an_answer_passes_through_with_budget_and_paths(url: str) -> None:

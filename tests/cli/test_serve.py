@@ -52,8 +52,22 @@ def test_lossless_drafts_need_a_number(option: list[str]) -> None:
     """Fails if a server starts with another number of drafts than was meant."""
     with pytest.raises(ServerError, match="from 1 up"):
         with_lossless_drafts(["m", *option])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--speculative-config", "{}"],
+        ["-sc", "{}"],
+        ["-sc.method=ngram"],
+        ["--spec-method=ngram"],
+        ["--spec_tokens", "2"],
+    ],
+)
+def test_lossless_drafts_are_the_only_speculator(option: list[str]) -> None:
+    """Fails if one of two speculators is dropped without a word."""
     with pytest.raises(ServerError, match="leave out --speculative-config"):
-        with_lossless_drafts(["m", "--lossless-drafts", "4", "--speculative-config", "{}"])
+        with_lossless_drafts(["m", *option, "--lossless-drafts", "4"])
 
 
 def test_help_says_what_vllm_does_not_know(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,14 @@ def test_no_choice_of_as_many_layers_beats_the_best() -> None:
         assert losses[np.arange(7), chosen].mean() >= best.loss(layers) - 1e-9
 
 
+def test_the_best_choice_reaches_the_shallowest_depth_at_any_loss() -> None:
+    """Fails if the best choice of few layers is that of more, where skipping costs many nats."""
+    losses = np.tile([9.0 + 60.0, 4.0, 0.0], (10, 1))
+    best = Hindsight.of(losses, DEPTHS)
+    assert best.loss(DEPTHS[0]) == pytest.approx(69.0)
+    assert best.loss((DEPTHS[0] + DEPTHS[1]) / 2) == pytest.approx((69.0 + 4.0) / 2)
+
+
 def test_price_zero_takes_the_least_loss_and_a_huge_price_the_fewest_layers() -> None:
     """Fails if a higher price chooses more layers."""
     assert choices(TWO_KINDS, DEPTHS, 8, 0.0).tolist() == [2] * 10  # of equal costs the greatest depth

@@ -213,6 +213,27 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"buddy:{variant}" in shown for variant in VARIANTS)
 
 
+def test_a_window_beyond_the_model_is_refused(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if positions that the model has none for are scored, or end in a traceback of vLLM."""
+    (tmp_path / "long.txt").write_text("a b c d " * 1000)
+    long = ["eval", *data, "--text", str(tmp_path / "long.txt"), "--text-tokens", "0", "--policy", "buddy"]
+    for options, needed in ((["--window", "2049"], 2049), (["--window", "2048", "--engine", "vllm"], 2049)):
+        assert main([*long, *options]) == 2
+        assert f"the longest sample needs {needed} positions, the model has 2048" in capsys.readouterr().err
+
+
+def test_figures_that_cannot_be_saved_are_shown(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if hours of measuring are lost because a file cannot be written."""
+    assert main(["eval", *data, "--policy", "buddy", "--json", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "cannot write" in shown.err
+    assert "buddy" in shown.out
+
+
 def test_results_are_read_as_they_were_written(data: list[str], tmp_path: Path) -> None:
     """Fails if figures are rounded when they are written and read."""
     out = tmp_path / "a.json"

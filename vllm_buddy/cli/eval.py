@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(settings, find_model(settings.model, note), print_progress)
     print(_what_is_measured(plan, settings), flush=True)
     figures = evaluate(plan, _engine(settings, plan), print_progress)
+    print(figure_table(figures))
     if args.json is not None:
         save_results(figures, args.json)
-    print(figure_table(figures))
     if args.plot is not None:
         plot_figures(figures, args.plot)
     for written in (args.json, args.plot):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ _POLL_MS = 1000
 _STATE_TIMEOUT_S = 5.0  # a busy server answers late
 _ANSWER_TIMEOUT_S = 120.0
 _MOST_BYTES = 1 << 20  # of a request of the page
+# Gauges that the engines of a server have in common, or nearly so.
+_SHARES = ("vllm:kv_cache_usage_perc", "vllm_buddy:load", "vllm_buddy:auto_price")
 _SAMPLE = re.compile(r"^(vllm(?:_buddy)?:\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
@@ -125,17 +128,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
 
     def _state(self) -> dict[str, Any]:
-        """Whether vLLM's server answers, its model, and its metrics, each summed over its labels."""
+        """Whether vLLM's server answers, its model, and its metrics.
+
+        Counters and numbers of requests are summed over their labels; of other gauges the largest counts.
+        """
         import httpx
 
         try:
             models = self.upstream.get("/v1/models", timeout=_STATE_TIMEOUT_S).raise_for_status().json()
             samples = self.upstream.get("/metrics", timeout=_STATE_TIMEOUT_S).raise_for_status().text
-        except (httpx.HTTPError, ValueError):
-            return {"up": False, "model": None, "metrics": None}
+        except (httpx.HTTPError, ValueError) as error:
+            status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+            return {"up": False, "model": None, "metrics": None, "status": status}
         metrics: dict[str, float] = {}
-        for name, value in _SAMPLE.findall(samples):
-            metrics[name] = metrics.get(name, 0.0) + float(value)
+        for name, text in _SAMPLE.findall(samples):
+            value = float(text)
+            if not math.isfinite(value):  # nothing was observed, which JSON cannot say
+                continue
+            metrics[name] = max(metrics.get(name, value), value) if name in _SHARES else metrics.get(name, 0.0) + value
         return {"up": True, "model": models["data"][0]["id"], "metrics": metrics}
 
     def _send_error(self, status: int, message: str) -> None:

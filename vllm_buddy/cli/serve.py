@@ -12,7 +12,7 @@ from vllm_buddy.errors import BuddyError, ServerError
 
 _HELP = re.compile(r"^(-h|--help(=.*)?)$")
 _MODEL_IMPL = re.compile(r"^--model[-_]impl(=.*)?$")
-_SPECULATIVE = re.compile(r"^--speculative[-_]config(=.*|\..*)?$")
+_SPECULATIVE = re.compile(r"^(-sc|--speculative[-_]config|--spec[-_](method|model|tokens))([=.].*)?$")
 _MODEL = re.compile(r"^--(model|config)(=.*)?$")
 _LOSSLESS_DRAFTS = "--lossless-drafts"
 _SERVED_NAME = re.compile(r"^--served[-_]model[-_]name(=.*)?$")
@@ -71,7 +71,7 @@ def with_lossless_drafts(argv: list[str]) -> list[str]:
     if not number.isdecimal() or int(number) < 1:
         raise ServerError(f"{_LOSSLESS_DRAFTS} is {number!r}; give the number of drafts per step, from 1 up")
     if _has(argv, _SPECULATIVE):
-        raise ServerError(f"{_LOSSLESS_DRAFTS} is a speculator; leave out --speculative-config")
+        raise ServerError(f"{_LOSSLESS_DRAFTS} is a speculator; leave out --speculative-config and its short forms")
     config = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": int(number)}
     return [*joined[:place], "--speculative-config", json.dumps(config), *joined[place + 2 :]]
 

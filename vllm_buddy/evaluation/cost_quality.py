@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HINDSIGHT_PRICES = np.linspace(0.0, 20.0, 2001)  # nats per token for all layers
+NUM_PRICES = 2001  # at which the best choices are made
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,12 @@ class Hindsight:
     def of(cls, losses: np.ndarray, depths: Sequence[int]) -> "Hindsight":
         """Compute the curve. losses, depths: as in `compare`."""
         rows, points = np.arange(len(losses)), {}
-        for price in HINDSIGHT_PRICES:
+        # From 0 to the one at which no sample is worth another layer.
+        steepest = float((-np.diff(losses, axis=1) / np.diff(depths)).max(initial=0.0)) * max(depths)
+        for price in np.linspace(0.0, max(20.0, steepest), NUM_PRICES):
             chosen = choices(losses, depths, max(depths), price)
             points[float(np.asarray(depths)[chosen].mean())] = float(losses[rows, chosen].mean())
+        points[float(min(depths))] = float(losses[:, 0].mean())  # whatever the price
         layers = sorted(points)
         return cls(layers, [points[at] for at in layers])
 

@@ -1,6 +1,6 @@
 """Plans an evaluation: reads and checks data, artifacts and budgets before any model is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from vllm_buddy.evaluation.windows import text_samples
 from vllm_buddy.importance import CalibrationText
 from vllm_buddy.method import TokenSchedule, depth_for_budget
 from vllm_buddy.method.kv_policy import ZERO
-from vllm_buddy.models.folder import load_tokenizer
+from vllm_buddy.models.folder import load_config, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def make_plan(settings: EvalSettings, model_dir: Path, report: Report) -> EvalPl
         rows,
         [sample for row in rows for sample in row.samples(tokenizer)],
     )
+    _check_lengths(plan.samples, settings, load_config(model_dir).max_position_embeddings)
     for spec in specs:
         policy = static_policy(spec.name, base, find_order(spec.name)) if spec.is_static else routed[spec.name]
         if spec.variant == FROZEN:
@@ -116,6 +117,12 @@ def _token_policy(policy: Policy, settings: EvalSettings, depths: list[int], *, 
     if settings.kv_policy == ZERO:
         raise EvaluationError(f"policy '{policy.name}': the schedule token needs the KV policy kv_only or masked")
     return replace(policy, tokens=TokenSchedule(), shuffled=shuffled)
+
+
+def _check_lengths(samples: Sequence[Sample], settings: EvalSettings, most: int) -> None:
+    needed = max(len(sample.token_ids) for sample in samples) + (settings.engine == "vllm")  # which generates a token
+    if needed > most:
+        raise EvaluationError(f"the longest sample needs {needed} positions, the model has {most}; lower --window")
 
 
 def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> list[Sample]:

@@ -38,13 +38,15 @@ class BudgetAffinity:
         self._seen: deque[float] = deque()
         self._turn = 0
 
-    def choose(self, depth: float, loads: Sequence[float]) -> int:
+    def choose(self, depth: float, loads: Sequence[float], *, is_new: bool = True) -> int:
         """Count a request and return the index of the replica that should run it.
 
         depth: layers, or whatever else orders requests by their paths, such as budgets. loads: [num_replicas], at
-            least one, requests that each has; replicas keep their places from call to call.
+            least one, requests that each has; replicas keep their places from call to call. is_new: whether the request
+            was not counted before.
         """
-        self._seen.append(depth)
+        if is_new:
+            self._seen.append(depth)
         while len(self._seen) > self._remembered * len(loads):
             self._seen.popleft()
         self._turn += 1
