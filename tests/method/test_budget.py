@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_buddy.errors import BudgetError
-from vllm_buddy.method import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
+from vllm_buddy.method import budget_for_depth, depth_for_budget, parse_budget, runs_enough, smallest_budget
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,13 @@ def test_budget_for_a_depth_is_short(depth: int, num_layers: int, budget: float)
     """Fails if the budget in a printed command gives another depth, or has needless decimals (0.7333333333333333)."""
     assert budget_for_depth(depth, num_layers) == budget
     assert all(depth_for_budget(budget_for_depth(d, num_layers), num_layers) == d for d in range(3, num_layers + 1))
+
+
+def test_the_layers_that_must_run_are_enough_at_any_budget_that_runs_them() -> None:
+    """Fails if 3 of L layers are too few because the smallest budget is shown rounded."""
+    for num_layers in range(3, 129):
+        assert runs_enough(3 / num_layers, num_layers)
+        assert not runs_enough(2.9 / num_layers, num_layers)
 
 
 def test_smallest_budget_works_and_the_next_smaller_does_not() -> None:

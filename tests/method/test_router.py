@@ -35,6 +35,15 @@ def test_prior_is_standardised_and_weighted() -> None:
             assert router.path(context, depth) == top_k_path(fused, depth) == scaled.path(context, depth)
 
 
+@pytest.mark.parametrize("num_layers", [63, 64, 65, 128])
+def test_models_of_any_depth_have_paths_to_choose_from(num_layers: int) -> None:
+    """Fails if a path of more layers than a machine word has bits cannot be served."""
+    layers = [0, *range(3, num_layers)]
+    library = {num_layers - 2: [path_of(np.array(layers))]}
+    router = Router(num_layers, np.arange(num_layers - 2.0), library=library)
+    assert layers_of(router.path(None, num_layers - 2)) == layers
+
+
 def test_flat_prior_leaves_the_scores_alone() -> None:
     """Fails if standardising a constant prior divides by zero, and NaN scores choose the path."""
     decision = random_decision()

@@ -11,6 +11,7 @@ import pytest
 
 from tests.harness.engine import Tiny
 from tests.serving.start.test_hook import BASE
+from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving import patches
 from vllm_buddy.serving.compat import TESTED_VLLM, units_problem, vllm_version
 
@@ -27,6 +28,25 @@ def original(function: Any) -> Any:
 def test_the_tested_version_is_the_installed_one() -> None:
     """Fails if vLLM is updated and nobody looked at what the plugin expects of it."""
     assert vllm_version() in TESTED_VLLM
+
+
+def test_sleep_that_would_lose_the_bypass_is_refused_before_anything_is_paused() -> None:
+    """Fails if a server that slept serves what is left of a bypass, or one that refuses to sleep has stopped."""
+    from vllm.v1.engine.core import EngineCore
+
+    called: list[Any] = []
+    engine: Any = SimpleNamespace(
+        vllm_config=SimpleNamespace(model_config=SimpleNamespace(model_impl="buddy")),
+        pause_scheduler=lambda **_: called.append("pause"),
+        model_executor=SimpleNamespace(sleep=called.append),
+    )
+    with pytest.raises(UnsupportedError, match="level 1 only"):
+        EngineCore.sleep(engine, 2)
+    assert called == []
+    EngineCore.sleep(engine, 1)
+    engine.vllm_config.model_config.model_impl = "auto"
+    EngineCore.sleep(engine, level=2)
+    assert called == ["pause", 1, "pause", 2]
 
 
 def test_streams_in_another_protocol_tell_no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +82,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.core_client import DPLBAsyncMPClient, MPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
@@ -78,6 +98,7 @@ def test_applying_the_patches_again_changes_nothing() -> None:
             *(() if units_problem() else (kv_cache_utils.get_kv_cache_groups,)),
             DPLBAsyncMPClient.get_core_engine_for_request,
             EngineCoreProc._make_ready_response,
+            EngineCore.sleep,
             MPClient._apply_ready_response,
             StatLoggerManager.__init__,
             OutputProcessor.do_tracing,
@@ -170,7 +191,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
-    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.core_client import DPLBAsyncMPClient, MPClient
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor
@@ -223,6 +244,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
             original(DPLBAsyncMPClient.get_core_engine_for_request),
             ["self", "request"],
         ),
+        "sleep": (original(EngineCore.sleep), ["self", "level", "mode"]),
         "make ready response": (original(EngineCoreProc._make_ready_response), ["self"]),
         "apply ready response": (original(MPClient._apply_ready_response), ["self", "payload"]),
         "get_num_blocks_to_allocate": (

@@ -8,7 +8,7 @@ and `forked.py` run a Hugging Face model along given paths, the last two also wi
 (`sharded.py`).
 """
 
-from vllm_buddy.method.budget import budget_for_depth, depth_for_budget, parse_budget, smallest_budget
+from vllm_buddy.method.budget import budget_for_depth, depth_for_budget, parse_budget, runs_enough, smallest_budget
 from vllm_buddy.method.context import Context
 from vllm_buddy.method.decision import DecisionModule, FoldedDecision
 from vllm_buddy.method.exit_adapter import DraftExit, ExitAdapter
@@ -42,6 +42,7 @@ __all__ = [
     "layers_of",
     "parse_budget",
     "path_of",
+    "runs_enough",
     "smallest_budget",
     "top_k_path",
 ]

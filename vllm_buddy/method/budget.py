@@ -30,6 +30,11 @@ def depth_for_budget(budget: float, num_layers: int) -> int:
     return depth
 
 
+def runs_enough(budget: float, num_layers: int) -> bool:
+    """Whether a budget leaves the layers that must run."""
+    return math.floor(budget * num_layers + _ROUNDING) >= MIN_DEPTH
+
+
 def smallest_budget(num_layers: int) -> float:
     """Return the smallest budget, a multiple of 0.001, that leaves the first, the last and one middle layer."""
     return math.ceil(1000 * MIN_DEPTH / num_layers - 1e-9) / 1000

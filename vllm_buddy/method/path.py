@@ -14,7 +14,7 @@ def path_of(layers: Iterable[int]) -> LayerPath:
     """Return the path that executes `layers`."""
     path = 0
     for layer in layers:
-        path |= 1 << layer
+        path |= 1 << int(layer)  # a numpy integer has 64 bits
     return path
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_buddy.method.context import Context
 from vllm_buddy.method.decision import FoldedDecision
-from vllm_buddy.method.path import LayerPath, full_path, top_k_path
+from vllm_buddy.method.path import LayerPath, full_path, path_mask, top_k_path
 
 OMEGA = 0.1  # weight of the standardised prior that is added to the trained scores (BUDDY, section 3.3)
 
@@ -38,9 +38,8 @@ class Router:
         self._bias = omega * (prior - prior.mean()) / (prior.std() + 1e-12)
         self._library: dict[int, tuple[list[LayerPath], np.ndarray]] | None = None
         if library is not None:
-            middle = np.arange(1, num_layers - 1)
             self._library = {
-                depth: (list(paths), np.array([[p >> layer & 1 for layer in middle] for p in paths], dtype=np.float64))
+                depth: (list(paths), np.array([path_mask(p, num_layers)[1:-1] for p in paths], dtype=np.float64))
                 for depth, paths in library.items()
             }
         self._static: dict[int, LayerPath] = {}

@@ -54,6 +54,12 @@ def attention_problem(attn_groups: Sequence[Sequence[Any]]) -> str | None:
     attn_groups: of the runner, by KV cache group (vllm.v1.worker.utils.AttentionGroup).
     """
     if not attn_groups or any(len(groups) != 1 for groups in attn_groups):
+        names = {group.backend.get_name() for groups in attn_groups for group in groups}
+        if len(names) == 1:
+            return (
+                "all layers, those of a drafter among them, must have KV caches of one dtype and shape; leave out "
+                "--kv-cache-dtype-skip-layers"
+            )
         return "it needs one attention backend for all layers"
     group = attn_groups[0][0]
     backend = group.backend.get_name()

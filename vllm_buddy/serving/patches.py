@@ -1,4 +1,4 @@
-"""All changes to vLLM's code: thirteen wrapped functions, and a table entry for each routed model class.
+"""All changes to vLLM's code: fourteen wrapped functions, and a table entry for each routed model class.
 
 `_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
     Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
@@ -37,6 +37,11 @@ that vLLM streams together; `RequestOutput.add` keeps the paths of two outputs t
     that are mixtures of experts only.
     Nearest hook: none.
     Remove when: the hash in vLLM's handshake covers additional_config, for all models.
+
+`EngineCore.sleep` refuses level 2, which drops weights that vLLM cannot load again.
+    Why: the worker, whose class is ours, is asked after vLLM has ended all requests and paused.
+    Nearest hook: the worker's `sleep`.
+    Remove when: vLLM asks before it pauses.
 
 `StatLoggerManager.__init__` adds the logger that shows the metrics `vllm_buddy:*`.
     Why: for models that are routed only, and offline too.
@@ -96,6 +101,7 @@ def apply() -> None:
     _wrap_add_outputs()
     _wrap_get_core_engine_for_request()
     _wrap_ready_response()
+    _wrap_sleep()
     _wrap_stat_loggers()
     _wrap_do_tracing()
     if _API_SERVER in sys.modules:  # in no other process does anything stream over HTTP
@@ -346,6 +352,23 @@ def _wrap_stat_loggers() -> None:
         return init
 
     _wrap(StatLoggerManager, "__init__", around)
+
+
+def _wrap_sleep() -> None:
+    """Refuse to drop the bypass, which vLLM could not load again, before anything is paused."""
+    from vllm.v1.engine.core import EngineCore
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def sleep(self: EngineCore, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+            if level >= 2 and _is_routed(self.vllm_config):
+                raise UnsupportedError(
+                    "--model-impl buddy can sleep at level 1 only: level 2 would drop the bypass for good"
+                )
+            return original(self, level, *args, **kwargs)
+
+        return sleep
+
+    _wrap(EngineCore, "sleep", around)
 
 
 def _wrap_do_tracing() -> None:

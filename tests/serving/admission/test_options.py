@@ -11,6 +11,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.harness.engine import Ask, Engine
 from tests.harness.tiny_models import VOCAB_SIZE, random_prompts
+from vllm_buddy.method import smallest_budget
 from vllm_buddy.serving.admission.options import OptionError
 
 PROMPTS = [tuple(p) for p in random_prompts(4, seed=61, min_tokens=20, max_tokens=60)]
@@ -57,6 +58,15 @@ def test_a_budget_below_three_layers_is_refused_with_the_smallest_allowed(llama:
     error = refused(llama, {"buddy_budget": value})
     assert error.parameter == "vllm_xargs.buddy_budget"
     assert SMALLEST in str(error)
+
+
+def test_the_smallest_budget_need_not_be_rounded(llama: Engine) -> None:
+    """Fails if 3 / L is refused where it has more decimals than the smallest budget that messages name."""
+    limits = llama.llm.llm_engine.model_config.buddy_limits
+    limits = replace(limits, num_layers=32, min_budget=smallest_budget(32), depths=None)
+    assert limits.resolve({"buddy_budget": 3 / 32}).depth == 3
+    with pytest.raises(OptionError, match=r"below the smallest allowed budget 0\.094"):
+        limits.resolve({"buddy_budget": 0.0937})
 
 
 def test_a_budget_below_the_servers_floor_is_refused_with_the_floor(

@@ -1,8 +1,12 @@
 """An artifact that changes base weights: merged while vLLM loads them, at every budget."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.harness.engine import Ask, Engine, Tiny, make_tiny, start_engine
 from tests.harness.tiny_models import load_model, random_prompts
@@ -44,6 +48,13 @@ def test_the_whole_model_is_changed_too(engine: Engine, merged: Tiny) -> None:
         base, RequestRoute(router, PathSchedule(4), router.num_layers, ask.prompt), ask.prompt, 16, "masked"
     )
     assert list(output.outputs[0].token_ids) != unchanged.token_ids
+
+
+def test_mistrals_own_files_are_refused_with_the_way_out(merged: Tiny, tmp_path: Path) -> None:
+    """Fails if weights under other names are taken for weights that are missing."""
+    shutil.copytree(merged.folder, tmp_path / "model")
+    save_file({"norm.weight": torch.ones(1)}, tmp_path / "model" / "consolidated.safetensors")
+    assert "--load-format safetensors" in refusal(merged, model=str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from vllm_buddy.method import path_of
 from vllm_buddy.serving.admission.auto_limits import AutoLimits
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start import hook
+from vllm_buddy.serving.start.base_model import identify_served_model
 from vllm_buddy.serving.start.refusals import _CHECKS
 from vllm_buddy.serving.start.settings import engine_settings, known_settings
 
@@ -522,6 +523,42 @@ def test_an_artifact_of_another_model_is_refused_with_both_named(
     message = refusal(llama_model, {"artifact": str(artifact)})
     assert "was made for" in message
     assert message.count("fingerprint") == 2
+
+
+def test_a_copy_with_other_norms_is_served_if_the_shape_is_to_decide(llama_model: Tiny, tmp_path: Path) -> None:
+    """Fails if a copy that AWQ has made cannot be served at all, or one of another shape can."""
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_model.folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert "was made for" in refusal(llama_model, model=str(copy))
+    configure(llama_model, {"base_check": "shape"}, model=str(copy))
+    other = save_tiny_model(tmp_path / "other", "qwen3")
+    assert "was made for" in refusal(llama_model, {"base_check": "shape"}, model=str(other))
+
+
+def test_a_hub_model_is_identified_in_the_folder_that_vllm_downloads_to(
+    llama_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if config.json is not asked for: vLLM downloads what the first pattern that matches stands for."""
+    from vllm.model_executor.model_loader import weight_utils
+
+    asked: list[Any] = []
+
+    def download(name: str, cache_dir: str | None, patterns: list[str], revision: str | None) -> str:
+        asked.append((name, cache_dir, patterns, revision))
+        return str(llama_model.folder)
+
+    monkeypatch.setattr(weight_utils, "download_weights_from_hf", download)
+    config = configure(llama_model)
+    config.model_config.model, config.load_config.download_dir = "owner/name", "elsewhere"
+    found = identify_served_model(config)
+    assert found.fingerprint == llama_model.artifact.config.base_model.fingerprint
+    assert [call[2] for call in asked] == [["*.safetensors"], ["config.json"]]
+    assert {call[:2] for call in asked} == {("owner/name", "elsewhere")}
 
 
 def test_a_model_cut_by_overrides_is_refused(llama_model: Tiny) -> None:

@@ -87,13 +87,3 @@ def test_graphs_are_captured_before_vllm_ends_its_warm_up(monkeypatch: pytest.Mo
     made._maybe_activate_jit_monitor()
     assert calls == ["start serving the backbone", "monitor"]
     assert "self._maybe_activate_jit_monitor()" in inspect.getsource(inspect.unwrap(Worker.compile_or_warm_up_model))
-
-
-def test_sleep_that_would_lose_the_bypass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a server that slept serves what is left of a bypass."""
-    slept: list[int] = []
-    monkeypatch.setattr(Worker, "sleep", lambda self, level=1: slept.append(level))
-    worker({}).sleep(1)
-    with pytest.raises(UnsupportedError, match="level 1 only"):
-        worker({}).sleep(2)
-    assert slept == [1]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from vllm_buddy import __version__
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.errors import BudgetError, SettingsError, shown
-from vllm_buddy.method import LayerPath, depth_for_budget, parse_budget, smallest_budget
+from vllm_buddy.method import LayerPath, depth_for_budget, parse_budget, runs_enough, smallest_budget
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.serving.admission.auto_limits import AutoBudget, AutoLimits
 from vllm_buddy.serving.admission.options import (
@@ -77,7 +77,7 @@ class RequestLimits:
         """
         num_layers = artifact.config.base_model.num_layers
         floor = smallest_budget(num_layers)
-        if settings.min_budget is not None and settings.min_budget < floor:
+        if settings.min_budget is not None and not runs_enough(settings.min_budget, num_layers):
             raise SettingsError(
                 f"min_budget {settings.min_budget:g} leaves fewer than {MIN_DEPTH} of {num_layers} layers; the "
                 f"smallest budget is {floor:g}"
@@ -178,7 +178,9 @@ class RequestLimits:
             budget = parse_budget(value)
         except BudgetError as error:
             raise OptionError(BUDGET_KEY, f'{error} or "{AUTO}"' if self.auto else str(error)) from None
-        if budget < self.min_budget:
+        # The smallest budget of all is a rounded number, below which there are others that run as many layers.
+        is_set = self.min_budget > smallest_budget(self.num_layers)
+        if budget < self.min_budget if is_set else not runs_enough(budget, self.num_layers):
             raise OptionError(BUDGET_KEY, f"budget {budget:g} is below the smallest allowed budget {self.min_budget:g}")
         if budget > self.max_budget:
             raise OptionError(

@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm.logger import init_logger
+
 from vllm_buddy.artifact import NO_WEIGHTS, Artifact, BaseModelIdentity, identify
 from vllm_buddy.errors import ArtifactError, UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(f"vllm.{__name__}")
 
 # Load formats that hand a model the tensors of its checkpoint, under their own names.
 _MERGEABLE_FORMATS = (
@@ -22,19 +26,30 @@ _MERGEABLE_FORMATS = (
 )
 
 
-def check_base_model(artifact: Artifact, vllm_config: "VllmConfig") -> None:
+def check_base_model(artifact: Artifact, vllm_config: "VllmConfig", *, by_shape: bool = False) -> None:
     """Refuse an artifact that was made for another model than the one served.
+
+    by_shape: compare the shape alone, not the weights.
 
     Raises:
         ArtifactError: names both models.
     """
     wanted = artifact.config.base_model
     found = identify_served_model(vllm_config)
-    if not wanted.same_model(found):
-        raise ArtifactError(
+    if by_shape and wanted.shape == found.shape:
+        logger.warning("base_check is shape: nothing says that the artifact was made for these weights")
+    elif not wanted.same_model(found):
+        told = (
             f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
             f"but the model served is {found.summary()}"
         )
+        quantization = vllm_config.model_config.quantization
+        if quantization is not None and wanted.shape == found.shape:
+            told += (
+                f". If this is a copy of that model whose quantiser ({quantization}) scaled the norms, as those of AWQ "
+                'and SmoothQuant do, set "base_check": "shape"'
+            )
+        raise ArtifactError(told)
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     if num_layers != wanted.num_layers:  # the files fit, but --hf-overrides removes layers
         raise ArtifactError(
@@ -59,10 +74,29 @@ def check_lora(artifact: Artifact, vllm_config: "VllmConfig") -> None:
             "with a bypass, which leaves the base weights alone"
         )
     load_format = vllm_config.load_config.load_format
+    if load_format == "auto" and _has_mistrals_files(vllm_config):
+        raise UnsupportedError(
+            f"{what} be done in Mistral's own files, consolidated*.safetensors, which vLLM takes where there are some; "
+            "add --load-format safetensors"
+        )
     if load_format not in _MERGEABLE_FORMATS:
         raise UnsupportedError(
             f"{what} be done with --load-format {load_format}; use one of {', '.join(_MERGEABLE_FORMATS)}"
         )
+
+
+def _has_mistrals_files(vllm_config: "VllmConfig") -> bool:
+    """Whether vLLM would load the weights under Mistral's names: as its DefaultModelLoader finds out."""
+    from vllm.transformers_utils.repo_utils import list_filtered_repo_files
+
+    model_config = vllm_config.model_config
+    return bool(
+        list_filtered_repo_files(
+            model_name_or_path=str(model_config.model),
+            allow_patterns=["consolidated*.safetensors"],
+            revision=model_config.revision,
+        )
+    )
 
 
 def identify_served_model(vllm_config: "VllmConfig") -> BaseModelIdentity:
@@ -81,12 +115,21 @@ def identify_served_model(vllm_config: "VllmConfig") -> BaseModelIdentity:
         )
     folder = Path(name)
     if not folder.is_dir():
-        from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
-
-        # vLLM's worker downloads the same files a moment later, into the same cache.
-        folder = Path(
-            download_weights_from_hf(
-                name, vllm_config.load_config.download_dir, ["*.safetensors", "config.json"], model_config.revision
-            )
-        )
+        folder = _downloaded(name, vllm_config)
     return identify(folder, name=name)
+
+
+def _downloaded(name: str, vllm_config: "VllmConfig") -> Path:
+    """The folder of a hub's model: config.json, and the weights, which vLLM's worker finds there a moment later."""
+    from vllm.model_executor.model_loader.weight_utils import (
+        download_weights_from_hf,
+        maybe_download_from_modelscope,
+    )
+
+    cache, revision = vllm_config.load_config.download_dir, vllm_config.model_config.revision
+    folder = maybe_download_from_modelscope(name, revision, cache)
+    if folder is None:
+        folder = download_weights_from_hf(name, cache, ["*.safetensors"], revision)
+        # On its own: vLLM downloads what the first pattern that matches something stands for.
+        download_weights_from_hf(name, cache, ["config.json"], revision)
+    return Path(folder)

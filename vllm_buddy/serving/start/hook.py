@@ -49,7 +49,7 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
         by_token = settings.schedule.by_token
         folder = resolve_artifact(settings.artifact, lambda: identify_served_model(vllm_config), by_token=by_token)
         artifact = load_artifact(folder)
-        check_base_model(artifact, vllm_config)
+        check_base_model(artifact, vllm_config, by_shape=settings.base_check == "shape")
         check_lora(artifact, vllm_config)
         trained = artifact.config.budgets
         if trained is not None and (settings.min_budget or 0) < trained[0]:

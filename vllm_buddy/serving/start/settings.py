@@ -54,6 +54,12 @@ class BuddySettings(Section):
         description="Folder, hub id or name of a shipped artifact. Default: the shipped artifact that fits the model "
         "and the schedule.",
     )
+    base_check: Literal["weights", "shape"] = Field(
+        default="weights",
+        description="What the model must have in common with the one that the artifact was made for: `weights`, its "
+        "shape and a hash of its norms and embedding; or `shape` alone, for a quantised copy whose quantiser changes "
+        "the norms (AWQ, SmoothQuant).",
+    )
     default_budget: BudgetOrAuto = Field(
         default=1.0,
         description=(

@@ -102,18 +102,6 @@ class BuddyGPUWorker(_BuddyWorker, Worker):
         self._start_serving()
         super()._maybe_activate_jit_monitor()
 
-    def sleep(self, level: int = 1) -> None:
-        """vLLM's sleep, except for level 2, which drops weights that vLLM cannot load again.
-
-        Raises:
-            UnsupportedError: level 2.
-        """
-        if level == 2:
-            raise UnsupportedError(
-                "--model-impl buddy can sleep at level 1 only: level 2 would drop the bypass for good"
-            )
-        super().sleep(level)
-
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
