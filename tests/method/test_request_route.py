@@ -154,8 +154,21 @@ def test_a_change_after_the_prompt_counts_once_a_token_ran_there() -> None:
     ahead.decide(18, tokens)
     assert (len(ahead.distinct_paths()), ahead.num_reroutes) == (2, 1)
     assert (len(route.distinct_paths()), route.num_reroutes) == (1, 0)
+    assert ahead.num_changes(15) == 1
+    assert ahead.num_changes(16) == 0
     route.runs(10, 8, tokens)
     assert (len(route.distinct_paths()), route.num_reroutes) == (2, 1)
+
+
+def test_a_request_that_is_lowered_right_after_its_prompt_changes_once() -> None:
+    """Fails if the change after the prompt counts once as that and once as lowered."""
+    router, tokens = random_router(0), list(range(20))
+    whole, decoded = (RequestRoute(router, PathSchedule(0), depth, tokens[:16]) for depth in (NUM_LAYERS, 5))
+    route = SplitRoute(whole, decoded, 16)
+    route.runs(0, 16, tokens[:16])
+    lower = next(depth for depth in (4, 3) if route.lower(depth, 16, tokens))
+    route.runs(16, 4, tokens)
+    assert (route.depth, route.num_reroutes, len(route.distinct_paths())) == (lower, 1, 2)
 
 
 @pytest.mark.parametrize("schedule", [{"interval": -1}, {"lag": -1}])

@@ -34,6 +34,7 @@ def test_sleep_that_would_lose_the_bypass_is_refused_before_anything_is_paused()
     """Fails if a server that slept serves what is left of a bypass, or one that refuses to sleep has stopped."""
     from vllm.v1.engine.core import EngineCore
 
+    patches._wrap_sleep()
     called: list[Any] = []
     engine: Any = SimpleNamespace(
         vllm_config=SimpleNamespace(model_config=SimpleNamespace(model_impl="buddy")),

@@ -100,8 +100,8 @@ def _hub_id(folder: Path, config: dict[str, Any]) -> str | None:
 def weight_fingerprint(folder: Path, num_layers: int) -> str:
     """Return sixteen hex digits, a hash of every layer norm and of evenly spaced rows of the token embedding in bf16.
 
-    Weight quantisation leaves these tensors alone, so a quantised copy of a model has the model's fingerprint. Training
-    all weights of the model changes it.
+    Rounding weights leaves these tensors alone, so a copy of a model that is quantised so has the model's fingerprint.
+    Training all weights of the model changes it, and so does a quantiser that scales norms.
 
     Raises:
         ArtifactError: a safetensors file is incomplete, or one of these tensors is missing.

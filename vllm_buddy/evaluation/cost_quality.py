@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NUM_PRICES = 2001  # at which the best choices are made
+USUAL_PRICE, NUM_PRICES = 20.0, 2001  # nats per token for all layers; below it, at which the best choices are made
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ class Hindsight:
     def of(cls, losses: np.ndarray, depths: Sequence[int]) -> "Hindsight":
         """Compute the curve. losses, depths: as in `compare`."""
         rows, points = np.arange(len(losses)), {}
-        # From 0 to the one at which no sample is worth another layer.
+        # Up to the one at which no sample is worth another layer, which few samples make high.
         steepest = float((-np.diff(losses, axis=1) / np.diff(depths)).max(initial=0.0)) * max(depths)
-        for price in np.linspace(0.0, max(20.0, steepest), NUM_PRICES):
+        beyond = np.geomspace(USUAL_PRICE, steepest, NUM_PRICES) if steepest > USUAL_PRICE else []
+        for price in (*np.linspace(0.0, USUAL_PRICE, NUM_PRICES), *beyond):
             chosen = choices(losses, depths, max(depths), price)
             points[float(np.asarray(depths)[chosen].mean())] = float(losses[rows, chosen].mean())
         points[float(min(depths))] = float(losses[:, 0].mean())  # whatever the price

@@ -207,10 +207,12 @@ def _written(model: nn.Module, passages: torch.Tensor, num_tokens: int) -> torch
     """The passages and what the model says after them, greedily: [num_passages, passage + num_tokens]."""
     from transformers import GenerationConfig
 
-    generate: Any = model.generate
-    # The model's own configuration may have a repetition penalty, which is not what its layers say.
-    plain = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=num_tokens, min_new_tokens=num_tokens)
-    return generate(passages, attention_mask=torch.ones_like(passages), generation_config=plain)
+    net: Any = model
+    # In the place of the model's own, which may have a repetition penalty: that is not what its layers say.
+    net.generation_config = GenerationConfig(
+        do_sample=False, pad_token_id=0, max_new_tokens=num_tokens, min_new_tokens=num_tokens
+    )
+    return net.generate(passages, attention_mask=torch.ones_like(passages))
 
 
 def _stage_path(num_layers: int, num_stages: int, stage: int) -> LayerPath:

@@ -73,6 +73,10 @@ class Route(Protocol):
     @property
     def num_reroutes(self) -> int: ...
 
+    def num_changes(self, after: int) -> int:
+        """Number of changes of the path at positions beyond `after`, as far as they are decided."""
+        ...
+
     def distinct_paths(self, start: int = 0) -> set[LayerPath]:
         """The paths of positions from `start` on, as far as they are decided."""
         ...
@@ -122,7 +126,12 @@ class SplitRoute:
     @property
     def num_reroutes(self) -> int:
         """Number of changes of the path, the one after the prompt among them."""
-        return self._prompt.num_reroutes + self.decoded.num_reroutes + bool(self._changes)
+        return self.num_changes(0)
+
+    def num_changes(self, after: int) -> int:
+        """See Route."""
+        at_the_split = self._changes is True and after < self._split
+        return self._prompt.num_changes(after) + at_the_split + self.decoded.num_changes(max(after, self._split))
 
     def distinct_paths(self, start: int = 0) -> set[LayerPath]:
         """See Route."""
@@ -208,6 +217,10 @@ class RequestRoute:
     def num_reroutes(self) -> int:
         """Number of changes of the path."""
         return len(self._paths) - 1
+
+    def num_changes(self, after: int) -> int:
+        """See Route."""
+        return sum(start > after for start in self._starts)
 
     def distinct_paths(self, start: int = 0) -> set[LayerPath]:
         """See Route."""

@@ -197,6 +197,10 @@ class TokenRoute:
         """How often the path changed from one token to the next."""
         return int(np.count_nonzero(np.diff(self._choices)))
 
+    def num_changes(self, after: int) -> int:
+        """See Route."""
+        return int(np.count_nonzero(np.diff(self._choices[max(0, after - self._start) :])))
+
     def distinct_paths(self, start: int = 0) -> set[LayerPath]:
         """See Route."""
         return {self.router.paths[choice] for choice in set(self._choices[max(0, start - self._start) :])}

@@ -306,6 +306,8 @@ def _artifact(
         update["route_every"] = settings.decide_every
     if folded is not None:
         update["has_decision_module"] = True
+    if settings.paths == LEARNED:  # the module was trained to choose any layers
+        update["library"] = None
     decision = kept.decision if folded is None else folded
     return dataclasses.replace(
         kept, config=kept.config.model_copy(update=update), decision=decision, bypass=rounded, token=None

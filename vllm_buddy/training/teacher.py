@@ -33,9 +33,14 @@ class Teacher:
         self._sequences = corpus.sequences
         shape = (*corpus.sequences.shape, top)
         folder.mkdir(parents=True, exist_ok=True)
-        self._ids = open_array(folder / "ids.npy", np.int32, shape)
-        self._log_probs = open_array(folder / "log_probs.npy", np.float16, shape)
-        self._known = open_array(folder / "known.npy", np.bool_, shape[:1])
+        try:
+            self._ids = open_array(folder / "ids.npy", np.int32, shape)
+            self._log_probs = open_array(folder / "log_probs.npy", np.float16, shape)
+            self._known = open_array(folder / "known.npy", np.bool_, shape[:1])
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the full model's logits to {folder}: {error.strerror or error}"
+            ) from None
         num_missing = int((~self._known[np.unique(corpus.order)]).sum())
         _check_room(folder, num_missing * int(np.prod(shape[1:])) * BYTES_PER_LOGIT)
 

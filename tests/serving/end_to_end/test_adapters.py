@@ -146,6 +146,11 @@ def test_rows_without_an_adapter_get_none_anywhere(is_prefill: bool) -> None:
     embedded, projected = torch.zeros(2, 4), torch.zeros(2, 4)
     adapters.add_lora_embedding(embedded, torch.ones(2, 2), torch.ones(1, 1, 4, 2), add_inputs=True)
     adapters.add_lora_linear(projected, hidden, (torch.ones(1, 1, 2, 4),), (torch.ones(1, 1, 4, 2),), 1.0, (4,))
+    alone = RoutedAdapters(64, 8, "cpu")
+    alone.update_metadata(LoRAMapping((1, 1, 1), (1,), is_prefill=True), [1], 1, 10)
+    prompt = torch.zeros(3, 10)
+    alone.add_lora_logits(prompt, torch.ones(3, 4), torch.ones(1, 1, 2, 4), torch.ones(1, 1, 10, 2), 1.0)
+    assert prompt.tolist() == [[8.0] * 10] * 3  # logprobs of a prompt
     for rows, delta in ((logits, 8.0), (embedded, 2.0), (projected, 8.0)):
         assert rows[0].tolist() == [0.0] * rows.shape[1]
         assert rows[1].tolist() == [delta] * rows.shape[1]

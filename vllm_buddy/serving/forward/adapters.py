@@ -51,8 +51,12 @@ class RoutedAdapters(PunicaWrapperCPU):
 
     def add_lora_logits(self, y: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """vLLM's, on the rows that have an adapter. y: [num_rows, vocab], changed in place; x: [num_rows, hidden]."""
-        add = super().add_lora_logits
-        self._add(y, x, super().sampler_indices, lambda y, x: add(y, x, *args, **kwargs))
+        add, slots = super().add_lora_logits, super().sampler_indices
+        if len(slots) == 1:  # with logprobs of its prompt, one request has many rows
+            slots = slots.expand(len(x))
+        if len(slots) != len(x):
+            raise RuntimeError(f"{len(x)} rows of logits for adapters of {len(slots)} requests")
+        self._add(y, x, slots, lambda y, x: add(y, x, *args, **kwargs))
 
     def _add(
         self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], None]

@@ -36,9 +36,11 @@ def check_base_model(artifact: Artifact, vllm_config: "VllmConfig", *, by_shape:
     """
     wanted = artifact.config.base_model
     found = identify_served_model(vllm_config)
-    if by_shape and wanted.shape == found.shape:
+    if wanted.same_model(found):
+        pass
+    elif by_shape and wanted.shape == found.shape:
         logger.warning("base_check is shape: nothing says that the artifact was made for these weights")
-    elif not wanted.same_model(found):
+    else:
         told = (
             f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
             f"but the model served is {found.summary()}"
