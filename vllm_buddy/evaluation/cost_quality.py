@@ -86,7 +86,7 @@ class Hindsight:
         rows, points = np.arange(len(losses)), {}
         # Up to the one at which no sample is worth another layer, which few samples make high.
         steepest = float((-np.diff(losses, axis=1) / np.diff(depths)).max(initial=0.0)) * max(depths)
-        beyond = np.geomspace(USUAL_PRICE, steepest, NUM_PRICES) if steepest > USUAL_PRICE else []
+        beyond = np.geomspace(USUAL_PRICE, max(USUAL_PRICE, steepest), NUM_PRICES)
         for price in (*np.linspace(0.0, USUAL_PRICE, NUM_PRICES), *beyond):
             chosen = choices(losses, depths, max(depths), price)
             points[float(np.asarray(depths)[chosen].mean())] = float(losses[rows, chosen].mean())
