@@ -52,7 +52,9 @@ class DataFile:
                 rows = _json_lines(path, text)
             else:
                 raise DataError(f"{path}: what is in it follows from its ending; known are .txt, .json and .jsonl")
-        except json.JSONDecodeError as error:
+        except DataError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not JSON: {error}") from None
         if not isinstance(rows, list) or not rows:
             raise DataError(f"{path} must hold a list of rows")
@@ -80,11 +82,24 @@ def plain_text(row: Any, where: str) -> str | None:
         DataError: the row is neither.
     """
     row = row if isinstance(row, dict) else {}
+    for name in ("text", "instruction", "input", "output"):
+        if isinstance(row.get(name), str) and not _is_unicode(row[name]):
+            raise DataError(f"{where}: `{name}` holds half of a surrogate pair, which is no character")
     if isinstance(row.get("text"), str):
         return row["text"]
     if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
         raise DataError(f"{where} has neither `text` nor `instruction` and `output`")
+    if not isinstance(row.get("input") or "", str):
+        raise DataError(f"{where}: `input` is not text")
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def exchange(row: Any, tokenizer: Any) -> Exchange:
@@ -103,7 +118,7 @@ def _json_lines(path: Path, text: str) -> list[Any]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # too many digits, or nested too deeply
             raise DataError(f"{path}: line {number} is not JSON: {error}") from None
     return rows
 

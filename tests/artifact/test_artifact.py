@@ -542,3 +542,12 @@ def test_shipped_artifacts_load() -> None:
         assert load_artifact(path).config.name == name
         assert (path / "README.md").is_file()
         assert (path / "run.yaml").is_file()
+
+
+def test_a_library_without_paths_is_refused(tmp_path: Path) -> None:
+    """Fails if a server starts with a router that has nothing to choose from, or ends in a traceback."""
+    _artifact(library=LIBRARY).save(tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"library": {}}))
+    with pytest.raises(ArtifactError, match="library"):
+        load_artifact(tmp_path)

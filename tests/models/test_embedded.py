@@ -168,6 +168,20 @@ def test_unknown_name_lists_the_known(tmp_path: Path) -> None:
         fetch("some/folder", tmp_path)
 
 
+def test_folders_that_cannot_be_looked_into_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a wrong VLLM_BUDDY_CACHE ends in a traceback."""
+    monkeypatch.setenv("VLLM_BUDDY_CACHE", "~nobody_of_this_name/x")
+    with pytest.raises(EmbeddedModelError, match="set VLLM_BUDDY_CACHE to another folder"):
+        fetch()
+
+    def denied(*_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(embedded, "find_problem", denied)
+    with pytest.raises(EmbeddedModelError, match=r"cannot look into .*: Permission denied"):
+        fetch(folder=tmp_path / "model")
+
+
 def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the cache folder cannot be moved away from the home, which containers often cannot write."""
     monkeypatch.setenv("VLLM_BUDDY_CACHE", "/data/cache")

@@ -217,6 +217,10 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], change:
         ("a.json", b"{}", "list of rows"),
         ("a.jsonl", b'{"question": "?"}', "row 0 has neither"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "line 3 is not JSON"),
+        ("a.jsonl", b'{"text": "x", "id": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+        ("a.json", b"[" * 10**6, "is not JSON"),
+        ("a.jsonl", b'{"text": "a\\ud800b"}', "`text` holds half of a surrogate pair"),
+        ("a.jsonl", b'{"instruction": "a", "input": 5, "output": "b"}', "row 0: `input` is not text"),
         ("a.json", b'[{"text": "' + b"x" * 64 + b'"}, {"instruction": 1}]', "row 1 has neither"),
     ],
 )
@@ -260,6 +264,12 @@ def test_overrides_go_on_top_of_the_file(tmp_path: Path) -> None:
         Stage1Settings.read(config, {"rnk": "16"})
     with pytest.raises(TrainingError, match="cannot read"):
         Stage1Settings.read(tmp_path / "no.yaml", {})
+    for wrong in ("2026-13-45", "9" * 5000, "[" * 10**4):
+        with pytest.raises(TrainingError, match="is not YAML"):
+            Stage1Settings.read(config, {"rank": wrong})
+    config.write_text("5: 3\non: x\n")
+    with pytest.raises(TrainingError, match="unknown settings 5, True; known are"):
+        Stage1Settings.read(config, {})
 
 
 @pytest.mark.parametrize("overrides", [{}, {"data": "text.txt"}])

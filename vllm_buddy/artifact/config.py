@@ -128,7 +128,9 @@ class BuddyConfig(BaseModel):
     )
     has_decision_module: bool = Field(description="false: paths follow the prior alone")
     library: dict[int, list[list[int]]] | None = Field(
-        default=None, description="for each depth, the layer sets that the router chooses from with `paths: library`"
+        default=None,
+        min_length=1,
+        description="for each depth, the layer sets that the router chooses from with `paths: library`",
     )
     route_every: int | None = Field(
         default=None, ge=0, description="tokens between two routing decisions; absent: the default number"

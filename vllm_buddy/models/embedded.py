@@ -68,12 +68,17 @@ DEFAULT_MODEL = "smollm2-135m"
 
 
 def default_folder(name: str = DEFAULT_MODEL) -> Path:
-    """Return the folder of an embedded model if none is named: in $VLLM_BUDDY_CACHE or the user's cache folder."""
+    """Return the folder of an embedded model if none is named: in $VLLM_BUDDY_CACHE or the user's cache folder.
+
+    Raises:
+        EmbeddedModelError: it is below the home of a user who has none.
+    """
     root = os.environ.get(CACHE_VARIABLE)
-    if root:
-        return Path(root).expanduser() / name
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "vllm_buddy" / name
+    cache = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vllm_buddy"
+    try:
+        return cache.expanduser() / name
+    except RuntimeError as error:
+        raise EmbeddedModelError(f"{cache}: {error}; set {CACHE_VARIABLE} to another folder") from None
 
 
 def fetch(
@@ -94,13 +99,18 @@ def fetch(
         raise EmbeddedModelError(f"no embedded model '{name}'; known: {', '.join(EMBEDDED_MODELS)}")
     model = EMBEDDED_MODELS[name]
     folder = (folder or default_folder(name)).absolute()
-    problem = find_problem(folder, model)
+    try:
+        problem = find_problem(folder, model)
+        is_there = folder.exists()
+        is_other = is_there and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / SOURCE_FILE).exists()))
+    except OSError as error:
+        raise EmbeddedModelError(f"cannot look into {folder}: {error.strerror}; name another folder") from None
     if problem is None:
         report(f"{folder} is there and complete")
         return folder
-    if folder.exists():
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / SOURCE_FILE).exists()):
-            raise EmbeddedModelError(f"{folder} holds something else; name a new or empty folder")
+    if is_other:
+        raise EmbeddedModelError(f"{folder} holds something else; name a new or empty folder")
+    if is_there:
         report(f"writing {folder} again: {problem}")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:

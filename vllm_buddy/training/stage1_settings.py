@@ -292,15 +292,15 @@ def read_settings(settings: type[Settings], config: Path | None, overrides: dict
     """
     try:
         loaded = {} if config is None else yaml.safe_load(config.read_text())
-        values: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
-        if not isinstance(loaded, dict):
-            raise TrainingError(f"{config} must hold `key: value` lines")
-        values |= {key: yaml.safe_load(text) for key, text in overrides.items()}
+        overridden = {key: yaml.safe_load(text) for key, text in overrides.items()}
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"cannot read {config}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that cannot be, too deep nesting
         raise TrainingError(f"{config} or an override is not YAML: {error}") from None
-    unknown = sorted(set(values) - set(settings.model_fields))
+    if not isinstance(loaded, dict):
+        raise TrainingError(f"{config} must hold `key: value` lines")
+    values: dict[Any, Any] = loaded | overridden
+    unknown = sorted(str(key) for key in set(values) - set(settings.model_fields))
     if unknown:
         raise TrainingError(f"unknown settings {', '.join(unknown)}; known are {', '.join(settings.model_fields)}")
     try:

@@ -1,6 +1,8 @@
 """The routing scheduler, synchronous and asynchronous, against a worker that only keeps books."""
 
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -225,6 +227,29 @@ def test_a_session_goes_on_after_the_tokens_that_it_has(tiny: Callable[[str], Ti
     session.num_computed_tokens = session.num_tokens + 2
     assert not engine.scheduler._handle_stopped_request(session)
     assert session.num_computed_tokens == session.num_tokens - 1
+
+
+@pytest.mark.parametrize("buddy", [{"slo": {"ttft_ms": 1}}, {"load": {"price": 50.0}}], ids=str)
+def test_requests_that_wait_for_their_grammar_are_no_load(tiny: Callable[[str], Tiny], buddy: dict[str, Any]) -> None:
+    """Fails if slow grammars of one client make all others' answers shallower, which shortens no wait."""
+    engine = PretendEngine(
+        tiny("llama"), PathSchedule(0), asynchronous=False, num_blocks=50, chunk=MAX_TOKENS_PER_STEP, buddy=buddy
+    )
+    scheduler = engine.scheduler
+    blocked = [engine.request(Ask(PROMPTS[0], "auto", 4)) for _ in range(40)]
+    for request in blocked:
+        request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        scheduler.add_request(request)
+    time.sleep(0.05)
+    scheduler._observe_load(idle=False)
+    assert scheduler._chooser.level == 0
+    blocked[0].status = RequestStatus.WAITING
+    scheduler._unblock()
+    time.sleep(0.05)
+    scheduler._observe_load(idle=False)
+    assert (scheduler._chooser.level > 0) == ("slo" in buddy)  # the only one that waits for the server is late
+    scheduler.finish_requests([request.request_id for request in blocked], RequestStatus.FINISHED_ABORTED)
+    assert not scheduler._blocked
 
 
 @pytest.mark.parametrize("prompt", ["routed", "full"])

@@ -6,6 +6,7 @@ server, with the name of the parameter. `limits.py` says what a server allows.
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -139,18 +140,19 @@ def _is_misspelt(key: Any, *, compare: bool) -> bool:
     """
     if not isinstance(key, str) or key in _KEYS:
         return False
-    return _plain(key).startswith(_PREFIX) or (compare and bool(_alike(key, _ALIKE)))
+    return _plain(key).startswith(_PREFIX) or (compare and bool(_alike(_plain(key), _ALIKE)))
 
 
 def _unknown(key: str) -> str:
-    meant = _alike(key, cutoff=0.6)
+    meant = _alike(_plain(key), 0.6)
     suggestion = f"did you mean '{meant[0]}'? " if meant else ""
     return f"unknown option {shown(key)}; {suggestion}vllm_buddy knows {', '.join(_KEYS)}"
 
 
-def _alike(key: str, cutoff: float) -> list[str]:
-    """The known key that is most like `key`, if any is; neither case nor the kind of separator counts."""
-    return get_close_matches(_plain(key), _KEYS, n=1, cutoff=cutoff)
+@lru_cache(maxsize=4096)  # vLLM checks the options of a request once for each of its prompts
+def _alike(plain: str, cutoff: float) -> tuple[str, ...]:
+    """The known key that is most like a key, if any is; neither case nor the kind of separator counts: see `_plain`."""
+    return tuple(get_close_matches(plain, _KEYS, n=1, cutoff=cutoff))
 
 
 def _plain(key: str) -> str:

@@ -65,6 +65,7 @@ class _Routing(_Base):
         self._routes = RouteMaker.of(settings, artifact, _decision_lag(settings, vllm_config))
         self._routed: dict[str, RoutedRequest] = {}  # by request id
         self._checked: dict[str, Executed] = {}  # of requests with drafts in the step that is being taken in
+        self._blocked: set[str] = set()  # ids of requests that wait for their grammar, which depth does not shorten
         self._routing_seconds = 0.0  # of the current step
         self._metrics = EngineMetrics(collects=self.log_stats)
         self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
@@ -94,7 +95,9 @@ class _Routing(_Base):
             if self._drafting is not None:
                 routed.drafts = self._drafting.of_request(lossless=routed.outcome.lossless)
             self._prepare_cache(request, routed)
-            if self._meter is not None and not request.resumable:  # a session waits for its client, too
+            if _is_blocked(request):
+                self._blocked.add(request.request_id)
+            elif self._meter is not None and not request.resumable:  # a session waits for its client, too
                 self._meter.arrives(request.request_id)
             self._metrics.observe_routing(time.perf_counter() - started)
         super().add_request(request)
@@ -164,6 +167,7 @@ class _Routing(_Base):
         """Add the outcome to the kv_transfer_params of the final response."""
         freed = super()._free_request(request, *args, **kwargs)
         routed = self._routed.pop(request.request_id)
+        self._blocked.discard(request.request_id)
         if self._meter is not None:
             self._meter.ends(request.request_id)
         # Accepted drafts ran on decisions that were made on a copy. A request that was preempted while its last token
@@ -207,7 +211,8 @@ class _Routing(_Base):
             return
         started = time.perf_counter()
         room = max(0, self.max_num_running_reqs - len(self.running))
-        starting = [(r, self._routed[r.request_id]) for r in islice(self.waiting, min(room, _MOST_STARTING))]
+        free = (r for r in self.waiting if r.request_id not in self._blocked)
+        starting = [(r, self._routed[r.request_id]) for r in islice(free, min(room, _MOST_STARTING))]
         for request, routed in choose_again(starting, self._chooser):
             routed.route = self._new_route(request, routed.outcome.budget)
             salt(request, None)
@@ -228,6 +233,7 @@ class _Routing(_Base):
 
     def _plan(self, output: SchedulerOutput) -> StepPlan:
         starting = {request.req_id for request in output.scheduled_new_reqs}
+        self._unblock()
         if self._meter is not None:
             self._meter.starts(starting)
         starting |= output.scheduled_cached_reqs.resumed_req_ids
@@ -248,6 +254,13 @@ class _Routing(_Base):
         if self._drafting is not None:
             self._ask_for_drafts(plan)
         return plan
+
+    def _unblock(self) -> None:
+        """Let requests whose grammar has come count as waiting for the server, from now on."""
+        for req_id in [req_id for req_id in self._blocked if not _is_blocked(self.requests[req_id])]:
+            self._blocked.remove(req_id)
+            if self._meter is not None:
+                self._meter.arrives(req_id)
 
     def _ask_for_drafts(self, plan: StepPlan) -> None:
         """Add to a step's plan the drafts to make after it: none before the step that completes a prompt."""
@@ -347,7 +360,7 @@ class _Routing(_Base):
         else:
             num_running, num_waiting = self.get_request_counts()
             # A streaming-input session without input waits for its client, not for the server.
-            num_waiting -= self.num_waiting_for_streaming_input
+            num_waiting -= self.num_waiting_for_streaming_input + len(self._blocked)
             chooser.observe(num_waiting, num_running, self.kv_cache_manager.usage)
         self._metrics.show_load(chooser.level, chooser.price)
         if chooser.objectives is not None:
@@ -366,6 +379,11 @@ def make_scheduler(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Sche
     """Build the routing scheduler of the kind that vLLM would have built. vLLM expects a class here."""
     cls = BuddyAsyncScheduler if vllm_config.scheduler_config.async_scheduling else BuddyScheduler
     return cls(vllm_config, *args, **kwargs)
+
+
+def _is_blocked(request: Request) -> bool:
+    """Whether a request waits for something else than the server's room, such as its grammar."""
+    return request.status.name.startswith("WAITING_FOR_")
 
 
 def _num_right(req_id: str, model_runner_output: Any) -> int:
