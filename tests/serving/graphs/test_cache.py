@@ -70,3 +70,11 @@ def test_without_room_or_captures_left_nothing_recurs() -> None:
             cache.put(key, replay, 1)
     assert len(cache) == 2
     assert cache.get("a") is replay
+
+
+def test_the_more_was_captured_the_oftener_a_key_must_recur() -> None:
+    """Fails if batches of ever new mixes of paths spend the time of serving, or all captures that ranks have."""
+    cache = GraphCache(1000, 3)
+    for number in range(64):
+        cache.put(number, replay, 1)
+    assert [cache.recurs("a") for _ in range(9)] == [False] * 8 + [True]

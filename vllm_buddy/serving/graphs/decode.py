@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-_CAPTURE_AFTER = 3  # steps with the same paths and size; a capture takes as long as about ten steps
+_CAPTURE_AFTER = 3  # steps with the same paths and size, at first; a capture takes as long as about ten steps
 
 
 class Use(Enum):
