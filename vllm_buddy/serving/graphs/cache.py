@@ -19,8 +19,8 @@ class GraphCache:
     """Replays by key.
 
     limit: of the memory that they take together, in bytes.
-    capture_after: how often a key must be asked for before it is worth capturing, at first. Batches of ever new mixes of
-        paths are worth none, so this grows with the number of captures: by as much again for each _EASY of them.
+    capture_after: how often a key must be asked for before it is worth capturing, at first. Batches of ever new mixes
+        of paths are worth none, so this grows with the number of captures: by as much again for each _EASY of them.
     most_graphs: how many are kept at most.
     captures_left: how many more may be captured in the life of the process; None: any number.
     """
