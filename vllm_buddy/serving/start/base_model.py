@@ -36,28 +36,29 @@ def check_base_model(artifact: Artifact, vllm_config: "VllmConfig", *, by_shape:
     """
     wanted = artifact.config.base_model
     found = identify_served_model(vllm_config)
-    if wanted.same_model(found):
-        pass
-    elif by_shape and wanted.shape == found.shape:
+    if not wanted.same_model(found):
+        if not by_shape or wanted.shape != found.shape:
+            raise ArtifactError(_made_for_another(artifact, found, vllm_config.model_config.quantization))
         logger.warning("base_check is shape: nothing says that the artifact was made for these weights")
-    else:
-        told = (
-            f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
-            f"but the model served is {found.summary()}"
-        )
-        quantization = vllm_config.model_config.quantization
-        if quantization is not None and wanted.shape == found.shape:
-            told += (
-                f". If this is a copy of that model whose quantiser ({quantization}) scaled the norms, as those of AWQ "
-                'and SmoothQuant do, set "base_check": "shape"'
-            )
-        raise ArtifactError(told)
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     if num_layers != wanted.num_layers:  # the files fit, but --hf-overrides removes layers
         raise ArtifactError(
             f"artifact '{artifact.config.name}' was made for {wanted.summary()}, "
             f"but {num_layers} layers of it are to be served"
         )
+
+
+def _made_for_another(artifact: Artifact, found: BaseModelIdentity, quantization: str | None) -> str:
+    wanted = artifact.config.base_model
+    told = (
+        f"artifact '{artifact.config.name}' was made for {wanted.summary()}, but the model served is {found.summary()}"
+    )
+    if quantization is not None and wanted.shape == found.shape:
+        told += (
+            f". If this is a copy of that model whose quantiser ({quantization}) scaled the norms, as those of AWQ and "
+            'SmoothQuant do, set "base_check": "shape"'
+        )
+    return told
 
 
 def check_lora(artifact: Artifact, vllm_config: "VllmConfig") -> None:
