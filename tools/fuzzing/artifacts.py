@@ -191,9 +191,8 @@ def _field(rng: random.Random, folder: Path) -> None:
         elif isinstance(owner, dict) and rng.random() < 0.1:
             owner[rng.choice(_STRINGS)] = owner.pop(key)
         else:
-            owner[key] = json.loads(
-                json.dumps(rng.choice(_HOSTILE))
-            )  # of its own, because the next change may be in it
+            value = json.dumps(rng.choice(_HOSTILE))
+            owner[key] = json.loads(value)  # of its own: the next change may be in it
     (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
