@@ -151,6 +151,9 @@ def test_rows_without_an_adapter_get_none_anywhere(is_prefill: bool) -> None:
     prompt = torch.zeros(3, 10)
     alone.add_lora_logits(prompt, torch.ones(3, 4), torch.ones(1, 1, 2, 4), torch.ones(1, 1, 10, 2), 1.0)
     assert prompt.tolist() == [[8.0] * 10] * 3  # logprobs of a prompt
+    # Beside another request, whose adapter leaves the head alone.
+    adapters.add_lora_logits(prompt, torch.ones(3, 4), torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 10, 2), 1.0)
+    assert prompt.tolist() == [[8.0] * 10] * 3
     for rows, delta in ((logits, 8.0), (embedded, 2.0), (projected, 8.0)):
         assert rows[0].tolist() == [0.0] * rows.shape[1]
         assert rows[1].tolist() == [delta] * rows.shape[1]

@@ -49,14 +49,30 @@ class RoutedAdapters(PunicaWrapperCPU):
         add = super().add_lora_embedding
         self._add(y, x, super().token_lora_indices, lambda y, x: add(y, x, lora_b_stacked, *args, **kwargs))
 
-    def add_lora_logits(self, y: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """vLLM's, on the rows that have an adapter. y: [num_rows, vocab], changed in place; x: [num_rows, hidden]."""
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """vLLM's, on the rows that have an adapter. y: [num_rows, vocab], changed in place; x: [num_rows, hidden].
+
+        Raises:
+            RuntimeError: logprobs of a prompt beside other requests, where adapters change the head. vLLM 0.32 does not
+                say whose rows these are.
+        """
         add, slots = super().add_lora_logits, super().sampler_indices
-        if len(slots) == 1:  # with logprobs of its prompt, one request has many rows
-            slots = slots.expand(len(x))
         if len(slots) != len(x):
-            raise RuntimeError(f"{len(x)} rows of logits for adapters of {len(slots)} requests")
-        self._add(y, x, slots, lambda y, x: add(y, x, *args, **kwargs))
+            if len(slots.unique()) == 1:
+                slots = slots[:1].expand(len(x))
+            elif not lora_b_stacked.any():
+                return
+            else:
+                raise RuntimeError(f"{len(x)} rows of logits for adapters of {len(slots)} requests")
+        self._add(y, x, slots, lambda y, x: add(y, x, lora_a_stacked, lora_b_stacked, *args, **kwargs))
 
     def _add(
         self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], None]
