@@ -14,6 +14,7 @@ from tests.harness.engine import Ask, Engine, Tiny, start_engine
 from tests.harness.tiny_models import load_model, random_prompts
 from vllm_buddy.method import PathSchedule
 from vllm_buddy.method.lora import LoraDeltas
+from vllm_buddy.method.reference import routed_logits
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
 
 RANK, ALPHA = 8, 16.0
@@ -23,17 +24,17 @@ NAMES = (None, "one", "other")  # without an adapter, and as many adapters as th
 
 
 def write_adapter(folder: Path, model: Any, seed: int) -> LoraDeltas:
-    """Write a random adapter of all linear layers in PEFT's format."""
+    """Write a random adapter of all linear layers and the head in PEFT's format."""
     generator = torch.Generator().manual_seed(seed)
     a, b = {}, {}
     for name, module in model.named_modules():
-        if name.endswith("_proj"):
+        if name.endswith("_proj") or name == "lm_head":
             a[name] = torch.randn(RANK, module.in_features, generator=generator) * 0.2
             b[name] = torch.randn(module.out_features, RANK, generator=generator) * 0.05
     parts = {f"base_model.model.{n}.lora_{x}.weight": t for x, d in (("A", a), ("B", b)) for n, t in d.items()}
     folder.mkdir()
     save_file(parts, folder / "adapter_model.safetensors")
-    targets = sorted({name.rsplit(".", 1)[1] for name in a})
+    targets = sorted({name.rpartition(".")[2] for name in a})
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return LoraDeltas(a, b, ALPHA)
@@ -46,7 +47,7 @@ def adapted(
     """By the adapter's name: vLLM's LoRARequest, and the model with the adapter merged."""
     from vllm.lora.request import LoRARequest
 
-    base, root = tiny("qwen2"), tmp_path_factory.mktemp("adapters")
+    base, root = tiny("llama"), tmp_path_factory.mktemp("adapters")
     found: dict[str | None, tuple[Any, Tiny]] = {None: (None, base)}
     for number, name in enumerate(NAMES[1:], start=1):
         assert name is not None
@@ -112,6 +113,21 @@ def test_the_test_adapters_matter(adapted: dict[str | None, tuple[Any, Tiny]]) -
         assert tokens[0] != tokens[1] != tokens[2] != tokens[0]
 
 
+def test_logprobs_of_prompts(engine: Engine, adapted: dict[str | None, tuple[Any, Tiny]]) -> None:
+    """Fails if the head takes another request's adapter for a prompt's logprobs, whole or in chunks."""
+    engine.configure("masked", 4, chunk=50)
+    sampling = {"prompt_logprobs": 0}
+    batch = [Ask(ask.prompt, ask.budget, 1, sampling, adapter=ask.adapter) for ask in asks(adapted, seed=4)]
+    for ask, output in zip(batch, engine.run(batch), strict=True):
+        name = None if ask.adapter is None else ask.adapter.lora_name
+        tiny = adapted[name][1]
+        paths = tiny.expected(ask, "masked", PathSchedule(4)).paths[: len(ask.prompt)]
+        logits = routed_logits(tiny.model, ask.prompt, paths, "masked", tiny.artifact.bypass)
+        expected = logits.log_softmax(dim=-1)[torch.arange(len(paths) - 1), list(ask.prompt[1:])]
+        found = [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], ask.prompt[1:])]
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-3, rtol=0)
+
+
 @pytest.mark.slow
 def test_full_depth_equals_stock_vllm(engine: Engine, adapted: dict[str | None, tuple[Any, Tiny]]) -> None:
     """Fails if full depth with an adapter differs from stock vLLM, or stock now leaves rows without adapters alone.
@@ -146,14 +162,10 @@ def test_rows_without_an_adapter_get_none_anywhere(is_prefill: bool) -> None:
     embedded, projected = torch.zeros(2, 4), torch.zeros(2, 4)
     adapters.add_lora_embedding(embedded, torch.ones(2, 2), torch.ones(1, 1, 4, 2), add_inputs=True)
     adapters.add_lora_linear(projected, hidden, (torch.ones(1, 1, 2, 4),), (torch.ones(1, 1, 4, 2),), 1.0, (4,))
-    alone = RoutedAdapters(64, 8, "cpu")
-    alone.update_metadata(LoRAMapping((1, 1, 1), (1,), is_prefill=True), [1], 1, 10)
-    prompt = torch.zeros(3, 10)
-    alone.add_lora_logits(prompt, torch.ones(3, 4), torch.ones(1, 1, 2, 4), torch.ones(1, 1, 10, 2), 1.0)
-    assert prompt.tolist() == [[8.0] * 10] * 3  # logprobs of a prompt
-    # Beside another request, whose adapter leaves the head alone.
-    adapters.add_lora_logits(prompt, torch.ones(3, 4), torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 10, 2), 1.0)
-    assert prompt.tolist() == [[8.0] * 10] * 3
+    prompts = torch.zeros(2, 3, 10)
+    for adapters.buddy_prompt, rows in enumerate(prompts):  # logprobs of a prompt
+        adapters.add_lora_logits(rows, torch.ones(3, 4), torch.ones(1, 1, 2, 4), torch.ones(1, 1, 10, 2), 1.0)
+    assert prompts.tolist() == [[[0.0] * 10] * 3, [[8.0] * 10] * 3]
     for rows, delta in ((logits, 8.0), (embedded, 2.0), (projected, 8.0)):
         assert rows[0].tolist() == [0.0] * rows.shape[1]
         assert rows[1].tolist() == [delta] * rows.shape[1]

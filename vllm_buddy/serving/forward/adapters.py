@@ -21,6 +21,8 @@ class RoutedAdapters(PunicaWrapperCPU):
     is_prefill: bool
     # Indices of the batch's rows that the layer at work has got, [num_rows]; None: all of them, in order.
     buddy_rows: torch.Tensor | None = None
+    # Index in the batch of the request of whose prompt logits are computed; None: a row for each request of the batch.
+    buddy_prompt: int | None = None
     _buddy_slots: torch.Tensor | None = None  # of the rows of one product that have an adapter
 
     @property
@@ -49,30 +51,12 @@ class RoutedAdapters(PunicaWrapperCPU):
         add = super().add_lora_embedding
         self._add(y, x, super().token_lora_indices, lambda y, x: add(y, x, lora_b_stacked, *args, **kwargs))
 
-    def add_lora_logits(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: torch.Tensor,
-        lora_b_stacked: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """vLLM's, on the rows that have an adapter. y: [num_rows, vocab], changed in place; x: [num_rows, hidden].
-
-        Raises:
-            RuntimeError: logprobs of a prompt beside other requests, where adapters change the head. vLLM 0.32 does not
-                say whose rows these are.
-        """
+    def add_lora_logits(self, y: torch.Tensor, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """vLLM's, on the rows that have an adapter. y: [num_rows, vocab], changed in place; x: [num_rows, hidden]."""
         add, slots = super().add_lora_logits, super().sampler_indices
-        if len(slots) != len(x):
-            if len(slots.unique()) == 1:
-                slots = slots[:1].expand(len(x))
-            elif not lora_b_stacked.any():
-                return
-            else:
-                raise RuntimeError(f"{len(x)} rows of logits for adapters of {len(slots)} requests")
-        self._add(y, x, slots, lambda y, x: add(y, x, lora_a_stacked, lora_b_stacked, *args, **kwargs))
+        if self.buddy_prompt is not None:
+            slots = slots[self.buddy_prompt].expand(len(x))
+        self._add(y, x, slots, lambda y, x: add(y, x, *args, **kwargs))
 
     def _add(
         self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], None]

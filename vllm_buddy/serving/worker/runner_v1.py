@@ -59,6 +59,24 @@ class RoutedRunnerV1(_Base):
             spec_decode_metadata = None
         return super()._sample(logits, spec_decode_metadata)
 
+    def _get_prompt_logprobs_dict(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        """vLLM's. With LoRA adapters one request at a time: the head is told whose adapter its rows have.
+
+        vLLM 0.32 on a CPU takes the rows of a prompt for those of the batch's requests.
+        """
+        adapters = self.buddy_state.adapters
+        if adapters is None:
+            return super()._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)
+        found: dict[str, Any] = {}
+        try:
+            for req_id in self.num_prompt_logprobs.keys() & num_scheduled_tokens.keys():
+                adapters.buddy_prompt = self.input_batch.req_id_to_index[req_id]
+                scheduled = {req_id: num_scheduled_tokens[req_id]}
+                found |= super()._get_prompt_logprobs_dict(hidden_states, scheduled)
+        finally:
+            adapters.buddy_prompt = None
+        return found
+
     @contextlib.contextmanager
     def _seeds_of_complete_prompts(self) -> Iterator[None]:
         """Sample without a request's seed where its prompt is not complete: what is sampled there is thrown away.
