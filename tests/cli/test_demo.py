@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from vllm_buddy.cli.budget_list import parse_budgets
 from vllm_buddy.cli.chat_client import Answer
 from vllm_buddy.cli.demo import write
-from vllm_buddy.cli.demo_report import DemoResult, parse_budgets
+from vllm_buddy.cli.demo_report import DemoResult
 from vllm_buddy.errors import BudgetError
 
 NUM_LAYERS = 30

@@ -16,9 +16,10 @@ from types import FrameType
 from typing import Any
 
 from vllm_buddy.artifact import Artifact, identify, load_artifact, resolve_artifact
+from vllm_buddy.cli.budget_list import parse_budgets
 from vllm_buddy.cli.chat_client import Answer, ChatClient
 from vllm_buddy.cli.demo_load import SETTINGS, Burst, rising_load
-from vllm_buddy.cli.demo_report import DemoResult, caveat, parse_budgets
+from vllm_buddy.cli.demo_report import DemoResult, caveat
 from vllm_buddy.cli.installed import installed_version
 from vllm_buddy.cli.page import page
 from vllm_buddy.cli.server_process import HOST, ServerProcess

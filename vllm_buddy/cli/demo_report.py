@@ -8,7 +8,6 @@ from typing import Any
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.cli.chat_client import Answer
 from vllm_buddy.cli.table import format_table, shorten
-from vllm_buddy.errors import BudgetError
 from vllm_buddy.method import depth_for_budget
 
 _ROUNDING = 1e-6  # of a mean of layers
@@ -127,23 +126,6 @@ class DemoResult:
             "requests_alone": [asdict(a) for a in self.alone],
             "requests_mixed": [asdict(a) for a in self.mixed],
         }
-
-
-def parse_budgets(text: str, num_layers: int) -> list[float]:
-    """Parse budgets such as "1.0,0.75,0.5" and check each against the number of layers.
-
-    Raises:
-        BudgetError: a word is not a number, or the model does not allow it.
-    """
-    budgets = []
-    for word in text.split(","):
-        try:
-            budget = float(word)
-        except ValueError:
-            raise BudgetError(f"budget is {word!r}; allowed is a number in (0, 1]") from None
-        depth_for_budget(budget, num_layers)
-        budgets.append(budget)
-    return budgets
 
 
 def caveat(artifact: Artifact) -> str | None:

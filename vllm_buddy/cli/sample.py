@@ -1,4 +1,8 @@
-"""`vllm-buddy sample`: samples text from the model itself, as training text for `vllm-buddy train`."""
+"""`vllm-buddy sample`: samples text from the model itself, as training text for `vllm-buddy train`.
+
+With an artifact the routed model answers, so that training sees the contexts into which skipping layers leads
+(on-policy distillation, arXiv 2306.13649).
+"""
 
 import argparse
 import contextlib
@@ -6,12 +10,14 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_buddy.cli.budget_list import parse_budgets
 from vllm_buddy.cli.progress import note
 from vllm_buddy.data_file import DataFile
-from vllm_buddy.errors import TrainingError
+from vllm_buddy.errors import ArtifactError, TrainingError
 
 if TYPE_CHECKING:
     from vllm_buddy.training.drawn_text import Draw, Drawn, Generate
@@ -52,6 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="part of --questions that is used, from its beginning (default: 1)",
     )
     parser.add_argument(
+        "--artifact",
+        metavar="ARTIFACT",
+        help="let the routed model of this artifact answer --questions: folder, name or hub id",
+    )
+    parser.add_argument(
+        "--budgets", metavar="B,B", help="budgets of the answers with --artifact, which take turns (default: 0.5)"
+    )
+    parser.add_argument(
         "--max-tokens",
         type=int,
         default=224,
@@ -66,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sample with the unrouted model in vLLM and write the file; returns 0.
+    """Sample with vLLM and write the file; returns 0.
 
     Rows go to OUT.partial first, which replaces OUT when all are there.
 
@@ -75,11 +89,17 @@ def run(args: argparse.Namespace) -> int:
             not end in .jsonl or cannot be written.
         DataError: --questions cannot be read, or has none.
         ModelError: the model or its tokenizer cannot be used.
+        ArtifactError: --artifact cannot be used, or is of another model.
+        BudgetError: one of --budgets is no budget of the model.
     """
     if min(args.tokens, args.max_tokens, args.batch) < 1 or not 0 < args.temperature < math.inf:
         raise TrainingError("--tokens, --max-tokens, --batch and --temperature must be positive numbers")
     if args.questions is not None and (args.plain or args.opener):
         raise TrainingError("--questions are answered as they are: leave out --plain and --opener")
+    if args.artifact is not None and args.questions is None:
+        raise TrainingError("--artifact answers questions: name a file of them with --questions")
+    if args.budgets is not None and args.artifact is None:
+        raise TrainingError("--budgets are those of routed answers: name an artifact with --artifact")
     if not 0 < args.share <= 1:
         raise TrainingError(f"--share {args.share} must be above 0 and at most 1")
     if args.out.suffix != ".jsonl" or args.out.is_dir():
@@ -122,20 +142,49 @@ def _sample(args: argparse.Namespace, out: Path) -> None:
     if source.length > longest:
         asked = "an opener" if questions is None else "the longest question"
         raise TrainingError(f"--max-tokens {args.max_tokens} and {asked} are beyond the model's {longest} tokens")
-    generate = _generate(model_dir, source.length, args.batch, args.temperature)
+    routing = None if args.artifact is None else _Routing.find(args.artifact, args.budgets or "0.5", model_dir)
+    generate = _generate(model_dir, source.length, args.batch, args.temperature, routing)
     for rows, done in source.rounds(args.tokens, ROUND * args.batch, generate):
         with _writing(out), out.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         print(f"sampled {done} of {args.tokens} tokens", flush=True)
 
 
-def _generate(model_dir: Path, length: int, batch: int, temperature: float) -> "Generate":
-    """Start the unrouted model in vLLM; returns the function that draws from it."""
+@dataclass(frozen=True)
+class _Routing:
+    """An artifact's folder, and budgets that take turns."""
+
+    artifact: Path
+    budgets: Sequence[float]
+
+    @classmethod
+    def find(cls, artifact: str, budgets: str, model_dir: Path) -> "_Routing":
+        """See `run` for the arguments and errors."""
+        from vllm_buddy.artifact import identify, load_artifact, resolve_artifact
+
+        base = identify(model_dir)
+        folder = resolve_artifact(artifact, lambda: base)
+        loaded = load_artifact(folder)
+        if not loaded.config.base_model.same_model(base):
+            raise ArtifactError(
+                f"artifact '{loaded.config.name}' was made for {loaded.config.base_model.summary()}, but the model is "
+                f"{base.summary()}"
+            )
+        return cls(folder, parse_budgets(budgets, base.num_layers))
+
+
+def _generate(
+    model_dir: Path, length: int, batch: int, temperature: float, routing: _Routing | None = None
+) -> "Generate":
+    """Start the model in vLLM, unrouted without `routing`; returns the function that draws from it."""
     from vllm import LLM, SamplingParams
 
     from vllm_buddy.models.kv_size import kv_bytes
     from vllm_buddy.training.drawn_text import Drawn
 
+    options: dict[str, Any] = {}
+    if routing is not None:
+        options = {"model_impl": "buddy", "additional_config": {"buddy": {"artifact": str(routing.artifact)}}}
     llm = LLM(
         str(model_dir),
         dtype="bfloat16",
@@ -146,12 +195,18 @@ def _generate(model_dir: Path, length: int, batch: int, temperature: float) -> "
         enable_prefix_caching=False,
         enable_chunked_prefill=False,  # beside which seeds end vLLM's engine on CPU
         disable_log_stats=True,
+        **options,
     )
+
+    def sampling(draw: "Draw") -> SamplingParams:
+        extra = None
+        if routing is not None:
+            extra = {"buddy_budget": routing.budgets[draw.seed % len(routing.budgets)]}
+        return SamplingParams(temperature=temperature, max_tokens=draw.max_tokens, seed=draw.seed, extra_args=extra)
 
     def generate(draws: "Sequence[Draw]") -> "list[Drawn]":
         prompts: Any = [{"prompt_token_ids": draw.prompt} for draw in draws]
-        sampling = [SamplingParams(temperature=temperature, max_tokens=d.max_tokens, seed=d.seed) for d in draws]
-        outputs = (output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False))
+        outputs = (o.outputs[0] for o in llm.generate(prompts, [sampling(draw) for draw in draws], use_tqdm=False))
         return [Drawn(output.text, len(output.token_ids)) for output in outputs]
 
     return generate
