@@ -105,6 +105,24 @@ def test_embedded_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("embedded")
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ([], True),
+        (["smollm2-135m", "--seed", "1"], True),
+        (["--kv-cache-memory-bytes", "2G"], False),
+        (["--gpu_memory_utilization=0.5"], False),
+        (["smollm2-135m", "--config", "c.yaml"], False),
+    ],
+)
+def test_an_embedded_model_leaves_memory_to_others(given: list[str], added: bool) -> None:
+    """Fails if the first command of the README needs 92% of the machine's memory, or a size that was given is lost."""
+    argv = complete(given)
+    assert ("1G" in argv) is added
+    assert argv.count("--kv-cache-memory-bytes") == (added or "2G" in argv)
+
+
+@pytest.mark.usefixtures("embedded")
 def test_served_name_of_the_user_stays() -> None:
     """Fails if the served name that the user chose is replaced."""
     assert complete(["--served-model-name", "mine"]).count("--served-model-name") == 1

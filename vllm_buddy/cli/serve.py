@@ -15,6 +15,8 @@ _MODEL_IMPL = re.compile(r"^--model[-_]impl(=.*)?$")
 _SPECULATIVE = re.compile(r"^(-sc|--speculative[-_]config|--spec[-_](method|model|tokens))([=.].*)?$")
 _MODEL = re.compile(r"^--(model|config)(=.*)?$")
 _LOSSLESS_DRAFTS = "--lossless-drafts"
+_KV_SIZE = re.compile(r"^--(kv[-_]cache[-_]memory[-_]bytes|gpu[-_]memory[-_]utilization|config)(=.*)?$")
+_EMBEDDED_KV_SIZE = "1G"
 _SERVED_NAME = re.compile(r"^--served[-_]model[-_]name(=.*)?$")
 _ADDED = f"""vllm-buddy serve is vLLM's own command, with --model-impl buddy added and the embedded SmolLM2-135M as the
 model if none is named. Beside vLLM's options, which follow:
@@ -83,7 +85,8 @@ def _split_value(argument: str) -> list[str]:
 def complete(argv: list[str]) -> list[str]:
     """Add `--model-impl buddy` if it is not given, and the default embedded model if no model is named.
 
-    The name of an embedded model stands for its folder.
+    The name of an embedded model stands for its folder. Its KV cache gets 1 GiB if nothing else is asked for: vLLM's
+    own default on a CPU is 92% of the machine's memory, and where so much is not free the server does not start.
     """
     from vllm_buddy.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, fetch
 
@@ -99,6 +102,11 @@ def complete(argv: list[str]) -> list[str]:
     if name not in EMBEDDED_MODELS or Path(name).is_dir():
         return argv
     folder = fetch(name, report=lambda line: print(f"vllm-buddy: {line}", flush=True))
+    if not _has(argv, _KV_SIZE):
+        print(
+            f"vllm-buddy: {_EMBEDDED_KV_SIZE} for the KV cache; --kv-cache-memory-bytes gives another size", flush=True
+        )
+        argv = [*argv, "--kv-cache-memory-bytes", _EMBEDDED_KV_SIZE]
     if not _has(argv, _SERVED_NAME):
         argv = [*argv, "--served-model-name", name]
     return [str(folder), *argv[1:]]
