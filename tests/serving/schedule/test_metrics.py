@@ -1,7 +1,10 @@
 """What the scheduler counts between two steps."""
 
+from types import SimpleNamespace
+
 from vllm_buddy.method import Run
 from vllm_buddy.serving.schedule.metrics import EngineMetrics
+from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import Executed, RequestPlan
 
 
@@ -14,6 +17,20 @@ def test_a_step_counts_the_union_of_its_paths() -> None:
     }
     metrics.observe_plan(plan)
     assert metrics.take() == {"step_layers": {"": [4]}}
+
+
+def test_a_lowered_request_counts_with_what_it_ran() -> None:
+    """Fails if the budgets of a busy server are shown as those that were decided before its load."""
+    metrics = EngineMetrics(collects=True)
+    for lowered in ([], [(9, 4)]):
+        outcome = Outcome(1.0, 8, price=0.5)
+        outcome.add(Executed(5, 8 * 4 + 4, 4, 8, prompt_tokens=4, prompt_total=8 * 4))
+        outcome.add(Executed(1, 4, 4, 4))
+        route = SimpleNamespace(lowered=lowered, num_reroutes=0, num_decisions=0)
+        metrics.observe_request(outcome, route, num_layers=8)
+    taken = metrics.take()
+    assert taken["budget"] == taken["auto_budget"] == {"": [1.0, 0.5]}
+    assert taken["layers_executed"] == {"": [40 / 6, 40 / 6]}
 
 
 def test_figures_are_taken_once() -> None:

@@ -25,11 +25,12 @@ class EngineMetrics:
         self._figures: Figures = {}
         self.routing_seconds = 0.0  # total, read by benchmarks
 
-    def observe_request(self, outcome: Outcome, route: Route) -> None:
-        """Count a request that has ended, whether it finished or was aborted."""
-        self._observe("budget", outcome.budget)
+    def observe_request(self, outcome: Outcome, route: Route, num_layers: int) -> None:
+        """Count a request that has ended, whether it finished or was aborted. num_layers: of the model."""
+        budget = outcome.budget_in_effect(route, num_layers)
+        self._observe("budget", budget)
         if outcome.price is not None:
-            self._observe("auto_budget", outcome.budget)
+            self._observe("auto_budget", budget)
         if outcome.mean_layers is not None:
             self._observe("layers_executed", outcome.mean_layers)
         self._count("reroutes", route.num_reroutes)

@@ -31,9 +31,13 @@ class _Part:
         self._num_tokens += num_tokens
         self._total += total
 
+    @property
+    def mean_layers(self) -> float | None:
+        """Layers executed per token; None before the first token."""
+        return self._total / self._num_tokens if self._num_tokens else None
+
     def as_dict(self) -> dict[str, Any]:
-        mean = self._total / self._num_tokens if self._num_tokens else None
-        return {"tokens": self._num_tokens, "layers_executed_mean": mean}
+        return {"tokens": self._num_tokens, "layers_executed_mean": self.mean_layers}
 
 
 class Outcome:
@@ -83,6 +87,11 @@ class Outcome:
     def mean_layers(self) -> float | None:
         """Layers executed per token; None before the first token."""
         return self._total / self.num_tokens if self.num_tokens else None
+
+    def budget_in_effect(self, route: Route, num_layers: int) -> float:
+        """The budget; of a request that was lowered, the share of the model's layers that its decoded tokens ran."""
+        decoded = self._decoded.mean_layers
+        return decoded / num_layers if route.lowered and decoded is not None else self.budget
 
     def as_dict(self, route: Route) -> dict[str, Any]:
         """The form it has in the response, under kv_transfer_params["buddy"]."""

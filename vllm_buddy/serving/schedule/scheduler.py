@@ -174,7 +174,7 @@ class _Routing(_Base):
         # was on the way counts no computed tokens any more.
         num_run = min(max(request.num_computed_tokens, routed.planned), request.num_tokens - 1)
         routed.route.decide(num_run, request.all_token_ids)
-        self._metrics.observe_request(routed.outcome, routed.route)
+        self._metrics.observe_request(routed.outcome, routed.route, self._limits.num_layers)
         outcome = routed.outcome.as_dict(routed.route)
         if routed.told is not None:
             runs = routed.route.runs(0, num_run, request.all_token_ids) if num_run > 0 else []

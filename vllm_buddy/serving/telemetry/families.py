@@ -36,7 +36,12 @@ def families(num_layers: int, *, has_auto: bool, lossless: bool, objectives: Ite
     """
     layers = tuple(float(n) for n in range(1, num_layers + 1))
     budgets = tuple(f"{end:g}" for end in BUDGETS)
-    yield Family("budget", "histogram", "Budget of finished requests.", BUDGETS)
+    yield Family(
+        "budget",
+        "histogram",
+        "Budget of finished requests; of one that was lowered, the share of layers its decoded tokens ran.",
+        BUDGETS,
+    )
     yield Family(
         "layers_executed", "histogram", "Mean number of layers executed per token, of finished requests.", layers
     )
@@ -61,7 +66,7 @@ def families(num_layers: int, *, has_auto: bool, lossless: bool, objectives: Ite
         values=budgets,
     )
     if has_auto:
-        yield Family("auto_budget", "histogram", "Budget that was chosen for finished requests.", BUDGETS)
+        yield Family("auto_budget", "histogram", "The same, of requests with budget auto.", BUDGETS)
         yield Family("auto_price", "gauge", "Price of compute, nats per token for all layers.")
         yield Family("load", "gauge", "Load that the price follows, from 0 to 1.")
     if names := tuple(objectives):
