@@ -26,7 +26,6 @@ from vllm.forward_context import set_forward_context
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import LayerPath, Run
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.serving.compat import moved_metadata
 from vllm_buddy.serving.forward.bypasses import bypass_calls
 from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.kv import LayerView
@@ -150,18 +149,13 @@ class DepthDrafts:
         owner = torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)).to(device)
         blocks = table[owner, torch.from_numpy(places // state.block_size).to(device)].to(torch.int64)
         slots = blocks * state.block_size + torch.from_numpy(places % state.block_size).to(device)
-        return StepBatch(
-            num_layers=state.num_layers,
+        return state.batch(
             req_ids=[input_batch.req_ids[row] for row in rows],
             plans=[RequestPlan((Run(length, path),), None) for length in lengths],
             query_start_loc=query_start_loc,
             num_computed_tokens=positions,
             block_table=table,
-            block_size=state.block_size,
             slot_mapping=slots,
-            build_metadata=state.layer_metadata,
-            move_metadata=moved_metadata,
-            kernels=state.kernels,
         )
 
     @staticmethod

@@ -17,7 +17,7 @@ from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method import LayerPath, full_path
 from vllm_buddy.method.kv_policy import KVPolicyName
 from vllm_buddy.method.kv_units import KVUnits
-from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
+from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder, moved_metadata
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
 from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.forward.eager import RoutedStep
@@ -181,6 +181,32 @@ class WorkerState:
     def layer_metadata(self, common: "CommonAttentionMetadata") -> Any:
         """What the attention backend reads for one layer."""
         return layer_metadata(self.builder, common)
+
+    def batch(
+        self,
+        *,
+        req_ids: Sequence[str],
+        plans: Sequence[RequestPlan],
+        query_start_loc: np.ndarray,
+        num_computed_tokens: np.ndarray,
+        block_table: torch.Tensor,
+        slot_mapping: torch.Tensor | None,
+    ) -> StepBatch:
+        """The StepBatch of rows of this worker, whose docstring has the shapes."""
+        return StepBatch(
+            num_layers=self.num_layers,
+            req_ids=req_ids,
+            plans=plans,
+            query_start_loc=query_start_loc,
+            num_computed_tokens=num_computed_tokens,
+            block_table=block_table,
+            block_size=self.block_size,
+            slot_mapping=slot_mapping,
+            build_metadata=self.layer_metadata,
+            move_metadata=moved_metadata,
+            kernels=self.kernels,
+            units=self.units,
+        )
 
     def step(self, batch: StepBatch) -> RoutedStep | GraphedStep:
         """What the model's forward pass runs for a batch."""
