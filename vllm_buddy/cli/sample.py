@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_buddy.cli.budget_list import parse_budgets
 from vllm_buddy.cli.progress import note
 from vllm_buddy.data_file import DataFile
-from vllm_buddy.errors import ArtifactError, TrainingError
+from vllm_buddy.errors import TrainingError
 
 if TYPE_CHECKING:
     from vllm_buddy.training.drawn_text import Draw, Drawn, Generate
@@ -164,12 +164,7 @@ class _Routing:
 
         base = identify(model_dir)
         folder = resolve_artifact(artifact, lambda: base)
-        loaded = load_artifact(folder)
-        if not loaded.config.base_model.same_model(base):
-            raise ArtifactError(
-                f"artifact '{loaded.config.name}' was made for {loaded.config.base_model.summary()}, but the model is "
-                f"{base.summary()}"
-            )
+        load_artifact(folder).require_base(base)
         return cls(folder, parse_budgets(budgets, base.num_layers))
 
 

@@ -72,11 +72,7 @@ def evaluate_auto(
         raise EvaluationError(
             f"artifact '{artifact.config.name}' has no Budget Predictor; `vllm-buddy train-budget` makes one"
         )
-    if not artifact.config.base_model.same_model(base):
-        raise EvaluationError(
-            f"artifact '{artifact.config.name}' was made for {artifact.config.base_model.summary()}, but the model is "
-            f"{base.summary()}"
-        )
+    artifact.require_base(base, EvaluationError)
     names = [path.name for path in settings.data]
     for name in names:
         if names.count(name) > 1:

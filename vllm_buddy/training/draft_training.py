@@ -53,10 +53,7 @@ def train_drafts(
     """
     artifact = load_artifact(artifact_dir)
     base = artifact.config.base_model
-    if not base.same_model(found := identify(model_dir)):
-        raise TrainingError(
-            f"artifact '{artifact.config.name}' was made for {base.summary()}, but the model is {found.summary()}"
-        )
+    artifact.require_base(identify(model_dir), TrainingError)
     wanted = [*settings.depths, *(() if settings.refine_depth is None else (settings.refine_depth,))]
     if wanted[-1] >= base.num_layers:
         raise TrainingError(f"drafts of {wanted[-1]} layers were asked for, the model has {base.num_layers}")

@@ -57,12 +57,8 @@ def run_stage2(
         BuddyError: settings, data, artifact or model cannot be used.
     """
     artifact = load_artifact(artifact_dir).without_predictor()
+    artifact.require_base(identify(model_dir), TrainingError)
     base = artifact.config.base_model
-    found = identify(model_dir)
-    if not base.same_model(found):
-        raise TrainingError(
-            f"artifact '{artifact.config.name}' was made for {base.summary()}, but the model is {found.summary()}"
-        )
     depths = _grid(settings, artifact)
     tokenizer = load_tokenizer(model_dir)
     shape = SampleShape(settings.context, settings.prompt, settings.answer)
