@@ -28,6 +28,7 @@ RANKS = {
     "vllm_buddy.serving": 5,
     "vllm_buddy.serving.compat": 5.0,
     "vllm_buddy.serving.start.refusal_note": 5.0,
+    "vllm_buddy.serving.admission.option_names": 5.0,
     "vllm_buddy.serving.start.setting_sections": 5.1,
     "vllm_buddy.serving.start.settings": 5.1,
     "vllm_buddy.serving.start.agreement": 5.15,

@@ -18,6 +18,7 @@ from vllm_buddy.cli.budget_list import parse_budgets
 from vllm_buddy.cli.progress import note
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import TrainingError
+from vllm_buddy.serving.admission.option_names import BUDGET_KEY
 
 if TYPE_CHECKING:
     from vllm_buddy.training.drawn_text import Draw, Drawn, Generate
@@ -196,7 +197,7 @@ def _generate(
     def sampling(draw: "Draw") -> SamplingParams:
         extra = None
         if routing is not None:
-            extra = {"buddy_budget": routing.budgets[draw.seed % len(routing.budgets)]}
+            extra = {BUDGET_KEY: routing.budgets[draw.seed % len(routing.budgets)]}
         return SamplingParams(temperature=temperature, max_tokens=draw.max_tokens, seed=draw.seed, extra_args=extra)
 
     def generate(draws: "Sequence[Draw]") -> "list[Drawn]":

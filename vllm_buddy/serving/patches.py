@@ -285,7 +285,8 @@ def _wrap_make_request_output() -> None:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.output_processor import RequestState
 
-    from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY, is_outcome, joined, with_samples
+    from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
+    from vllm_buddy.serving.schedule.outcome import is_outcome, joined, with_samples
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def make_request_output(self: RequestState, *args: Any, **kwargs: Any) -> Any:
@@ -375,7 +376,7 @@ def _wrap_do_tracing() -> None:
     """Tell the outcome of a request in its span."""
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY
+    from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def do_tracing(self: OutputProcessor, engine_core_output: Any, *args: Any, **kwargs: Any) -> None:

@@ -13,19 +13,15 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_buddy.errors import BudgetError, shown
+from vllm_buddy.serving.admission.option_names import (
+    BUDGET_KEY,
+    CONTEXT_TOKENS_KEY,
+    KEYS,
+    PATHS_KEY,
+    PROMPT_KEY,
+    ROUTED_PROMPT,
+)
 
-BUDGET_KEY = "buddy_budget"
-CONTEXT_TOKENS_KEY = "buddy_context_tokens"
-PRICE_KEY = "buddy_price"
-AUTO_MIN_KEY = "buddy_auto_min"
-AUTO_MAX_KEY = "buddy_auto_max"
-PROMPT_KEY = "buddy_prompt"
-ROUTED_PROMPT, FULL_PROMPT = "routed", "full"
-MODE_KEY = "buddy_mode"
-BUDGET_MODE, LOSSLESS = "budget", "lossless"
-PATHS_KEY = "buddy_paths"
-AUTO_KEYS = (PRICE_KEY, AUTO_MIN_KEY, AUTO_MAX_KEY)
-_KEYS = (BUDGET_KEY, PROMPT_KEY, MODE_KEY, CONTEXT_TOKENS_KEY, PATHS_KEY, *AUTO_KEYS)
 _PREFIX = "buddy"
 _ALIKE = 0.85  # similarity, from 0 to 1, from which a key is a misspelt one of ours: `budy_budget` has 0.96
 _LONGEST_KEY = 64
@@ -85,7 +81,7 @@ def verify_with_prompt(
                 f"may ask for is {max_budget:g}",
                 None,
             )
-        asked = {key: extra_args[key] for key in _KEYS if extra_args.get(key) is not None}
+        asked = {key: extra_args[key] for key in KEYS if extra_args.get(key) is not None}
         for key, value in asked.items():
             raise _refused(
                 key, f"{key}: a streaming-input session runs at full depth; leave out {', '.join(asked)}", value
@@ -138,7 +134,7 @@ def _is_misspelt(key: Any, *, compare: bool) -> bool:
 
     compare: also with keys that begin otherwise.
     """
-    if not isinstance(key, str) or key in _KEYS:
+    if not isinstance(key, str) or key in KEYS:
         return False
     return _plain(key).startswith(_PREFIX) or (compare and bool(_alike(_plain(key), _ALIKE)))
 
@@ -146,13 +142,13 @@ def _is_misspelt(key: Any, *, compare: bool) -> bool:
 def _unknown(key: str) -> str:
     meant = _alike(_plain(key), 0.6)
     suggestion = f"did you mean '{meant[0]}'? " if meant else ""
-    return f"unknown option {shown(key)}; {suggestion}vllm_buddy knows {', '.join(_KEYS)}"
+    return f"unknown option {shown(key)}; {suggestion}vllm_buddy knows {', '.join(KEYS)}"
 
 
 @lru_cache(maxsize=4096)  # vLLM checks the options of a request once for each of its prompts
 def _alike(plain: str, cutoff: float) -> tuple[str, ...]:
     """The known key that is most like a key, if any is; neither case nor the kind of separator counts: see `_plain`."""
-    return tuple(get_close_matches(plain, _KEYS, n=1, cutoff=cutoff))
+    return tuple(get_close_matches(plain, KEYS, n=1, cutoff=cutoff))
 
 
 def _plain(key: str) -> str:

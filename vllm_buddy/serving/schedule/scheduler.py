@@ -21,6 +21,7 @@ from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.latency import LatencyMeter
 from vllm_buddy.serving.admission.limits import FixedBudget, RequestLimits
+from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
 from vllm_buddy.serving.compat import add_figures, finished_params, first_prefill
 from vllm_buddy.serving.schedule.auto_again import choose_again, lower
@@ -344,7 +345,7 @@ class _Routing(_Base):
             num_new = request.num_tokens - 1 - routed.told
             if num_new > 0:
                 runs = routed.route.runs(routed.told, num_new, request.all_token_ids)
-                output.kv_transfer_params = {"buddy": {"paths": described(runs, self._limits.num_layers)}}
+                output.kv_transfer_params = {OUTCOME_KEY: {"paths": described(runs, self._limits.num_layers)}}
                 routed.told += num_new
 
     def _observe_load(self, *, idle: bool) -> None:

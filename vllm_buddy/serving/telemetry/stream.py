@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY
+from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 
 _EVENT = "data: "
 _DONE = "data: [DONE]\n\n"
