@@ -27,6 +27,7 @@ RANKS = {
     "vllm_buddy.baselines": 4,
     "vllm_buddy.serving": 5,
     "vllm_buddy.serving.compat": 5.0,
+    "vllm_buddy.serving.start.attached": 5.0,
     "vllm_buddy.serving.start.refusal_note": 5.0,
     "vllm_buddy.serving.admission.option_names": 5.0,
     "vllm_buddy.serving.start.setting_sections": 5.1,

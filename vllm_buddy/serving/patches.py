@@ -70,6 +70,7 @@ from importlib import import_module
 from typing import Any
 
 from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.serving.start.attached import kv_units_of, limits_of, served_of
 
 MODEL_IMPL = "buddy"
 
@@ -190,7 +191,7 @@ def _wrap_process_inputs() -> None:
             params = request.sampling_params
             if _is_routed(self) and isinstance(params, SamplingParams):
                 verify_token_ids(request.prompt_token_ids, self.model_config.get_vocab_size())
-                limits = self.model_config.buddy_limits
+                limits = limits_of(self.model_config)
                 verify_with_prompt(
                     params,
                     len(request.prompt_token_ids),
@@ -240,7 +241,7 @@ def _wrap_ready_response() -> None:
             response = original(self)
             if not _is_routed(self.vllm_config):
                 return response
-            return add_to_ready_response(response, self.vllm_config.model_config.buddy_served)
+            return add_to_ready_response(response, served_of(self.vllm_config.model_config))
 
         return make_ready_response
 
@@ -250,9 +251,7 @@ def _wrap_ready_response() -> None:
             if _is_routed(self.vllm_config) and (told := told_when_ready(payload)) is not None:
                 rank, found = told
                 with telling_refusals():
-                    refuse_differences(
-                        self.vllm_config.model_config.buddy_served, [(f"replica {rank}", Served(*found))]
-                    )
+                    refuse_differences(served_of(self.vllm_config.model_config), [(f"replica {rank}", Served(*found))])
 
         return apply_ready_response
 
@@ -272,7 +271,7 @@ def _wrap_get_kv_cache_groups() -> None:
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
             groups = original(vllm_config, kv_cache_spec)
-            units = vllm_config.model_config.buddy_kv_units if _is_routed(vllm_config) else None
+            units = kv_units_of(vllm_config.model_config) if _is_routed(vllm_config) else None
             return groups if units is None else groups_by_units(groups, units)
 
         return get_kv_cache_groups

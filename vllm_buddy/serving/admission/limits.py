@@ -44,7 +44,7 @@ class FixedBudget:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What a server allows its requests. An attribute of vLLM's ModelConfig, `buddy_limits`, set at start.
+    """What a server allows its requests. Attached to vLLM's ModelConfig at start (start/attached.py).
 
     min_budget, max_budget: of what a request may ask for.
     layers: those that the path of some request may hold; workers load no others.

@@ -21,6 +21,7 @@ from vllm_buddy.serving.admission.option_names import (
     PROMPT_KEY,
     ROUTED_PROMPT,
 )
+from vllm_buddy.serving.start.attached import limits_of
 
 _PREFIX = "buddy"
 _ALIKE = 0.85  # similarity, from 0 to 1, from which a key is a misspelt one of ours: `budy_budget` has 0.96
@@ -42,7 +43,7 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
 
     Checks everything that does not depend on the prompt; see verify_with_prompt for the rest.
 
-    model_config: vLLM's, with the server's RequestLimits as `buddy_limits`.
+    model_config: vLLM's, with the server's RequestLimits attached (see start/attached.py).
     """
     extra_args = params.extra_args or {}
     for number, key in enumerate(extra_args):
@@ -51,7 +52,7 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
     if (paths := extra_args.get(PATHS_KEY)) not in (None, True, False):
         raise _refused(PATHS_KEY, f"{PATHS_KEY}: {shown(paths)} is not true or false", paths)
     try:
-        model_config.buddy_limits.resolve(extra_args)
+        limits_of(model_config).resolve(extra_args)
     except OptionError as error:
         raise _refused(error.key, f"{error.key}: {error}", extra_args.get(error.key)) from None
 

@@ -7,7 +7,6 @@ workers with vLLM's SchedulerOutput, and the layers executed come back with its 
 import time
 from collections.abc import Sequence
 from itertools import islice, takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -17,10 +16,9 @@ from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import Route, Run
-from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.latency import LatencyMeter
-from vllm_buddy.serving.admission.limits import FixedBudget, RequestLimits
+from vllm_buddy.serving.admission.limits import FixedBudget
 from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
 from vllm_buddy.serving.compat import add_figures, finished_params, first_prefill
@@ -41,6 +39,7 @@ from vllm_buddy.serving.schedule.request_units import RequestUnits
 from vllm_buddy.serving.schedule.route_maker import RouteMaker
 from vllm_buddy.serving.schedule.routed_request import RoutedRequest
 from vllm_buddy.serving.schedule.unit_blocks import use_units
+from vllm_buddy.serving.start.attached import kv_units_of, limits_of
 from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 
 if TYPE_CHECKING:
@@ -59,9 +58,8 @@ class _Routing(_Base):
     def __init__(self, vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         settings = engine_settings(vllm_config)
-        assert settings.artifact is not None  # the config hook resolved it to a folder
-        artifact = load_artifact(Path(settings.artifact))
-        self._limits: RequestLimits = vllm_config.model_config.buddy_limits
+        artifact = load_artifact(settings.artifact_folder)
+        self._limits = limits_of(vllm_config.model_config)
         self._salt_prefix = f"{artifact.digest}:{settings.kv}"
         self._routes = RouteMaker.of(settings, artifact, _decision_lag(settings, vllm_config))
         self._routed: dict[str, RoutedRequest] = {}  # by request id
@@ -79,7 +77,7 @@ class _Routing(_Base):
             self._drafting = Drafting(passes, settings.drafts, self.num_spec_tokens)
             # vLLM reserves no slots for what a drafter of method custom_class writes.
             self.num_lookahead_tokens = self.num_spec_tokens
-        self._units: KVUnits | None = vllm_config.model_config.buddy_kv_units
+        self._units = kv_units_of(vllm_config.model_config)
         if self._units is not None:
             use_units(self.kv_cache_manager, self._units_of)
         limit_publishing(self.kv_cache_manager.coordinator, self._publishable_tokens)

@@ -19,6 +19,7 @@ from vllm_buddy.serving.schedule import SCHEDULER
 from vllm_buddy.serving.schedule.draft_pace import DraftPasses, drafts_by_depth
 from vllm_buddy.serving.schedule.route_maker import check_schedule
 from vllm_buddy.serving.start.agreement import served
+from vllm_buddy.serving.start.attached import attach
 from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
 from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.kv_layout import kv_units
@@ -145,14 +146,12 @@ def _put_in_place(
         SettingsError: a compilation mode that cannot be had.
     """
     # Attributes of the config objects travel with them to every process; additional_config alone is hashed.
-    vllm_config.model_config.buddy_limits = limits
-    vllm_config.model_config.buddy_kv_units = units
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         # Without unset ones: what was not given must not look given to the process that reads this.
         CONFIG_KEY: settings.model_dump(exclude_unset=True),
     }
-    vllm_config.model_config.buddy_served = served(engine_settings(vllm_config), artifact)
+    attach(vllm_config.model_config, limits, units, served(engine_settings(vllm_config), artifact))
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     vllm_config.parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     if vllm_config.speculative_config is not None:

@@ -16,7 +16,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,11 +40,10 @@ class DepthDrafts:
 
     def __init__(self, vllm_config: Any) -> None:
         settings = engine_settings(vllm_config)
-        assert settings.artifact is not None  # the config hook resolved it to a folder
         self._vllm_config = vllm_config
         self._most: int = vllm_config.speculative_config.num_speculative_tokens
         self._drafts = DraftPasses.of(
-            settings, load_artifact(Path(settings.artifact)), vllm_config.model_config.hf_text_config
+            settings, load_artifact(settings.artifact_folder), vllm_config.model_config.hf_text_config
         )
         self._ngrams = _ngram_proposer(vllm_config, settings.drafts.ngram_min, settings.drafts.ngram_max)
         self._model: Any = None

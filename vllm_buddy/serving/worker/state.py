@@ -16,7 +16,6 @@ from vllm_buddy_kernels import KERNELS, Kernels
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method import LayerPath, full_path
 from vllm_buddy.method.kv_policy import KVPolicyName
-from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder, moved_metadata
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
 from vllm_buddy.serving.forward.compiled import LayerFn
@@ -27,6 +26,7 @@ from vllm_buddy.serving.graphs.capture import CudaCapture
 from vllm_buddy.serving.graphs.decode import DecodeGraphs, GraphedStep
 from vllm_buddy.serving.kv import POLICIES, KVPolicy, LayerView
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
+from vllm_buddy.serving.start.attached import kv_units_of, limits_of
 from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch, check_plan
 
@@ -57,10 +57,9 @@ class WorkerState:
         self._vllm_config = vllm_config
         self._settings = settings = engine_settings(vllm_config)
         self.num_layers: int = vllm_config.model_config.hf_text_config.num_hidden_layers
-        self.units: KVUnits | None = vllm_config.model_config.buddy_kv_units
+        self.units = kv_units_of(vllm_config.model_config)
         self.policy = self.new_policy(settings.kv)
-        layers: LayerPath = vllm_config.model_config.buddy_limits.layers
-        self._absent = full_path(self.num_layers) & ~layers
+        self._absent: LayerPath = full_path(self.num_layers) & ~limits_of(vllm_config.model_config).layers
         # Between compiled layers torch moves the rows. Slots are computed by an op of `kernels` in either case.
         self._moves_rows = None if settings.kernels is None else KERNELS[settings.kernels]
         self.kernels: Kernels = self._moves_rows or KERNELS["reference"]
