@@ -12,7 +12,7 @@ _EVENT = "data: "
 _DONE = "data: [DONE]\n\n"
 
 
-async def with_outcome(
+async def chunks_with_outcome(
     original: Callable[..., AsyncIterator[str]], call: inspect.BoundArguments, *, tells_paths: bool
 ) -> AsyncIterator[str]:
     """vLLM's chunks, of which the one with the reason why the request finished has its outcome.
