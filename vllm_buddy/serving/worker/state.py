@@ -80,8 +80,6 @@ class WorkerState:
         stage = stage_of(self.num_layers)
         return POLICIES[name](self.num_layers, shares_blocks=caching, stage=stage, units=self.units)
 
-    # --- start -------------------------------------------------------------------------------------------------
-
     def attach_kv_cache(self, attn_groups: Sequence[Sequence[Any]], block_size: int) -> None:
         """Take the attention backend of a model runner and the size of its KV blocks, in tokens.
 
@@ -147,8 +145,6 @@ class WorkerState:
                 "raise it, or give fewer graphs.sizes"
             )
         self.graphs = graphs
-
-    # --- each step ---------------------------------------------------------------------------------------------
 
     def begin(self, scheduler_output: Any, dummy_run: bool = False) -> None:
         """Take the plan of the coming step, and drop the state of finished requests.
