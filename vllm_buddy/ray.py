@@ -25,6 +25,7 @@ from vllm_buddy import __version__
 from vllm_buddy.errors import BudgetError, SettingsError
 from vllm_buddy.method import parse_budget
 from vllm_buddy.serving.admission.affinity import BudgetAffinity
+from vllm_buddy.serving.admission.option_names import BUDGET_KEY, LOSSLESS, MODE_KEY
 
 
 class BudgetRouter(RequestRouter):
@@ -73,7 +74,6 @@ class BudgetRouter(RequestRouter):
 
     def _budget(self, pending: PendingRequest | None) -> float | None:
         """The budget of a request; None if it is not one for text, or one that the replica will refuse."""
-        from vllm_buddy.serving.admission.options import BUDGET_KEY, LOSSLESS, MODE_KEY  # with vLLM, as its requests
 
         request: Any = pending.args[0] if pending is not None and pending.args else None
         if not hasattr(request, "vllm_xargs"):

@@ -22,7 +22,7 @@ from vllm_buddy.method import (
 )
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.method.reference import routed_logits
-from vllm_buddy.serving.admission.options import BUDGET_KEY, FULL_PROMPT, PROMPT_KEY, ROUTED_PROMPT
+from vllm_buddy.serving.admission.option_names import BUDGET_KEY, FULL_PROMPT, PROMPT_KEY, ROUTED_PROMPT
 from vllm_buddy.serving.schedule.route_maker import RouteMaker
 
 NUM_LIKELIEST = 20  # compared tokens of a distribution; vLLM returns no more

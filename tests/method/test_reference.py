@@ -177,7 +177,7 @@ def test_bad_calls_are_refused(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="2 tokens but 1 paths"):
         routed_logits(tiny.model, [1, 2], [full_path(NUM_LAYERS)], MASKED)
     for path in (path_of(range(NUM_LAYERS - 1)), path_of(range(1, NUM_LAYERS)), full_path(NUM_LAYERS + 1)):
-        with pytest.raises(ValueError, match="must hold the first and the last layer"):
+        with pytest.raises(ValueError, match="must hold layers 0 and"):
             routed_logits(tiny.model, [1], [path], MASKED)
     with pytest.raises(SettingsError, match="unknown KV policy 'zeros'; known are masked, kv_only, zero"):
         routed_logits(tiny.model, [1], [full_path(NUM_LAYERS)], "zeros")

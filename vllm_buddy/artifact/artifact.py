@@ -19,8 +19,9 @@ from safetensors.numpy import save
 
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, DraftConfig, PricePoint, TokenConfig
 from vllm_buddy.artifact.files import TensorFile, one_line, read_json, write_files
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.artifact.tensors import ArtifactParts, check_headers, pack_tensors, parse_tensors
-from vllm_buddy.errors import ArtifactError, shown
+from vllm_buddy.errors import ArtifactError, BuddyError, shown
 from vllm_buddy.method import (
     DraftExit,
     FoldedDecision,
@@ -86,6 +87,17 @@ class Artifact:
         for _, array in sorted(self._tensors.items()):
             h.update(np.ascontiguousarray(array).tobytes())
         return h.hexdigest()[:16]
+
+    def require_base(
+        self, found: BaseModelIdentity, error: type[BuddyError] = ArtifactError, *, where: str = ""
+    ) -> None:
+        """Raise `error` unless the artifact was made for the model `found`. where: begins the message."""
+        wanted = self.config.base_model
+        if not wanted.same_model(found):
+            raise error(
+                f"{where}artifact '{self.config.name}' was made for {wanted.summary()}, but the model is "
+                f"{found.summary()}"
+            )
 
     def without_predictor(self) -> "Artifact":
         """Return this artifact without its Budget Predictor, so that there is no budget `auto`."""

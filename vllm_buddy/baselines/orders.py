@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
@@ -18,7 +17,7 @@ from vllm_buddy.baselines.static_settings import MeasuringSettings
 from vllm_buddy.errors import BaselineError
 from vllm_buddy.importance import CalibrationText
 from vllm_buddy.models.folder import load_model, load_tokenizer
-from vllm_buddy.models.torch_device import find_device
+from vllm_buddy.models.torch_device import find_device, torch_dtype
 
 SHIPPED_DIR = Path(__file__).parent / "orders"
 _USUAL = MeasuringSettings()
@@ -144,7 +143,7 @@ def measure_order(
     method = MEASURED[name]
     windows, _ = text.windows(load_tokenizer(model_dir), settings.window, settings.tokens or method.tokens)
     candidates = settings.candidates if method.searches else None
-    dtype = method.dtype if settings.dtype is None else getattr(torch, settings.dtype)
+    dtype = method.dtype if settings.dtype is None else torch_dtype(settings.dtype)
     model = load_model(model_dir, dtype, find_device(settings.device))
     search = {"candidates": candidates, "note": lambda line: note(f"{name}: {line}")} if method.searches else {}
     layers = method.order(model, windows, partial(report, name), **search)

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from vllm_buddy.artifact.provenance import command_line
 from vllm_buddy.baselines.base import MEASURED, STATIC_METHODS, check_static_method
 from vllm_buddy.errors import BaselineError
+from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.torch_device import DEVICE_HELP, Dtype
 
 
@@ -32,11 +33,7 @@ class MeasuringSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Path | None = Field(
-        default=None,
-        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
-        "embedded model)",
-    )
+    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
     base_model_id: str | None = Field(default=None, description="hub id of the model (absent: the folder's name)")
     tokens: int | None = Field(
         default=None,

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.errors import ServerError
+from vllm_buddy.serving.admission.option_names import BUDGET_KEY, OUTCOME_KEY
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -67,7 +68,7 @@ class ChatClient:
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
             "max_tokens": self.num_tokens,
-            "extra_body": {"min_tokens": self.num_tokens, "vllm_xargs": {"buddy_budget": budget, **options}},
+            "extra_body": {"min_tokens": self.num_tokens, "vllm_xargs": {BUDGET_KEY: budget, **options}},
         }
         start = time.perf_counter()
         try:
@@ -125,4 +126,4 @@ def _read_stream(
 
 
 def _outcome(answer: "ChatCompletion | ChatCompletionChunk") -> dict[str, Any] | None:
-    return (getattr(answer, "kv_transfer_params", None) or {}).get("buddy")
+    return (getattr(answer, "kv_transfer_params", None) or {}).get(OUTCOME_KEY)

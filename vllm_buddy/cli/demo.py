@@ -24,6 +24,7 @@ from vllm_buddy.cli.installed import installed_version
 from vllm_buddy.cli.page import page
 from vllm_buddy.cli.server_process import HOST, ServerProcess
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
+from vllm_buddy.serving.admission.option_names import PATHS_KEY
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -138,7 +139,7 @@ def measure(client: ChatClient, budgets: list[float], num_layers: int, *, by_tok
     alone: list[Answer] = []
     for prompt, budget in requests:
         count(len(alone), len(requests))
-        alone.append(client.ask(prompt, budget, buddy_paths=True))
+        alone.append(client.ask(prompt, budget, **{PATHS_KEY: True}))
     _say(f"4/5  the same {len(requests)} requests all at once: usually 3 to 5 s")
     start = time.perf_counter()
     pool = ThreadPoolExecutor(len(requests))

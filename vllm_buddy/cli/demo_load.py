@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from vllm_buddy.cli.chat_client import Answer, ChatClient
+from vllm_buddy.serving.admission.option_names import PRICE_KEY
 
 AT_ONCE = (1, 2, 4, 8)
 # The price of the server while that many requests run: no price alone, so that "auto" begins at full depth.
@@ -31,7 +32,7 @@ def rising_load(client: ChatClient, prompt: str, report: Callable[[int, int], No
     found: list[Burst] = []
     for num in AT_ONCE:
         for budget in _BUDGETS:
-            options: dict[str, Any] = {"buddy_price": 0.0} if budget == "auto" else {}
+            options: dict[str, Any] = {PRICE_KEY: 0.0} if budget == "auto" else {}
             report(len(found), len(AT_ONCE) * len(_BUDGETS))
             start = time.perf_counter()
             with ThreadPoolExecutor(num) as pool:

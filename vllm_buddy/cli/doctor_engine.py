@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vllm_buddy.cli.doctor_checks import Check
 from vllm_buddy.method import depth_for_budget
+from vllm_buddy.serving.admission.option_names import BUDGET_KEY, OUTCOME_KEY
 
 _TIMEOUT_S = 240
 _MARK = "doctor-engine:"
@@ -122,12 +123,12 @@ def route_two_requests(folder: Path) -> list[object]:
     prompts = [{"prompt_token_ids": [3 + i, 7, 11, 19, 23]} for i in range(len(_BUDGETS))]
     parameters = [
         SamplingParams(
-            max_tokens=_NUM_TOKENS, ignore_eos=True, temperature=0, detokenize=False, extra_args={"buddy_budget": b}
+            max_tokens=_NUM_TOKENS, ignore_eos=True, temperature=0, detokenize=False, extra_args={BUDGET_KEY: b}
         )
         for b in _BUDGETS
     ]
     answers = llm.generate(prompts, parameters, use_tqdm=False)
-    return [(answer.kv_transfer_params or {}).get("buddy") for answer in answers]
+    return [(answer.kv_transfer_params or {}).get(OUTCOME_KEY) for answer in answers]
 
 
 if __name__ == "__main__":

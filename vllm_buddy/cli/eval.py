@@ -89,10 +89,9 @@ def _engine(settings: EvalSettings, plan: "EvalPlan") -> "Engine":
         from vllm_buddy.evaluation.vllm_engine import VllmEngine
 
         return VllmEngine(plan.model_dir, settings.kv_policy, settings.dtype)
-    import torch
-
     from vllm_buddy.evaluation import HfEngine
     from vllm_buddy.models.folder import load_model
+    from vllm_buddy.models.torch_device import find_device, torch_dtype
 
-    model = load_model(plan.model_dir, getattr(torch, settings.dtype))
-    return HfEngine(model.to("cuda" if torch.cuda.is_available() else "cpu"), settings.kv_policy)
+    model = load_model(plan.model_dir, torch_dtype(settings.dtype))
+    return HfEngine(model.to(find_device("auto")), settings.kv_policy)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.cli.page import page
 from vllm_buddy.errors import ServerError
+from vllm_buddy.serving.admission.option_names import BUDGET_KEY, PATHS_KEY
 
 if TYPE_CHECKING:
     import httpx
@@ -72,7 +73,7 @@ def chat_request(asked: dict[str, Any]) -> dict[str, Any]:
         "max_tokens": asked["max_tokens"],
         "temperature": 0,
         "stream": True,
-        "vllm_xargs": {"buddy_budget": asked["budget"], "buddy_paths": True},
+        "vllm_xargs": {BUDGET_KEY: asked["budget"], PATHS_KEY: True},
     }
 
 

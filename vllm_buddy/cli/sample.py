@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_buddy.cli.budget_list import parse_budgets
 from vllm_buddy.cli.progress import note
 from vllm_buddy.data_file import DataFile
-from vllm_buddy.errors import ArtifactError, TrainingError
+from vllm_buddy.errors import TrainingError
+from vllm_buddy.serving.admission.option_names import BUDGET_KEY
 
 if TYPE_CHECKING:
     from vllm_buddy.training.drawn_text import Draw, Drawn, Generate
@@ -164,12 +165,7 @@ class _Routing:
 
         base = identify(model_dir)
         folder = resolve_artifact(artifact, lambda: base)
-        loaded = load_artifact(folder)
-        if not loaded.config.base_model.same_model(base):
-            raise ArtifactError(
-                f"artifact '{loaded.config.name}' was made for {loaded.config.base_model.summary()}, but the model is "
-                f"{base.summary()}"
-            )
+        load_artifact(folder).require_base(base)
         return cls(folder, parse_budgets(budgets, base.num_layers))
 
 
@@ -201,7 +197,7 @@ def _generate(
     def sampling(draw: "Draw") -> SamplingParams:
         extra = None
         if routing is not None:
-            extra = {"buddy_budget": routing.budgets[draw.seed % len(routing.budgets)]}
+            extra = {BUDGET_KEY: routing.budgets[draw.seed % len(routing.budgets)]}
         return SamplingParams(temperature=temperature, max_tokens=draw.max_tokens, seed=draw.seed, extra_args=extra)
 
     def generate(draws: "Sequence[Draw]") -> "list[Drawn]":

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vllm_buddy.artifact import Artifact, load_artifact, resolve_artifact
 from vllm_buddy.artifact.fingerprint import identify
@@ -18,6 +17,7 @@ from vllm_buddy.evaluation.depth_losses import DepthLosses, measure_depth_losses
 from vllm_buddy.evaluation.eval_budget_settings import EvalBudgetSettings
 from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
 from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.torch_device import find_device, torch_dtype
 
 MIXED = "mixed"  # the name of all data sets together
 PRICE_STEPS = 100
@@ -72,11 +72,7 @@ def evaluate_auto(
         raise EvaluationError(
             f"artifact '{artifact.config.name}' has no Budget Predictor; `vllm-buddy train-budget` makes one"
         )
-    if not artifact.config.base_model.same_model(base):
-        raise EvaluationError(
-            f"artifact '{artifact.config.name}' was made for {artifact.config.base_model.summary()}, but the model is "
-            f"{base.summary()}"
-        )
+    artifact.require_base(base, EvaluationError)
     names = [path.name for path in settings.data]
     for name in names:
         if names.count(name) > 1:
@@ -89,8 +85,8 @@ def evaluate_auto(
         )
         for path in settings.data
     }
-    model = load_model(model_dir, getattr(torch, settings.dtype))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(model_dir, torch_dtype(settings.dtype))
+    model.to(find_device("auto"))
     measured = {}
     for name, part in samples.items():
 

@@ -82,10 +82,10 @@ def profile_depths(settings: DepthProfileSettings, model_dir: Path, report: Call
     Raises:
         BuddyError: model, artifact, text or a depth cannot be used.
     """
-    artifact = load_artifact(resolve_artifact(settings.artifact, lambda: identify(model_dir)))
+    found = identify(model_dir)
+    artifact = load_artifact(resolve_artifact(settings.artifact, lambda: found))
+    artifact.require_base(found, EvaluationError)
     base = artifact.config.base_model
-    if not base.same_model(identify(model_dir)):
-        raise EvaluationError(f"artifact '{artifact.config.name}' was made for {base.summary()}")
     exits = _exits(settings, artifact)
     costs = _costs(settings, model_dir, artifact, exits)
     tokenizer, model = load_tokenizer(model_dir), load_model(model_dir)

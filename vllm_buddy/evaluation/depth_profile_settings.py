@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
+from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
+
 
 class DepthProfileSettings(BaseModel):
     """The settings of one profile, from which the command's options are generated."""
@@ -12,11 +14,7 @@ class DepthProfileSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: Path = Field(description="UTF-8 text, whose passages the model goes on from")
-    model: Path | None = Field(
-        default=None,
-        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
-        "embedded model)",
-    )
+    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
     artifact: str | None = Field(
         default=None,
         description="artifact whose paths draft, with its bypass and its draft exits (absent: the "

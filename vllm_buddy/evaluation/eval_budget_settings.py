@@ -1,11 +1,13 @@
 """The settings of `vllm-buddy eval-budget`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from vllm_buddy.errors import EvaluationError
+from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
+from vllm_buddy.models.torch_device import Dtype
 
 
 def _files(value: Any) -> Any:
@@ -42,19 +44,13 @@ class EvalBudgetSettings(BaseModel):
     artifact: str | None = Field(
         default=None, description="folder or name of the artifact (absent: the shipped artifact)"
     )
-    model: Path | None = Field(
-        default=None,
-        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
-        "embedded model)",
-    )
+    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
     context: int = Field(default=64, ge=1, description="tokens of running text that the predictor decides from")
     prompt: int = Field(
         default=192, ge=1, description="largest number of prompt tokens; rows with longer prompts are left out"
     )
     answer: int = Field(default=128, ge=1, description="largest number of tokens that are scored")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="dtype of the model: bfloat16 or float32"
-    )
+    dtype: Dtype = Field(default="bfloat16", description="dtype of the model: bfloat16 or float32")
     seed: int = Field(default=0, ge=0, description="seed of the choice of samples")
     cache_dir: Path | None = Field(
         default=None, description="folder for the measured losses (absent: they are not kept)"

@@ -86,11 +86,7 @@ def make_plan(settings: EvalSettings, model_dir: Path, report: Report) -> EvalPl
 def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIdentity, depths: list[int]) -> Policy:
     by_token = spec.variant in (TOKEN, SHUFFLED)
     artifact = load_artifact(spec.folder or resolve_artifact(settings.artifact, lambda: base, by_token=by_token))
-    if not artifact.config.base_model.same_model(base):
-        raise EvaluationError(
-            f"policy '{spec.name}': artifact '{artifact.config.name}' was made for "
-            f"{artifact.config.base_model.summary()}, but the model is {base.summary()}"
-        )
+    artifact.require_base(base, EvaluationError, where=f"policy '{spec.name}': ")
     schedule = artifact.schedule(0 if spec.variant == PROMPT_ONLY else settings.route_every)
     policy = Policy(spec.name, artifact, schedule, settings.library, full_prompt=spec.variant == FULL_PROMPT)
     if by_token:

@@ -10,6 +10,8 @@ from vllm_buddy.evaluation.policy import FULL_PROMPT, SHUFFLED, TOKEN, PolicySpe
 from vllm_buddy.evaluation.windows import check_window
 from vllm_buddy.method import parse_budget
 from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
+from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
+from vllm_buddy.models.torch_device import Dtype
 
 # Variants of policies that engine vllm cannot score, and why.
 _HF_ONLY = {
@@ -55,11 +57,7 @@ class EvalSettings(BaseModel):
         "random, buddy:frozen runs one path per depth, buddy:prompt_only never re-routes, and buddy:full_prompt runs "
         "the context at full depth. The unrouted model always runs",
     )
-    model: Path | None = Field(
-        default=None,
-        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
-        "embedded model)",
-    )
+    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
     artifact: str | None = Field(
         default=None,
         description="folder or name of the artifact of policy buddy (absent: the shipped one that fits the model)",
@@ -68,9 +66,7 @@ class EvalSettings(BaseModel):
         default="hf",
         description="hf: this package's routed forward on Hugging Face models. vllm: the plugin in vLLM, without KL",
     )
-    dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="dtype of the model: bfloat16 or float32"
-    )
+    dtype: Dtype = Field(default="bfloat16", description="dtype of the model: bfloat16 or float32")
     kv_policy: KVPolicyName = Field(
         default=MASKED, description="what a skipped layer leaves in the KV cache: masked, kv_only or zero"
     )

@@ -17,7 +17,7 @@ from vllm_buddy.evaluation.engine import Report, Scores, Task, Variant
 from vllm_buddy.evaluation.policy import Policy
 from vllm_buddy.evaluation.sample import Sample
 from vllm_buddy.models.kv_size import kv_bytes
-from vllm_buddy.serving.admission.options import BUDGET_KEY, CONTEXT_TOKENS_KEY
+from vllm_buddy.serving.admission.option_names import BUDGET_KEY, CONTEXT_TOKENS_KEY
 from vllm_buddy.serving.start.settings import CONFIG_KEY
 
 _MAX_SEQUENCES = 32  # sequences that run at the same time

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PriorConfig
@@ -19,7 +18,7 @@ from vllm_buddy.importance.normalise import normalise
 from vllm_buddy.importance.perplexity import perplexity_by_budget
 from vllm_buddy.importance.prior_settings import PriorSettings
 from vllm_buddy.models.folder import load_model, load_tokenizer
-from vllm_buddy.models.torch_device import find_device
+from vllm_buddy.models.torch_device import find_device, torch_dtype
 
 Report = Callable[[str, int, int], None]
 
@@ -52,7 +51,7 @@ def build_prior(settings: PriorSettings, model_dir: Path, report: Report = lambd
         raise CalibrationError("a comparison of indicators needs held-out text to compare on; give --heldout N as well")
     text = CalibrationText.read(settings.text)
     base = identify(model_dir, settings.base_model_id)
-    model = load_model(model_dir, getattr(torch, settings.dtype), find_device(settings.device))
+    model = load_model(model_dir, torch_dtype(settings.dtype), find_device(settings.device))
     tokenizer = load_tokenizer(model_dir)
     windows, heldout = text.windows(tokenizer, settings.window, settings.tokens, settings.heldout)
     names = [settings.indicator]

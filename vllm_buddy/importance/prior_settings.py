@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_buddy.artifact.provenance import command_line
+from vllm_buddy.models.find import MODEL_HELP
 from vllm_buddy.models.torch_device import DEVICE_HELP, Dtype
 
 
@@ -13,7 +14,7 @@ class PriorSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model_dir: Path = Field(description="folder, name of an embedded model, or hub id of a Hugging Face model")
+    model_dir: Path = Field(description=MODEL_HELP)
     out: Path = Field(description="folder to write the artifact to; new or empty")
     text: Path = Field(description="calibration text, UTF-8")
     indicator: str = Field(default="taylor", description="measure of importance: taylor, delta_ppl or cosine")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.kv_policy import MASKED, ZERO, check_kv_policy
-from vllm_buddy.method.reference import check_config
+from vllm_buddy.method.model_config import check_config
 from vllm_buddy.method.sharded import enter_layer, gathered, leave_layer
 
 
@@ -32,7 +32,7 @@ def routed_hidden(
 ) -> torch.Tensor:
     """Return the hidden states after the last layer, before the final norm: [batch, length, hidden_size].
 
-    model: a Hugging Face causal language model (see reference.check_config); computed in its dtype.
+    model: a Hugging Face causal language model (see model_config.check_config); computed in its dtype.
     token_ids: [batch, length], int64.
     masks: [batch, length, num_layers], bool: which token runs which layer. Every token runs the first and last layer.
     gates: [batch, num_layers], 1.0 where a sequence runs a layer and 0.0 where it skips it. They give the router's

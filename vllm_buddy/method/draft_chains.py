@@ -17,8 +17,8 @@ from vllm_buddy.method.batched import Rotary, after_attention, dense_layer, embe
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_head import DraftHead
 from vllm_buddy.method.exit_adapter import ExitAdapter
+from vllm_buddy.method.model_config import check_config
 from vllm_buddy.method.path import LayerPath
-from vllm_buddy.method.reference import check_config
 
 KV = tuple[torch.Tensor, torch.Tensor]  # [batch, num_kv_heads, length, head_dim] each
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from vllm_buddy.method.batched import dense_layer, embed
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.method.path import LayerPath
-from vllm_buddy.method.reference import check_config
+from vllm_buddy.method.model_config import check_config
+from vllm_buddy.method.path import LayerPath, check_paths
 from vllm_buddy.method.sharded import enter_layer, leave_layer
 
 
@@ -33,10 +33,7 @@ def forked_hidden(
     """
     check_config(model.config)
     backbone: Any = model.model
-    num_layers = len(backbone.layers)
-    ends = 1 | 1 << (num_layers - 1)
-    if any(path & ends != ends or path >> num_layers for path in paths):
-        raise ValueError(f"every path must hold layers 0 and {num_layers - 1}, and none beyond")
+    check_paths(paths, len(backbone.layers))
     hidden, rotary = embed(model, token_ids[None])
     bypass = bypass.to(hidden) if bypass is not None else None
     beginnings = [0]  # the bits of each path below `index`, one entry per row of `hidden`

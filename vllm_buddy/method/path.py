@@ -45,6 +45,13 @@ def full_path(num_layers: int) -> LayerPath:
     return (1 << num_layers) - 1
 
 
+def check_paths(paths: Iterable[LayerPath], num_layers: int) -> None:
+    """Raise ValueError unless every path holds the first and the last of num_layers layers and none beyond it."""
+    ends = 1 | 1 << num_layers - 1
+    if any(path & ends != ends or path >> num_layers for path in paths):
+        raise ValueError(f"every path must hold layers 0 and {num_layers - 1}, and none beyond")
+
+
 def top_k_path(scores: Sequence[float] | np.ndarray, depth: int) -> LayerPath:
     """Return the path of the first layer, the last layer and the depth - 2 middle layers with the highest scores.
 

@@ -13,17 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.exit_adapter import ExitAdapter
 from vllm_buddy.method.kv_policy import MASKED, ZERO, check_kv_policy
-from vllm_buddy.method.path import LayerPath
+from vllm_buddy.method.model_config import check_config
+from vllm_buddy.method.path import LayerPath, check_paths
 from vllm_buddy.method.request_route import Route
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-
-# Settings of Mistral's configuration that give its layers another formula.
-_OTHER_LAYERS = ("sliding_window", "llama_4_scaling", "ada_rms_norm_t_cond")
 
 
 @dataclass
@@ -64,18 +59,6 @@ class GeneratedSequence:
     logprobs: list[float] = field(default_factory=list)
 
 
-def check_config(config: Any) -> None:
-    """Raise UnsupportedError unless `config` describes a dense Llama, Mistral, Qwen2 or Qwen3 with full attention."""
-    if config.model_type not in MODEL_TYPES:
-        raise UnsupportedError(f"model type {config.model_type!r} is not supported; known are {', '.join(MODEL_TYPES)}")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise UnsupportedError(f"layers with {', '.join(sorted(kinds - {'full_attention'}))} are not supported")
-    for name in _OTHER_LAYERS:
-        if getattr(config, name, None):
-            raise UnsupportedError(f"a model with {name} in its configuration is not supported")
-
-
 @torch.no_grad()
 def routed_logits(
     model: nn.Module,
@@ -87,7 +70,7 @@ def routed_logits(
 ) -> torch.Tensor:
     """Compute the logits of every position from scratch.
 
-    model: a Hugging Face causal language model (see check_config).
+    model: a Hugging Face causal language model (see model_config.check_config).
     paths: paths[t] is the path of position t; it must hold the first and the last layer.
     bypass: applied to rows that skip a layer, in the model's dtype.
     adapter: of the exit of a draft path, applied to all rows; it changes no row's K or V.
@@ -162,9 +145,7 @@ def _advance(
     """Run the tokens at positions start, start + 1, ..., extend `caches` and return the logits [n, vocab_size]."""
     if len(paths) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens but {len(paths)} paths")
-    ends = 1 | 1 << len(caches) - 1
-    if any(path & ends != ends or path >> len(caches) for path in paths):
-        raise ValueError("every path must hold the first and the last layer and none beyond it")
+    check_paths(paths, len(caches))
     backbone = model.model
     device = backbone.embed_tokens.weight.device
     hidden = backbone.embed_tokens(torch.tensor(list(token_ids), device=device))

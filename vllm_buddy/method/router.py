@@ -9,6 +9,12 @@ from vllm_buddy.method.decision import FoldedDecision
 from vllm_buddy.method.path import LayerPath, full_path, path_mask, top_k_path
 
 OMEGA = 0.1  # weight of the standardised prior that is added to the trained scores (BUDDY, section 3.3)
+_EPS = 1e-12  # of a prior that is the same for all layers
+
+
+def standardised(prior: np.ndarray, omega: float = OMEGA) -> np.ndarray:
+    """What the prior adds to the scores: omega * standardise(prior), [num_layers - 2], in the prior's dtype."""
+    return omega * (prior - prior.mean()) / (prior.std() + _EPS)
 
 
 class Router:
@@ -34,8 +40,7 @@ class Router:
         self.num_layers = num_layers
         self.full = full_path(num_layers)
         self.decision = decision
-        prior = np.asarray(prior, dtype=np.float64)
-        self._bias = omega * (prior - prior.mean()) / (prior.std() + 1e-12)
+        self._bias = standardised(np.asarray(prior, dtype=np.float64), omega)
         self._library: dict[int, tuple[list[LayerPath], np.ndarray]] | None = None
         if library is not None:
             self._library = {

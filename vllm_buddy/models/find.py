@@ -7,6 +7,10 @@ from vllm_buddy.errors import HubError, ModelError, cut
 from vllm_buddy.hub import download, is_hub_id
 from vllm_buddy.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, fetch
 
+# The description of options that name a model.
+MODEL_HELP = "folder, name of an embedded model, or hub id of a Hugging Face model"
+MODEL_OR_DEFAULT_HELP = f"{MODEL_HELP} (absent: the default embedded model)"
+
 # All that a model folder needs; not the other formats that repositories also hold.
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 

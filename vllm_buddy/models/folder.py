@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vllm_buddy.errors import ModelError, UnsupportedError
-from vllm_buddy.method.reference import check_config
+from vllm_buddy.method.model_config import check_config
 from vllm_buddy.models.quantised import Quantisation, make_differentiable, quantisation_config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -11,6 +11,12 @@ Dtype = Literal["bfloat16", "float32"]
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; auto: the GPU where there is one, else the CPU"
 
 
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """The dtype of that name."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def find_device(name: str) -> torch.device:
     """Return the device that a user names; "auto" is the GPU where there is one, else the CPU.
 

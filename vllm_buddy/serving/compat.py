@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 
 if TYPE_CHECKING:
     import torch
@@ -234,12 +235,12 @@ def told_when_ready(payload: bytes) -> tuple[int, Any] | None:
 
 
 def finished_params(freed: Any, outcome: dict[str, Any]) -> Any:
-    """What Scheduler._free_request returns, with `outcome` added to the request's kv_transfer_params under "buddy".
+    """What Scheduler._free_request returns, with `outcome` added to the request's kv_transfer_params.
 
     freed: what vLLM's own method returned, (kv_transfer_params, ec_transfer_params).
     """
     kv_params, ec_params = freed
-    return {**(kv_params or {}), "buddy": outcome}, ec_params
+    return {**(kv_params or {}), OUTCOME_KEY: outcome}, ec_params
 
 
 def add_figures(stats: "SchedulerStats", figures: "Figures") -> None:

@@ -1,64 +1,6 @@
 """All changes to vLLM's code: fourteen wrapped functions, and a table entry for each routed model class.
 
-`_ModelRegistry._normalize_arch` maps an architecture to its routed class, or refuses it.
-    Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
-    Nearest hook: `--model-class-overrides`, which does not look at `--model-impl` and calls no config hook.
-    Remove when: ModelRegistry can register an implementation for a value of `--model-impl`.
-
-`SamplingParams.verify` validates the options that a request sends in `vllm_xargs`.
-    Why: vLLM does not know them, and only an error raised here becomes HTTP 400.
-    Nearest hook: `SamplingParams._verify_extra_args`, which checks the range of integers only.
-    Remove when: plugins can register a validator of `extra_args`.
-
-`InputProcessor.process_inputs` validates the prompt's token ids, and the options that depend on the prompt.
-    Why, nearest hook: as above; `SamplingParams.verify` does not get the prompt.
-    Remove when: that validator gets the tokenized prompt.
-
-`OpenAIServingChat.chat_completion_stream_generator` and `OpenAIServingCompletion.completion_stream_generator` send the
-outcome of a request in its last chunk, and its paths, if it asks for them (`buddy_paths`), in chunks of their own.
-    Why: vLLM's streamed chunks leave out the `kv_transfer_params` that its whole responses have.
-    Nearest hook: `--middleware`, which would have to parse the answers of all requests.
-    Remove when: vLLM streams `kv_transfer_params`.
-
-`RequestState.make_request_output` collects the outcomes of the samples of one request (n > 1), and the paths of steps
-that vLLM streams together; `RequestOutput.add` keeps the paths of two outputs that vLLM makes one of.
-    Why: each sample is a request of its own in the engine, and vLLM passes on the parameters of the one that ends last;
-    of outputs that a client has not read yet, those of the last one.
-    Nearest hook: none; `RequestOutput` has one `kv_transfer_params` for all its outputs.
-    Remove when: `CompletionOutput` has parameters of its own.
-
-`DPLBAsyncMPClient.get_core_engine_for_request` chooses the data-parallel replica of a request that names none.
-    Why: batches of like budgets are faster, and vLLM's balancer looks at load alone.
-    Nearest hook: the header `X-data-parallel-rank`, which a client would have to send without knowing the load.
-    Remove when: the balancer is a class that can be named.
-
-`EngineCoreProc._make_ready_response` and `MPClient._apply_ready_response` refuse a replica that serves something else.
-    Why: with `--headless`, an engine on another node has a configuration of its own, and vLLM compares it for models
-    that are mixtures of experts only.
-    Nearest hook: none.
-    Remove when: the hash in vLLM's handshake covers additional_config, for all models.
-
-`EngineCore.sleep` refuses level 2, which drops weights that vLLM cannot load again.
-    Why: the worker, whose class is ours, is asked after vLLM has ended all requests and paused.
-    Nearest hook: the worker's `sleep`.
-    Remove when: vLLM asks before it pauses.
-
-`StatLoggerManager.__init__` adds the logger that shows the metrics `vllm_buddy:*`.
-    Why: for models that are routed only, and offline too.
-    Nearest hook: the entry points `vllm.stat_logger_plugins`. One that is installed turns on the statistics of every
-    server, also of one without routing that was started with `--disable-log-stats`; and `LLM` does not load them.
-    Remove when: a plugin can decline a configuration.
-
-`OutputProcessor.do_tracing` adds budget and depth to the span of a request.
-    Why: vLLM makes the span, with a fixed list of attributes, and ends it in one call.
-    Nearest hook: OpenTelemetry's span processors, which see the span but not the request; one is used.
-    Remove when: vLLM takes further attributes.
-
-`get_kv_cache_groups` makes one KV-cache group for each KV unit.
-    Why: vLLM groups layers by the kind of their caches, and those of one model are alike.
-    Nearest hook: a KVCacheSpec of our own per unit, which vLLM would take for several kinds of attention.
-    Remove when: a model class can name the groups (`SupportsKVCacheGrouping`, from vLLM 0.33 on).
-
+The docstring of each `_wrap_` function says why it is there, what vLLM's nearest hook is, and when it can be removed.
 All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_patches.py fails
 when vLLM's side moves.
 """
@@ -69,7 +11,29 @@ from collections.abc import AsyncIterator, Callable
 from importlib import import_module
 from typing import Any
 
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.model_executor.models.registry import _ModelRegistry
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.core_client import DPLBAsyncMPClient, MPClient
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+
 from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
+from vllm_buddy.serving.admission.options import verify_options, verify_token_ids, verify_with_prompt, wants_paths
+from vllm_buddy.serving.admission.replicas import ReplicaChooser
+from vllm_buddy.serving.compat import add_to_ready_response, groups_by_units, told_when_ready, units_problem
+from vllm_buddy.serving.schedule.outcome import is_outcome, joined, with_samples
+from vllm_buddy.serving.start.agreement import Served, refuse_differences
+from vllm_buddy.serving.start.attached import kv_units_of, limits_of, served_of
+from vllm_buddy.serving.start.hook import BuddyModelConfig
+from vllm_buddy.serving.start.refusal_note import telling_refusals
+from vllm_buddy.serving.telemetry.stream import chunks_with_outcome
 
 MODEL_IMPL = "buddy"
 
@@ -110,11 +74,6 @@ def apply() -> None:
 
 
 def _register_models() -> None:
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-    from vllm_buddy.serving.start.hook import BuddyModelConfig
-
     for routed in ROUTED_ARCHITECTURES.values():
         # As a string, so that vLLM imports the model code only in the processes that need it.
         if routed not in ModelRegistry.models:
@@ -135,18 +94,27 @@ def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable
     setattr(owner, name, wrapped)
 
 
+def _is_buddy(model_config: Any) -> bool:
+    """Whether a model is routed. model_config: vLLM's; None: there is no model."""
+    return getattr(model_config, "model_impl", None) == MODEL_IMPL
+
+
 def _is_routed(owner: Any) -> bool:
     """Whether what vLLM serves is routed. owner: has vLLM's ModelConfig as `model_config`, or no model at all."""
-    return getattr(getattr(owner, "model_config", None), "model_impl", None) == MODEL_IMPL
+    return _is_buddy(getattr(owner, "model_config", None))
 
 
 def _wrap_normalize_arch() -> None:
-    """Map a supported architecture to its routed class, and refuse the others by name."""
-    from vllm.model_executor.models.registry import _ModelRegistry
+    """Map a supported architecture to its routed class, and refuse the others by name.
+
+    Why: `--model-impl` accepts any string, but the registry knows a fixed list of implementations.
+    Nearest hook: `--model-class-overrides`, which does not look at `--model-impl` and calls no config hook.
+    Remove when: ModelRegistry can register an implementation for a value of `--model-impl`.
+    """
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def normalize_arch(self: Any, architecture: str, model_config: Any) -> str:
-            if getattr(model_config, "model_impl", None) != MODEL_IMPL:
+            if not _is_buddy(model_config):
                 return original(self, architecture, model_config)
             if architecture not in ROUTED_ARCHITECTURES:
                 raise UnsupportedError(
@@ -161,15 +129,17 @@ def _wrap_normalize_arch() -> None:
 
 
 def _wrap_verify() -> None:
-    """Validate a request's buddy options where vLLM validates its own: HTTP 400 in the server."""
-    from vllm.sampling_params import SamplingParams
+    """Validate a request's buddy options where vLLM validates its own: HTTP 400 in the server.
 
-    from vllm_buddy.serving.admission.options import verify_options
+    Why: vLLM does not know the options in `vllm_xargs`, and only an error raised here becomes HTTP 400.
+    Nearest hook: `SamplingParams._verify_extra_args`, which checks the range of integers only.
+    Remove when: plugins can register a validator of `extra_args`.
+    """
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def verify(self: SamplingParams, model_config: Any, *args: Any, **kwargs: Any) -> None:
             original(self, model_config, *args, **kwargs)
-            if getattr(model_config, "model_impl", None) == MODEL_IMPL:
+            if _is_buddy(model_config):
                 verify_options(self, model_config)
 
         return verify
@@ -178,11 +148,13 @@ def _wrap_verify() -> None:
 
 
 def _wrap_process_inputs() -> None:
-    """Validate what depends on the prompt, where vLLM has tokenized it and the request has not left for the engine."""
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine.input_processor import InputProcessor
+    """Validate what depends on the prompt, where vLLM has tokenized it and the request has not left for the engine.
 
-    from vllm_buddy.serving.admission.options import verify_token_ids, verify_with_prompt
+    These are the token ids and some of the options.
+
+    Why, nearest hook: as in _wrap_verify; `SamplingParams.verify` does not get the prompt.
+    Remove when: that validator gets the tokenized prompt.
+    """
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +162,7 @@ def _wrap_process_inputs() -> None:
             params = request.sampling_params
             if _is_routed(self) and isinstance(params, SamplingParams):
                 verify_token_ids(request.prompt_token_ids, self.model_config.get_vocab_size())
-                limits = self.model_config.buddy_limits
+                limits = limits_of(self.model_config)
                 verify_with_prompt(
                     params,
                     len(request.prompt_token_ids),
@@ -206,10 +178,12 @@ def _wrap_process_inputs() -> None:
 
 
 def _wrap_get_core_engine_for_request() -> None:
-    """Choose a replica by budget and load, where vLLM chooses one by load."""
-    from vllm.v1.engine.core_client import DPLBAsyncMPClient
+    """Choose a replica by budget and load, where vLLM chooses one by load and the request names none.
 
-    from vllm_buddy.serving.admission.replicas import ReplicaChooser
+    Why: batches of like budgets are faster, and vLLM's balancer looks at load alone.
+    Nearest hook: the header `X-data-parallel-rank`, which a client would have to send without knowing the load.
+    Remove when: the balancer is a class that can be named.
+    """
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_core_engine_for_request(self: DPLBAsyncMPClient, request: Any) -> Any:
@@ -227,20 +201,20 @@ def _wrap_get_core_engine_for_request() -> None:
 
 
 def _wrap_ready_response() -> None:
-    """Compare what the replicas serve, where vLLM's engines tell their front ends that they are ready."""
-    from vllm.v1.engine.core import EngineCoreProc
-    from vllm.v1.engine.core_client import MPClient
+    """Compare what the replicas serve, where vLLM's engines tell their front ends that they are ready.
 
-    from vllm_buddy.serving.compat import add_to_ready_response, told_when_ready
-    from vllm_buddy.serving.start.agreement import Served, refuse_differences
-    from vllm_buddy.serving.start.refusal_note import telling_refusals
+    Why: with `--headless`, an engine on another node has a configuration of its own, and vLLM compares it for models
+    that are mixtures of experts only.
+    Nearest hook: none.
+    Remove when: the hash in vLLM's handshake covers additional_config, for all models.
+    """
 
     def around_make(original: Callable[..., Any]) -> Callable[..., Any]:
         def make_ready_response(self: EngineCoreProc) -> Any:
             response = original(self)
             if not _is_routed(self.vllm_config):
                 return response
-            return add_to_ready_response(response, self.vllm_config.model_config.buddy_served)
+            return add_to_ready_response(response, served_of(self.vllm_config.model_config))
 
         return make_ready_response
 
@@ -250,9 +224,7 @@ def _wrap_ready_response() -> None:
             if _is_routed(self.vllm_config) and (told := told_when_ready(payload)) is not None:
                 rank, found = told
                 with telling_refusals():
-                    refuse_differences(
-                        self.vllm_config.model_config.buddy_served, [(f"replica {rank}", Served(*found))]
-                    )
+                    refuse_differences(served_of(self.vllm_config.model_config), [(f"replica {rank}", Served(*found))])
 
         return apply_ready_response
 
@@ -261,18 +233,19 @@ def _wrap_ready_response() -> None:
 
 
 def _wrap_get_kv_cache_groups() -> None:
-    """Give each KV unit a group, where the config hook chose units. vLLM imports the function late in other modules."""
-    from vllm.v1.core import kv_cache_utils
+    """Give each KV unit a group, where the config hook chose units. vLLM imports the function late in other modules.
 
-    from vllm_buddy.serving.compat import groups_by_units, units_problem
-
+    Why: vLLM groups layers by the kind of their caches, and those of one model are alike.
+    Nearest hook: a KVCacheSpec of our own per unit, which vLLM would take for several kinds of attention.
+    Remove when: a model class can name the groups (`SupportsKVCacheGrouping`, from vLLM 0.33 on).
+    """
     if units_problem():  # the config hook refuses units then
         return
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
             groups = original(vllm_config, kv_cache_spec)
-            units = vllm_config.model_config.buddy_kv_units if _is_routed(vllm_config) else None
+            units = kv_units_of(vllm_config.model_config) if _is_routed(vllm_config) else None
             return groups if units is None else groups_by_units(groups, units)
 
         return get_kv_cache_groups
@@ -281,11 +254,13 @@ def _wrap_get_kv_cache_groups() -> None:
 
 
 def _wrap_make_request_output() -> None:
-    """Tell the outcome of each sample, and all paths, where vLLM makes one output of several."""
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.output_processor import RequestState
+    """Tell the outcome of each sample, and all paths, where vLLM makes one output of several.
 
-    from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY, is_outcome, joined, with_samples
+    Why: each sample (n > 1) is a request of its own in the engine, and vLLM passes on the parameters of the one that
+    ends last; of steps that it streams together, those of the last step.
+    Nearest hook: none; `RequestOutput` has one `kv_transfer_params` for all its outputs.
+    Remove when: `CompletionOutput` has parameters of its own.
+    """
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def make_request_output(self: RequestState, *args: Any, **kwargs: Any) -> Any:
@@ -317,10 +292,11 @@ def _wrap_make_request_output() -> None:
 
 
 def _wrap_add_outputs() -> None:
-    """Keep the paths of both, where vLLM adds an output to one that the client has not read yet."""
-    from vllm.outputs import RequestOutput
+    """Keep the paths of both, where vLLM adds an output to one that the client has not read yet.
 
-    from vllm_buddy.serving.schedule.outcome import joined
+    Why: of such outputs, vLLM keeps the parameters of the last one.
+    Nearest hook, remove when: as in _wrap_make_request_output.
+    """
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def add(self: RequestOutput, next_output: RequestOutput, *args: Any, **kwargs: Any) -> None:
@@ -336,8 +312,13 @@ def _wrap_add_outputs() -> None:
 
 
 def _wrap_stat_loggers() -> None:
-    """Record the scheduler's figures beside vLLM's own, where a front end makes its loggers."""
-    from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+    """Record the scheduler's figures beside vLLM's own, where a front end makes its loggers.
+
+    Why: the metrics `vllm_buddy:*` are shown for models that are routed only, and offline too.
+    Nearest hook: the entry points `vllm.stat_logger_plugins`. One that is installed turns on the statistics of every
+    server, also of one without routing that was started with `--disable-log-stats`; and `LLM` does not load them.
+    Remove when: a plugin can decline a configuration.
+    """
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def init(self: StatLoggerManager, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -355,8 +336,12 @@ def _wrap_stat_loggers() -> None:
 
 
 def _wrap_sleep() -> None:
-    """Refuse to drop the bypass, which vLLM could not load again, before anything is paused."""
-    from vllm.v1.engine.core import EngineCore
+    """Refuse level 2, which drops the bypass, that vLLM could not load again, before anything is paused.
+
+    Why: the worker, whose class is ours, is asked after vLLM has ended all requests and paused.
+    Nearest hook: the worker's `sleep`.
+    Remove when: vLLM asks before it pauses.
+    """
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def sleep(self: EngineCore, level: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -372,19 +357,21 @@ def _wrap_sleep() -> None:
 
 
 def _wrap_do_tracing() -> None:
-    """Tell the outcome of a request in its span."""
-    from vllm.v1.engine.output_processor import OutputProcessor
+    """Add budget and depth to the span of a request.
 
-    from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY
+    Why: vLLM makes the span, with a fixed list of attributes, and ends it in one call.
+    Nearest hook: OpenTelemetry's span processors, which see the span but not the request; one is used.
+    Remove when: vLLM takes further attributes.
+    """
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def do_tracing(self: OutputProcessor, engine_core_output: Any, *args: Any, **kwargs: Any) -> None:
             outcome = (engine_core_output.kv_transfer_params or {}).get(OUTCOME_KEY)
             if outcome is None:
                 return original(self, engine_core_output, *args, **kwargs)
-            from vllm_buddy.serving.telemetry.spans import with_outcome
+            from vllm_buddy.serving.telemetry.spans import spans_with_outcome
 
-            with with_outcome(outcome):
+            with spans_with_outcome(outcome):
                 return original(self, engine_core_output, *args, **kwargs)
 
         return do_tracing
@@ -393,9 +380,14 @@ def _wrap_do_tracing() -> None:
 
 
 def _wrap_stream(serving: type, method: str) -> None:
-    """Stream what the scheduler tells of a request, its paths only if it asks for them."""
-    from vllm_buddy.serving.admission.options import wants_paths
-    from vllm_buddy.serving.telemetry.stream import with_outcome
+    """Stream the outcome of a request in its last chunk, and its paths, if it asks for them, in chunks of their own.
+
+    serving: OpenAIServingChat or OpenAIServingCompletion. method: its generator of chunks.
+
+    Why: vLLM's streamed chunks leave out the `kv_transfer_params` that its whole responses have.
+    Nearest hook: `--middleware`, which would have to parse the answers of all requests.
+    Remove when: vLLM streams `kv_transfer_params`.
+    """
 
     def around(original: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
         signature = inspect.signature(original)
@@ -406,7 +398,7 @@ def _wrap_stream(serving: type, method: str) -> None:
             call = signature.bind(self, request, *args, **kwargs)
             # A subclass writes the chunks in another protocol: Anthropic's takes one without choices for the end.
             tells_paths = wants_paths(request.vllm_xargs) and type(self) is serving
-            return with_outcome(original, call, tells_paths=tells_paths)
+            return chunks_with_outcome(original, call, tells_paths=tells_paths)
 
         return stream
 

@@ -1,11 +1,12 @@
 """The settings of `vllm-buddy train-drafts`, read from a YAML file and KEY=VALUE overrides."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_buddy.method.budget import MIN_DEPTH
+from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
+from vllm_buddy.models.torch_device import Dtype
 from vllm_buddy.training.stage1_settings import Source
 
 
@@ -18,11 +19,7 @@ class DraftTrainingSettings(BaseModel):
     artifact: str | None = Field(
         default=None, description="folder or name of the artifact that gets them; absent: the shipped artifact"
     )
-    model: Path | None = Field(
-        default=None,
-        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
-        "embedded model)",
-    )
+    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
     data: tuple[Source, ...] = Field(min_length=1, description="training text: files, and data sets of `datasets`")
     data_dir: Path | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
@@ -80,7 +77,7 @@ class DraftTrainingSettings(BaseModel):
         default=1.0, gt=0, description="largest norm of an exit's gradient; larger ones are scaled down"
     )
     top_logits: int = Field(default=64, ge=1, description="logits of the full model that exits are trained on")
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="dtype of the model's passes")
+    dtype: Dtype = Field(default="bfloat16", description="dtype of the model's passes")
     seed: int = Field(default=0, ge=0, description="seed of all random draws")
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from vllm_buddy.errors import TrainingError
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_head import frequent_tokens
 from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.torch_device import find_device, torch_dtype
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.draft_fit import DraftTeacher, Right, fit_exits, fit_gaps, measure
 from vllm_buddy.training.draft_search import DraftCandidate, search_drafts
@@ -53,10 +54,7 @@ def train_drafts(
     """
     artifact = load_artifact(artifact_dir)
     base = artifact.config.base_model
-    if not base.same_model(found := identify(model_dir)):
-        raise TrainingError(
-            f"artifact '{artifact.config.name}' was made for {base.summary()}, but the model is {found.summary()}"
-        )
+    artifact.require_base(identify(model_dir), TrainingError)
     wanted = [*settings.depths, *(() if settings.refine_depth is None else (settings.refine_depth,))]
     if wanted[-1] >= base.num_layers:
         raise TrainingError(f"drafts of {wanted[-1]} layers were asked for, the model has {base.num_layers}")
@@ -84,10 +82,10 @@ def train_drafts(
     if settings.vocabulary is not None:
         shares = [source.weight for source in settings.data]
         vocabulary = frequent_tokens(corpus.counts(shares, base.vocab_size, held_out), settings.vocabulary)
-    model: Any = load_model(model_dir, getattr(torch, settings.dtype)).requires_grad_(False)
+    model: Any = load_model(model_dir, torch_dtype(settings.dtype)).requires_grad_(False)
     if artifact.lora is not None:
         artifact.lora.merge_into(model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(find_device("auto"))
     text = corpus.take(settings.search_tokens)
     searched = search_drafts(model, text, artifact, wanted, settings.row_cost, note, vocabulary)
     drafting = max((c for c in searched if c.depth in settings.depths), key=lambda c: c.gain)

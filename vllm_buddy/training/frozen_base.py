@@ -14,6 +14,7 @@ from torch import nn
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method.sharded import is_split, set_layer_shards
 from vllm_buddy.models.folder import load_config, load_model
+from vllm_buddy.models.torch_device import torch_dtype
 from vllm_buddy.training.stage1_settings import Stage1Settings
 
 MESH_DIM = "fsdp"  # the name by which peft knows that a module computes its whole output from a shard
@@ -45,7 +46,7 @@ def load_base(settings: Stage1Settings, folder: Path, accelerator: Any) -> nn.Mo
     Raises:
         ModelError, UnsupportedError: see load_model.
     """
-    dtype = getattr(torch, settings.dtype)
+    dtype = torch_dtype(settings.dtype)
     if not settings.shard_base:
         model = load_model(folder, dtype, accelerator.device, settings.base_quantisation)
         return model.requires_grad_(False)

@@ -10,7 +10,7 @@ from torch import nn
 
 from vllm_buddy.method import DecisionModule, LayerPath, path_of
 from vllm_buddy.method.path import path_mask
-from vllm_buddy.method.router import OMEGA
+from vllm_buddy.method.router import standardised
 from vllm_buddy.method.token_router import TokenRoute, TokenRouter, TokenSchedule
 from vllm_buddy.training.observations import UNROUTED
 
@@ -118,11 +118,10 @@ class LearnedRouting:
     prior: [num_layers - 2], larger for more important layers.
     """
 
-    def __init__(self, decision: DecisionModule, values: torch.Tensor, prior: np.ndarray, omega: float = OMEGA) -> None:
+    def __init__(self, decision: DecisionModule, values: torch.Tensor, prior: np.ndarray) -> None:
         self.decision = decision
         self._values = values
-        prior = np.asarray(prior, dtype=np.float64)
-        self._bias = torch.from_numpy(omega * (prior - prior.mean()) / (prior.std() + 1e-12)).to(values)
+        self._bias = torch.from_numpy(standardised(np.asarray(prior, dtype=np.float64))).to(values)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.decision.parameters())

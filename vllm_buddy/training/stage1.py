@@ -33,7 +33,7 @@ from vllm_buddy.method.budget import depth_for_budget
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
-from vllm_buddy.method.router import OMEGA
+from vllm_buddy.method.router import OMEGA, standardised
 from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.frozen_base import check_processes, load_base
@@ -193,7 +193,7 @@ def _fit_router(
     measured = measure_paths(run.path_losses, windows, library, depths, num_layers)
     values = value_table(run.model).to("cpu")
     context = torch.from_numpy(run.corpus.sequences[windows, : settings.router_context].astype(np.int64))
-    bias = torch.from_numpy(OMEGA * (prior - prior.mean()) / (prior.std() + 1e-12)).float()
+    bias = torch.from_numpy(standardised(prior)).float()
     fit = fit_decision(
         values[context].mean(dim=1), values[context[:, -1]], measured, bias, DECISION_WIDTH, settings.seed
     )

@@ -8,7 +8,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from vllm_buddy.errors import TrainingError
+from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.quantised import Quantisation
+from vllm_buddy.models.torch_device import Dtype
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -97,11 +99,7 @@ class Stage1Settings(BaseModel):
     data_dir: Path | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )
-    model: Path | None = Field(
-        default=None,
-        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
-        "embedded model)",
-    )
+    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
     base_model_id: str | None = Field(default=None, description="hub id of the model (absent: the folder's name)")
     name: str | None = Field(default=None, description="name of the artifact (absent: the name of `out`)")
     recipe: Literal["bypass", "distill", "paper"] = Field(
@@ -212,7 +210,7 @@ class Stage1Settings(BaseModel):
     search_tokens: int = Field(
         default=2560, ge=1, description="tokens of text that paths are compared on in the search"
     )
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="dtype of the forward pass")
+    dtype: Dtype = Field(default="bfloat16", description="dtype of the forward pass")
     base_quantisation: Quantisation | None = Field(
         default=None,
         description="int8 or nf4: the base model's linear layers in 8 or 4 bits, which saves memory; the artifact is "

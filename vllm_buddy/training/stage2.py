@@ -21,6 +21,7 @@ from vllm_buddy.method import FoldedPredictor
 from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.models.torch_device import find_device, torch_dtype
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
 from vllm_buddy.training.stage2_settings import Stage2Settings
 
@@ -57,12 +58,8 @@ def run_stage2(
         BuddyError: settings, data, artifact or model cannot be used.
     """
     artifact = load_artifact(artifact_dir).without_predictor()
+    artifact.require_base(identify(model_dir), TrainingError)
     base = artifact.config.base_model
-    found = identify(model_dir)
-    if not base.same_model(found):
-        raise TrainingError(
-            f"artifact '{artifact.config.name}' was made for {base.summary()}, but the model is {found.summary()}"
-        )
     depths = _grid(settings, artifact)
     tokenizer = load_tokenizer(model_dir)
     shape = SampleShape(settings.context, settings.prompt, settings.answer)
@@ -72,8 +69,8 @@ def run_stage2(
         files[source.file.name] = file.sha256
         count = round(settings.examples * source.weight)
         samples.append(request_samples(file, tokenizer, (0.0, source.share), count, shape, settings.seed))
-    model = load_model(model_dir, getattr(torch, settings.dtype))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(model_dir, torch_dtype(settings.dtype))
+    model.to(find_device("auto"))
     cache = settings.cache_dir or settings.out
     losses = []
     for source, part in zip(settings.data, samples):

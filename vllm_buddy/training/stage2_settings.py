@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
+from vllm_buddy.models.torch_device import Dtype
 from vllm_buddy.training.stage1_settings import DataSource
 
 
@@ -17,11 +19,7 @@ class Stage2Settings(BaseModel):
     artifact: str | None = Field(
         default=None, description="folder or name of the artifact that gets a predictor; absent: the shipped artifact"
     )
-    model: Path | None = Field(
-        default=None,
-        description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
-        "embedded model)",
-    )
+    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
     data: tuple[DataSource, ...] = Field(min_length=1, description="files of requests like those that will be served")
     data_dir: Path | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
@@ -62,7 +60,7 @@ class Stage2Settings(BaseModel):
     learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False, description="learning rate of AdamW")
     weight_decay: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="weight decay of AdamW")
     held_out: float = Field(default=0.2, gt=0, lt=1, description="share of the samples that choose the weights to keep")
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="dtype in which losses are measured")
+    dtype: Dtype = Field(default="bfloat16", description="dtype in which losses are measured")
     seed: int = Field(default=0, ge=0, description="seed of all random draws")
     cache_dir: Path | None = Field(default=None, description="folder for the measured losses; absent: `out`")
 

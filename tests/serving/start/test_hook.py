@@ -675,7 +675,9 @@ def test_settings_of_drafts_that_cannot_be_are_refused(llama_model: Tiny) -> Non
 def test_adapters_need_a_policy_that_leaves_their_keys_alone(llama_model: Tiny) -> None:
     """Fails if skipped layers write K and V without the request's adapter."""
     configure(llama_model, {"kv_policy": "masked"}, enable_lora=True)
-    assert "choose masked or zero" in refusal(llama_model, {"kv_policy": "kv_only"}, enable_lora=True)
+    refused = refusal(llama_model, {"kv_policy": "kv_only"}, enable_lora=True)
+    assert "kv_policy: kv_only projects" in refused
+    assert "choose masked or zero" in refused
 
 
 @pytest.mark.parametrize("buddy", [{"graphs": {"enabled": True}}, {"graphs": {"sizes": [1, 2]}}])

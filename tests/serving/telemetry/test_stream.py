@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_buddy.serving.telemetry.stream import with_outcome
+from vllm_buddy.serving.telemetry.stream import chunks_with_outcome
 
 OUTCOME = {"buddy": {"depth": 4}}
 
@@ -40,7 +40,7 @@ def streamed(*, tells_paths: bool, error_at: int | None = None) -> tuple[list[st
 
     async def both() -> tuple[list[str], list[str]]:
         call = inspect.signature(chunks).bind(results(), error_at)
-        with_it = [chunk async for chunk in with_outcome(chunks, call, tells_paths=tells_paths)]
+        with_it = [chunk async for chunk in chunks_with_outcome(chunks, call, tells_paths=tells_paths)]
         return [chunk async for chunk in chunks(results(), error_at)], with_it
 
     return asyncio.run(both())

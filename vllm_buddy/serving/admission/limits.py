@@ -12,7 +12,7 @@ from vllm_buddy.errors import BudgetError, SettingsError, shown
 from vllm_buddy.method import LayerPath, depth_for_budget, parse_budget, runs_enough, smallest_budget
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.serving.admission.auto_limits import AutoBudget, AutoLimits
-from vllm_buddy.serving.admission.options import (
+from vllm_buddy.serving.admission.option_names import (
     AUTO_KEYS,
     AUTO_MAX_KEY,
     AUTO_MIN_KEY,
@@ -24,8 +24,8 @@ from vllm_buddy.serving.admission.options import (
     PRICE_KEY,
     PROMPT_KEY,
     ROUTED_PROMPT,
-    OptionError,
 )
+from vllm_buddy.serving.admission.options import OptionError
 from vllm_buddy.serving.start.setting_sections import AUTO
 from vllm_buddy.serving.start.settings import BuddySettings
 
@@ -44,7 +44,7 @@ class FixedBudget:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What a server allows its requests. An attribute of vLLM's ModelConfig, `buddy_limits`, set at start.
+    """What a server allows its requests. Attached to vLLM's ModelConfig at start (start/attached.py).
 
     min_budget, max_budget: of what a request may ask for.
     layers: those that the path of some request may hold; workers load no others.

@@ -13,19 +13,16 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_buddy.errors import BudgetError, shown
+from vllm_buddy.serving.admission.option_names import (
+    BUDGET_KEY,
+    CONTEXT_TOKENS_KEY,
+    KEYS,
+    PATHS_KEY,
+    PROMPT_KEY,
+    ROUTED_PROMPT,
+)
+from vllm_buddy.serving.start.attached import limits_of
 
-BUDGET_KEY = "buddy_budget"
-CONTEXT_TOKENS_KEY = "buddy_context_tokens"
-PRICE_KEY = "buddy_price"
-AUTO_MIN_KEY = "buddy_auto_min"
-AUTO_MAX_KEY = "buddy_auto_max"
-PROMPT_KEY = "buddy_prompt"
-ROUTED_PROMPT, FULL_PROMPT = "routed", "full"
-MODE_KEY = "buddy_mode"
-BUDGET_MODE, LOSSLESS = "budget", "lossless"
-PATHS_KEY = "buddy_paths"
-AUTO_KEYS = (PRICE_KEY, AUTO_MIN_KEY, AUTO_MAX_KEY)
-_KEYS = (BUDGET_KEY, PROMPT_KEY, MODE_KEY, CONTEXT_TOKENS_KEY, PATHS_KEY, *AUTO_KEYS)
 _PREFIX = "buddy"
 _ALIKE = 0.85  # similarity, from 0 to 1, from which a key is a misspelt one of ours: `budy_budget` has 0.96
 _LONGEST_KEY = 64
@@ -46,7 +43,7 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
 
     Checks everything that does not depend on the prompt; see verify_with_prompt for the rest.
 
-    model_config: vLLM's, with the server's RequestLimits as `buddy_limits`.
+    model_config: vLLM's, with the server's RequestLimits attached (see start/attached.py).
     """
     extra_args = params.extra_args or {}
     for number, key in enumerate(extra_args):
@@ -55,7 +52,7 @@ def verify_options(params: SamplingParams, model_config: Any) -> None:
     if (paths := extra_args.get(PATHS_KEY)) not in (None, True, False):
         raise _refused(PATHS_KEY, f"{PATHS_KEY}: {shown(paths)} is not true or false", paths)
     try:
-        model_config.buddy_limits.resolve(extra_args)
+        limits_of(model_config).resolve(extra_args)
     except OptionError as error:
         raise _refused(error.key, f"{error.key}: {error}", extra_args.get(error.key)) from None
 
@@ -85,7 +82,7 @@ def verify_with_prompt(
                 f"may ask for is {max_budget:g}",
                 None,
             )
-        asked = {key: extra_args[key] for key in _KEYS if extra_args.get(key) is not None}
+        asked = {key: extra_args[key] for key in KEYS if extra_args.get(key) is not None}
         for key, value in asked.items():
             raise _refused(
                 key, f"{key}: a streaming-input session runs at full depth; leave out {', '.join(asked)}", value
@@ -138,7 +135,7 @@ def _is_misspelt(key: Any, *, compare: bool) -> bool:
 
     compare: also with keys that begin otherwise.
     """
-    if not isinstance(key, str) or key in _KEYS:
+    if not isinstance(key, str) or key in KEYS:
         return False
     return _plain(key).startswith(_PREFIX) or (compare and bool(_alike(_plain(key), _ALIKE)))
 
@@ -146,13 +143,13 @@ def _is_misspelt(key: Any, *, compare: bool) -> bool:
 def _unknown(key: str) -> str:
     meant = _alike(_plain(key), 0.6)
     suggestion = f"did you mean '{meant[0]}'? " if meant else ""
-    return f"unknown option {shown(key)}; {suggestion}vllm_buddy knows {', '.join(_KEYS)}"
+    return f"unknown option {shown(key)}; {suggestion}vllm_buddy knows {', '.join(KEYS)}"
 
 
 @lru_cache(maxsize=4096)  # vLLM checks the options of a request once for each of its prompts
 def _alike(plain: str, cutoff: float) -> tuple[str, ...]:
     """The known key that is most like a key, if any is; neither case nor the kind of separator counts: see `_plain`."""
-    return tuple(get_close_matches(plain, _KEYS, n=1, cutoff=cutoff))
+    return tuple(get_close_matches(plain, KEYS, n=1, cutoff=cutoff))
 
 
 def _plain(key: str) -> str:

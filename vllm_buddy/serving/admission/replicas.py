@@ -1,14 +1,13 @@
 """Which of vLLM's data-parallel replicas runs a request: by its depth and their load."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.serving.admission.affinity import BudgetAffinity
 from vllm_buddy.serving.admission.auto_limits import AutoBudget
 from vllm_buddy.serving.admission.chooser import BudgetChooser
-from vllm_buddy.serving.admission.limits import RequestLimits
 from vllm_buddy.serving.compat import replica_loads
+from vllm_buddy.serving.start.attached import limits_of
 from vllm_buddy.serving.start.settings import engine_settings
 
 if TYPE_CHECKING:
@@ -21,16 +20,15 @@ class ReplicaChooser:
 
     def __init__(self, vllm_config: "VllmConfig") -> None:
         self._settings = engine_settings(vllm_config)
-        self._limits: RequestLimits = vllm_config.model_config.buddy_limits
+        self._limits = limits_of(vllm_config.model_config)
         # Behind max_num_seqs requests, another waits.
         spill = min(self._settings.affinity.spill, vllm_config.scheduler_config.max_num_seqs)
         self._affinity = BudgetAffinity(spill)
         # The scheduler has a chooser in another process. This one is never told of load. Made now, not at the first
         # "auto", because reading an artifact holds up what streams.
-        assert self._settings.artifact is not None
         self._chooser = None
         if self._settings.affinity.enabled and self._limits.auto is not None:
-            artifact = load_artifact(Path(self._settings.artifact))
+            artifact = load_artifact(self._settings.artifact_folder)
             self._chooser = BudgetChooser.from_settings(self._settings, artifact, self._limits.auto)
 
     def rank(self, client: Any, request: "EngineCoreRequest") -> int | None:

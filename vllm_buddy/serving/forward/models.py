@@ -25,6 +25,7 @@ from vllm_buddy.serving.forward.pipeline import hand_on, is_here, stage_of, stat
 from vllm_buddy.serving.kv.kv_only import keep_kv_weights
 from vllm_buddy.serving.schedule import SCHEDULER
 from vllm_buddy.serving.start.agreement import load_agreed_artifact
+from vllm_buddy.serving.start.attached import limits_of
 from vllm_buddy.serving.start.settings import engine_settings
 
 # By name: it builds on the forward pass, so an import here would go the wrong way.
@@ -148,7 +149,7 @@ class _Routed(_CausalLM):
                 "start it with --model-impl buddy"
             )
         artifact = load_agreed_artifact(vllm_config)
-        with with_layers(vllm_config.model_config.buddy_limits.layers):
+        with with_layers(limits_of(vllm_config.model_config).layers):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         backbone: Any = self.model
         backbone.__class__ = type(f"Routed{type(backbone).__name__}", (RoutedBackbone, type(backbone)), {})

@@ -136,8 +136,6 @@ class DecodeGraphs:
         self._pieces: dict[tuple[int, Any], Replay] = {}  # by size and piece
         self.paths = GraphCache(memory_limit, _CAPTURE_AFTER)
 
-    # --- what a step is ----------------------------------------------------------------------------------------
-
     def step(self, batch: StepBatch, places: RunPlaces) -> GraphedStep | None:
         """Fill the buffers for a decode step. None if it is no decode step, or too large, or its layers need their own
         block tables and there is no room for these."""
@@ -197,8 +195,6 @@ class DecodeGraphs:
         self.paths.put(key, replay, num_bytes)
         return self.paths.get(key)
 
-    # --- capturing ---------------------------------------------------------------------------------------------
-
     def capture_pieces(self) -> int:
         """Capture the graphs of all layers for every size; returns the memory that they and the layers' block tables
         take, in bytes. It is taken off the memory for graphs of whole paths.
@@ -229,8 +225,6 @@ class DecodeGraphs:
 
     def _pieces_of(self, uses: Uses) -> list[tuple[int, Use]]:
         return [(layer, use) for layer, use in enumerate(uses) if use is not Use.NONE or self._leaves_something]
-
-    # --- what is captured --------------------------------------------------------------------------------------
 
     def _path(self, size: int, uses: Uses, groups: Groups) -> None:
         """A whole step."""

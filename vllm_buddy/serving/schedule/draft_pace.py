@@ -18,7 +18,7 @@ follows from these estimates.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from vllm_buddy.serving.schedule.step_costs import EXPECTED_ROW, StepCosts
 from vllm_buddy.serving.start.setting_sections import DraftSettings
 from vllm_buddy.serving.start.settings import BuddySettings
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 # What `--speculative-config` names as its model, with method custom_class.
 DEPTH_DRAFTS = "vllm_buddy.serving.worker.depth_drafts.DepthDrafts"
 
@@ -41,6 +44,12 @@ _SHARE = 0.3  # of the layers, for a draft: where SmolLM2's depth profile predic
 PROBE_EVERY = 48  # steps without drafts until one is tried, which costs about 1%
 _PRIOR_WEIGHT = 4.0  # drafts that the expectation before the first counts as
 _MEMORY, _SERVER_MEMORY = 0.9, 0.98  # weight of what was known, per step with drafts: of one request, and of all
+
+
+def drafts_by_depth(vllm_config: "VllmConfig") -> bool:
+    """Whether a server's drafter is DepthDrafts."""
+    spec = vllm_config.speculative_config
+    return spec is not None and spec.method == "custom_class" and spec.model == DEPTH_DRAFTS
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 The scheduler's process counts and the API server's process is scraped (`telemetry/stat_logger.py`).
 """
 
+import time
 from collections.abc import Iterable
 from functools import reduce
 from operator import or_
@@ -12,6 +13,27 @@ from vllm_buddy.serving.admission.slo import Objectives
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import Executed, StepPlan
 from vllm_buddy.serving.telemetry.families import Figures, budget_label
+
+
+class Stopwatch:
+    """Adds up the time spent within `with` blocks, once where one stands in another. seconds: so far."""
+
+    __slots__ = ("_depth", "_started", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+        self._started = 0.0
+
+    def __enter__(self) -> None:
+        if self._depth == 0:
+            self._started = time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.seconds += time.perf_counter() - self._started
 
 
 class EngineMetrics:

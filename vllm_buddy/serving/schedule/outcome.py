@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm_buddy.method import LayerPath, Route, Run, layers_of
+from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 from vllm_buddy.serving.schedule.plan import Executed
 
-OUTCOME_KEY = "buddy"  # of the outcome, in a response's kv_transfer_params
 _WHOLE = "mode"  # a key that an outcome has, and paths that are told before it have not
 
 

@@ -1,8 +1,10 @@
 """The plan: the paths of all tokens of one engine step, sent from the scheduler to every worker."""
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
-from vllm_buddy.method import LayerPath, Run
+from vllm_buddy.method import LayerPath, Route, Run
 
 
 class LayerPlaces(NamedTuple):
@@ -37,6 +39,20 @@ class RequestPlan(NamedTuple):
     wanted_ngrams: int = 0
     wanted_drafts: int = 0
     places: LayerPlaces | None = None
+
+
+def runs_with_drafts(
+    route: Route, start: int, num_tokens: int, token_ids: Sequence[int], drafts: Sequence[int]
+) -> list[Run]:
+    """Runs of tokens of which the last ones are drafts: what the request will run if all are accepted.
+
+    They are decided on a copy, so that no decision that is kept has seen a draft. vLLM pads drafts with -1, which is
+    never accepted; such tokens run on with the one before them.
+    """
+    known = [*token_ids, *takewhile(lambda token_id: token_id >= 0, drafts)]
+    num_padded = len(token_ids) + len(drafts) - len(known)
+    *runs, last = route.copy().runs(start, num_tokens - num_padded, known)
+    return [*runs, Run(last.num_tokens + num_padded, last.path)]
 
 
 StepPlan = dict[str, RequestPlan]

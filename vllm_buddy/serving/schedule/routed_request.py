@@ -8,6 +8,7 @@ from vllm_buddy.method import LayerPath, Route
 from vllm_buddy.serving.admission.auto_limits import AutoBudget
 from vllm_buddy.serving.schedule.draft_pace import RequestDrafts
 from vllm_buddy.serving.schedule.outcome import Outcome
+from vllm_buddy.serving.schedule.plan import LayerPlaces
 from vllm_buddy.serving.schedule.request_units import RequestUnits
 
 
@@ -37,3 +38,10 @@ class RoutedRequest:
     chain_ended: bool = False
     units: RequestUnits | None = None
     sent_layers: LayerPath = 0
+
+    def new_places(self, *, starts: bool) -> LayerPlaces | None:
+        """What the workers do not know yet of where its layers lie. starts: whether they know nothing of it."""
+        if self.units is None or (not starts and self.units.held == self.sent_layers):
+            return None
+        self.sent_layers = self.units.held
+        return self.units.layer_places()

@@ -5,9 +5,7 @@ workers with vLLM's SchedulerOutput, and the layers executed come back with its 
 """
 
 import time
-from collections.abc import Sequence
-from itertools import islice, takewhile
-from pathlib import Path
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -16,30 +14,31 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
-from vllm_buddy.method import Route, Run
-from vllm_buddy.method.kv_units import KVUnits
+from vllm_buddy.method import Route
 from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.latency import LatencyMeter
-from vllm_buddy.serving.admission.limits import FixedBudget, RequestLimits
+from vllm_buddy.serving.admission.limits import FixedBudget
+from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
 from vllm_buddy.serving.compat import add_figures, finished_params, first_prefill
 from vllm_buddy.serving.schedule.auto_again import choose_again, lower
 from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPasses
-from vllm_buddy.serving.schedule.metrics import EngineMetrics
+from vllm_buddy.serving.schedule.metrics import EngineMetrics, Stopwatch
 from vllm_buddy.serving.schedule.outcome import Outcome, described
 from vllm_buddy.serving.schedule.plan import (
     EXECUTED_ATTRIBUTE,
     PLAN_ATTRIBUTE,
     Executed,
-    LayerPlaces,
     RequestPlan,
     StepPlan,
+    runs_with_drafts,
 )
 from vllm_buddy.serving.schedule.prefix_cache import end_hash_chain, limit_publishing, salt
 from vllm_buddy.serving.schedule.request_units import RequestUnits
 from vllm_buddy.serving.schedule.route_maker import RouteMaker
 from vllm_buddy.serving.schedule.routed_request import RoutedRequest
 from vllm_buddy.serving.schedule.unit_blocks import use_units
+from vllm_buddy.serving.start.attached import kv_units_of, limits_of
 from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 
 if TYPE_CHECKING:
@@ -58,15 +57,14 @@ class _Routing(_Base):
     def __init__(self, vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         settings = engine_settings(vllm_config)
-        assert settings.artifact is not None  # the config hook resolved it to a folder
-        artifact = load_artifact(Path(settings.artifact))
-        self._limits: RequestLimits = vllm_config.model_config.buddy_limits
+        artifact = load_artifact(settings.artifact_folder)
+        self._limits = limits_of(vllm_config.model_config)
         self._salt_prefix = f"{artifact.digest}:{settings.kv}"
         self._routes = RouteMaker.of(settings, artifact, _decision_lag(settings, vllm_config))
         self._routed: dict[str, RoutedRequest] = {}  # by request id
         self._checked: dict[str, Executed] = {}  # of requests with drafts in the step that is being taken in
         self._blocked: set[str] = set()  # ids of requests that wait for their grammar, which depth does not shorten
-        self._routing_seconds = 0.0  # of the current step
+        self._routing_time = Stopwatch()  # of the current step
         self._metrics = EngineMetrics(collects=self.log_stats)
         self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
         self._meter = None if settings.slo is None else LatencyMeter()
@@ -78,12 +76,10 @@ class _Routing(_Base):
             self._drafting = Drafting(passes, settings.drafts, self.num_spec_tokens)
             # vLLM reserves no slots for what a drafter of method custom_class writes.
             self.num_lookahead_tokens = self.num_spec_tokens
-        self._units: KVUnits | None = vllm_config.model_config.buddy_kv_units
+        self._units = kv_units_of(vllm_config.model_config)
         if self._units is not None:
             use_units(self.kv_cache_manager, self._units_of)
         limit_publishing(self.kv_cache_manager.coordinator, self._publishable_tokens)
-
-    # --- one request -------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
         """Decide the paths of the prompt, and salt the request's prefix-cache keys with its path."""
@@ -145,9 +141,8 @@ class _Routing(_Base):
         """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""
         routed = self._routed[request.request_id]
         route = routed.route
-        started = time.perf_counter()
-        route.decide(num_tokens, request.all_token_ids)
-        self._routing_seconds += time.perf_counter() - started
+        with self._routing_time:
+            route.decide(num_tokens, request.all_token_ids)
         uniform = route.uniform_length
         if uniform is None:
             return num_tokens
@@ -181,23 +176,19 @@ class _Routing(_Base):
             outcome["paths"] = described(runs, self._limits.num_layers)
         return finished_params(freed, outcome)
 
-    # --- one step ----------------------------------------------------------------------------------------------
-
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's step, with the plan attached."""
-        self._routing_seconds = 0.0
+        self._routing_time.seconds = 0.0
         self._choose_again_for_waiting()
         self._lower_running()
-        started = time.perf_counter()
-        self._routes.see_newest((self._routed[r.request_id].route, r.all_token_ids) for r in self.running)
-        self._routing_seconds += time.perf_counter() - started
+        with self._routing_time:
+            self._routes.see_newest((self._routed[r.request_id].route, r.all_token_ids) for r in self.running)
         output = super().schedule(*args, **kwargs)
-        started = time.perf_counter()
-        plan = self._plan(output)
-        setattr(output, PLAN_ATTRIBUTE, plan)
+        with self._routing_time:
+            plan = self._plan(output)
+            setattr(output, PLAN_ATTRIBUTE, plan)
         if output.num_scheduled_tokens:
-            self._routing_seconds += time.perf_counter() - started
-            self._metrics.observe_routing(self._routing_seconds)
+            self._metrics.observe_routing(self._routing_time.seconds)
             self._metrics.observe_plan(plan)
             self._step_started = time.perf_counter()
             for new in output.scheduled_new_reqs:
@@ -209,15 +200,14 @@ class _Routing(_Base):
         """With service objectives, decide "auto" again for what may leave the queue: see auto_again.py."""
         if self._meter is None or self._chooser is None or not self.waiting:
             return
-        started = time.perf_counter()
         room = max(0, self.max_num_running_reqs - len(self.running))
         free = (r for r in self.waiting if r.request_id not in self._blocked)
-        starting = [(r, self._routed[r.request_id]) for r in islice(free, min(room, _MOST_STARTING))]
-        for request, routed in choose_again(starting, self._chooser):
-            routed.route = self._new_route(request, routed.outcome.budget)
-            salt(request, None)
-            self._prepare_cache(request, routed)
-        self._routing_seconds += time.perf_counter() - started
+        with self._routing_time:
+            starting = [(r, self._routed[r.request_id]) for r in islice(free, min(room, _MOST_STARTING))]
+            for request, routed in choose_again(starting, self._chooser):
+                routed.route = self._new_route(request, routed.outcome.budget)
+                salt(request, None)
+                self._prepare_cache(request, routed)
 
     def _lower_running(self) -> None:
         """Where the price has risen, lower decoding requests of budget "auto": see auto_again.py.
@@ -227,9 +217,8 @@ class _Routing(_Base):
         """
         if self._chooser is None or not self._lowers_running or self._chooser.level == 0:
             return
-        started = time.perf_counter()
-        lower(((r, self._routed[r.request_id]) for r in self.running), self._chooser)
-        self._routing_seconds += time.perf_counter() - started
+        with self._routing_time:
+            lower(((r, self._routed[r.request_id]) for r in self.running), self._chooser)
 
     def _plan(self, output: SchedulerOutput) -> StepPlan:
         starting = {request.req_id for request in output.scheduled_new_reqs}
@@ -244,12 +233,12 @@ class _Routing(_Base):
             end, first = request.num_computed_tokens, routed.route.first_path if req_id in starting else None
             drafts = output.scheduled_spec_decode_tokens.get(req_id, ())
             if drafts:
-                runs = _runs_with_drafts(routed.route, end - num_tokens, num_tokens, request.all_token_ids, drafts)
+                runs = runs_with_drafts(routed.route, end - num_tokens, num_tokens, request.all_token_ids, drafts)
             else:
                 runs = routed.route.runs(end - num_tokens, num_tokens, request.all_token_ids)
             routed.planned = max(routed.planned, end - len(drafts))
             num_prompt = max(0, min(end, request.num_prompt_tokens) - (end - num_tokens))
-            places = _new_places(routed, starts=first is not None)
+            places = routed.new_places(starts=first is not None)
             plan[req_id] = RequestPlan(tuple(runs), first, num_prompt, len(drafts), places=places)
         if self._drafting is not None:
             self._ask_for_drafts(plan)
@@ -344,7 +333,7 @@ class _Routing(_Base):
             num_new = request.num_tokens - 1 - routed.told
             if num_new > 0:
                 runs = routed.route.runs(routed.told, num_new, request.all_token_ids)
-                output.kv_transfer_params = {"buddy": {"paths": described(runs, self._limits.num_layers)}}
+                output.kv_transfer_params = {OUTCOME_KEY: {"paths": described(runs, self._limits.num_layers)}}
                 routed.told += num_new
 
     def _observe_load(self, *, idle: bool) -> None:
@@ -390,29 +379,6 @@ def _num_right(req_id: str, model_runner_output: Any) -> int:
     """How many of a request's drafts the step confirmed."""
     sampled = model_runner_output.sampled_token_ids
     return max(0, len(sampled[model_runner_output.req_id_to_index[req_id]]) - 1) if sampled else 0
-
-
-def _runs_with_drafts(
-    route: Route, start: int, num_tokens: int, token_ids: Sequence[int], drafts: Sequence[int]
-) -> list[Run]:
-    """Runs of tokens of which the last ones are drafts: what the request will run if all are accepted.
-
-    They are decided on a copy, so that no decision that is kept has seen a draft. vLLM pads drafts with -1, which is
-    never accepted; such tokens run on with the one before them.
-    """
-    known = [*token_ids, *takewhile(lambda token_id: token_id >= 0, drafts)]
-    num_padded = len(token_ids) + len(drafts) - len(known)
-    *runs, last = route.copy().runs(start, num_tokens - num_padded, known)
-    return [*runs, Run(last.num_tokens + num_padded, last.path)]
-
-
-def _new_places(routed: RoutedRequest, *, starts: bool) -> LayerPlaces | None:
-    """What the workers do not know yet of where a request's layers lie. starts: whether they know nothing of it."""
-    units = routed.units
-    if units is None or (not starts and units.held == routed.sent_layers):
-        return None
-    routed.sent_layers = units.held
-    return units.layer_places()
 
 
 def _decision_lag(settings: BuddySettings, vllm_config: "VllmConfig") -> int:

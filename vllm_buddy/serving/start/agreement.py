@@ -8,7 +8,6 @@ for each other for ever; replicas that differ would answer differently.
 import json
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed
@@ -17,6 +16,7 @@ from vllm.distributed.parallel_state import get_world_group
 from vllm_buddy import __version__
 from vllm_buddy.artifact import Artifact, load_artifact
 from vllm_buddy.errors import ArtifactError, SettingsError
+from vllm_buddy.serving.start.attached import served_of
 from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 
 if TYPE_CHECKING:
@@ -84,14 +84,13 @@ def load_agreed_artifact(vllm_config: "VllmConfig") -> Artifact:
         SettingsError: on every rank, if one of them differs from the configuration of the first or has no artifact.
     """
     settings = engine_settings(vllm_config)
-    assert settings.artifact is not None  # the config hook resolved it to a folder
     artifact: Artifact | ArtifactError
     try:
-        artifact = load_artifact(Path(settings.artifact))
+        artifact = load_artifact(settings.artifact_folder)
     except ArtifactError as error:  # told to the other ranks, which would wait
         artifact = error
     group = get_world_group()
-    ours = (vllm_config.model_config.buddy_served, served(settings, artifact))
+    ours = (served_of(vllm_config.model_config), served(settings, artifact))
     ranks: list[Any] = [None] * group.world_size
     with torch.device("cpu"):  # vLLM builds models with their device as the default device
         torch.distributed.all_gather_object(ranks, ours, group=group.cpu_group)

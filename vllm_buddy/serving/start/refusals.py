@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS, why_not_attention_backend
-from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
+from vllm_buddy.serving.schedule.draft_pace import drafts_by_depth
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -75,11 +75,7 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
     ),
     (
         "lossless drafts beside tensor parallelism",
-        lambda c: (
-            c.speculative_config is not None
-            and c.speculative_config.model == DEPTH_DRAFTS
-            and c.parallel_config.tensor_parallel_size > 1
-        ),
+        lambda c: drafts_by_depth(c) and c.parallel_config.tensor_parallel_size > 1,
         "drafting was never tried with it; use data parallelism, or another speculator",
     ),
     (

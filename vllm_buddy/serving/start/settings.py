@@ -1,6 +1,7 @@
 """The server's settings: the schema of `--additional-config '{"buddy": {...}}'`, and how it is read."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -155,6 +156,12 @@ class BuddySettings(Section):
     def kv(self) -> KVPolicyName:
         """`kv_policy`, or the default that fits the schedule."""
         return self.kv_policy or (KV_ONLY if self.schedule.by_token else MASKED)
+
+    @property
+    def artifact_folder(self) -> Path:
+        """`artifact` where the config hook has put a folder in its place: in the processes of the engine."""
+        assert self.artifact is not None
+        return Path(self.artifact)
 
     @property
     def library(self) -> bool | None:

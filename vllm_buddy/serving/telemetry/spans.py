@@ -16,7 +16,7 @@ _outcome: ContextVar[Mapping[str, Any] | None] = ContextVar("vllm_buddy_outcome"
 
 
 class _OutcomeOnSpans(SpanProcessor):
-    """Adds the outcome of the request at hand to each span that starts within `with_outcome`."""
+    """Adds the outcome of the request at hand to each span that starts within `spans_with_outcome`."""
 
     def on_start(self, span: Any, parent_context: Any = None) -> None:  # noqa: ARG002 - OpenTelemetry's interface
         outcome = _outcome.get() or {}
@@ -26,7 +26,7 @@ class _OutcomeOnSpans(SpanProcessor):
 
 
 @contextmanager
-def with_outcome(outcome: Mapping[str, Any]) -> Iterator[None]:
+def spans_with_outcome(outcome: Mapping[str, Any]) -> Iterator[None]:
     """Let spans that start within have the attributes of a request's outcome. outcome: see Outcome.as_dict."""
     provider = trace.get_tracer_provider()
     if isinstance(provider, TracerProvider) and provider not in _extended:

@@ -13,6 +13,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PrometheusStatLogge
 
 from vllm_buddy.serving.admission.slo import WINDOW_S
 from vllm_buddy.serving.compat import take_figures
+from vllm_buddy.serving.start.attached import limits_of
 from vllm_buddy.serving.telemetry.expiry import Expiry
 from vllm_buddy.serving.telemetry.families import PREFIX, Family, families
 
@@ -31,7 +32,7 @@ class BuddyStatLogger(AggregateStatLoggerBase):
     """
 
     def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int], vllms: PrometheusStatLogger) -> None:
-        limits = vllm_config.model_config.buddy_limits
+        limits = limits_of(vllm_config.model_config)
         objectives_s = {} if limits.auto is None else limits.auto.objectives_s
         self._model_name = vllm_config.model_config.served_model_name
         self._families = {

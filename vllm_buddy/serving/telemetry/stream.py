@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from vllm_buddy.serving.schedule.outcome import OUTCOME_KEY
+from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 
 _EVENT = "data: "
 _DONE = "data: [DONE]\n\n"
 
 
-async def with_outcome(
+async def chunks_with_outcome(
     original: Callable[..., AsyncIterator[str]], call: inspect.BoundArguments, *, tells_paths: bool
 ) -> AsyncIterator[str]:
     """vLLM's chunks, of which the one with the reason why the request finished has its outcome.

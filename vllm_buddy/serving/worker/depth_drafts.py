@@ -16,7 +16,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from vllm.forward_context import set_forward_context
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import LayerPath, Run
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.serving.compat import moved_metadata
 from vllm_buddy.serving.forward.bypasses import bypass_calls
 from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.kv import LayerView
@@ -42,11 +40,10 @@ class DepthDrafts:
 
     def __init__(self, vllm_config: Any) -> None:
         settings = engine_settings(vllm_config)
-        assert settings.artifact is not None  # the config hook resolved it to a folder
         self._vllm_config = vllm_config
         self._most: int = vllm_config.speculative_config.num_speculative_tokens
         self._drafts = DraftPasses.of(
-            settings, load_artifact(Path(settings.artifact)), vllm_config.model_config.hf_text_config
+            settings, load_artifact(settings.artifact_folder), vllm_config.model_config.hf_text_config
         )
         self._ngrams = _ngram_proposer(vllm_config, settings.drafts.ngram_min, settings.drafts.ngram_max)
         self._model: Any = None
@@ -150,18 +147,13 @@ class DepthDrafts:
         owner = torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)).to(device)
         blocks = table[owner, torch.from_numpy(places // state.block_size).to(device)].to(torch.int64)
         slots = blocks * state.block_size + torch.from_numpy(places % state.block_size).to(device)
-        return StepBatch(
-            num_layers=state.num_layers,
+        return state.batch(
             req_ids=[input_batch.req_ids[row] for row in rows],
             plans=[RequestPlan((Run(length, path),), None) for length in lengths],
             query_start_loc=query_start_loc,
             num_computed_tokens=positions,
             block_table=table,
-            block_size=state.block_size,
             slot_mapping=slots,
-            build_metadata=state.layer_metadata,
-            move_metadata=moved_metadata,
-            kernels=state.kernels,
         )
 
     @staticmethod

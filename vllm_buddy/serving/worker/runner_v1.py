@@ -12,7 +12,6 @@ from vllm.forward_context import get_forward_context
 from vllm_buddy.serving.compat import (
     allocate_intermediate_tensors,
     ask_drafter_in_every_step,
-    moved_metadata,
     runner_output,
 )
 from vllm_buddy.serving.worker.batch import StepBatch
@@ -127,17 +126,11 @@ class RoutedRunnerV1(_Base):
         plans = state.plans_of(req_ids, np.diff(query_start_loc).tolist())
         assert plans is not None  # V1 warms up without execute_model
         block_table, slot_mapping = self._tables_and_slots(num_reqs)
-        return StepBatch(
-            num_layers=state.num_layers,
+        return state.batch(
             req_ids=req_ids,
             plans=plans,
             query_start_loc=query_start_loc,
             num_computed_tokens=self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
             block_table=block_table,
-            block_size=state.block_size,
             slot_mapping=slot_mapping,
-            build_metadata=state.layer_metadata,
-            move_metadata=moved_metadata,
-            kernels=state.kernels,
-            units=state.units,
         )

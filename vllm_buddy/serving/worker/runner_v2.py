@@ -8,8 +8,8 @@ import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 
-from vllm_buddy.serving.compat import moved_metadata, runner_output
-from vllm_buddy.serving.worker.batch import StepBatch, side_by_side
+from vllm_buddy.serving.compat import runner_output
+from vllm_buddy.serving.worker.batch import side_by_side
 from vllm_buddy.serving.worker.state import WorkerState
 
 if TYPE_CHECKING:
@@ -66,19 +66,13 @@ class BuddyModelState(DefaultModelState):
         if plans is None or block_table is None:
             return inputs
         num_reqs, num_tokens = input_batch.num_reqs, input_batch.num_tokens
-        batch = StepBatch(
-            num_layers=state.num_layers,
+        batch = state.batch(
             req_ids=input_batch.req_ids,
             plans=plans,
             query_start_loc=input_batch.query_start_loc_np[: num_reqs + 1].astype(np.int64),
             num_computed_tokens=input_batch.num_computed_tokens_np.astype(np.int64),
             block_table=block_table[:num_reqs],
-            block_size=state.block_size,
             slot_mapping=None if slot_mapping is None else slot_mapping[:num_tokens],
-            build_metadata=state.layer_metadata,
-            move_metadata=moved_metadata,
-            kernels=state.kernels,
-            units=state.units,
         )
         return {**inputs, "step": state.step(batch)}
 

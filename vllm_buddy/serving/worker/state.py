@@ -16,8 +16,7 @@ from vllm_buddy_kernels import KERNELS, Kernels
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method import LayerPath, full_path
 from vllm_buddy.method.kv_policy import KVPolicyName
-from vllm_buddy.method.kv_units import KVUnits
-from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder
+from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder, moved_metadata
 from vllm_buddy.serving.forward.adapters import RoutedAdapters
 from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.forward.eager import RoutedStep
@@ -27,6 +26,7 @@ from vllm_buddy.serving.graphs.capture import CudaCapture
 from vllm_buddy.serving.graphs.decode import DecodeGraphs, GraphedStep
 from vllm_buddy.serving.kv import POLICIES, KVPolicy, LayerView
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
+from vllm_buddy.serving.start.attached import kv_units_of, limits_of
 from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.batch import RunPlaces, StepBatch, check_plan
 
@@ -57,10 +57,9 @@ class WorkerState:
         self._vllm_config = vllm_config
         self._settings = settings = engine_settings(vllm_config)
         self.num_layers: int = vllm_config.model_config.hf_text_config.num_hidden_layers
-        self.units: KVUnits | None = vllm_config.model_config.buddy_kv_units
+        self.units = kv_units_of(vllm_config.model_config)
         self.policy = self.new_policy(settings.kv)
-        layers: LayerPath = vllm_config.model_config.buddy_limits.layers
-        self._absent = full_path(self.num_layers) & ~layers
+        self._absent: LayerPath = full_path(self.num_layers) & ~limits_of(vllm_config.model_config).layers
         # Between compiled layers torch moves the rows. Slots are computed by an op of `kernels` in either case.
         self._moves_rows = None if settings.kernels is None else KERNELS[settings.kernels]
         self.kernels: Kernels = self._moves_rows or KERNELS["reference"]
@@ -80,8 +79,6 @@ class WorkerState:
         caching = bool(self._vllm_config.cache_config.enable_prefix_caching)
         stage = stage_of(self.num_layers)
         return POLICIES[name](self.num_layers, shares_blocks=caching, stage=stage, units=self.units)
-
-    # --- start -------------------------------------------------------------------------------------------------
 
     def attach_kv_cache(self, attn_groups: Sequence[Sequence[Any]], block_size: int) -> None:
         """Take the attention backend of a model runner and the size of its KV blocks, in tokens.
@@ -149,8 +146,6 @@ class WorkerState:
             )
         self.graphs = graphs
 
-    # --- each step ---------------------------------------------------------------------------------------------
-
     def begin(self, scheduler_output: Any, dummy_run: bool = False) -> None:
         """Take the plan of the coming step, and drop the state of finished requests.
 
@@ -181,6 +176,32 @@ class WorkerState:
     def layer_metadata(self, common: "CommonAttentionMetadata") -> Any:
         """What the attention backend reads for one layer."""
         return layer_metadata(self.builder, common)
+
+    def batch(
+        self,
+        *,
+        req_ids: Sequence[str],
+        plans: Sequence[RequestPlan],
+        query_start_loc: np.ndarray,
+        num_computed_tokens: np.ndarray,
+        block_table: torch.Tensor,
+        slot_mapping: torch.Tensor | None,
+    ) -> StepBatch:
+        """The StepBatch of rows of this worker, whose docstring has the shapes."""
+        return StepBatch(
+            num_layers=self.num_layers,
+            req_ids=req_ids,
+            plans=plans,
+            query_start_loc=query_start_loc,
+            num_computed_tokens=num_computed_tokens,
+            block_table=block_table,
+            block_size=self.block_size,
+            slot_mapping=slot_mapping,
+            build_metadata=self.layer_metadata,
+            move_metadata=moved_metadata,
+            kernels=self.kernels,
+            units=self.units,
+        )
 
     def step(self, batch: StepBatch) -> RoutedStep | GraphedStep:
         """What the model's forward pass runs for a batch."""
