@@ -47,10 +47,13 @@ def test_lossless_drafts_are_a_speculator_of_vllm(option: list[str]) -> None:
     assert with_lossless_drafts(["m", "--seed=1"]) == ["m", "--seed=1"]
 
 
-@pytest.mark.parametrize("option", [["--lossless-drafts"], ["--lossless-drafts", "0"], ["--lossless-drafts=many"]])
+@pytest.mark.parametrize(
+    "option",
+    [["--lossless-drafts"], ["--lossless-drafts", "0"], ["--lossless-drafts=many"], ["--lossless-drafts", "129"]],
+)
 def test_lossless_drafts_need_a_number(option: list[str]) -> None:
     """Fails if a server starts with another number of drafts than was meant."""
-    with pytest.raises(ServerError, match="from 1 up"):
+    with pytest.raises(ServerError, match="1 to 128"):
         with_lossless_drafts(["m", *option])
 
 
@@ -68,6 +71,18 @@ def test_lossless_drafts_are_the_only_speculator(option: list[str]) -> None:
     """Fails if one of two speculators is dropped without a word."""
     with pytest.raises(ServerError, match="leave out --speculative-config"):
         with_lossless_drafts(["m", *option, "--lossless-drafts", "4"])
+
+
+@pytest.mark.parametrize("key", ["speculative-config", "speculative_config", "spec-method"])
+def test_lossless_drafts_are_the_only_speculator_of_a_file_too(tmp_path: Path, key: str) -> None:
+    """Fails if the speculator of a configuration file is dropped without a word."""
+    (tmp_path / "c.yaml").write_text(f"{key}: ngram\nport: 1\n")
+    (tmp_path / "other.yaml").write_text("port: 1\n")
+    for option in (["--config", f"{tmp_path}/c.yaml"], [f"--config={tmp_path}/c.yaml"]):
+        with pytest.raises(ServerError, match="leave out --speculative-config"):
+            with_lossless_drafts([*option, "--lossless-drafts", "4"])
+    for path in ("other.yaml", "none.yaml"):
+        assert "--speculative-config" in with_lossless_drafts(["--config", f"{tmp_path}/{path}", "--lossless-drafts=4"])
 
 
 def test_help_says_what_vllm_does_not_know(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

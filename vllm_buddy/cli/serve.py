@@ -5,7 +5,10 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import yaml
 
 from vllm_buddy.cli.plugin_check import require_plugin
 from vllm_buddy.errors import BuddyError, ServerError
@@ -17,6 +20,7 @@ _MODEL = re.compile(r"^--(model|config)(=.*)?$")
 _LOSSLESS_DRAFTS = "--lossless-drafts"
 _KV_SIZE = re.compile(r"^--(kv[-_]cache[-_]memory[-_]bytes|gpu[-_]memory[-_]utilization|config)(=.*)?$")
 _EMBEDDED_KV_SIZE = "1G"
+_MOST_DRAFTS = 128  # that vLLM's rejection sampler takes
 _SERVED_NAME = re.compile(r"^--served[-_]model[-_]name(=.*)?$")
 _ADDED = f"""vllm-buddy serve is vLLM's own command, with --model-impl buddy added and the embedded SmolLM2-135M as the
 model if none is named. Beside vLLM's options, which follow:
@@ -61,7 +65,7 @@ def with_lossless_drafts(argv: list[str]) -> list[str]:
     """Replace `--lossless-drafts N` with the `--speculative-config` that vLLM knows.
 
     Raises:
-        ServerError: N is no number from 1 up, or a speculator is given too.
+        ServerError: N is no such number, or a speculator is given too.
     """
     joined = [part for argument in argv for part in _split_value(argument)]
     if _LOSSLESS_DRAFTS not in joined:
@@ -70,9 +74,9 @@ def with_lossless_drafts(argv: list[str]) -> list[str]:
 
     place = joined.index(_LOSSLESS_DRAFTS)
     number = joined[place + 1] if place + 1 < len(joined) else ""
-    if not number.isdecimal() or int(number) < 1:
-        raise ServerError(f"{_LOSSLESS_DRAFTS} is {number!r}; give the number of drafts per step, from 1 up")
-    if _has(argv, _SPECULATIVE):
+    if not number.isdecimal() or not 1 <= int(number) <= _MOST_DRAFTS:
+        raise ServerError(f"{_LOSSLESS_DRAFTS} is {number!r}; give the number of drafts per step, 1 to {_MOST_DRAFTS}")
+    if _has(argv, _SPECULATIVE) or _config_has(argv, _SPECULATIVE):
         raise ServerError(f"{_LOSSLESS_DRAFTS} is a speculator; leave out --speculative-config and its short forms")
     config = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": int(number)}
     return [*joined[:place], "--speculative-config", json.dumps(config), *joined[place + 2 :]]
@@ -114,6 +118,18 @@ def complete(argv: list[str]) -> list[str]:
 
 def _has(argv: list[str], pattern: re.Pattern[str]) -> bool:
     return any(pattern.match(argument) for argument in argv)
+
+
+def _config_has(argv: list[str], pattern: re.Pattern[str]) -> bool:
+    """Whether the file that `--config` names, if there is one, has an option."""
+    given = [place for place, argument in enumerate(argv) if argument.split("=", 1)[0] == "--config"]
+    if not given:
+        return False
+    _, _, path = argv[given[-1]].partition("=")
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # vLLM reports them
+        options = yaml.safe_load(Path(path or "".join(argv[given[-1] + 1 : given[-1] + 2])).read_text())
+        return isinstance(options, dict) and _has([f"--{key}" for key in options], pattern)
+    return False
 
 
 def answer_for_vllm_cpu() -> None:

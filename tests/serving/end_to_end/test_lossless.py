@@ -16,7 +16,7 @@ from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import full_path
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 from vllm_buddy.method.reference import routed_logits
-from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, Drafting, DraftPass
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, Acceptance, Drafting, DraftPass
 
 SPECULATOR = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 4}
 LOSSLESS = {"buddy_mode": "lossless"}
@@ -185,7 +185,7 @@ def test_options_of_sampling_hold_beside_drafts(
         {"min_tokens": 12, "stop_token_ids": list(ends[2].outputs[0].token_ids)},
         {"allowed_token_ids": list(range(0, VOCAB_SIZE, 3))},
         {"logprobs": 3},
-        {"temperature": 0.8, "top_k": 1, "seed": 5},
+        {"temperature": 0.8, "top_k": 1},
     ]
     plain = [Ask(prompt, 1.0, 24, sampling) for prompt, sampling in zip(prompts, options)]
     expected = engine.run(plain)
@@ -229,6 +229,51 @@ def test_drafts_after_a_stop_token_are_not_counted(
         assert told["decoded"]["tokens"] == len(expected) - 1
         cut += told["drafted"] - told["accepted"]
     assert cut > 0, "no answer stopped within its drafts"
+
+
+def test_a_seed_gives_the_same_answer_again(lossless_of: Callable[..., Engine]) -> None:
+    """Fails if the answer to a seed depends on how many drafts there were, which follows the clock."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    prompt = tuple(random_prompts(1, seed=15, min_tokens=9, max_tokens=9)[0])
+    seeded = Ask(prompt, 1.0, 20, {"temperature": 1.0, "seed": 7})
+    expected = engine.run([seeded])[0].outputs[0].token_ids
+    outputs = engine.run([replace(seeded, budget=None, options=LOSSLESS), *mixed_batch(seed=16)])
+    assert outputs[0].outputs[0].token_ids == expected
+    assert [outcome["drafted"] > 0 for outcome in outcomes(outputs)[:3]] == [False, False, True]
+
+
+@pytest.mark.parametrize("num_allowed", [0, 1])
+def test_drafts_that_a_grammar_forbids_are_wrong_ones(
+    lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, num_allowed: int
+) -> None:
+    """Fails if layers go on drafting for an answer whose grammar allows none of their drafts, or only the first."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    manager = engine.scheduler.structured_output_manager
+    ask = Ask(tuple(random_prompts(1, seed=17, min_tokens=9, max_tokens=9)[0]), None, 12, options=LOSSLESS)
+    monkeypatch.setattr(manager, "validate_tokens", lambda _, tokens: tokens[:num_allowed])
+    drafting = engine.scheduler._drafting
+    monkeypatch.setattr(drafting, "_by_depth", Acceptance.expected(0.9, 0.98))
+    outputs = engine.run([ask])
+    assert outcomes(outputs)[0]["drafted"] <= num_allowed * 12
+    assert drafting._by_depth.value < 0.6
+
+
+def test_rows_that_fill_up_a_first_step_are_no_drafts(lossless_of: Callable[..., Engine]) -> None:
+    """Fails if a response and the estimates count rows for which vLLM had no draft.
+
+    It adds them to the first step of a request that has one token left to compute, while others decode.
+    """
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    long = tuple(random_prompts(1, seed=18, min_tokens=30, max_tokens=30)[0])
+    asks = [Ask(long, None, 30, options=LOSSLESS), Ask((5,), 0.5, 1)]
+    before = engine.scheduler._drafting._ngrams.tried
+    outputs = engine.run(asks, [0, 6])
+    engine.check(asks, outputs)
+    assert [outcome["drafted"] > 0 for outcome in outcomes(outputs)] == [True, False]
+    assert engine.scheduler._drafting._ngrams.tried == before
 
 
 def test_no_draft_is_made_that_the_answer_has_no_room_for(lossless_of: Callable[..., Engine]) -> None:
@@ -284,7 +329,8 @@ def test_sampled_tokens_have_the_full_models_distribution(
         monkeypatch.setattr(rejection_sampler, "rejection_sample", accept_all)
     prompt, num_samples = tuple(random_prompts(1, seed=5, min_tokens=12, max_tokens=12)[0]), 1200
     kind = {"temperature": 1.0, "top_k": 3}
-    asks = [Ask(prompt, None, 3, {**kind, "seed": seed}, options=LOSSLESS) for seed in range(num_samples)]
+    asks = [Ask(prompt, None, 3, kind, options=LOSSLESS)] * num_samples
+    torch.manual_seed(0)
     seen = Counter(tuple(output.outputs[0].token_ids) for output in engine.run(asks))
     expected = expected_counts(engine, prompt, num_samples)
     likely = {tokens: count for tokens, count in expected.items() if count >= 5}

@@ -70,6 +70,37 @@ def test_a_new_request_starts_from_what_others_have_shown() -> None:
     assert server.wanted([(request, 100)], 1) == [(0, 0)]
 
 
+@pytest.mark.parametrize(("num_allowed", "accepted"), [(0, 0), (1, 1), (2, 1)])
+def test_a_draft_that_a_grammar_forbids_is_a_wrong_one(num_allowed: int, accepted: int) -> None:
+    """Fails if a request whose drafts are cut short by its grammar seems to have right ones only, or none at all."""
+    server = drafting(0.1)
+    request = server.of_request(lossless=True)
+    assert request.by_depth is not None
+    request.last_by_depth, request.num_allowed = True, num_allowed
+    server.observe(request, Executed(1, 8, 8, 8, (8,) * num_allowed, 3), accepted)
+    known = request.by_depth
+    assert (known.right, known.tried) == (0.9 * 4 * 0.7 + accepted, 0.9 * 4 + accepted + 1)
+    assert request.num_allowed is None
+
+
+def test_ngrams_are_looked_for_until_some_are_found() -> None:
+    """Fails if a request whose text has n-grams now and then has to be lucky to find drafts again."""
+    server = drafting(0.1, ngram_max=4)
+    request = server.of_request(lossless=False)
+    assert request.ngrams is not None
+    for _ in range(20):
+        request.ngrams.observe(4, 0)
+    nothing = Executed(1, 8, 8, 8)
+    for _ in range(PROBE_EVERY):
+        assert server.wanted([(request, 100)], 1) == [(0, 0)]
+        server.observe(request, nothing, 0)
+    for _ in range(5):  # none is found
+        assert server.wanted([(request, 100)], 1) == [(4, 0)]
+        server.observe(request, nothing, 0)
+    server.observe(request, Executed(1, 8, 8, 8, (8,) * 4), 0)
+    assert server.wanted([(request, 100)], 1) == [(0, 0)]
+
+
 def test_text_that_changes_brings_drafts_back() -> None:
     """Fails if a server that once rejected all drafts never makes any again."""
     server = drafting(0.2, num_drafts=3)

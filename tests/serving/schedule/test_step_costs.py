@@ -62,6 +62,15 @@ def test_a_host_that_was_busy_is_no_cost_of_drafts() -> None:
     assert costs.passes < 2.0
 
 
+@pytest.mark.parametrize("slow", [10.0, 100.0])
+def test_a_slow_first_step_says_nothing_of_rows(slow: float) -> None:
+    """Fails if a server whose first step waited for a compiler takes one row for much cheaper than several."""
+    costs = StepCosts()
+    for step in range(6):
+        costs.observe(1, 0.0, 0.02 * (slow if step == 0 else 1.0))
+    assert costs.step(5) / costs.step(1) == pytest.approx(1.0 + 4 * EXPECTED_ROW, rel=0.02)
+
+
 def test_costs_that_change_are_found_again() -> None:
     """Fails if a server keeps what rows cost it in another hour."""
     costs = observed(observed(StepCosts(), lambda n: 1.0 + 0.3 * (n - 1), 2.0), lambda _: 5.0, num_steps=1500)

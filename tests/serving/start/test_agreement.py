@@ -16,8 +16,8 @@ from tests.harness.engine import Tiny
 from tests.harness.tiny_models import random_artifact
 from tests.serving.start.test_hook import BASE, as_arguments, configure
 from vllm_buddy.errors import ArtifactError, SettingsError
+from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start.agreement import Served, refuse_differences, served
-from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
 
 START_TIMEOUT_S = 600.0
 
@@ -63,14 +63,30 @@ def test_ranks_that_differ_in_the_same_are_told_together() -> None:
     assert "rank 1, rank 2 on other has vllm_buddy 0.2.0 instead of 0.1.0; rank 3 on third has artifact" in message
 
 
+def configured(spec: Any = None, **settings: Any) -> Any:
+    """What `served` reads of a VllmConfig."""
+    return SimpleNamespace(additional_config={"buddy": {"artifact": "/a", **settings}}, speculative_config=spec)
+
+
+def test_a_replica_without_the_drafts_of_the_others_differs(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if a replica starts that a lossless request, which the front end lets pass, would end."""
+    artifact = tiny("llama").artifact
+    lossless, ngrams = (
+        SimpleNamespace(method=method, model=model, num_speculative_tokens=4)
+        for method, model in (("custom_class", DEPTH_DRAFTS), ("ngram", "ngram"))
+    )
+    found = [served(configured(spec), artifact).facts["speculator"] for spec in (None, lossless, ngrams)]
+    assert found == ["none", "lossless drafts, 4", "ngram with 4 drafts"]
+
+
 def test_every_setting_but_the_folder_of_a_node_counts(tiny: Callable[[str], Tiny]) -> None:
     """Fails if ranks with another policy or kernels go unnoticed, or each node must keep the artifact in one place."""
     artifact = tiny("llama").artifact
-    facts = served(BuddySettings(artifact="/a"), artifact).facts
-    assert facts == served(BuddySettings(artifact="/b"), artifact).facts
-    assert facts != served(BuddySettings(artifact="/a", kv_policy="zero"), artifact).facts
+    facts = served(configured(), artifact).facts
+    assert facts == served(configured(artifact="/b"), artifact).facts
+    assert facts != served(configured(kv_policy="zero"), artifact).facts
     assert artifact.digest in facts["artifact"]
-    lost = served(BuddySettings(artifact="/a"), ArtifactError("/a is missing")).facts
+    lost = served(configured(), ArtifactError("/a is missing")).facts
     assert lost["artifact"] == "none (/a is missing)"
 
 
@@ -78,7 +94,7 @@ def test_the_configuration_says_what_it_serves(tiny: Callable[[str], Tiny]) -> N
     """Fails if a server on one node differs from its own configuration."""
     llama = tiny("llama")
     config = configure(llama, {"kv_policy": "zero", "load": {"price": 90.0}})
-    assert config.model_config.buddy_served == served(engine_settings(config), llama.artifact)
+    assert config.model_config.buddy_served == served(config, llama.artifact)
 
 
 def ready_message(config: Any, found: Served) -> bytes:

@@ -583,6 +583,25 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         "choose one of ngram, suffix, draft_model, eagle, eagle3, custom_class",
     ),
     "drafts of two ranks": ({"speculative_config": DRAFTS, "tensor_parallel_size": 2}, "tensor parallelism"),
+    "many drafts": ({"speculative_config": {**NGRAM, "num_speculative_tokens": 129}}, "at most 128 of a request"),
+    "drafts by batch size": (
+        {"speculative_config": {**DRAFTS, "num_speculative_tokens_per_batch_size": [[1, 4, 2], [5, 99, 1]]}},
+        "leave out num_speculative_tokens_per_batch_size",
+    ),
+    "drafts by chance": (
+        {
+            "speculative_config": {
+                **NGRAM,
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_rates": [0.5, 0.4],
+            }
+        },
+        "leave out rejection_sample_method",
+    ),
+    "block rejection": (
+        {"speculative_config": {**DRAFTS, "rejection_sample_method": "block"}},
+        "leave out rejection_sample_method",
+    ),
     "asynchronous drafts": ({"speculative_config": NGRAM, "async_scheduling": True}, "--async-scheduling"),
     "FlashInfer": ({"attention_config": {"backend": "FLASHINFER"}}, "--attention-backend with one of CPU_ATTN"),
     "FlexAttention": ({"attention_config": {"backend": "FLEX_ATTENTION"}}, "--attention-backend with one of CPU_ATTN"),

@@ -12,8 +12,8 @@ requests. Then drafts pay as follows (`method/drafting.py`):
 - A draft pass reads its layers once for all requests that draft, so they draft together or not at all: as many as gain
   most for the whole batch. A server that makes none tries one pass now and then.
 
-What rows and passes cost is measured too (`step_costs.py`). Drafts change no token of an answer, so nothing but speed
-follows from these estimates.
+What rows and passes cost is measured too (`step_costs.py`). Drafts change no greedy token, and requests with a
+seed get none (`scheduler.py`), so nothing but speed follows from these estimates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -194,12 +194,14 @@ class RequestDrafts:
     """The drafts of one request. ngrams, by_depth: of both kinds, None where it gets none of a kind.
 
     last_by_depth: whether the drafts for the next step were made on layers.
+    num_allowed: of these drafts, those that come before the first which a grammar forbids; None: it forbids none.
     """
 
     ngrams: Acceptance | None
     by_depth: Acceptance | None
     last_by_depth: bool = False
     steps_without_ngrams: int = 0
+    num_allowed: int | None = None
 
 
 class Drafting:
@@ -234,13 +236,17 @@ class Drafting:
 
     def observe(self, drafts: RequestDrafts, counts: Executed, num_accepted: int) -> bool:
         """Learn from the drafts that a step checked. Returns whether it checked drafts that were made on layers."""
-        by_depth = drafts.last_by_depth
-        drafts.last_by_depth = counts.drafting > 0
-        if not counts.drafts:
+        by_depth, num_allowed, num_drafts = drafts.last_by_depth, drafts.num_allowed, len(counts.drafts)
+        drafts.last_by_depth, drafts.num_allowed = counts.drafting > 0, None
+        if num_drafts == num_accepted == num_allowed:
+            num_drafts += 1  # the next one was wrong: the answer cannot have it
+        if not num_drafts:
             return False
+        if not by_depth:
+            drafts.steps_without_ngrams = 0
         for known in (drafts.by_depth, self._by_depth) if by_depth else (drafts.ngrams, self._ngrams):
             if known is not None:
-                known.observe(len(counts.drafts), num_accepted)
+                known.observe(num_drafts, num_accepted)
         return by_depth
 
     def observe_step(self, plan: StepPlan, executed: Mapping[str, Executed], seconds: float) -> None:
@@ -265,8 +271,9 @@ class Drafting:
         right = drafts.ngrams.chain(self._num_drafts)
         best = _best([draft_gain(right[:n], 0.0, row) for n, row in enumerate(rows, start=1)])
         if best == 0 and drafts.steps_without_ngrams >= PROBE_EVERY:
-            best = self._num_drafts
-        drafts.steps_without_ngrams = 0 if best else drafts.steps_without_ngrams + 1
+            return self._num_drafts  # until a step checks one: to look for n-grams costs nothing
+        if best == 0:
+            drafts.steps_without_ngrams += 1
         return best
 
     def _ngram_rows(self, num_requests: int) -> list[float]:

@@ -8,6 +8,7 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler as _Base
     from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import DraftTokenIds
 else:
     _Base = object
 
@@ -88,7 +90,7 @@ class _Routing(_Base):
             routed = self._routed[request.request_id] = self._route(request)
             if request.sampling_params is not None and wants_paths(request.sampling_params.extra_args):
                 routed.told = 0
-            if self._drafting is not None:
+            if self._drafting is not None and not _draws_by_seed(request):
                 routed.drafts = self._drafting.of_request(lossless=routed.outcome.lossless)
             self._prepare_cache(request, routed)
             if _is_blocked(request):
@@ -271,9 +273,12 @@ class _Routing(_Base):
         if self._drafting is not None:
             seconds = time.perf_counter() - self._step_started  # drafts are not scheduled asynchronously
             self._drafting.observe_step(getattr(scheduler_output, PLAN_ATTRIBUTE), executed, seconds)
+        checked = scheduler_output.scheduled_spec_decode_tokens
         for req_id, counts in executed.items():
             if req_id in self._routed:
                 routed = self._routed[req_id]
+                if min(checked.get(req_id, ()), default=0) < 0:
+                    counts = counts._replace(drafts=())  # rows that vLLM fills up a first step with
                 if counts.drafts:
                     self._checked[req_id] = counts  # until vLLM knows which of them belong to the answer
                 else:
@@ -291,6 +296,17 @@ class _Routing(_Base):
             self._count_drafts(req_id, 0)
         self._tell_paths(outputs)
         return outputs
+
+    def update_draft_token_ids(self, draft_token_ids: "DraftTokenIds") -> None:
+        """vLLM's; a draft that a grammar forbids counts as a wrong one."""
+        made = dict(zip(draft_token_ids.req_ids, map(len, draft_token_ids.draft_token_ids)))
+        super().update_draft_token_ids(draft_token_ids)
+        for req_id, num_made in made.items():
+            request, routed = self.requests.get(req_id), self._routed.get(req_id)
+            if request is None or routed is None or routed.drafts is None or request.is_prefill_chunk:
+                continue
+            num_allowed = len(request.spec_token_ids)
+            routed.drafts.num_allowed = num_allowed if num_allowed < num_made else None
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
@@ -373,6 +389,13 @@ def make_scheduler(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Sche
 def _is_blocked(request: Request) -> bool:
     """Whether a request waits for something else than the server's room, such as its grammar."""
     return request.status.name.startswith("WAITING_FOR_")
+
+
+def _draws_by_seed(request: Request) -> bool:
+    """Whether a request is sampled with a seed of its own. It gets no drafts: how many there are follows the clock and
+    other requests, and each takes numbers of the seed's, so that the seed would not give the same answer again."""
+    params = request.sampling_params
+    return params is not None and params.sampling_type is SamplingType.RANDOM_SEED
 
 
 def _num_right(req_id: str, model_runner_output: Any) -> int:

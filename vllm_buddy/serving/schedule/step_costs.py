@@ -15,6 +15,7 @@ from dataclasses import dataclass
 EXPECTED_ROW = 0.05  # what SmolLM2 takes in batches on 2 CPU cores
 _EXPECTED_WEIGHT, _MOST_WEIGHT = 2.0, 20.0  # observations that the expectation counts as, and all that is known
 _LEVEL = 0.1  # share of the way that the level follows a step: contexts grow, the host is shared
+_FIRST = 3  # steps of which the fastest gives the level: a first one may wait for a compiler, or for memory
 _SLOWEST = 1.5  # a step counts as at most so many times what it is expected to take: the host may have been busy
 _WIDTH = 0.12  # of numbers of rows that are taken together
 
@@ -40,7 +41,8 @@ class StepCosts:
 
     def __init__(self, expected_row: float = EXPECTED_ROW, *, measured: bool = True) -> None:
         self.expected_row, self._measured = expected_row, measured
-        self._level = 0.0  # seconds of a step of cost 1; 0: there was no step yet
+        self._level = math.inf  # seconds of a step of cost 1
+        self._num_steps = 0
         self._steps: dict[int, tuple[int, _Estimate]] = {}  # a number of rows and its cost, by _group
         self._passes = _Estimate(1.0)
 
@@ -76,8 +78,9 @@ class StepCosts:
         if not self._measured:
             return
         usual = self.step(num_rows) + self.passes * pass_costs
-        if self._level == 0.0:
-            self._level = seconds / usual
+        self._num_steps += 1
+        if self._num_steps <= _FIRST:
+            self._level = min(self._level, seconds / usual)
         seen = min(seconds / self._level, _SLOWEST * usual)
         if pass_costs > 0.0:
             self._passes.observe(max(0.0, seen - self.step(num_rows)) / pass_costs)

@@ -16,8 +16,9 @@ from vllm.distributed.parallel_state import get_world_group
 from vllm_buddy import __version__
 from vllm_buddy.artifact import Artifact, load_artifact
 from vllm_buddy.errors import ArtifactError, SettingsError
+from vllm_buddy.serving.schedule.draft_pace import drafts_by_depth
 from vllm_buddy.serving.start.attached import served_of
-from vllm_buddy.serving.start.settings import BuddySettings, engine_settings
+from vllm_buddy.serving.start.settings import engine_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,13 +37,17 @@ class Served(NamedTuple):
     facts: dict[str, str]
 
 
-def served(settings: BuddySettings, artifact: Artifact | ArtifactError) -> Served:
+def served(vllm_config: "VllmConfig", artifact: Artifact | ArtifactError) -> Served:
     """What this process serves. artifact: or why it cannot be read here."""
+    settings, spec = engine_settings(vllm_config), vllm_config.speculative_config
     facts = {_PACKAGE: __version__, _ARTIFACT: f"none ({artifact})"}
     if isinstance(artifact, Artifact):
         facts[_ARTIFACT] = f"'{artifact.config.name}' ({artifact.digest})"
     for name, value in settings.model_dump(mode="json", exclude={"artifact"}).items():  # a folder of this node
         facts[f"setting {name}"] = json.dumps(value)
+    facts["speculator"] = "none" if spec is None else f"{spec.method} with {spec.num_speculative_tokens} drafts"
+    if drafts_by_depth(vllm_config):
+        facts["speculator"] = f"lossless drafts, {spec.num_speculative_tokens}"
     return Served(platform.node(), facts)
 
 
@@ -90,7 +95,7 @@ def load_agreed_artifact(vllm_config: "VllmConfig") -> Artifact:
     except ArtifactError as error:  # told to the other ranks, which would wait
         artifact = error
     group = get_world_group()
-    ours = (served_of(vllm_config.model_config), served(settings, artifact))
+    ours = (served_of(vllm_config.model_config), served(vllm_config, artifact))
     ranks: list[Any] = [None] * group.world_size
     with torch.device("cpu"):  # vLLM builds models with their device as the default device
         torch.distributed.all_gather_object(ranks, ours, group=group.cpu_group)

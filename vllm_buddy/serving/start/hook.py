@@ -24,7 +24,7 @@ from vllm_buddy.serving.start.base_model import check_base_model, check_lora, id
 from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.kv_layout import kv_units
 from vllm_buddy.serving.start.refusals import refuse_unsupported
-from vllm_buddy.serving.start.settings import CONFIG_KEY, BuddySettings, engine_settings, parse_settings
+from vllm_buddy.serving.start.settings import CONFIG_KEY, BuddySettings, parse_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -151,7 +151,7 @@ def _put_in_place(
         # Without unset ones: what was not given must not look given to the process that reads this.
         CONFIG_KEY: settings.model_dump(exclude_unset=True),
     }
-    attach(vllm_config.model_config, limits, units, served(engine_settings(vllm_config), artifact))
+    attach(vllm_config.model_config, limits, units, served(vllm_config, artifact))
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     vllm_config.parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     if vllm_config.speculative_config is not None:

@@ -4,7 +4,10 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vllm import envs
 from vllm.platforms import current_platform
+from vllm.utils.platform_utils import is_uva_available
+from vllm.v1.sample.rejection_sampler import MAX_SPEC_LEN
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS, why_not_attention_backend
@@ -30,6 +33,20 @@ def _is_pipelined(c: "VllmConfig") -> bool:
 def _attention_backend(c: "VllmConfig") -> bool:
     backend = c.attention_config.backend
     return backend is not None and why_not_attention_backend(backend.name) is not None
+
+
+def _rejects_otherwise(c: "VllmConfig") -> bool:
+    if c.speculative_config is None:
+        return False
+    method = c.speculative_config.rejection_sample_method
+    return method == "synthetic" or (drafts_by_depth(c) and method != "standard")
+
+
+def _moves_weights(c: "VllmConfig") -> bool:
+    """Whether vLLM's UVAOffloader copies weights to the GPU for each call of a layer."""
+    if c.offload_config.uva.cpu_offload_gb <= 0 or current_platform.is_cpu():
+        return False
+    return envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA or not is_uva_available()
 
 
 # Name of the feature, whether the configuration asks for it, why it cannot be had and what to do.
@@ -79,6 +96,21 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         "drafting was never tried with it; use data parallelism, or another speculator",
     ),
     (
+        "so many drafts per step",
+        lambda c: c.speculative_config is not None and c.speculative_config.num_speculative_tokens > MAX_SPEC_LEN,
+        f"vLLM's rejection sampler takes at most {MAX_SPEC_LEN} of a request",
+    ),
+    (
+        "numbers of lossless drafts by batch size",
+        lambda c: drafts_by_depth(c) and c.speculative_config.num_speculative_tokens_per_batch_size is not None,
+        "how many drafts pay is measured while serving; leave out num_speculative_tokens_per_batch_size",
+    ),
+    (
+        "this rejection sampling of drafts",
+        _rejects_otherwise,
+        "drafts are accepted by chance, or on CPU not at all; leave out rejection_sample_method",
+    ),
+    (
         "asynchronous scheduling of drafts",
         lambda c: c.speculative_config is not None and c.scheduler_config.async_scheduling is True,
         "the plan of a step needs to know which drafts of the step before were accepted; leave out --async-scheduling",
@@ -97,6 +129,12 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         "prefetching of offloaded weights",
         lambda c: c.offload_config.offload_backend == "prefetch" or c.offload_config.prefetch.offload_group_size > 0,
         "a layer that is skipped would not ask for the weights of the next; use --cpu-offload-gb",
+    ),
+    (
+        "weights on the CPU without unified addressing",
+        _moves_weights,
+        "vLLM then moves a layer's weights in its forward, and a layer runs in parts here; unset "
+        "VLLM_WEIGHT_OFFLOADING_DISABLE_UVA, or leave out --cpu-offload-gb",
     ),
     (
         "weight transfer",

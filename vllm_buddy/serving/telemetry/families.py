@@ -88,7 +88,7 @@ def families(num_layers: int, *, has_auto: bool, lossless: bool, objectives: Ite
             "slo_unreachable", "gauge", "1 while a service objective is missed at the smallest budget, else 0."
         )
     if lossless:
-        yield Family("depth_drafts", "counter", "Drafts made on the model's own layers.")
+        yield Family("depth_drafts", "counter", "Drafts made on the model's own layers, of those that steps checked.")
         yield Family("depth_drafts_accepted", "counter", "Those that all layers confirmed.")
         yield Family("layer_tokens_drafting", "counter", "Layers executed to make these drafts.")
 
