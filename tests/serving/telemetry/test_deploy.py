@@ -45,6 +45,26 @@ def test_the_dashboard_is_up_to_date() -> None:
     assert done.returncode == 0, "run `python -m tools.dashboard`"
 
 
+def test_no_quantile_is_interpolated_within_a_bucket_of_budgets_or_layers() -> None:
+    """Fails if a panel shows a median of 0.95 where all requests ran 1.0: buckets of budgets are a tenth wide."""
+    of_times = r"histogram_quantile\([\d.]+, sum by \([\w,]+\) \(rate\(\w+:\w+_seconds_bucket\b"
+    found = [(where, text) for where, text in expressions() if "histogram_quantile" in text.replace("\n", " ")]
+    assert found
+    assert [where for where, text in found if where.startswith("panel") and not re.match(of_times, text)] == []
+
+
+def test_the_series_of_two_servers_can_be_told_apart() -> None:
+    """Fails if a panel has a line for each server and its legend does not say which."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", ()):
+            each, legend = target["expr"], target["legendFormat"]
+            assert 'instance=~"$instance"' in each
+            if "by (instance" in each or "rate(" not in each:
+                assert "{{instance}}" in legend, panel["title"]
+            else:
+                assert legend in ("{{le}}", "up to {{budget}}"), panel["title"]
+
+
 def test_every_metric_that_is_named_exists(tiny: Callable[[str], Tiny]) -> None:
     """Fails if a panel or a rule names a metric that neither the plugin nor vLLM shows: it would be empty forever."""
     from prometheus_client import REGISTRY
