@@ -58,7 +58,7 @@ def quantile(q: float, histogram: str) -> str:
 def distribution(title: str, histogram: str, of: str, description: str = "") -> Panel:
     """The share of observations in each bucket, of all servers that are chosen.
 
-    Not quantiles: these are interpolated within a bucket, so that requests that all ran 1.0 would have a median of 0.95.
+    Not quantiles: these are interpolated within a bucket, so that requests that all ran 1.0 have a median of 0.95.
     """
     shares = f"{rate(f'{histogram}_bucket', 'le')} / on() group_left {rate(f'{histogram}_count', '')}"
     named = f"Share of {of} in each bucket, which is named by its upper end. {description}".rstrip()

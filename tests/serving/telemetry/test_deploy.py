@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,19 @@ def test_every_rule_has_a_case() -> None:
         if check["exp_alerts"]
     }
     assert {rule["alert"] for group in rules for rule in group["rules"]} == fired
+
+
+def test_options_and_artifacts_reach_the_server_without_an_edit() -> None:
+    """Fails if settings, an artifact or a token need a change of the compose file, or artifacts can be written."""
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    server = services["vllm"]
+    config = {"buddy": {"artifact": "/artifacts/mine"}}
+    given = {"MODEL": "m", "OPTIONS": f"--max-num-seqs 4 --additional-config '{json.dumps(config)}'"}
+    command = re.sub(r"\$\{(\w+):-[^}]*\}", lambda found: given[found[1]], server["command"])
+    assert shlex.split(command) == ["m", "--max-num-seqs", "4", "--additional-config", json.dumps(config)]
+    assert "HF_TOKEN" in server["environment"]
+    assert "./artifacts:/artifacts:ro" in server["volumes"]
+    assert {service.get("restart") for service in services.values()} == {"unless-stopped"}
 
 
 def test_the_parts_find_each_other() -> None:
