@@ -36,7 +36,7 @@ def claims() -> str:
     layers = _layers(shipped)
     qwen = load_rows("quality_qwen.json")
     solved = {row["budget"]: row["accuracy"] for row in load_rows("quality_qwen_gsm8k.jsonl")}
-    left = sorted({f"{accuracy:.0%}" for budget, accuracy in solved.items() if budget < 1})
+    left = [f"{accuracy:.0%}" for accuracy in sorted(solved[budget] for budget in solved if budget < 1)]
     on = f"{batches[0]} to {batches[-1]}"
     return "\n".join(
         [
@@ -49,16 +49,16 @@ def claims() -> str:
             f"([test](tests/serving/end_to_end/test_full_depth.py), [conditions](docs/serving.md#full-depth)), at "
             f"{_range(full_depth())} times its tokens/s, by model, batch and run; on GPTQ weights "
             f"{_range(full_depth('GPTQ'))}.",
-            "- **What skipping costs is measured.** At that speed, with one depth per request, WikiText-2 perplexity "
-            f"is {_perplexities(shipped, 'buddy')} times the full model's on {_list(map(str, layers))} of 30 layers, "
-            f"and {_margins(shipped, 'buddy')} of PIQA's margin over chance are left: SmolLM2-135M's artifact, trained "
-            f"on two CPU cores. With depths per token it is {_perplexities(token, 'buddy:token')} times, and "
-            f"{_margins(token, 'buddy:token')}, at a mean of as many layers; decoding then reaches only "
-            f"{token_speed[0.75]} times stock vLLM's tokens/s at 0.75 and {token_speed[0.5]} at 0.5. "
-            f"Qwen2.5-Coder-0.5B, one depth per request: {_perplexities(qwen, 'buddy')} times at "
-            f"{_list(map(str, _layers(qwen)))} of 24 layers, but of the {solved[1.0]:.0%} of GSM8K's questions that it "
-            f"answers rightly on all layers, {' to '.join(dict.fromkeys((left[0], left[-1])))} are left at every "
-            "smaller depth. Measure your own task. [Figures](docs/quality.md)",
+            "- **What skipping costs is measured.** With one depth per request, as in these figures of speed, "
+            f"WikiText-2 perplexity is {_perplexities(shipped, 'buddy')} times the full model's on "
+            f"{_list(map(str, layers))} of 30 layers, and {_margins(shipped, 'buddy')} of PIQA's margin over chance "
+            "are left: SmolLM2-135M's artifact, trained on two CPU cores. With depths per token it is "
+            f"{_perplexities(token, 'buddy:token')} times, and {_margins(token, 'buddy:token')}, at a mean of as many "
+            f"layers; decoding then reaches only {token_speed[0.75]} times stock vLLM's tokens/s at 0.75 and "
+            f"{token_speed[0.5]} at 0.5. Qwen2.5-Coder-0.5B, one depth per request: {_perplexities(qwen, 'buddy')} "
+            f"times at {_list(map(str, _layers(qwen)))} of 24 layers, but it answers {solved[1.0]:.0%} of GSM8K's "
+            f"questions rightly on all layers and {' to '.join(dict.fromkeys((left[0], left[-1])))} at these depths. "
+            "Measure your own task. [Figures](docs/quality.md)",
             _overload_claim(),
         ]
     )
