@@ -1,7 +1,7 @@
 """Runs the main CPU benchmarks, one after the other.
 
     python -m benchmarks.run            # short form, writes to results/bench: under 20 minutes on 2 cores
-    python -m benchmarks.run --full     # the speed that the README shows, to benchmarks/results: about an hour
+    python -m benchmarks.run --full     # the speed that the README shows, to benchmarks/results: about 90 minutes
 
 Each benchmark runs in its own process, so that no engine of another one is in memory. If a benchmark fails or refuses
 to show its figures, the others still run and the exit status is 1.

@@ -16,6 +16,8 @@ BUDGET = "0.75"
 
 
 def main() -> int:
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python examples/prune_and_compare.py TEXT OUT [TOKENS]")
     text, out = sys.argv[1], Path(sys.argv[2])
     tokens = sys.argv[3] if len(sys.argv) > 3 else "8192"
     if status := vllm_buddy(["prune", "shortgpt", "--layers", LAYERS, str(out)]):

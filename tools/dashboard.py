@@ -16,49 +16,53 @@ from typing import Any
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "deploy" / "grafana" / "dashboards" / "vllm_buddy.json"
 _WIDTH, _HEIGHT, _PANELS_PER_ROW = 24, 8, 3
-_SERIES = 'model_name=~"$model",engine=~"$engine"'
+_SERIES = 'model_name=~"$model",instance=~"$instance",engine=~"$engine"'
 _SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A graph. lines: legend -> expression in PromQL. unit: Grafana's name of it; most: end of the axis."""
+    """A graph. lines: legend -> expression in PromQL. unit: Grafana's name of it; most: end of the axis.
+
+    heat: a map of the buckets of a histogram over time, with one expression, by `le`.
+    """
 
     title: str
     lines: dict[str, str]
     description: str = ""
     unit: str = "none"
     most: float | None = None
+    heat: bool = False
 
 
-def rate(metric: str, by: str = "") -> str:
-    """Growth of a counter per second, summed over series. by: labels that are kept, with commas."""
+def rate(metric: str, by: str = "instance") -> str:
+    """Growth of a counter per second, summed over series. by: labels that are kept, with commas; "": none."""
     return f"sum{f' by ({by}) ' if by else ''}(rate({metric}{{{_SERIES}}}[$__rate_interval]))"
 
 
-def share(part: str, whole: str, by: str = "") -> str:
+def share(part: str, whole: str, by: str = "instance") -> str:
     """What share of one counter's growth another one's is."""
     return f"{rate(part, by)} / {rate(whole, by)}"
 
 
 def mean(histogram: str) -> str:
-    """Mean of what a histogram observed."""
+    """Mean of what a histogram observed, of each server."""
     return share(f"{histogram}_sum", f"{histogram}_count")
 
 
 def quantile(q: float, histogram: str) -> str:
-    """A quantile of what a histogram observed."""
-    return f"histogram_quantile({q:g}, {rate(f'{histogram}_bucket', 'le')})"
+    """A quantile of what a histogram of times observed, of each server. It is interpolated within a bucket."""
+    return f"histogram_quantile({q:g}, {rate(f'{histogram}_bucket', 'instance,le')})"
 
 
-def spread(histogram: str) -> dict[str, str]:
-    """Mean and quantiles of a histogram."""
-    return {
-        "mean": mean(histogram),
-        "p10": quantile(0.1, histogram),
-        "p50": quantile(0.5, histogram),
-        "p90": quantile(0.9, histogram),
-    }
+def distribution(title: str, histogram: str, of: str, description: str = "") -> Panel:
+    """The share of observations in each bucket, of all servers that are chosen.
+
+    Not quantiles: these are interpolated within a bucket, so that requests that all ran 1.0 have a median of 0.95.
+    """
+    shares = f"{rate(f'{histogram}_bucket', 'le')} / on() group_left {rate(f'{histogram}_count', '')}"
+    named = f"Share of {of} in each bucket, which is named by its upper end. {description}".rstrip()
+    return Panel(title, {"{{le}}": shares}, named, "percentunit", heat=True)
 
 
 def by_engine(gauge: str) -> str:
@@ -68,34 +72,52 @@ def by_engine(gauge: str) -> str:
 
 ROWS: dict[str, Sequence[Panel]] = {
     "Depth": (
-        Panel("Budget of finished requests", spread("vllm_buddy:budget"), unit="percentunit", most=1),
-        Panel(
+        distribution("Budget of finished requests", "vllm_buddy:budget", "finished requests"),
+        distribution(
             'Budget that "auto" chose',
-            spread("vllm_buddy:auto_budget"),
-            "Of requests that left the choice to the server. Empty without a Budget Predictor.",
+            "vllm_buddy:auto_budget",
+            "finished requests that left the choice to the server",
+            "Empty without a Budget Predictor.",
+        ),
+        Panel(
+            "Mean budget",
+            {
+                "{{instance}}": mean("vllm_buddy:budget"),
+                '{{instance}}, chosen by "auto"': mean("vllm_buddy:auto_budget"),
+            },
+            "Of finished requests.",
             "percentunit",
             1,
+        ),
+        distribution("Layers executed per token", "vllm_buddy:layers_executed", "finished requests"),
+        distribution(
+            "Layers run per step",
+            "vllm_buddy:step_layers",
+            "steps",
+            "The union of the paths of a batch.",
+        ),
+        Panel(
+            "Mean layers",
+            {
+                "{{instance}}, per token": mean("vllm_buddy:layers_executed"),
+                "{{instance}}, per step": mean("vllm_buddy:step_layers"),
+            },
+            "Decoding pays for the union of a batch's paths, so the closer the layers of a step are to those of a "
+            "token, the more of the skipping is saved time.",
         ),
         Panel(
             "Share of layers skipped",
             {
-                "skipped": f"{rate('vllm_buddy:layer_tokens_skipped_total')} / "
+                "{{instance}}": f"{rate('vllm_buddy:layer_tokens_skipped_total')} / "
                 f"({rate('vllm_buddy:layer_tokens_skipped_total')} + {rate('vllm_buddy:layer_tokens_executed_total')})"
             },
             "Of all layers of all tokens.",
             "percentunit",
             1,
         ),
-        Panel("Layers executed per token", spread("vllm_buddy:layers_executed"), "Of finished requests."),
-        Panel(
-            "Layers run per step",
-            {**spread("vllm_buddy:step_layers"), "mean per token": mean("vllm_buddy:layers_executed")},
-            "The union of the paths of a batch. Decoding pays for the union, so the closer it is to the layers per "
-            "token, the more of the skipping is saved time.",
-        ),
         Panel(
             "Changes of path per decision",
-            {"changes": share("vllm_buddy:reroutes_total", "vllm_buddy:decisions_total")},
+            {"{{instance}}": share("vllm_buddy:reroutes_total", "vllm_buddy:decisions_total")},
             unit="percentunit",
         ),
     ),
@@ -103,8 +125,8 @@ ROWS: dict[str, Sequence[Panel]] = {
         Panel(
             "Load and price",
             {
-                "load, engine {{engine}}": by_engine("vllm_buddy:load"),
-                "price, engine {{engine}}": by_engine("vllm_buddy:auto_price"),
+                "load, {{instance}}, engine {{engine}}": by_engine("vllm_buddy:load"),
+                "price, {{instance}}, engine {{engine}}": by_engine("vllm_buddy:auto_price"),
             },
             "The price, in nats per token for all layers, follows the load from 0 to 1. "
             "Empty without a Budget Predictor.",
@@ -112,8 +134,10 @@ ROWS: dict[str, Sequence[Panel]] = {
         Panel(
             "Service objectives",
             {
-                "{{objective}}, p99, engine {{engine}}": by_engine("vllm_buddy:slo_observed_seconds"),
-                "{{objective}}, objective": by_engine("vllm_buddy:slo_objective_seconds"),
+                "{{objective}}, p99, {{instance}}, engine {{engine}}": by_engine("vllm_buddy:slo_observed_seconds"),
+                "{{objective}}, objective, {{instance}}, engine {{engine}}": by_engine(
+                    "vllm_buddy:slo_objective_seconds"
+                ),
             },
             "As the scheduler measures them. Empty without the setting slo.",
             "s",
@@ -121,32 +145,32 @@ ROWS: dict[str, Sequence[Panel]] = {
         Panel(
             "Requests",
             {
-                "running, engine {{engine}}": by_engine("vllm:num_requests_running"),
-                "waiting, engine {{engine}}": by_engine("vllm:num_requests_waiting"),
+                "running, {{instance}}, engine {{engine}}": by_engine("vllm:num_requests_running"),
+                "waiting, {{instance}}, engine {{engine}}": by_engine("vllm:num_requests_waiting"),
             },
         ),
-        Panel("Generated tokens per second", {"tokens": rate("vllm:generation_tokens_total")}),
+        Panel("Generated tokens per second", {"{{instance}}": rate("vllm:generation_tokens_total")}),
         Panel(
             "Time between tokens",
             {
-                "p50": quantile(0.5, "vllm:inter_token_latency_seconds"),
-                "p99": quantile(0.99, "vllm:inter_token_latency_seconds"),
+                "p50, {{instance}}": quantile(0.5, "vllm:inter_token_latency_seconds"),
+                "p99, {{instance}}": quantile(0.99, "vllm:inter_token_latency_seconds"),
             },
             unit="s",
         ),
         Panel(
             "Time to the first token",
             {
-                "p50": quantile(0.5, "vllm:time_to_first_token_seconds"),
-                "p99": quantile(0.99, "vllm:time_to_first_token_seconds"),
+                "p50, {{instance}}": quantile(0.5, "vllm:time_to_first_token_seconds"),
+                "p99, {{instance}}": quantile(0.99, "vllm:time_to_first_token_seconds"),
             },
             unit="s",
         ),
         Panel(
             "Time to route a request or a step",
             {
-                "mean": mean("vllm_buddy:routing_seconds"),
-                "p99": quantile(0.99, "vllm_buddy:routing_seconds"),
+                "mean, {{instance}}": mean("vllm_buddy:routing_seconds"),
+                "p99, {{instance}}": quantile(0.99, "vllm_buddy:routing_seconds"),
             },
             "On the host, before the step.",
             "s",
@@ -160,23 +184,24 @@ ROWS: dict[str, Sequence[Panel]] = {
                     "vllm_buddy:prompt_tokens_cached_total", "vllm_buddy:prompt_tokens_total", "budget"
                 )
             },
-            "A prefix is shared by requests of one path, so budgets that are rare find little.",
+            "Of all servers that are chosen. A prefix is shared by requests of one path, so budgets that are rare find "
+            "little.",
             "percentunit",
             1,
         ),
         Panel(
             "KV cache in use",
-            {"engine {{engine}}": by_engine("vllm:kv_cache_usage_perc")},
+            {"{{instance}}, engine {{engine}}": by_engine("vllm:kv_cache_usage_perc")},
             unit="percentunit",
             most=1,
         ),
         Panel(
             "Drafts accepted",
             {
-                "all drafts": share(
+                "all drafts, {{instance}}": share(
                     "vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_draft_tokens_total"
                 ),
-                "made on the model's layers": share(
+                "made on the model's layers, {{instance}}": share(
                     "vllm_buddy:depth_drafts_accepted_total", "vllm_buddy:depth_drafts_total"
                 ),
             },
@@ -213,25 +238,48 @@ def dashboard() -> dict[str, Any]:
         "editable": True,
         "refresh": "10s",
         "time": {"from": "now-30m", "to": "now"},
-        "templating": {"list": [_source(), _choice("model", "model_name"), _choice("engine", "engine")]},
+        "templating": {
+            "list": [
+                _source(),
+                _choice("model", "model_name"),
+                _choice("instance", "instance"),
+                _choice("engine", "engine"),
+            ]
+        },
         "panels": panels,
     }
 
 
 def _graph(panel: Panel, number: int, at: dict[str, int]) -> dict[str, Any]:
     limits = {"min": 0} | ({} if panel.most is None else {"max": panel.most})
+    form = {"format": "heatmap"} if panel.heat else {}  # Grafana takes the differences between cumulative buckets
     return {
         "id": number,
-        "type": "timeseries",
+        **(_heat(panel.unit) if panel.heat else {"type": "timeseries"}),
         "title": panel.title,
         "description": panel.description,
         "datasource": _SOURCE,
         "gridPos": at,
         "fieldConfig": {"defaults": {"unit": panel.unit, **limits}, "overrides": []},
         "targets": [
-            {"refId": chr(ord("A") + index), "datasource": _SOURCE, "expr": expression, "legendFormat": legend}
+            {"refId": chr(ord("A") + index), "datasource": _SOURCE, "expr": expression, "legendFormat": legend, **form}
             for index, (legend, expression) in enumerate(panel.lines.items())
         ],
+    }
+
+
+def _heat(unit: str) -> dict[str, Any]:
+    """A map whose rows are buckets; shares have the same colour in all of them."""
+    return {
+        "type": "heatmap",
+        "options": {
+            "calculate": False,
+            "cellValues": {"unit": unit},
+            "color": {"mode": "scheme", "scheme": "Blues", "steps": 64, "min": 0, "max": 1},
+            "rowsFrame": {"layout": "auto"},
+            "tooltip": {"mode": "single", "yHistogram": True},
+            "yAxis": {"axisPlacement": "left"},
+        },
     }
 
 

@@ -71,3 +71,13 @@ def test_without_a_name_a_model_without_a_shipped_artifact_is_refused(changes: d
     """Fails if a model runs with the artifact of another one, or the user is not told how to get an artifact."""
     with pytest.raises(ArtifactError, match=rf"shipped are: .*{SHIPPED}.*vllm-buddy prior MODEL_DIR OUT"):
         resolve_artifact(None, lambda: _shipped_base(**changes))
+
+
+def test_a_model_of_a_shipped_shape_is_told_what_would_serve_it() -> None:
+    """Fails if who serves the hub's checkpoint of an embedded model is not told how, or others are told it too."""
+    way = rf'"artifact": "{SHIPPED}", "base_check": "shape"'
+    with pytest.raises(ArtifactError, match=f"{way}.*not been measured"):
+        resolve_artifact(None, lambda: _shipped_base(fingerprint="0" * 16))
+    with pytest.raises(ArtifactError) as refused:
+        resolve_artifact(None, lambda: _shipped_base(vocab_size=7))
+    assert "base_check" not in str(refused.value)

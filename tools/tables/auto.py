@@ -1,8 +1,11 @@
 """Generates the tables on budget "auto": what choosing a budget saves, and the effect of a price that follows load."""
 
+from typing import Any
+
 from tools.tables.results import Row, by_key, load_rows, number, rounds_note, section, spread, table
 
 MIXED = "mixed"
+OVERLOAD_FILES = ("cpu_overload_objective.jsonl", "cpu_overload.jsonl")
 _LATENCIES = ("unloaded_p99_itl_ms", "p50_itl_ms", "p99_itl_ms")
 _OTHERS = ("p99_itl_over_unloaded", "p99_itl_over_objective", "p99_ttft_ms", "output_tokens_per_s", "mean_budget")
 
@@ -38,22 +41,25 @@ def _auto_line(row: Row) -> list[str]:
 
 def overload_table() -> str:
     """Return the latency between tokens at 1.5 times the load that the full model sustains."""
-    return _overload_section(_overload_rows())
+    return _overload_section("cpu_overload.jsonl")
 
 
 def overload_objective_table() -> str:
     """Return the same of a run with a service objective beside two load prices."""
-    return _overload_section(_overload_rows("cpu_overload_objective.jsonl"))
+    return _overload_section("cpu_overload_objective.jsonl")
 
 
-def _overload_section(rows: list[Row]) -> str:
+def _overload_section(name: str) -> str:
+    rows = _overload_rows(name)
     found = by_key(rows, "arrivals", "variant", "metric")
     names = list(dict.fromkeys((row["arrivals"], row["variant"]) for row in rows if row["metric"] == "p99_itl_ms"))
     sustained = next(row for row in rows if row["metric"] == "sustained_per_s")
     loaded = found[(*names[0], "p99_itl_ms")]
     note = (
         f"`python -m benchmarks.speed.overload`: stock vLLM sustains {spread(sustained)} requests/s of "
-        f"{loaded['workload']} tokens; {number(loaded['rate'])} arrive. {rounds_note([loaded])} Latencies in ms."
+        f"{loaded['workload']} tokens; {number(loaded['rate'])} arrive. {rounds_note([loaded])} Latencies in ms. "
+        "The mean budget is that of the choices when requests were decided; running requests are lowered afterwards, "
+        "which does not change it."
     )
     heads = [
         "arrivals",
@@ -65,7 +71,7 @@ def _overload_section(rows: list[Row]) -> str:
         "p99 over objective",
         "TTFT p99",
         "tokens/s",
-        "mean budget",
+        "mean budget chosen",
     ]
     lines = [
         [
@@ -82,17 +88,24 @@ def _with_objective(name: str, row: Row) -> str:
     return f"{name} {number(row['objective_ms'])}" if "objective_ms" in row else name
 
 
-def _overload_rows(name: str = "cpu_overload.jsonl") -> list[Row]:
+def _overload_rows(name: str) -> list[Row]:
     # Files that were written before there were several kinds of arrivals do not name it.
     return [{"arrivals": "step", **row} for row in load_rows(name) if "metric" in row]
 
 
-def overload_figures() -> dict[str, float]:
-    """Return p99 latency over that of an unloaded server, by whether the price follows the load, and what it costs."""
-    rows = by_key([row for row in _overload_rows() if row["arrivals"] == "step"], "variant", "metric")
-    names = ("price 0", "price follows load")
-    found = {name: float(rows[f"auto, {name}", "p99_itl_over_unloaded"]["p50"]) for name in names}
-    return {**found, "mean budget": float(rows[f"auto, {names[1]}", "mean_budget"]["p50"])}
+def overload_figures() -> list[dict[str, Any]]:
+    """Return a line for each run of the step of load, the newest first.
+
+    Its keys: the date; for either price, p99 latency over that of an unloaded server; and the mean budget chosen.
+    """
+    runs = []
+    for name in OVERLOAD_FILES:
+        rows = by_key([row for row in _overload_rows(name) if row["arrivals"] == "step"], "variant", "metric")
+        names = ("price 0", "price follows load")
+        run = {name: float(rows[f"auto, {name}", "p99_itl_over_unloaded"]["p50"]) for name in names}
+        budget = rows[f"auto, {names[1]}", "mean_budget"]
+        runs.append({**run, "mean budget": float(budget["p50"]), "date": budget["date"]})
+    return sorted(runs, key=lambda run: run["date"], reverse=True)
 
 
 def objectives_table() -> str:
@@ -103,14 +116,14 @@ def objectives_table() -> str:
     note = (
         f"`python -m benchmarks.speed.slo`: the full model sustains {number(sustained['p50'])} requests/s of the "
         f"simulated server, up to {number(rows[0]['rate'])} arrive. Medians of {rows[0]['n']} seeds with 20th to 80th "
-        "percentile. Latencies in ms."
+        "percentile. Latencies in ms. The mean budget is that of the layers that tokens ran."
     )
     metrics = ("p99_itl_ms", "p99_over_objective", "p99_ttft_ms", "mean_budget")
     lines = [
         [arrivals, variant, *(spread(found.get((arrivals, variant, metric))) for metric in metrics)]
         for arrivals, variant in dict.fromkeys((row["arrivals"], row["variant"]) for row in rows)
     ]
-    return section(note, ["arrivals", "price", "ITL p99", "p99 over objective", "TTFT p99", "mean budget"], lines)
+    return section(note, ["arrivals", "price", "ITL p99", "p99 over objective", "TTFT p99", "mean budget run"], lines)
 
 
 def prices_table() -> str:

@@ -4,11 +4,22 @@ from collections.abc import Iterable
 
 from tools.tables.auto import overload_figures
 from tools.tables.quality import margin_kept, over_dense
-from tools.tables.results import by_key, load_rows, section, where
+from tools.tables.results import Row, by_key, load_rows, section, where
 
 BUDGETS = (0.75, 0.5)
 _VARIANTS = ("buddy 1.0", "buddy 0.75", "buddy 0.5", "pruned 0.75", "pruned 0.5")
 _PROMPT_TOKENS = 1500
+_MANY_PATHS = "buddy 0.5, 8 paths"  # one for each request of a batch of 8
+# Decode or output tokens/s over stock vLLM's: each file that has buddy at full depth, without drafts.
+_FULL_DEPTH_FILES = (
+    "cpu_decode.jsonl",
+    "cpu_decode_qwen.jsonl",
+    "cpu_quantised.jsonl",
+    "cpu_speculation.jsonl",
+    "cpu_speculation_qwen.jsonl",
+    "cpu_serving.jsonl",
+    "cpu_peers.jsonl",
+)
 _KINDS = (("quality_token.json", "buddy:token", "per token"), ("quality_shipped.json", "buddy", "per request"))
 
 
@@ -20,14 +31,12 @@ def claims() -> str:
     def times(variant: str) -> str:
         return _range(decode["ratio_to_stock", variant, batch]["p50"] for batch in batches)
 
-    load = overload_figures()
-    token = load_rows("quality_token.json")
-    layers = sorted({row["layers"] for row in token if row["policy"] == "buddy:token"}, reverse=True)
-    perplexity = [over_dense(token, "buddy:token", depth) for depth in layers]
-    margin = [margin_kept(token, "buddy:token", depth) for depth in layers]
+    token_speed = {budget: _range(token_decode(budget)) for budget in BUDGETS}
+    shipped, token = load_rows("quality_shipped.json"), load_rows("quality_token.json")
+    layers = _layers(shipped)
     qwen = load_rows("quality_qwen.json")
-    qwen_layers = sorted({row["layers"] for row in qwen if row["budget"] < 1}, reverse=True)
-    qwen_perplexity = [over_dense(qwen, "buddy", depth) for depth in qwen_layers]
+    solved = {row["budget"]: row["accuracy"] for row in load_rows("quality_qwen_gsm8k.jsonl")}
+    left = [f"{accuracy:.0%}" for accuracy in sorted(solved[budget] for budget in solved if budget < 1)]
     on = f"{batches[0]} to {batches[-1]}"
     return "\n".join(
         [
@@ -38,23 +47,60 @@ def claims() -> str:
             "- **Full depth is untouched.** A request at budget 1.0 gets stock vLLM's tokens and, in fp32, "
             "bit-identical logprobs, alone and beside routed requests "
             f"([test](tests/serving/end_to_end/test_full_depth.py), [conditions](docs/serving.md#full-depth)), at "
-            f"{times('buddy 1.0')} times its speed.",
-            "- **What skipping costs is measured.** With depths per token, WikiText-2 perplexity is "
-            f"{_list(f'{x:.2f}' for x in perplexity)} times the full model's at a mean of "
-            f"{_list(map(str, layers))} of 30 layers, and {_list(f'{x:.0%}' for x in margin)} of PIQA's margin over "
-            f"chance are left: SmolLM2-135M's artifact, trained on two CPU cores. For Qwen2.5-Coder-0.5B it is "
-            f"{_list(f'{x:.2f}' for x in qwen_perplexity)} times at {_list(map(str, qwen_layers))} of 24 layers, one "
-            "depth per request. [Figures](docs/quality.md)",
-            "- **Shallower instead of slower.** At 1.5 times the load that stock vLLM sustains, budget `auto` with a "
-            f"price that follows the load keeps p99 inter-token latency at {load['price follows load']:.2f} times that "
-            f"of an unloaded server, at a mean budget of {load['mean budget']:.2f}; without the price it is "
-            f"{load['price 0']:.2f} times. [Figures](docs/benchmarks.md#overload)",
+            f"{_range(full_depth())} times its tokens/s, by model, batch and run; on GPTQ weights "
+            f"{_range(full_depth('GPTQ'))}.",
+            "- **What skipping costs is measured.** With one depth per request, as in these figures of speed, "
+            f"WikiText-2 perplexity is {_perplexities(shipped, 'buddy')} times the full model's on "
+            f"{_list(map(str, layers))} of 30 layers, and {_margins(shipped, 'buddy')} of PIQA's margin over chance "
+            "are left: SmolLM2-135M's artifact, trained on two CPU cores. With depths per token it is "
+            f"{_perplexities(token, 'buddy:token')} times, and {_margins(token, 'buddy:token')}, at a mean of as many "
+            f"layers; decoding then reaches only {token_speed[0.75]} times stock vLLM's tokens/s at 0.75 and "
+            f"{token_speed[0.5]} at 0.5. Qwen2.5-Coder-0.5B, one depth per request: {_perplexities(qwen, 'buddy')} "
+            f"times at {_list(map(str, _layers(qwen)))} of 24 layers, but it answers {solved[1.0]:.0%} of GSM8K's "
+            f"questions rightly on all layers and {' to '.join(dict.fromkeys((left[0], left[-1])))} at these depths. "
+            "Measure your own task. [Figures](docs/quality.md)",
+            _overload_claim(),
         ]
     )
 
 
+def _overload_claim() -> str:
+    """Return the claim of all runs of the step of load, the newest first, each with its date."""
+    runs = overload_figures()
+
+    def each(name: str) -> str:
+        return " and ".join(f"{run[name]:.2f}" for run in runs)
+
+    return (
+        "- **Shallower instead of slower.** At 1.5 times the load that stock vLLM sustains, budget `auto` with a price "
+        f"that follows the load keeps p99 inter-token latency at {each('price follows load')} times that of an "
+        f"unloaded server (runs of {' and '.join(run['date'] for run in runs)}); without the price it is "
+        f"{each('price 0')} times. The mean budget chosen is {each('mean budget')}; requests that are lowered later "
+        "run less. [Figures](docs/benchmarks.md#overload)"
+    )
+
+
+def full_depth(weights: str = "as it is") -> list[float]:
+    """Return tokens/s at budget 1.0 over stock vLLM's on the same weights, of all files that have it, as medians."""
+    rows = [row for name in _FULL_DEPTH_FILES for row in load_rows(name)]
+    return [
+        row["p50"]
+        for row in rows
+        if row.get("weights", "as it is") == weights
+        and row.get("metric") in ("ratio_to_stock", "over_same_weights" if "weights" in row else "over_stock")
+        and row["variant"] in ("buddy 1.0", "buddy 1.0, own paths")
+    ]
+
+
+def token_decode(budget: float) -> list[float]:
+    """Return decode tokens/s with depths per token over stock vLLM's, of all prompts and batches, as medians."""
+    rows = by_key(load_rows("cpu_schedules.jsonl"), "metric", "variant", "prompt_tokens", "batch")
+    wanted = ("decode_over_stock", f"buddy {budget:g}, token")
+    return [row["p50"] for key, row in rows.items() if key[:2] == wanted]
+
+
 def speed_at_a_glance() -> str:
-    """Return six rows: decoding by batch, on own paths, the first token, and a server with all requests at once."""
+    """Return seven rows: decoding by batch, on several paths, the first token, and all requests at once."""
     decode_rows, serving_rows = load_rows("cpu_decode.jsonl"), load_rows("cpu_serving.jsonl")
     decode = by_key(decode_rows, "metric", "variant", "batch")
     prefill = by_key(load_rows("cpu_prefill.jsonl"), "metric", "variant", "prompt_tokens")
@@ -64,16 +110,19 @@ def speed_at_a_glance() -> str:
         for batch in (1, 8, 32)
     ]
     own = (decode["ratio_to_stock", f"buddy {budget:g}, own paths", 8] for budget in BUDGETS)
-    lines.append(["decode, batch 8, each request on a path of its own", "", *_cells(own), "", ""])
+    lines.append(["decode, batch 8, paths picked by the router", "", *_cells(own), "", ""])
+    steps = by_key(load_rows("cpu_profile.jsonl"), "metric", "batch", "variant")
+    many = steps["step_ms", 8, "stock"]["p50"] / steps["step_ms", 8, _MANY_PATHS]["p50"]
+    lines.append(["decode, batch 8, 8 different random paths", "", "", f"{many:.2f}", "", ""])
     first = (prefill["over_stock", variant, _PROMPT_TOKENS] for variant in _VARIANTS)
     lines.append([f"time to first token, prompt of {_PROMPT_TOKENS:,} (less is better)", *_cells(first)])
     at_once = (serving["ratio_to_stock", "unique", "inf", variant] for variant in _VARIANTS)
     lines.append(["HTTP server, all requests at once", *_cells(at_once)])
     note = (
-        "Tokens/s over stock vLLM (more is better), in the fifth row time over stock vLLM's; *pruned* is stock vLLM on "
-        "a checkpoint with as many layers, without repair. Medians; `python -m benchmarks.speed.decode` and "
-        f"`benchmarks.speed.prefill` ({where(decode_rows[0])}), `benchmarks.speed.serving` (commit "
-        f"{serving_rows[0]['commit']}). [Spreads, and all else](docs/benchmarks.md)."
+        "Tokens/s over stock vLLM (more is better), in the row of the first token time over stock vLLM's; *pruned* is "
+        "stock vLLM on a checkpoint with as many layers, without repair. Medians; `python -m benchmarks.speed.decode` "
+        f"and `benchmarks.speed.prefill` ({where(decode_rows[0])}), `benchmarks.speed.profile_step` (random paths), "
+        f"`benchmarks.speed.serving` (commit {serving_rows[0]['commit']}). [Spreads, and all else](docs/benchmarks.md)."
     )
     return section(note, ["SmolLM2-135M, bf16", *_VARIANTS], lines)
 
@@ -103,6 +152,18 @@ def quality_at_a_glance() -> str:
 
 def _cells(rows: Iterable[dict[str, float]]) -> list[str]:
     return [f"{row['p50']:.2f}" for row in rows]
+
+
+def _layers(rows: list[Row], policy: str = "buddy") -> list[int]:
+    return sorted({row["layers"] for row in rows if row["policy"] == policy and row["budget"] < 1}, reverse=True)
+
+
+def _perplexities(rows: list[Row], policy: str) -> str:
+    return _list(f"{over_dense(rows, policy, depth):.2f}" for depth in _layers(rows, policy))
+
+
+def _margins(rows: list[Row], policy: str) -> str:
+    return _list(f"{margin_kept(rows, policy, depth):.0%}" for depth in _layers(rows, policy))
 
 
 def _range(values: Iterable[float]) -> str:

@@ -50,8 +50,20 @@ def _shipped_for(model: BaseModelIdentity, shipped: dict[str, Path], by_token: b
     fitting = [folder for folder, artifact in found.items() if artifact.config.base_model.same_model(model)]
     if fitting:
         return next((folder for folder in fitting if (found[folder].token is not None) == by_token), fitting[0])
+    alike = [name for name, folder in shipped.items() if found[folder].config.base_model.shape == model.shape]
     raise ArtifactError(
         f"no shipped artifact fits the model {model.summary()}; shipped are: {', '.join(shipped) or 'none'}. "
         'Name one (a server takes it with --additional-config \'{"buddy": {"artifact": FOLDER_OR_HUB_ID}}\'), or make '
-        "one from the model alone with `vllm-buddy prior MODEL_DIR OUT`"
+        f"one from the model alone with `vllm-buddy prior MODEL_DIR OUT`{_other_weights(alike)}"
+    )
+
+
+def _other_weights(alike: list[str]) -> str:
+    """What to do with shipped artifacts of the model's shape: the hub's weights are not those of the embedded ones."""
+    if not alike:
+        return ""
+    return (
+        f". Of the same shape, and made for an embedded model: {', '.join(alike)}. If yours is that model in other "
+        f'weights, such as the hub\'s own, a server takes {{"artifact": "{alike[0]}", "base_check": "shape"}}; the '
+        "quality of that has not been measured"
     )

@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.harness.engine import Tiny
 from tests.serving.start.test_hook import configure
+from vllm_buddy.serving.admission.auto_limits import AutoLimits
 
 _IN_ANOTHER_PROCESS = """
 import pickle, sys
@@ -38,3 +41,10 @@ def test_limits_survive_copying(tiny: Callable[[str], Tiny]) -> None:
     """Fails if a limit is lost or takes the place of another on the way."""
     limits = configure(tiny("llama"), {"max_budget": 0.75, "prompt": "routed"}).model_config.buddy_limits
     assert pickle.loads(pickle.dumps(limits)) == limits == copy.deepcopy(limits)
+
+
+@pytest.mark.parametrize(("floor", "told"), [(0.1, "down to 0.5,"), (0.5, "down to 0.5,"), (0.8, "down to 0.8,")])
+def test_the_log_names_the_budget_that_objectives_can_lead_to(floor: float, told: str) -> None:
+    """Fails if a floor below the smallest depth of the Budget Predictor is promised, which no request can get."""
+    limits = AutoLimits(30, (15, 19, 24, 30), 0.1, 1.0, 0.8, None, floor, {"itl": 0.05})
+    assert told in limits.summary()

@@ -145,7 +145,7 @@ def test_panels_have_data_and_no_alert_fires(server: Server, query: Callable[[st
     """Fails if an expression of the dashboard is refused by Prometheus, or finds nothing on a server that serves."""
 
     def has_data(expression: str) -> bool:
-        filled = expression.replace("$__rate_interval", "1m").replace("$model", ".*").replace("$engine", ".*")
+        filled = re.sub(r"\$(model|instance|engine)", ".*", expression.replace("$__rate_interval", "1m"))
         return any(series["value"][1] != "NaN" for series in query(filled))
 
     for _ in range(2):  # a rate needs growth between two scrapes

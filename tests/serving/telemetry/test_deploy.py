@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,26 @@ def test_the_dashboard_is_up_to_date() -> None:
     """Fails if a panel changed and the file was not written again."""
     done = subprocess.run([sys.executable, "-m", "tools.dashboard", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run `python -m tools.dashboard`"
+
+
+def test_no_quantile_is_interpolated_within_a_bucket_of_budgets_or_layers() -> None:
+    """Fails if a panel shows a median of 0.95 where all requests ran 1.0: buckets of budgets are a tenth wide."""
+    of_times = r"histogram_quantile\([\d.]+, sum by \([\w,]+\) \(rate\(\w+:\w+_seconds_bucket\b"
+    found = [(where, text) for where, text in expressions() if "histogram_quantile" in text.replace("\n", " ")]
+    assert found
+    assert [where for where, text in found if where.startswith("panel") and not re.match(of_times, text)] == []
+
+
+def test_the_series_of_two_servers_can_be_told_apart() -> None:
+    """Fails if a panel has a line for each server and its legend does not say which."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", ()):
+            each, legend = target["expr"], target["legendFormat"]
+            assert 'instance=~"$instance"' in each
+            if "by (instance" in each or "rate(" not in each:
+                assert "{{instance}}" in legend, panel["title"]
+            else:
+                assert legend in ("{{le}}", "up to {{budget}}"), panel["title"]
 
 
 def test_every_metric_that_is_named_exists(tiny: Callable[[str], Tiny]) -> None:
@@ -102,6 +123,19 @@ def test_every_rule_has_a_case() -> None:
         if check["exp_alerts"]
     }
     assert {rule["alert"] for group in rules for rule in group["rules"]} == fired
+
+
+def test_options_and_artifacts_reach_the_server_without_an_edit() -> None:
+    """Fails if settings, an artifact or a token need a change of the compose file, or artifacts can be written."""
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    server = services["vllm"]
+    config = {"buddy": {"artifact": "/artifacts/mine"}}
+    given = {"MODEL": "m", "OPTIONS": f"--max-num-seqs 4 --additional-config '{json.dumps(config)}'"}
+    command = re.sub(r"\$\{(\w+):-[^}]*\}", lambda found: given[found[1]], server["command"])
+    assert shlex.split(command) == ["m", "--max-num-seqs", "4", "--additional-config", json.dumps(config)]
+    assert "HF_TOKEN" in server["environment"]
+    assert "./artifacts:/artifacts:ro" in server["volumes"]
+    assert {service.get("restart") for service in services.values()} == {"unless-stopped"}
 
 
 def test_the_parts_find_each_other() -> None:

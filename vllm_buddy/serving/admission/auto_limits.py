@@ -109,7 +109,9 @@ class AutoLimits:
         loaded = "" if self.load_price is None else f", {self.load_price:g} when fully loaded"
         if self.objectives_s:
             kept = " and ".join(f"{name} within {s * 1e3:g} ms" for name, s in self.objectives_s.items())
-            loaded = f" and above, down to {self.load_floor:g}, to keep p99 of {kept}"
+            # The floor may lie below the grid, whose smallest depth then acts.
+            least = max(self.load_floor, budget_for_depth(self.lowerable[0], self.num_layers))
+            loaded = f" and above, down to {least:g}, to keep p99 of {kept}"
         return f"among {self._grid()} at price {self.price:g}{loaded}"
 
     @property

@@ -53,7 +53,9 @@ class AutoSettings(Section):
     """What budget "auto" may choose, and at which price."""
 
     min: Budget | None = Field(
-        default=None, description='Smallest budget that "auto" may choose. Default: `min_budget`.'
+        default=None,
+        description='Smallest budget that "auto" may choose. Default: `min_budget`. It never chooses less than the '
+        "smallest depth of the artifact's Budget Predictor, which is 0.5 for the shipped one.",
     )
     max: Budget | None = Field(
         default=None, description='Largest budget that "auto" may choose. Default: `max_budget`.'
@@ -82,7 +84,8 @@ class LoadSettings(Section):
     )
     kv_use: Shares = Field(default=(0.8, 0.95), description="The same for the share of the KV cache in use.")
     floor: Budget | None = Field(
-        default=None, description="Smallest budget that load alone leads to. Default: `auto.min`."
+        default=None,
+        description="Smallest budget that load alone leads to, within what `auto` chooses among. Default: `auto.min`.",
     )
     lowers_running: bool = Field(
         default=True,
@@ -123,7 +126,9 @@ class SloSettings(Section):
         default=None, description="The same for the milliseconds from a request's arrival to its first token."
     )
     floor: Budget | None = Field(
-        default=None, description="Smallest budget that the objectives alone lead to. Default: `auto.min`."
+        default=None,
+        description="Smallest budget that the objectives alone lead to, within what `auto` chooses among. "
+        "Default: `auto.min`.",
     )
     hysteresis: float = Field(
         default=0.1,
