@@ -26,6 +26,7 @@ from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.depth_profile_settings import DepthProfileSettings
 from vllm_buddy.importance.calibration import CalibrationText
 from vllm_buddy.method import ExitAdapter, LayerPath, path_of
+from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
 from vllm_buddy.method.drafting import batch_share, pass_cost
@@ -116,7 +117,7 @@ def _exits(settings: DepthProfileSettings, artifact: Artifact) -> dict[int, Exit
     """By depth, what drafts there: the artifact's exit, or else the path of its library."""
     num_layers, bypass = artifact.config.base_model.num_layers, artifact.bypass
     trained = {draft.path.bit_count(): draft for draft in artifact.drafts}
-    in_library = sorted(d for d in (artifact.config.library or range(3, num_layers)) if d < num_layers)
+    in_library = sorted(d for d in (artifact.config.library or range(MIN_DEPTH, num_layers)) if d < num_layers)
     known = sorted({*in_library, *trained})
     wanted = settings.depths
     if not wanted:
@@ -217,7 +218,7 @@ def _written(model: nn.Module, passages: torch.Tensor, num_tokens: int) -> torch
 
 def _stage_path(num_layers: int, num_stages: int, stage: int) -> LayerPath:
     """The layers before the exit of a stage, the bypass of those after them, and the last layer before the head."""
-    depth = max(3, round(num_layers * stage / num_stages))
+    depth = max(MIN_DEPTH, round(num_layers * stage / num_stages))
     return path_of([*range(depth - 1), num_layers - 1])
 
 

@@ -223,7 +223,7 @@ class WorkerState:
         if not (self._absent and self.policy.writes_skipped):
             return views
         # Nothing is left in the cache of a layer that no path holds: nobody would read it.
-        nobody = LayerView(rows_np=np.empty(0, dtype=np.int64))
+        nobody = LayerView.empty()
         first = stage_of(self.num_layers).start
         return [nobody if self._absent >> layer & 1 else view for layer, view in enumerate(views, start=first)]
 
