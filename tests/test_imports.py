@@ -16,6 +16,7 @@ RANKS = {
     "vllm_buddy_kernels": 0,
     "vllm_buddy": 0,
     "vllm_buddy.errors": 0,
+    "vllm_buddy.installed": 0,
     "vllm_buddy.method": 1,
     "vllm_buddy.data_file": 1,
     "vllm_buddy.hub": 1,

@@ -21,7 +21,7 @@ from tools.features.case import GROUPS, Differs, Refused, all_cases
 from tools.features.client import BUDGETS
 from tools.features.servers import client, server
 from tools.features.starts import STARTS
-from vllm_buddy.cli.installed import installed_version
+from vllm_buddy.installed import installed_version
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"

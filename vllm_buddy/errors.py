@@ -18,8 +18,7 @@ def shown(value: Any) -> str:
         text = _SHORT.repr(value)
     except ValueError:  # Python prints integers of at most 4,300 digits
         text = f"<{type(value).__name__} that is too long to print>"
-    line = " ".join(text.split())
-    return line if len(line) <= _MOST_CHARACTERS else f"{line[: _MOST_CHARACTERS - 3]}..."
+    return cut(text, _MOST_CHARACTERS)
 
 
 def cut(text: str, most: int = 300) -> str:
@@ -82,3 +81,10 @@ class EvaluationError(BuddyError):
 
 class TrainingError(BuddyError):
     """A setting, data or a state with which training cannot start or continue."""
+
+
+def own_error(error: Exception) -> BuddyError | None:
+    """The error of this package that a validator raised, and that stands inside pydantic's; None: there is none."""
+    details = error.errors() if isinstance(error, ValueError) and hasattr(error, "errors") else []
+    inner = (detail.get("ctx", {}).get("error") for detail in details)
+    return next((e for e in inner if isinstance(e, BuddyError)), None)

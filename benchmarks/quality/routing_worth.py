@@ -28,7 +28,8 @@ from vllm_buddy.method.kv_policy import KV_ONLY
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.stage1_settings import DataSource, Stage1Settings
+from vllm_buddy.training.sources import DataSource
+from vllm_buddy.training.stage1_settings import Stage1Settings
 
 BUDGETS = (0.875, 0.75, 0.5)
 CONTEXT = 64  # tokens of a window that are not scored

@@ -20,7 +20,8 @@ import torch
 
 from vllm_buddy_kernels.triton_import import KernelError, require_triton, tl, triton
 
-MIN_BLOCK, MAX_BLOCK = 128, 1024
+# Columns of a program: the first that is as wide as what is to be written, else the last.
+LAUNCH_BLOCKS = (128, 256, 512, 1024)
 NUM_WARPS = 4
 
 
@@ -219,7 +220,7 @@ def _layer_slots(
     width = max(slots.shape[1], lengths.shape[1])
     if len(slots) == 0 or width == 0:
         return
-    block = min(MAX_BLOCK, max(MIN_BLOCK, triton.next_power_of_2(width)))
+    block = next((block for block in LAUNCH_BLOCKS if block >= width), LAUNCH_BLOCKS[-1])
     block_strides = (0, 0) if first_block is None else first_block.stride()
     layer_slots_kernel[(triton.cdiv(width, block), len(slots))](
         block_table,

@@ -10,15 +10,9 @@ import torch
 from tests.harness.tiny_models import NUM_LAYERS, load_model, random_artifact, random_prompts, save_tiny_model
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation import depth_profile
-from vllm_buddy.evaluation.depth_profile import (
-    Drafts,
-    _exit_rows,
-    _written,
-    dex_row,
-    earliest_agreeing,
-    ngram_drafts,
-    walk,
-)
+from vllm_buddy.evaluation.depth_profile import _exit_rows, _written
+from vllm_buddy.evaluation.dex import dex_row, earliest_agreeing
+from vllm_buddy.evaluation.draft_walk import Drafts, ngram_drafts, walk
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
 
 

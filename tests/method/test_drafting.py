@@ -38,4 +38,4 @@ def test_gain_counts_tokens_against_passes() -> None:
     assert draft_gain([], 0.5, 0.1) == 1.0
     assert draft_gain([1.0], 0.0, 0.0) == 2.0
     assert draft_gain([0.0, 0.0], 0.4, 0.1) == 0.5
-    assert draft_gain([1.0], 0.25, 0.05, 0.2) == pytest.approx(2.0 / 1.5)
+    assert draft_gain([1.0], 0.25, 0.05) == pytest.approx(2.0 / 1.3)

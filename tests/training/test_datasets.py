@@ -13,8 +13,9 @@ from vllm_buddy.errors import DataError
 from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training import hub_rows
 from vllm_buddy.training.corpus import ROWS_AT_ONCE, Corpus
+from vllm_buddy.training.sources import DataSource
 from vllm_buddy.training.stage1_record import finish_run
-from vllm_buddy.training.stage1_settings import DataSource, Stage1Settings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.stage2_settings import Stage2Settings
 
 datasets = pytest.importorskip("datasets")

@@ -27,8 +27,9 @@ from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.loop import LOG_FILE
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.routing import LearnedRouting
+from vllm_buddy.training.settings_file import read_settings_file
 from vllm_buddy.training.stage1_record import finish_run
-from vllm_buddy.training.stage1_settings import Stage1Settings, read_settings
+from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.stage2_settings import Stage2Settings
 
 RECIPES_DIR = Path(__file__).parents[2] / "recipes"
@@ -323,7 +324,7 @@ def test_every_recipe_is_valid(name: str) -> None:
     """Fails if a recipe in the repository has a setting that training no longer knows."""
     others = {"budget": Stage2Settings, "drafts": DraftTrainingSettings}
     kind = name.removesuffix(".yaml").rsplit("-", 1)[-1]
-    assert read_settings(others.get(kind, Stage1Settings), RECIPES_DIR / name, {"out": "out"}).data
+    assert read_settings_file(others.get(kind, Stage1Settings), RECIPES_DIR / name, {"out": "out"}).data
 
 
 def test_checkpointed_activations_change_nothing_but_memory(

@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, DraftConfig, PricePoint, TokenConfig
 from vllm_buddy.artifact.files import TensorFile, one_line, read_json, write_files
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
+from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE
 from vllm_buddy.artifact.tensors import ArtifactParts, check_headers, pack_tensors, parse_tensors
 from vllm_buddy.errors import ArtifactError, BuddyError, shown
 from vllm_buddy.method import (
@@ -40,7 +41,7 @@ from vllm_buddy.method.lora import LoraDeltas
 
 CONFIG_FILE = "buddy_config.json"
 WEIGHTS_FILE = "model.safetensors"
-FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "run.yaml")
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, RUN_FILE)
 
 RepairKind = Literal["none", "bypass", "lora"]
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_buddy.artifact.files import one_line
 from vllm_buddy.errors import ArtifactError
+from vllm_buddy.hub import is_hub_id
 
 # The fingerprint of a model without weights: vLLM's load format "dummy" draws them at random.
 NO_WEIGHTS = "no weights"
@@ -90,7 +91,7 @@ def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:
 def _hub_id(folder: Path, config: dict[str, Any]) -> str | None:
     """The hub id of a model: in its configuration, or in the name of its folder in the hub's cache."""
     named = config.get("_name_or_path")
-    if isinstance(named, str) and named.count("/") == 1 and not named.startswith(("/", ".")):
+    if isinstance(named, str) and is_hub_id(named):
         return named
     parts = folder.absolute().parts  # .../models--OWNER--NAME/snapshots/COMMIT
     repository = parts[-3] if len(parts) > 2 and parts[-2] == "snapshots" else ""

@@ -6,13 +6,13 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 import vllm_buddy
+from vllm_buddy.installed import installed_version
 
 CARD_FILE = "README.md"
 RUN_FILE = "run.yaml"
@@ -48,7 +48,7 @@ def run_header(command: str, commit: str | None, seed: int | None) -> dict[str, 
         "versions": {
             "vllm_buddy": vllm_buddy.__version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "transformers", "numpy", "safetensors")},
+            **{name: installed_version(name) for name in ("torch", "transformers", "numpy", "safetensors")},
         },
     }
 
@@ -132,13 +132,6 @@ def source_commit() -> str | None:
     """
     commit = _git("log", "-1", "--format=%H", "--", ".")
     return f"{commit} with changes" if commit and _git("status", "--porcelain", "--", ".") else commit
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git(*arguments: str) -> str | None:

@@ -20,9 +20,9 @@ from vllm_buddy.cli.budget_list import parse_budgets
 from vllm_buddy.cli.chat_client import Answer, ChatClient
 from vllm_buddy.cli.demo_load import SETTINGS, Burst, rising_load
 from vllm_buddy.cli.demo_report import DemoResult, caveat
-from vllm_buddy.cli.installed import installed_version
 from vllm_buddy.cli.page import page
 from vllm_buddy.cli.server_process import HOST, ServerProcess
+from vllm_buddy.installed import installed_version
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 from vllm_buddy.serving.admission.option_names import PATHS_KEY
 

@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 
 from vllm_buddy.artifact import load_artifact, shipped_artifacts
-from vllm_buddy.cli.installed import installed_version
 from vllm_buddy.errors import BuddyError
+from vllm_buddy.installed import installed_version
 
 _IMPORT_TIMEOUT_S = 120
 _OLDEST_PYTHON = (3, 11)

@@ -7,10 +7,10 @@ import os
 from importlib.metadata import entry_points
 
 from vllm_buddy.errors import ServerError
+from vllm_buddy.serving.plugin import DISABLE_VARIABLE
 
 GROUP = "vllm.general_plugins"
 NAME = "buddy"
-DISABLE_VARIABLE = "VLLM_BUDDY_DISABLE"
 
 
 def plugin_problem() -> tuple[str, str] | None:

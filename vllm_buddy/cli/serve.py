@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from vllm_buddy.cli.plugin_check import require_plugin
-from vllm_buddy.errors import BuddyError, ServerError
+from vllm_buddy.errors import BuddyError, ServerError, own_error
 
 _HELP = re.compile(r"^(-h|--help(=.*)?)$")
 _MODEL_IMPL = re.compile(r"^--model[-_]impl(=.*)?$")
@@ -161,7 +161,4 @@ def _refusal(error: Exception, note: Path) -> BuddyError | None:
     """
     if isinstance(error, BuddyError):
         return error
-    details = error.errors() if isinstance(error, ValueError) and hasattr(error, "errors") else []
-    inner = (detail.get("ctx", {}).get("error") for detail in details)
-    found = next((e for e in inner if isinstance(e, BuddyError)), None)
-    return found or (ServerError(note.read_text()) if note.is_file() else None)
+    return own_error(error) or (ServerError(note.read_text()) if note.is_file() else None)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vllm_buddy.errors import BuddyError
+from vllm_buddy.errors import BuddyError, own_error
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -47,9 +47,7 @@ def read_settings(settings: type[Settings], args: argparse.Namespace, error_type
     try:
         return settings(**{name: getattr(args, name) for name in settings.model_fields})
     except ValidationError as error:
-        inner = (problem.get("ctx", {}).get("error") for problem in error.errors())
-        own = next((e for e in inner if isinstance(e, BuddyError)), None)
-        if own is not None:
+        if (own := own_error(error)) is not None:
             raise own from None
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise error_type(f"not a valid setting: {problems}") from None

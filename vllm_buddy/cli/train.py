@@ -1,16 +1,13 @@
 """`vllm-buddy train`: runs stage 1 of training, from text to an artifact."""
 
 import argparse
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_buddy.cli.config_arguments import add_config_arguments, config_and_overrides, given_words, list_settings
 from vllm_buddy.cli.progress import note
 from vllm_buddy.errors import TrainingError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from vllm_buddy.training.dry_run import DryRun
     from vllm_buddy.training.stage1_settings import Stage1Settings
 
@@ -23,15 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="run a few steps, print what the run takes, and write nothing"
     )
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add CONFIG, KEY=VALUE and --list."""
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of settings; may be left out")
-    parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="settings that override the file; `--list` shows all of them"
-    )
-    parser.add_argument("--list", action="store_true", help="list all settings with their defaults and stop")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,39 +60,6 @@ def run(args: argparse.Namespace) -> int:
             ) from None
         print(f"wrote artifact '{artifact.config.name}' to {settings.out}")
     return 0
-
-
-def list_settings(settings: type["BaseModel"]) -> int:
-    """Print every setting with its default; returns 0."""
-    for name, field in settings.model_fields.items():
-        default = "required" if field.is_required() else json.dumps(field.default, default=str)
-        print(f"{name:22} {default:12} {field.description or ''}")
-    return 0
-
-
-def given_words(args: argparse.Namespace) -> list[str]:
-    """Return CONFIG, if there is one, and the KEY=VALUE words, as they were given."""
-    return [*([] if args.config is None else [args.config]), *args.settings]
-
-
-def config_and_overrides(args: argparse.Namespace) -> tuple[Path | None, dict[str, str]]:
-    """Return the configuration file, if one is named, and the KEY=VALUE words as a dictionary.
-
-    Raises:
-        TrainingError: neither is given, or a word has no "=".
-    """
-    words = given_words(args)
-    if not words:
-        raise TrainingError("name a YAML file of settings, or give settings as KEY=VALUE; --list shows all of them")
-    first = Path(words[0])
-    config = first if first.is_file() or "=" not in words[0] else None
-    pairs = {}
-    for word in words if config is None else words[1:]:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise TrainingError(f"'{word}' is not KEY=VALUE")
-        pairs[key] = value
-    return config, pairs
 
 
 def _summary(run: "DryRun", settings: "Stage1Settings") -> list[str]:

@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
+from vllm_buddy.cli.config_arguments import add_config_arguments, config_and_overrides, given_words, list_settings
 from vllm_buddy.cli.progress import note
-from vllm_buddy.cli.train import add_config_arguments, config_and_overrides, given_words, list_settings
 from vllm_buddy.errors import TrainingError
 
 SHOWN_EVERY = 100  # steps between two lines of progress
@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list:
         return list_settings(Stage2Settings)
-    from vllm_buddy.training.stage1_settings import read_settings
+    from vllm_buddy.training.settings_file import read_settings_file
 
-    settings = read_settings(Stage2Settings, *config_and_overrides(args))
+    settings = read_settings_file(Stage2Settings, *config_and_overrides(args))
     from vllm_buddy.artifact import identify, resolve_artifact
     from vllm_buddy.artifact.provenance import source_commit
     from vllm_buddy.models.find import find_model

@@ -6,13 +6,13 @@ lossless mode (`method/draft_chains.py`). From that follow
 - the share of chains of each length that are right, by depth;
 - the earliest agreeing depth (EAD; DEX, arXiv 2606.29223): from which on all deeper paths say what the model says;
 - tokens per cost of decoding with drafts of n-grams, of a depth, and of a depth where no n-gram is found, which walks
-  through what the model wrote. Costs are weights read (`method/drafting.py`);
-- what DEX would gain on several devices, one pipeline stage each;
+  through what the model wrote (`draft_walk.py`). Costs are weights read (`method/drafting.py`);
+- what DEX would gain on several devices, one pipeline stage each (`dex.py`);
 - what the adapters and paths of the artifact's draft exits are worth, where it has some.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ from vllm_buddy.artifact import Artifact, load_artifact, resolve_artifact
 from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.depth_profile_settings import DepthProfileSettings
+from vllm_buddy.evaluation.dex import dex_row, ead_of_stages, earliest_agreeing
+from vllm_buddy.evaluation.draft_walk import Drafts, Walk, ngram_drafts, walk
 from vllm_buddy.importance.calibration import CalibrationText
 from vllm_buddy.method import ExitAdapter, LayerPath, path_of
+from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
 from vllm_buddy.method.drafting import batch_share, pass_cost
@@ -36,26 +39,6 @@ _PASSAGES_AT_ONCE = 8
 
 # A path that drafts, the adapter of its exit, and the bypass of what it skips, each if there is one.
 Exit = tuple[LayerPath, ExitAdapter | None, Bypass | None]
-
-
-@dataclass(frozen=True)
-class Drafts:
-    """Drafts over what the model wrote.
-
-    said: [num_texts, length], what the whole model says after each token. tokens: the same shape, passages included.
-    start: position of the last token of each passage, the first whose next token the model wrote.
-    chains: by depth, [max_drafts, num_texts, length], see draft_chains. stages: by number of stages, what the exits of
-        all stages but the last say, [stages - 1, num_texts, length].
-    untrained: by depth of an exit of the artifact, chains as above: among all tokens, of its path with the bypass of
-        each layer alone and, where there is one, of the library's path of that depth with the same.
-    """
-
-    tokens: torch.Tensor
-    said: torch.Tensor
-    start: int
-    chains: dict[int, torch.Tensor]
-    stages: dict[int, torch.Tensor]
-    untrained: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,7 +99,7 @@ def _exits(settings: DepthProfileSettings, artifact: Artifact) -> dict[int, Exit
     """By depth, what drafts there: the artifact's exit, or else the path of its library."""
     num_layers, bypass = artifact.config.base_model.num_layers, artifact.bypass
     trained = {draft.path.bit_count(): draft for draft in artifact.drafts}
-    in_library = sorted(d for d in (artifact.config.library or range(3, num_layers)) if d < num_layers)
+    in_library = sorted(d for d in (artifact.config.library or range(MIN_DEPTH, num_layers)) if d < num_layers)
     known = sorted({*in_library, *trained})
     wanted = settings.depths
     if not wanted:
@@ -217,7 +200,7 @@ def _written(model: nn.Module, passages: torch.Tensor, num_tokens: int) -> torch
 
 def _stage_path(num_layers: int, num_stages: int, stage: int) -> LayerPath:
     """The layers before the exit of a stage, the bypass of those after them, and the last layer before the head."""
-    depth = max(3, round(num_layers * stage / num_stages))
+    depth = max(MIN_DEPTH, round(num_layers * stage / num_stages))
     return path_of([*range(depth - 1), num_layers - 1])
 
 
@@ -255,15 +238,6 @@ def _depth_rows(drafts: Drafts, costs: dict[int, float], num_layers: int) -> lis
     return [*rows, {"depth": num_layers, "cost": 1.0, "right": [1.0] * longest, "ead": rest}]
 
 
-def earliest_agreeing(said_by: Sequence[torch.Tensor], said: torch.Tensor) -> torch.Tensor:
-    """The number of the first of said_by, from shallow to deep, from which on all say `said`; len(said_by): none does.
-
-    All tensors have one shape, and so has the result.
-    """
-    agrees = torch.stack([one == said for one in said_by]).flip(0).cummin(dim=0).values
-    return len(said_by) - agrees.sum(dim=0)
-
-
 def _speedup_rows(settings: DepthProfileSettings, drafts: Drafts, costs: dict[int, float]) -> list[dict[str, Any]]:
     ngrams = [
         [ngram_drafts(text[: p + 1], settings.ngram_min, settings.ngram_max, settings.drafts) for p in range(len(text))]
@@ -285,89 +259,3 @@ def _speedup_rows(settings: DepthProfileSettings, drafts: Drafts, costs: dict[in
                 best[source, drafted_at] = row
         rows += best.values()
     return rows
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What decoding with drafts takes. tokens: written. steps: of the whole model. passes: of the draft path. checked:
-    drafts that steps checked."""
-
-    tokens: int
-    steps: int
-    passes: int
-    checked: int
-
-    def speedup(self, pass_cost: float, row_cost: float) -> float:
-        """Tokens per cost, where one token costs 1 without drafts."""
-        return self.tokens / (self.steps + self.passes * pass_cost + self.checked * row_cost)
-
-
-def walk(drafts: Drafts, ngrams: Sequence[Sequence[Sequence[int]]] | None, depth: int | None, num_drafts: int) -> Walk:
-    """Write the texts again with drafts.
-
-    ngrams: drafts of n-grams at each position of each text, used where there are any. depth: of num_drafts drafts at
-    the other positions; None: there are none.
-    """
-    chains = [] if depth is None else drafts.chains[depth].tolist()
-    tokens = steps = passes = checked = 0
-    for number, text in enumerate(drafts.tokens.tolist()):
-        position, end = drafts.start, len(text) - 1
-        while position < end:
-            left = end - position - 1
-            made = [] if ngrams is None else list(ngrams[number][position][:left])
-            if not made and depth is not None:
-                made = [chains[i][number][position + i] for i in range(min(num_drafts, left))]
-                passes += len(made)
-            steps += 1
-            checked += len(made)
-            accepted = _agreed(made, text[position + 1 :])
-            position += accepted + 1
-            tokens += accepted + 1
-    return Walk(tokens, steps, passes, checked)
-
-
-def _agreed(drafted: Sequence[int], text: Sequence[int]) -> int:
-    pairs = enumerate(zip(drafted, text))
-    return next((i for i, (draft, token) in pairs if draft != token), len(drafted))
-
-
-def ngram_drafts(token_ids: Sequence[int], shortest: int, longest: int, num_drafts: int) -> list[int]:
-    """Up to num_drafts tokens after an earlier place of the longest n-gram that ends the text; none without one."""
-    for n in range(min(longest, len(token_ids) - 1), shortest - 1, -1):
-        end = list(token_ids[-n:])
-        for start in range(len(token_ids) - n):
-            if list(token_ids[start : start + n]) == end:
-                return list(token_ids[start + n : start + n + num_drafts])
-    return []
-
-
-def ead_of_stages(drafts: Drafts, num_stages: int) -> torch.Tensor:
-    """[n], the stage, from 1, whose exit and all later ones say what the model says."""
-    exits = list(drafts.stages[num_stages])
-    return earliest_agreeing(exits, drafts.said)[:, drafts.start : -1].flatten() + 1
-
-
-def dex_row(ead: torch.Tensor, num_stages: int) -> dict[str, Any]:
-    """Speed-up over decoding token by token, of the best single exit and of depth exploration (DEX).
-
-    One pipeline stage per device; time is counted in stages. A token that all stages must confirm enters the pipeline
-    as soon as the token before it is known. Token by token that takes num_stages. With a single exit at stage e it
-    takes e where the exit is right, and num_stages where it is not, because what followed is then thrown away. With
-    exploration each stage's candidate goes on, and the branch of the shallowest right one survives: the EAD. Devices
-    run any number of branches at once, and moving states between them takes no time: this is an upper bound.
-
-    ead: [n], the earliest agreeing stage of each token, from 1 to num_stages.
-    """
-    by_exit = []
-    for stage in range(1, num_stages):
-        right = (ead <= stage).double()
-        by_exit.append((float(num_stages / (stage * right + num_stages * (1 - right)).mean()), stage))
-    best, stage = max(by_exit)
-    exploration = float(num_stages / ead.double().mean())
-    return {
-        "devices": num_stages,
-        "exit_stage": stage,
-        "exit_speedup": best,
-        "exploration_speedup": exploration,
-        "ratio": exploration / best,
-    }

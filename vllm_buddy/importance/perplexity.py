@@ -9,6 +9,7 @@ from torch import nn
 
 from vllm_buddy.importance.layer_stack import LayerStack
 from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
+from vllm_buddy.method.budget import MIN_DEPTH
 
 BUDGETS = (1.0, 0.9, 0.75, 0.5)
 
@@ -39,7 +40,7 @@ def perplexity_by_budget(
     for name, prior in priors.items():
         table[name] = {}
         for budget in BUDGETS:
-            if budget * num_layers < 3:
+            if budget * num_layers < MIN_DEPTH:
                 continue
             path = top_k_path(prior, depth_for_budget(budget, num_layers))
             if path not in known:

@@ -7,7 +7,7 @@ from vllm_buddy.errors import BudgetError, shown
 MIN_DEPTH = 3  # the first layer, the last layer and at least one between them
 
 # floor(b * L) would lose a layer to rounding at budgets such as 0.7 * 90 = 62.999... or 15/22 * 22 = 14.999...
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
 
 
 def depth_for_budget(budget: float, num_layers: int) -> int:
@@ -21,7 +21,7 @@ def depth_for_budget(budget: float, num_layers: int) -> int:
     """
     if not 0.0 < budget <= 1.0:  # also catches NaN
         raise BudgetError(f"budget is {shown(budget)}; allowed is a number in (0, 1]")
-    depth = math.floor(budget * num_layers + _ROUNDING)
+    depth = math.floor(budget * num_layers + ROUNDING)
     if depth < MIN_DEPTH:
         raise BudgetError(
             f"budget {budget:g} leaves {depth} of {num_layers} layers, but at least {MIN_DEPTH} must run; "
@@ -32,7 +32,7 @@ def depth_for_budget(budget: float, num_layers: int) -> int:
 
 def runs_enough(budget: float, num_layers: int) -> bool:
     """Whether a budget leaves the layers that must run."""
-    return math.floor(budget * num_layers + _ROUNDING) >= MIN_DEPTH
+    return math.floor(budget * num_layers + ROUNDING) >= MIN_DEPTH
 
 
 def smallest_budget(num_layers: int) -> float:

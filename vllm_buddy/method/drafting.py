@@ -30,10 +30,10 @@ def batch_share(num_requests: int, row_cost: float) -> float:
     return (1.0 + row_cost * (num_requests - 1)) / num_requests
 
 
-def draft_gain(right: Sequence[float], cost: float, row: float, refine_cost: float = 0.0) -> float:
+def draft_gain(right: Sequence[float], cost: float, row: float) -> float:
     """Tokens per unit of cost, over those without drafts.
 
     right: [n], for each of n drafts the probability that it and all drafts before it are right. cost: of one draft
-    pass. row: of checking one draft. refine_cost: of a pass that checks them before, see DraftPasses.
+    pass. row: of checking one draft.
     """
-    return (1.0 + sum(right)) / (1.0 + len(right) * (cost + row) + refine_cost)
+    return (1.0 + sum(right)) / (1.0 + len(right) * (cost + row))

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_buddy.method.path import LayerPath, layers_of, path_mask
+from vllm_buddy.method.path import LayerPath, path_mask
 
 _STARTS = 32  # random starts of the search for classes
 _SEED = 0
@@ -51,21 +51,10 @@ class KVUnits:
             taken[of_class] += 1
         return tuple(home)
 
-    def count(self, path: LayerPath) -> int:
-        """How many units a request takes whose tokens all run `path`."""
-        taken = [0] * self.num_classes
-        for layer in layers_of(path):
-            taken[self.class_of[layer]] += 1
-        return max(taken)
-
     def layers_at(self, unit: int) -> list[int]:
         """The layers whose home is `unit`, one of each class, in the order of the classes."""
         layers = [layer for layer, home in enumerate(self.home) if home == unit]
         return sorted(layers, key=self.class_of.__getitem__)
-
-    def kv_share(self, path: LayerPath) -> float:
-        """KV memory of a token on `path`, as a share of that at full depth."""
-        return self.count(path) / self.num_units
 
 
 def fit_classes(paths: Sequence[LayerPath], num_layers: int, num_classes: int) -> KVUnits:

@@ -42,7 +42,7 @@ class Route(Protocol):
     """The paths of one request, decided in order of position and never revised.
 
     depth: layers of each token, or of the mean token. first_path: of the first token. lowered: (position, depth from
-    there on), see `lower`. num_context_tokens: tokens of the prompt that budget "auto" is decided from.
+    there on), see `lower`.
     """
 
     @property
@@ -55,9 +55,6 @@ class Route(Protocol):
     def first_path(self) -> LayerPath: ...
 
     @property
-    def num_context_tokens(self) -> int: ...
-
-    @property
     def cache_key(self) -> str | None:
         """What the paths depend on beside the token ids; requests with equal keys may share KV. None: full depth."""
         ...
@@ -68,10 +65,14 @@ class Route(Protocol):
         ...
 
     @property
-    def num_decisions(self) -> int: ...
+    def num_decisions(self) -> int:
+        """How often a path was chosen so far, the first one among them, whether or not it was another one."""
+        ...
 
     @property
-    def num_reroutes(self) -> int: ...
+    def num_reroutes(self) -> int:
+        """How often the path changed so far, from one position to the next."""
+        ...
 
     def num_changes(self, after: int) -> int:
         """Number of changes of the path at positions beyond `after`, as far as they are decided."""
@@ -81,15 +82,38 @@ class Route(Protocol):
         """The paths of positions from `start` on, as far as they are decided."""
         ...
 
-    def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool: ...
+    def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
+        """Run `depth` layers, or so many in the mean, from `position` on, if the route can.
 
-    def decide(self, end: int, token_ids: Sequence[int]) -> None: ...
+        position: after all positions whose runs were requested; earlier positions keep their path. token_ids: the
+        request's, prompt first.
+
+        Returns:
+            False if it cannot; nothing changes then.
+
+        Raises:
+            ValueError: `depth` is not below the current depth.
+        """
+        ...
+
+    def decide(self, end: int, token_ids: Sequence[int]) -> None:
+        """Make all decisions for positions below `end`. token_ids: the request's tokens, prompt first.
+
+        Raises:
+            RuntimeError: a decision needs a token that is not in `token_ids`.
+        """
+        ...
 
     def copy(self) -> "Route":
         """A route with the same decisions so far. It decides apart from this one: on drafts, which may be rejected."""
         ...
 
-    def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]: ...
+    def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
+        """The runs that cover positions [start, start + num_tokens), num_tokens at least 1, in order.
+
+        Decides what is not decided yet: see `decide`, which has the arguments and errors.
+        """
+        ...
 
 
 class SplitRoute:
@@ -101,7 +125,7 @@ class SplitRoute:
     def __init__(self, prompt: Route, decoded: Route, num_prompt_tokens: int) -> None:
         self._prompt, self.decoded, self._split = prompt, decoded, num_prompt_tokens
         self._changes: bool | None = None  # whether the path changes after the prompt; None: nothing is decided there
-        self.first_path, self.num_context_tokens = prompt.first_path, prompt.num_context_tokens
+        self.first_path = prompt.first_path
 
     @property
     def depth(self) -> int:
@@ -149,7 +173,7 @@ class SplitRoute:
         return result
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
-        """Make all decisions for positions below `end`."""
+        """See Route."""
         self._prompt.decide(min(end, self._split), token_ids)
         if end > self._split:
             self._decide_after_prompt(end, token_ids)
@@ -161,7 +185,7 @@ class SplitRoute:
             self._changes = last[0].path != first[0].path
 
     def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
-        """Return the runs that cover positions [start, start + num_tokens)."""
+        """See Route."""
         inside = max(0, min(start + num_tokens, self._split) - start)
         runs = self._prompt.runs(start, inside, token_ids) if inside else []
         if num_tokens > inside:
@@ -195,7 +219,7 @@ class RequestRoute:
             raise ValueError(f"{num_context_tokens} context tokens of a prompt of {len(prompt_token_ids)}")
         self.depth = depth
         self.lowered: list[tuple[int, int]] = []  # (position, depth from there on)
-        self.num_context_tokens = num_context_tokens
+        self._num_context_tokens = num_context_tokens
         self._router = router
         self._schedule = schedule
         self._context = router.new_context() if depth < router.num_layers else None
@@ -237,8 +261,7 @@ class RequestRoute:
 
         Such a layer would have no keys and values of the preceding tokens.
 
-        position: after all positions whose runs were requested; earlier positions keep their path.
-        token_ids: the request's tokens, prompt first.
+        For arguments see Route.
 
         Returns:
             False if the new path is not a subset of the current one; nothing changes then.
@@ -253,7 +276,7 @@ class RequestRoute:
         if self._context is None:
             self._context = self._router.new_context()
             if self._context is not None:
-                self._context.extend(token_ids[: self.num_context_tokens])
+                self._context.extend(token_ids[: self._num_context_tokens])
         path = self._router.path(self._context, depth)
         decided = self._starts[-1] == position > 0  # a decision for `position` itself has run nothing yet
         if path & ~self._paths[-2 if decided else -1]:
@@ -276,11 +299,7 @@ class RequestRoute:
         return result
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
-        """Make all decisions for positions below `end`. token_ids: the request's tokens, prompt first.
-
-        Raises:
-            RuntimeError: a decision needs a token that is not in `token_ids`.
-        """
+        """See Route."""
         while self._next_decision is not None and self._next_decision < end:
             start = self._next_decision
             context = self._context
@@ -297,7 +316,7 @@ class RequestRoute:
             self._next_decision = start + self._schedule.interval
 
     def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
-        """Return the runs that cover positions [start, start + num_tokens)."""
+        """See Route."""
         end = start + num_tokens
         self.decide(end, token_ids)
         runs = []

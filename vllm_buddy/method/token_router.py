@@ -23,11 +23,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from vllm_buddy.method.budget import ROUNDING
 from vllm_buddy.method.path import LayerPath
 from vllm_buddy.method.predictor import FoldedPredictor
 from vllm_buddy.method.request_route import Run
 
-_ROUNDING = 1e-6  # of a budget that is not a binary fraction, as in budget.py
 DECAY = 0.5  # measured: with a mean over all tokens, mean divergence at 26 of 30 layers is 18% higher
 _SWING = 1.0  # the price is exp(_SWING) of the usual one where a half of the account is missing to what is wanted
 _SAVED_PER_TOKEN = 0.25  # layers; half an account is wanted in the end, and a short request must not save for it
@@ -153,10 +153,9 @@ class TokenRoute:
         shares_one_path: bool = False,
     ) -> None:
         self.router = router
-        self.depth = math.floor(budget * router.num_layers + _ROUNDING)
+        self.depth = math.floor(budget * router.num_layers + ROUNDING)
         if self.depth < router.depths[0]:
             raise ValueError(f"budget {budget:g} is below {router.depths[0]} layers, the shallowest path")
-        self.num_context_tokens = len(prompt_token_ids)
         self.lowered: list[tuple[int, int]] = []
         self._schedule = schedule
         self._recent = router.recent_mean()
@@ -236,7 +235,7 @@ class TokenRoute:
         return result
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
-        """Make all decisions for positions below `end`. token_ids: the request's, prompt first."""
+        """See Route."""
         start = self._start + len(self._choices)
         if end <= start:
             return
@@ -266,7 +265,7 @@ class TokenRoute:
             balance += rate
             best, least = 0, math.inf
             for index, depth in enumerate(depths):
-                if depth > balance + _ROUNDING:
+                if depth > balance + ROUNDING:
                     break
                 cost = row[index] + per_layer * depth
                 if cost <= least:  # of equal costs the deeper one
@@ -280,7 +279,7 @@ class TokenRoute:
         return len(token_ids) == self._num_seen + 1
 
     def runs(self, start: int, num_tokens: int, token_ids: Sequence[int]) -> list[Run]:
-        """The runs that cover positions [start, start + num_tokens)."""
+        """See Route."""
         end = start + num_tokens
         self.decide(end, token_ids)
         if num_tokens == 1:

@@ -13,7 +13,7 @@ import torch
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.training.hub_rows import documents
-from vllm_buddy.training.stage1_settings import DatasetSource, Source
+from vllm_buddy.training.sources import DatasetSource, Source
 
 ROWS_AT_ONCE = 256  # of a data set, that are read and tokenized together
 

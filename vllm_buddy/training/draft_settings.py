@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.torch_device import Dtype
-from vllm_buddy.training.stage1_settings import Source
+from vllm_buddy.training.sources import Source
 
 
 class DraftTrainingSettings(BaseModel):

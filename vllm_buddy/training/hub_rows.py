@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_buddy.data_file import exchange, plain_text
 from vllm_buddy.errors import DataError, cut
-from vllm_buddy.training.stage1_settings import DatasetSource
+from vllm_buddy.training.sources import DatasetSource
 
 
 def documents(source: DatasetSource, folder: Path | None, tokenizer: Any) -> Iterator[str]:

@@ -22,6 +22,7 @@ from vllm_buddy.training.objective import next_token_loss
 RIDGE = 1e-3  # this share of the mean variance is added to every direction of the input
 GRADIENT_FLOOR = 0.03  # this share of G's mean eigenvalue is added to every direction of the output
 OUTLIER = 10.0  # tokens whose state has more than this many times the median norm (attention sinks) are left out
+_BATCH_SIZE = 2  # sequences whose states and gradients are in memory at once; their logits never are
 
 
 class LayerMoments:
@@ -76,7 +77,6 @@ def fit_bypass(
     model: nn.Module,
     token_ids: torch.Tensor,
     rank: int,
-    batch_size: int = 2,
     *,
     checkpoint: bool = False,
     gaps: Sequence[range] | None = None,
@@ -84,7 +84,6 @@ def fit_bypass(
     """Return the initial bypass of all middle layers, or of ranges of layers.
 
     model: a Hugging Face Llama, Mistral, Qwen2 or Qwen3. token_ids: [num_sequences, length], int64. rank: even.
-    batch_size: sequences whose states and gradients are in memory at once; their logits never are.
     checkpoint: keep no activations inside the layers for the backward pass but compute them again there.
     gaps: ranges of layers, each of which one bypass replaces; None: each middle layer.
     """
@@ -95,8 +94,8 @@ def fit_bypass(
     device = net.model.embed_tokens.weight.device
     replaced = [range(i, i + 1) for i in range(1, config.num_hidden_layers - 1)] if gaps is None else gaps
     moments = [LayerMoments(config.hidden_size, device) for _ in replaced]
-    for start in range(0, len(token_ids), batch_size):
-        states = _states_with_gradient(net, token_ids[start : start + batch_size].to(device), checkpoint)
+    for start in range(0, len(token_ids), _BATCH_SIZE):
+        states = _states_with_gradient(net, token_ids[start : start + _BATCH_SIZE].to(device), checkpoint)
         for gap, moment in zip(replaced, moments):
             before, after = (states[i].detach().flatten(0, 1).float() for i in (gap.start, gap.stop))
             gradient = states[gap.stop].grad

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_buddy.method import DecisionModule, LayerPath, path_of
+from vllm_buddy.method import DecisionModule, LayerPath, full_path, path_of
 from vllm_buddy.method.path import path_mask
 from vllm_buddy.method.router import standardised
 from vllm_buddy.method.token_router import TokenRoute, TokenRouter, TokenSchedule
@@ -77,7 +77,7 @@ class LibraryRouting:
 
     def _draw(self, depth: int, rng: np.random.Generator) -> LayerPath:
         if depth == self._num_layers:
-            return (1 << self._num_layers) - 1
+            return full_path(self._num_layers)
         paths = self._library[depth]
         if len(paths) == 1 or rng.random() < self._first_share:
             return paths[0]

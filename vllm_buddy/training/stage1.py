@@ -11,29 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_buddy.artifact import Artifact, with_drafts, with_token_router
-from vllm_buddy.artifact.config import (
-    FORMAT_VERSION,
-    BuddyConfig,
-    LoraConfig,
-    PriorConfig,
-)
-from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
+from vllm_buddy.artifact import Artifact, with_token_router
+from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.baselines import check_static_method, static_prior
 from vllm_buddy.errors import TrainingError
-from vllm_buddy.method import (
-    DecisionModule,
-    FoldedDecision,
-    LayerPath,
-    TokenSchedule,
-    full_path,
-    path_of,
-)
+from vllm_buddy.method import DecisionModule, FoldedDecision, TokenSchedule
 from vllm_buddy.method.budget import depth_for_budget
-from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
-from vllm_buddy.method.router import OMEGA, standardised
+from vllm_buddy.method.router import standardised
 from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.frozen_base import check_processes, load_base
@@ -42,12 +28,12 @@ from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
 from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, Routing, TokenRouting
+from vllm_buddy.training.stage1_artifact import trained_artifact, with_kept
 from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.start import EXPLORE_DIR, LEARNED, SEARCHED, Note, Start, find_start, static_order
 from vllm_buddy.training.teacher import Teacher
-from vllm_buddy.training.token_fit import TokenFit, fit_tokens, measure_tokens
+from vllm_buddy.training.token_fitter import TokenFitter, refit_router
 
-MEASURED_FILE = "measured.npz"
 DECISION_WIDTH = 32
 ROUTER_DEPTHS = 5  # about as many depths are used to compare paths
 
@@ -115,10 +101,10 @@ def run_stage1(
         assert teacher is not None
         with accelerator.main_process_first():  # the others would map a file that it makes longer
             observations = Observations.open(settings.out, main[0].num_steps * settings.batch, settings.length)
-        fit = _TokenFitter(settings, model, corpus, library, observations, note)
+        fit = TokenFitter(settings, model, corpus, library, observations, note)
         router = fit.measured(start.bypass, teacher, token_windows).router
         by_token = TokenRouting(router, TokenSchedule(), constant)
-        routing, refit = by_token, partial(_refit, fit, by_token)
+        routing, refit = by_token, partial(refit_router, fit, by_token)
     if settings.paths == LEARNED:
         values = value_table(model)
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
@@ -134,28 +120,14 @@ def run_stage1(
     elif settings.router_windows:
         trained = {depth: paths for depth, paths in library.items() if depth >= smallest}
         folded = _fit_router(run, trained, static_prior(start.order), note)
-    artifact = _artifact(settings, base, start, repair, folded, library)
+    artifact = trained_artifact(settings, base, start, repair, folded, library)
     if fit is not None:
         found = fit.observed(main[0].num_steps)
         run.router_figures = {"explained": dict(zip(map(str, settings.token_depths), found.explained))}
         artifact = with_token_router(artifact, found.router)
     if start.artifact is not None:
-        artifact = _with_kept(artifact, start.artifact, settings)
+        artifact = with_kept(artifact, start.artifact, settings)
     return artifact, run
-
-
-def _with_kept(artifact: Artifact, before: Artifact, settings: Stage1Settings) -> Artifact:
-    """Add what an artifact had that is of use with another bypass of the same paths.
-
-    Draft exits with bypasses of their own depend on the base model alone. The Budget Predictor reads prompts, and goes
-    on choosing as it did.
-    """
-    if before.predictor is not None and settings.schedule == "request":
-        config = artifact.config.model_copy(update={"predictor": before.config.predictor})
-        artifact = dataclasses.replace(artifact, config=config, predictor=before.predictor)
-    if before.drafts and before.drafts[0].bypass is not None:
-        artifact = with_drafts(artifact, before.drafts, before.draft_vocabulary)
-    return artifact
 
 
 def split(
@@ -204,111 +176,3 @@ def _fit_router(
         )
     run.router_figures = {str(f.depth): dataclasses.asdict(f) for f in fit.figures}
     return FoldedDecision.fold(fit.decision, values)
-
-
-def _nested_paths(
-    settings: Stage1Settings, library: Mapping[int, list[list[int]]], num_layers: int
-) -> tuple[LayerPath, ...]:
-    """The paths of schedule token: the first of each of `token_depths`, and the whole model."""
-    if missing := sorted(set(settings.token_depths) - set(library)):
-        raise TrainingError(f"there is no path of {missing} layers; known depths are {sorted(library)}")
-    return (*(path_of(library[depth][0]) for depth in settings.token_depths), full_path(num_layers))
-
-
-class _TokenFitter:
-    """Fits the router of single tokens: to a measurement before training, to what training observes after that."""
-
-    def __init__(
-        self,
-        settings: Stage1Settings,
-        model: Any,
-        corpus: Corpus,
-        library: Mapping[int, list[list[int]]],
-        observations: Observations,
-        note: Note,
-    ) -> None:
-        self._settings, self._model, self._note = settings, model, note
-        self._corpus, self._observations = corpus, observations
-        self._num_layers = model.config.num_hidden_layers
-        self._values = value_table(model).cpu()
-        self._paths = _nested_paths(settings, library, self._num_layers)
-
-    def measured(self, bypass: Bypass | None, teacher: Teacher, windows: np.ndarray) -> TokenFit:
-        """Run every path over the sequences `windows`, [n]; a run that goes on takes what it measured before."""
-        file, digest = self._settings.out / MEASURED_FILE, f"{self._settings.digest}-{self._corpus.digest}"
-        if (known := Observations.load(file, digest)) is not None:
-            return self._fit(known)
-        self._note(f"measuring the divergence of each token on {len(self._paths) - 1} paths, {len(windows)} sequences")
-        windows = np.random.default_rng(self._settings.seed).permutation(windows)
-        found = measure_tokens(self._model, bypass, teacher, self._corpus.sequences, windows, self._paths)
-        found.save(file, digest)
-        return self._fit(found)
-
-    def observed(self, num_steps: int) -> TokenFit:
-        """Take what was observed in the second half of the first `num_steps` steps."""
-        rows = slice(num_steps // 2 * self._settings.batch, num_steps * self._settings.batch)
-        observed = self._observations.routed(rows)
-        self._note(f"fitting the router to {observed.choices.size} tokens that were observed in training")
-        return self._fit(observed)
-
-    def _fit(self, observed: Observations) -> TokenFit:
-        settings = self._settings
-        found = fit_tokens(observed, self._corpus.sequences, self._values, self._paths, self._num_layers, settings.seed)
-        for number, (depth, explained) in enumerate(zip(settings.token_depths, found.explained)):
-            mean = float(observed.divergences[observed.choices == number].mean(dtype=np.float64))
-            self._note(f"  {depth} layers: {mean:.4f} nats per token, {explained:.0%} of the variance explained")
-        return found
-
-
-def _refit(fit: _TokenFitter, routing: TokenRouting, num_steps: int) -> None:
-    if num_steps:
-        routing.router = fit.observed(num_steps).router
-
-
-def _artifact(
-    settings: Stage1Settings,
-    base: BaseModelIdentity,
-    start: Start,
-    repair: Repair,
-    folded: FoldedDecision | None,
-    library: Mapping[int, list[list[int]]],
-) -> Artifact:
-    bypass, deltas = repair.bypass(), repair.deltas()
-    prior = PriorConfig(indicator=settings.prior, calibration="as `vllm-buddy orders` has it", num_tokens=0)
-    if settings.paths == SEARCHED:
-        names = ", ".join(source.name for source in settings.data)
-        prior = PriorConfig(indicator="searched", calibration=names, num_tokens=settings.search_tokens)
-    elif settings.paths != LEARNED:
-        prior = prior.model_copy(update={"indicator": settings.paths})
-    config = BuddyConfig(
-        format_version=FORMAT_VERSION,
-        name=settings.name or settings.out.absolute().name,
-        base_model=base,
-        prior=prior,
-        omega=OMEGA,
-        has_decision_module=folded is not None,
-        library=None if settings.paths == LEARNED else dict(library),
-        route_every=settings.decide_every,
-        recipe=settings.recipe,
-        budgets=(settings.min_budget, 1.0),
-        bypass_rank=bypass.rank if bypass is not None else 0,
-        bypass_eps=bypass.eps if bypass is not None else 0.0,
-        lora=LoraConfig(rank=deltas.rank, alpha=deltas.alpha) if deltas is not None else None,
-    )
-    rounded = None if bypass is None else bypass.rounded()
-    if start.artifact is None:
-        return Artifact(config, static_prior(start.order), folded, rounded, deltas)
-    # All that is not trained here stays as it was, but a Budget Predictor knows the losses with another bypass, and
-    # adapters the states after it.
-    kept = start.artifact.without_predictor().without_drafts()
-    update: dict[str, Any] = {"name": config.name, "budgets": config.budgets, "token": None}
-    if settings.decide_every is not None:
-        update["route_every"] = settings.decide_every
-    if folded is not None:
-        update["has_decision_module"] = True
-    if settings.paths == LEARNED:  # the module was trained to choose any layers
-        update["library"] = None
-    decision = kept.decision if folded is None else folded
-    return dataclasses.replace(
-        kept, config=kept.config.model_copy(update=update), decision=decision, bypass=rounded, token=None
-    )

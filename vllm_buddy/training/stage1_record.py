@@ -21,7 +21,8 @@ from vllm_buddy.method import depth_for_budget, layers_of, top_k_path
 from vllm_buddy.training import draft_record, stage2_record
 from vllm_buddy.training.curves import CURVES_FILE, draw_curves, read_log
 from vllm_buddy.training.loop import LOG_FILE, TrainingRun
-from vllm_buddy.training.stage1_settings import DatasetSource, Source, Stage1Settings
+from vllm_buddy.training.sources import DatasetSource, Source
+from vllm_buddy.training.stage1_settings import Stage1Settings
 
 _REPAIRS = {
     "bypass": "A low-rank bypass of rank {rank} stands in for each layer that is skipped; the base model's weights are "

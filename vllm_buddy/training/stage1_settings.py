@@ -1,80 +1,16 @@
-"""The settings of `vllm-buddy train`, read from a YAML file and KEY=VALUE overrides."""
+"""The settings of `vllm-buddy train`."""
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm_buddy.errors import TrainingError
 from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.quantised import Quantisation
 from vllm_buddy.models.torch_device import Dtype
-
-Settings = TypeVar("Settings", bound=BaseModel)
-
-
-Weight = Annotated[
-    float,
-    Field(gt=0, allow_inf_nan=False, description="share of the training sequences, relative to the other sources"),
-]
-
-
-class DataSource(BaseModel):
-    """A file of training text."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    file: Path = Field(
-        description="*.txt: plain text. *.json (a list) or *.jsonl: rows with `text`, or with `instruction`, `input` "
-        "and `output`, which are formatted with the model's chat template"
-    )
-    weight: Weight = 1.0
-    share: float = Field(default=1.0, gt=0, le=1, description="share of the file that is used, from its beginning")
-
-    @property
-    def name(self) -> str:
-        return self.file.name
-
-
-class DatasetSource(BaseModel):
-    """A data set that the package `datasets` loads."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dataset: str = Field(description="name of a data set on the hub, or a folder of files that `datasets` knows")
-    config: str | None = Field(default=None, description="configuration of the data set, if it has several")
-    split: str = Field(default="train", description="split, such as train or validation")
-    revision: str | None = Field(default=None, description="commit of a data set on the hub; without it, the newest")
-    column: str | None = Field(
-        default=None,
-        description="column with text, or with a list of messages for the chat template (absent: rows as in files)",
-    )
-    streaming: bool = Field(default=False, description="read rows as they are needed instead of downloading all first")
-    tokens: int | None = Field(
-        default=None, ge=1, description="tokens that are read, from the beginning (absent: all; a stream needs it)"
-    )
-    weight: Weight = 1.0
-
-    @model_validator(mode="after")
-    def _check(self) -> "DatasetSource":
-        if self.streaming and self.tokens is None:
-            raise ValueError("with streaming, say how many `tokens` are read, so that a stopped run finds the same")
-        return self
-
-    @property
-    def name(self) -> str:
-        return " ".join(part for part in (self.dataset, self.config, self.split) if part)
-
-
-def _kind(source: Any) -> str:
-    named = "dataset" in source if isinstance(source, dict) else isinstance(source, DatasetSource)
-    return "dataset" if named else "file"
-
-
-Source = Annotated[Annotated[DataSource, Tag("file")] | Annotated[DatasetSource, Tag("dataset")], Discriminator(_kind)]
-
+from vllm_buddy.training.settings_file import read_settings_file
+from vllm_buddy.training.sources import Source
 
 # Settings that leave the loss curve as it is, or may change while a run stands.
 _WITHOUT_EFFECT = {
@@ -278,33 +214,5 @@ class Stage1Settings(BaseModel):
 
     @classmethod
     def read(cls, config: Path | None, overrides: dict[str, str]) -> "Stage1Settings":
-        """See `read_settings`."""
-        return read_settings(cls, config, overrides)
-
-
-def read_settings(settings: type[Settings], config: Path | None, overrides: dict[str, str]) -> Settings:
-    """Read settings from a YAML file, if there is one, then from overrides, whose values are YAML too.
-
-    Raises:
-        TrainingError: the file cannot be read, a key is unknown or a value is not allowed.
-    """
-    try:
-        loaded = {} if config is None else yaml.safe_load(config.read_text())
-        overridden = {key: yaml.safe_load(text) for key, text in overrides.items()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"cannot read {config}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that cannot be, too deep nesting
-        raise TrainingError(f"{config} or an override is not YAML: {error}") from None
-    if not isinstance(loaded, dict):
-        raise TrainingError(f"{config} must hold `key: value` lines")
-    values: dict[Any, Any] = loaded | overridden
-    unknown = sorted(str(key) for key in set(values) - set(settings.model_fields))
-    if unknown:
-        raise TrainingError(f"unknown settings {', '.join(unknown)}; known are {', '.join(settings.model_fields)}")
-    try:
-        return settings(**values)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-        is_no_list = any(e["loc"] == ("data",) for e in error.errors())
-        hint = ". `data` is a list of sources, such as data=[{file: text.txt}]" if is_no_list else ""
-        raise TrainingError(f"not a valid setting: {problems}{hint}") from None
+        """See `read_settings_file`."""
+        return read_settings_file(cls, config, overrides)

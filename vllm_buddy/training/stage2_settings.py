@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.torch_device import Dtype
-from vllm_buddy.training.stage1_settings import DataSource
+from vllm_buddy.training.sources import DataSource
 
 
 class Stage2Settings(BaseModel):

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.quality.routing_worth import fresh_windows
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.stage1_settings import DataSource
+from vllm_buddy.training.sources import DataSource
 
 
 def corpus(windows: list[list[int]], order: list[int], starts: list[int]) -> Corpus:

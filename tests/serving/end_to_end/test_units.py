@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from tests.harness.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Engine, start_engine
 from tests.harness.model_runner_v2 import RUNNER
 from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
+from tests.method.test_kv_units import num_units_of
 from tests.serving.conftest import UNITS
 from tests.serving.end_to_end.test_independence import FEW, asks, check_scenario, disturbances
 from tests.serving.end_to_end.test_preemption import batch
@@ -86,8 +87,8 @@ def test_blocks_in_use_follow_the_depth(units: Engine) -> None:
         units.run([Ask(tuple(prompt), budget, 40)], before_step=lambda _: used.append(units.num_blocks_in_use))
         path = units.expected(Ask(tuple(prompt), budget, 40)).paths[0]
         num_blocks = -(-(100 + 39) // BLOCK_SIZE)
-        assert max(used) == layout.count(path) * num_blocks
-        assert layout.count(path) >= path.bit_count() / layout.num_classes
+        assert max(used) == num_units_of(layout, path) * num_blocks
+        assert num_units_of(layout, path) >= path.bit_count() / layout.num_classes
     assert max(used) == num_blocks * NUM_LAYERS / layout.num_classes
 
 

@@ -162,7 +162,8 @@ class RequestLimits:
             is_auto = isinstance(value, str) and value == AUTO
             if is_auto or self._fixed_budget(value).budget < 1.0:
                 clashing.insert(0, BUDGET_KEY)
-        for key in clashing:
+        if clashing:
+            key = clashing[0]
             told = f'is {shown(options[key])}, but mode "{LOSSLESS}" runs all layers; leave one of them out'
             raise OptionError(key, told)
         return FixedBudget(1.0, self.num_layers, lossless=True)

@@ -83,7 +83,8 @@ def verify_with_prompt(
                 None,
             )
         asked = {key: extra_args[key] for key in KEYS if extra_args.get(key) is not None}
-        for key, value in asked.items():
+        if asked:
+            key, value = next(iter(asked.items()))
             raise _refused(
                 key, f"{key}: a streaming-input session runs at full depth; leave out {', '.join(asked)}", value
             )

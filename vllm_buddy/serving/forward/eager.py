@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.forward.pipeline import executed_of
 from vllm_buddy.serving.kv import KVPolicy, LayerView
+
+if TYPE_CHECKING:
+    from vllm_buddy.serving.forward.models import RoutedBackbone
 
 # Hidden states and residual, whose sum is the state of a row; None: hidden is the whole state.
 Pair = tuple[torch.Tensor, torch.Tensor | None]
@@ -47,13 +50,13 @@ class RoutedStep:
 
     def forward(
         self,
-        backbone: Any,
+        backbone: "RoutedBackbone",
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
         intermediate_tensors: IntermediateTensors | None = None,
     ) -> ModelOutput:
-        """What RoutedBackbone.leave returns. backbone: a RoutedBackbone."""
+        """What RoutedBackbone.leave returns."""
         hidden, residual = backbone.enter(input_ids, inputs_embeds, intermediate_tensors)
         if intermediate_tensors is not None:
             self._before = executed_of(intermediate_tensors)
@@ -75,7 +78,7 @@ class RoutedStep:
     def run(
         self,
         layers: Sequence[Any],
-        functions: Sequence[LayerFn],
+        functions: Sequence[LayerFn | None],
         positions: torch.Tensor,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
@@ -84,7 +87,8 @@ class RoutedStep:
     ) -> Pair:
         """Run all layers of the stage on hidden states.
 
-        layers, functions: the layers, and what computes them (with kernels: the same).
+        layers, functions: the layers, and what computes them (with kernels: the same); None: one that is not loaded,
+            which no row runs.
         bypasses: for each layer, what computes the rows that skip it; None: they pass unchanged.
         positions: [num_tokens]; hidden, residual: [num_tokens, hidden_size], which may be overwritten.
         auxiliary: takes the states that a drafter asked for.

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from vllm_buddy_kernels import KernelError, Kernels
+from vllm_buddy_kernels.layer_slots import LAUNCH_BLOCKS
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.method.bypass import Bypass
-
-_SLOT_WIDTHS = (1, 256, 512, 1024)  # the launch table of layer_slots has a block for each
 
 
 def after_norm(
@@ -94,7 +93,7 @@ def try_kernels(
                 kernels.scatter_rows(normed, state, source, hidden, residual, norm_weight, eps)
             any_bypass = [bypass for bypass in bypasses or () if bypass is not None][:1]
             passed_by(any_bypass, hidden, residual, torch.ones(2, dtype=torch.bool, device=row.device))
-        for width in _SLOT_WIDTHS:
+        for width in LAUNCH_BLOCKS:
             slots = torch.empty(1, width, dtype=torch.int64, device=row.device)
             run_start = torch.tensor([0, 1], dtype=torch.int32, device=row.device)
             for first_block in (None, row[None]):

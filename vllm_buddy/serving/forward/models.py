@@ -43,7 +43,7 @@ class Step(Protocol):
 
     def forward(
         self,
-        backbone: Any,
+        backbone: "RoutedBackbone",
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None,

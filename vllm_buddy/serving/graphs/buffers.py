@@ -1,10 +1,13 @@
 """The buffers that captured decode steps read and write: their addresses are fixed, their contents change."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from vllm_buddy.serving.forward.models import RoutedBackbone
 
 _MOST_INDICES = 1 << 22  # of block tables that are made at once
 ONE_TOKEN = 1  # length of rows that skip a layer: their output is dropped, and no kernel sees a length of 0
@@ -20,7 +23,7 @@ class DecodeBuffers:
     """
 
     def __init__(
-        self, backbone: Any, most_rows: int, num_blocks: int, moves_first_blocks: bool, num_units: int = 1
+        self, backbone: "RoutedBackbone", most_rows: int, num_blocks: int, moves_first_blocks: bool, num_units: int = 1
     ) -> None:
         norm = backbone.norm.weight
         self.device, num_layers = norm.device, len(backbone.layers)

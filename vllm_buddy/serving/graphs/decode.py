@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm_buddy_kernels import Kernels
 
+    from vllm_buddy.serving.forward.models import RoutedBackbone
+
 logger = init_logger(f"vllm.{__name__}")
 
 _CAPTURE_AFTER = 3  # steps with the same paths and size, at first; a capture takes as long as about ten steps
@@ -69,7 +71,7 @@ class GraphedStep:
 
     def forward(
         self,
-        _backbone: Any,
+        _backbone: "RoutedBackbone",
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         _inputs_embeds: torch.Tensor | None,
@@ -95,7 +97,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: "RoutedBackbone",
         bypasses: Sequence[FusedBypass | None] | None,
         policy: KVPolicy,
         *,

@@ -49,6 +49,11 @@ class LayerView:
     tables: torch.Tensor | None = None
     _source: torch.Tensor | None = None
 
+    @classmethod
+    def empty(cls) -> "LayerView":
+        """That of a layer which no row executes."""
+        return cls(rows_np=np.empty(0, dtype=np.int64))
+
     @property
     def is_empty(self) -> bool:
         """Whether no row executes the layer."""

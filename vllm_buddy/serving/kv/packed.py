@@ -43,7 +43,7 @@ def packed_views(batch: StepBatch, places: RunPlaces) -> PackedViews:
     own: list[int] = []
     for layer in distinct.values():
         if not runs_it[layer].any():
-            views[layer] = LayerView(rows_np=np.empty(0, dtype=np.int64))
+            views[layer] = LayerView.empty()
         elif _is_vllms(batch, layer, places):
             views[layer] = LayerView()
         else:

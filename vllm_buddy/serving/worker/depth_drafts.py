@@ -165,7 +165,7 @@ class DepthDrafts:
         tables = batch.tables(None, int(ends.max()))
         metadata = batch.metadata(lengths, ends, tables, batch.slot_mapping)
         runs = LayerView(attn_metadata=metadata, slot_mapping=batch.slot_mapping)
-        skips = LayerView(rows_np=np.empty(0, dtype=np.int64))
+        skips = LayerView.empty()
         return [runs if path >> layer & 1 else skips for layer in range(batch.num_layers)]
 
 

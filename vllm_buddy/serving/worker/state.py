@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
+    from vllm_buddy.serving.forward.models import RoutedBackbone
+
 logger = init_logger(f"vllm.{__name__}")
 
 # vLLM's all-reduce keeps a record of each all-reduce ever captured, also of graphs that were dropped, in a buffer of
@@ -96,11 +98,9 @@ class WorkerState:
         assert self._builder is not None, "the KV cache is not initialized"
         return self._builder
 
-    def start_serving(self, backbone: Any) -> None:
+    def start_serving(self, backbone: "RoutedBackbone") -> None:
         """End start-up: compile the kernels and capture the graphs, where they are wanted. Every later step must have
         a plan.
-
-        backbone: the RoutedBackbone of the model.
         """
         self.serving = True
         if self._moves_rows is not None:
@@ -109,8 +109,8 @@ class WorkerState:
         if self._settings.graphs.enabled:
             self.capture_graphs(backbone)
 
-    def capture_graphs(self, backbone: Any) -> None:
-        """Capture the graphs of all layers, in place of those that there may be. backbone: see start_serving."""
+    def capture_graphs(self, backbone: "RoutedBackbone") -> None:
+        """Capture the graphs of all layers, in place of those that there may be."""
         settings = self._settings.graphs
         assert settings.sizes is not None
         assert self._moves_rows is not None
@@ -223,7 +223,7 @@ class WorkerState:
         if not (self._absent and self.policy.writes_skipped):
             return views
         # Nothing is left in the cache of a layer that no path holds: nobody would read it.
-        nobody = LayerView(rows_np=np.empty(0, dtype=np.int64))
+        nobody = LayerView.empty()
         first = stage_of(self.num_layers).start
         return [nobody if self._absent >> layer & 1 else view for layer, view in enumerate(views, start=first)]
 
