@@ -91,9 +91,7 @@ def follow(engine: PretendEngine, asks: list[Ask], followed: set[int]) -> None:
                 engine.add(Ask((*ask.prompt, *generated), ask.budget, 2))
 
 
-_FEW = settings(
-    max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
+_FEW = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=("sync", "async"))
