@@ -1,5 +1,7 @@
 """The classes of layers whose KV shares blocks."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,50 @@ def test_classes_are_equally_large_and_fit_no_worse_than_in_turn(num_layers: int
     assert np.bincount(found.class_of).tolist() == [num_layers // num_classes] * num_classes
     assert sum(kv_share(found, path) for path in paths) <= sum(kv_share(in_turn, path) for path in paths)
     assert fit_classes(paths, num_layers, num_classes) == found
+
+
+@pytest.mark.parametrize(("num_layers", "num_classes"), [(8, 2), (9, 3), (10, 2)])
+@pytest.mark.parametrize("planted", [True, False])
+def test_no_split_of_the_layers_fits_the_paths_better(num_layers: int, num_classes: int, planted: bool) -> None:
+    """Fails if an exchange of layers is taken for better than it is, so that the search ends beside the best split.
+
+    planted: the paths hold equally many layers of each class of one split, which thus wastes nothing; else any layers.
+    """
+    size = num_layers // num_classes
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        hidden = rng.permutation(num_layers).reshape(num_classes, size)
+        paths = []
+        for number in range(12):
+            each = 1 + number % (size - 1)
+            if planted:
+                layers = [layer for of_class in hidden for layer in rng.choice(of_class, each, replace=False).tolist()]
+            else:
+                layers = rng.choice(num_layers, each * num_classes, replace=False).tolist()
+            paths.append(path_of(layers))
+        best = min(units_to_store(KVUnits(classes), paths) for classes in splits(num_layers, num_classes))
+        assert units_to_store(fit_classes(paths, num_layers, num_classes), paths) == pytest.approx(best)
+        if planted:
+            assert best == pytest.approx(len(paths))
+
+
+def splits(num_layers: int, num_classes: int) -> Iterator[tuple[int, ...]]:
+    """All ways to put the layers into classes of equal size."""
+
+    def extended(begun: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        if len(begun) == num_layers:
+            yield begun
+            return
+        for of_class in range(min(max(begun, default=-1) + 2, num_classes)):
+            if begun.count(of_class) < num_layers // num_classes:
+                yield from extended((*begun, of_class))
+
+    return extended(())
+
+
+def units_to_store(units: KVUnits, paths: list[LayerPath]) -> float:
+    """Layers that the units of paths have room for, relative to those of the path: 1 for each path at the least."""
+    return sum(units.count(path) * units.num_classes / path.bit_count() for path in paths)
 
 
 def test_classes_that_do_not_divide_the_layers_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Tests of depths per token: the account, and what a decision depends on."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ from vllm_buddy.method import (
 )
 from vllm_buddy.method.token_router import see_newest
 
+ROUNDING = 1e-9  # of sums in float64, in another order
 ROUTER = random_token_router(torch.randn(VOCAB_SIZE, 12, generator=torch.Generator().manual_seed(3)), (4, 6), 8, 5)
 TOKENS = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=120)
 BUDGETS = st.sampled_from([0.5, 0.6, 0.625, 0.75, 0.875, 0.99, 1.0])
@@ -85,6 +87,15 @@ def test_a_lag_hides_the_newest_tokens(tokens: list[int], lag: int) -> None:
     assert len(depths_of(route, len(known), tokens)) == len(known)
     with pytest.raises(RuntimeError, match="are known"):
         route.decide(len(tokens) + lag + 1, tokens)
+
+
+def test_a_mean_of_one_token_gives_the_predictors_estimate() -> None:
+    """Fails if the estimate of a token leaves out a part of what the predictor computes, such as its bias."""
+    router = replace(ROUTER, decay=0.0)
+    assert np.abs(router.predictor.decision.b1).min() > 0.01
+    token_ids = list(range(0, VOCAB_SIZE, 7))
+    alone = [router.predictor.excess([token]) for token in token_ids]
+    assert router.excess(router.recent_mean(), token_ids) == pytest.approx(np.array(alone), abs=ROUNDING)
 
 
 def given_excess(excess: Sequence[float], prices: tuple[tuple[float, float], ...]) -> TokenRouter:

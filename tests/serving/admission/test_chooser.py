@@ -22,6 +22,7 @@ from vllm_buddy.serving.admission.chooser import BudgetChooser
 from vllm_buddy.serving.admission.latency import Latencies, LatencyMeter
 from vllm_buddy.serving.admission.load import LoadPrice
 from vllm_buddy.serving.admission.slo import Objectives
+from vllm_buddy.serving.start.settings import BuddySettings
 
 PROMPTS = [tuple(p) for p in random_prompts(12, seed=81, min_tokens=3, max_tokens=90)]
 LOAD_PRICE = 40.0
@@ -123,6 +124,46 @@ def test_objectives_raise_the_price_as_far_as_the_level_asks() -> None:
     made.observe_latencies(Latencies(2.0), idle=True)
     assert (made.level, made.price) == (0.0, 1.0)
     assert choose(made) == (1.0, 8, 1.0)
+
+
+def from_settings(tiny: Tiny, **buddy: Any) -> BudgetChooser:
+    """The chooser of a server with these settings."""
+    settings = BuddySettings(**buddy)
+    limits = AutoLimits.from_settings(settings, tiny.artifact, 0.375)
+    made = BudgetChooser.from_settings(settings, tiny.artifact, limits)
+    assert made is not None
+    return made
+
+
+def test_the_hysteresis_of_load_is_the_one_that_was_set(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if load.hysteresis changes nothing."""
+    levels = []
+    for hysteresis in (0.0, 0.125, 0.25):
+        made = from_settings(tiny("llama"), load={"price": 90.0, "waiting": (4, 12), "hysteresis": hysteresis})
+        for num_waiting in (8, 6):
+            made.observe(num_waiting, 0, 0.0)
+        levels.append(made.level)
+    assert levels == [0.25, 0.375, 0.5]
+
+
+def test_hysteresis_and_headroom_of_objectives_are_those_that_were_set(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if slo.hysteresis or slo.headroom changes nothing, or one is taken for the other."""
+
+    def levels(itl_ms: float, **slo: float) -> tuple[float, float]:
+        """After a token that was late, and after one that came after itl_ms. The objective is 100."""
+        made = from_settings(tiny("llama"), slo={"itl_ms": 100.0, **slo})
+        found = []
+        for now, seconds in enumerate((0.2, itl_ms / 1e3)):
+            made.observe_latencies(Latencies(float(now), itls=Counter({seconds: 1})), idle=False)
+            found.append(made.level)
+        return found[0], found[1]
+
+    def moves(itl_ms: float, **slo: float) -> int:
+        late, then = levels(itl_ms, **slo)
+        return (then > late) - (then < late)
+
+    assert [moves(itl_ms, hysteresis=0.5, headroom=0.0) for itl_ms in (45, 55, 95, 105)] == [-1, 0, 0, 1]
+    assert [moves(itl_ms, hysteresis=0.0, headroom=0.5) for itl_ms in (45, 55, 95, 105)] == [-1, 1, 1, 1]
 
 
 # --- the scheduler, with a worker that only keeps books ----------------------------------------------------------

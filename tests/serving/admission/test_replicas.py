@@ -126,6 +126,15 @@ def test_a_few_requests_are_a_full_replica_where_few_may_run(llama: Tiny) -> Non
     assert sent == [b"zero"] * 3 + [b"one"]
 
 
+@pytest.mark.parametrize(("spill", "num_home"), [(0, 1), (2, 3), (8, 9)])
+def test_a_replica_gives_away_what_is_more_than_the_spill(llama: Tiny, spill: int, num_home: int) -> None:
+    """Fails if affinity.spill changes nothing: the operator cannot choose between depth and balance."""
+    client = client_of(configure(llama, {"affinity": {"spill": spill}}))
+    engines_of_traffic(client)
+    sent = [client.get_core_engine_for_request(request(str(i), budget=0.5)) for i in range(num_home + 1)]
+    assert sent == [b"zero"] * num_home + [b"one"]
+
+
 @pytest.mark.parametrize(
     ("options", "depth"),
     [

@@ -102,7 +102,7 @@ def check_scenario(
 
 
 # One random choice of examples, always the same: a failure is found again by running the test again.
-FEW = settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=40, suppress_health_check=list(HealthCheck))
 _MANY = settings(FEW, max_examples=400)
 
 

@@ -134,9 +134,7 @@ requests = st.lists(
     min_size=1,
     max_size=5,
 )
-_SETTINGS = settings(
-    max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
+_SETTINGS = settings(max_examples=300, suppress_health_check=list(HealthCheck))
 
 
 @_SETTINGS

@@ -60,6 +60,29 @@ def test_what_does_not_pay_is_tried_rarely_so_that_it_costs_little(num_requests:
     assert sum(tried) * (0.5 * step + num_requests * row) / (len(tried) * step) < 0.03
 
 
+@pytest.mark.parametrize(("refining", "most"), [(None, 4), (DraftPass(0b1111, 0.02), 3)], ids=["plain", "refined"])
+def test_a_refining_pass_makes_one_of_the_drafts(refining: DraftPass | None, most: int) -> None:
+    """Fails if more drafts come out of a step than the next one has slots for."""
+    settings = DraftSettings(ngram_max=0, acceptance=1.0, row_cost=0.0)
+    server = Drafting(DraftPasses(DraftPass(0b1011, 0.01), refining), settings, 4)
+    assert server.wanted([(server.of_request(lossless=True), 100)], 1) == [(0, most)]
+
+
+def test_settings_bound_the_passes_and_say_what_is_expected_of_them() -> None:
+    """Fails if drafts.most or drafts.acceptance changes nothing."""
+
+    def wanted(**given: float) -> tuple[int, int]:
+        settings = DraftSettings(**{"row_cost": 0.0, "acceptance": 1.0, **given})
+        server = Drafting(DraftPasses(DraftPass(0b1011, 0.3)), settings, 4)
+        return server.wanted([(server.of_request(lossless=True), 100)], 1)[0]
+
+    assert wanted() == (4, 4)
+    assert [wanted(most=most) for most in (1, 2, 9)] == [(4, 1), (4, 2), (4, 4)]  # n-grams take no passes
+    assert wanted(acceptance=0.0) == (0, 0)
+    assert wanted(acceptance=0.2) == (4, 0)  # which pays for rows that cost nothing, and not for passes
+    assert 0 < wanted(acceptance=0.6)[1] < 4
+
+
 def test_a_new_request_starts_from_what_others_have_shown() -> None:
     """Fails if each request pays again to find out that drafts are wrong on this server."""
     server = drafting(0.5)

@@ -53,6 +53,19 @@ def test_figures_are_taken_once() -> None:
     assert metrics.take() == {}
 
 
+def test_drafts_count_where_they_were_made_and_where_they_were_checked() -> None:
+    """Fails if the share of drafts that were right is told wrongly, or n-grams count as drafts of layers."""
+    metrics = EngineMetrics(collects=True)
+    metrics.observe_drafts(Executed(1, 8, 8, 8, (8, 8, 8), drafting=12), 2)
+    metrics.observe_drafts(Executed(1, 8, 8, 8, (8,) * 4, drafting=7), None)  # of n-grams
+    metrics.observe_drafts(Executed(1, 8, 8, 8, (8,)), 0)
+    assert metrics.take() == {
+        "layer_tokens_drafting": {"": [19]},
+        "depth_drafts": {"": [4]},
+        "depth_drafts_accepted": {"": [2]},
+    }
+
+
 def test_nothing_is_kept_for_nobody() -> None:
     """Fails if an engine without statistics, whose figures nobody takes, keeps them forever."""
     metrics = EngineMetrics(collects=False)

@@ -11,13 +11,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch.distributed
 
 from tests.harness.engine import Tiny
 from tests.harness.tiny_models import random_artifact
 from tests.serving.start.test_hook import BASE, as_arguments, configure
 from vllm_buddy.errors import ArtifactError, SettingsError
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
-from vllm_buddy.serving.start.agreement import Served, refuse_differences, served
+from vllm_buddy.serving.start.agreement import Served, load_agreed_artifact, refuse_differences, served
+from vllm_buddy.serving.start.settings import BuddySettings
 
 START_TIMEOUT_S = 600.0
 
@@ -95,6 +97,40 @@ def test_the_configuration_says_what_it_serves(tiny: Callable[[str], Tiny]) -> N
     llama = tiny("llama")
     config = configure(llama, {"kv_policy": "zero", "load": {"price": 90.0}})
     assert config.model_config.buddy_served == served(config, llama.artifact)
+
+
+def load_beside(config: Any, others: list[Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load the artifact as rank 0 of a server, beside ranks that say this of themselves."""
+    from vllm.distributed import parallel_state
+
+    group = SimpleNamespace(world_size=1 + len(others), cpu_group=object())
+
+    def gather(into: list[Any], ours: Any, group: Any) -> None:
+        assert group is parallel_state._WORLD.cpu_group
+        assert len(into) == 1 + len(others)
+        into[:] = [ours, *others]
+
+    monkeypatch.setattr(parallel_state, "_WORLD", group)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    return load_agreed_artifact(config)
+
+
+def test_a_rank_that_serves_something_else_is_refused_where_the_artifact_is_loaded(
+    tiny: Callable[[str], Tiny], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Fails if ranks tell each other what they serve and nobody compares it, or a rank without an artifact hangs."""
+    llama = tiny("llama")
+    config = configure(llama)
+    ours = config.model_config.buddy_served
+    same = ours, Served("other", ours.facts)
+    assert load_beside(config, [same], monkeypatch).digest == llama.artifact.digest
+    different = ours, Served("other", ours.facts | {"artifact": "'b' (2)"})
+    with pytest.raises(SettingsError, match=r"rank 2 on other has artifact 'b' \(2\) instead of 'artifact'"):
+        load_beside(config, [same, different], monkeypatch)
+    settings = config.additional_config["buddy"]
+    config.additional_config = {"buddy": {**settings, "artifact": str(tmp_path / "gone")}}
+    with pytest.raises(SettingsError, match=r"rank 0 on .* has artifact none \(no artifact at .*gone"):
+        load_beside(config, [same], monkeypatch)
 
 
 def ready_message(config: Any, found: Served) -> bytes:

@@ -1,12 +1,13 @@
 """What a server may be started with, and what the others are told. No engine is started here."""
 
 import json
+import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.platforms import current_platform
 
 from tests.harness.engine import Tiny
 from tests.harness.tiny_models import (
@@ -23,13 +26,15 @@ from tests.harness.tiny_models import (
     random_artifact,
     save_tiny_model,
 )
-from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE
+from vllm_buddy.artifact import CONFIG_FILE, WEIGHTS_FILE, Artifact
 from vllm_buddy.artifact.config import FORMAT_VERSION
+from vllm_buddy.errors import ArtifactError
 from vllm_buddy.method import path_of
 from vllm_buddy.serving.admission.auto_limits import AutoLimits
+from vllm_buddy.serving.compat import TESTED_VLLM
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start import hook
-from vllm_buddy.serving.start.base_model import identify_served_model
+from vllm_buddy.serving.start.base_model import check_base_model, identify_served_model
 from vllm_buddy.serving.start.refusals import _CHECKS
 from vllm_buddy.serving.start.settings import engine_settings, known_settings
 
@@ -41,7 +46,6 @@ BASE = {
     "max_model_len": 512,
     "enforce_eager": True,
 }
-
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 
 
@@ -54,6 +58,18 @@ def llama_model(tiny: Callable[[str], Tiny]) -> Tiny:
 def artifact_copy(llama_model: Tiny, tmp_path: Path) -> Path:
     """An artifact to damage."""
     return shutil.copytree(llama_model.artifact_folder, tmp_path / "artifact")
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the plugin logs."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.vllm_buddy")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 def configure(tiny: Tiny, buddy: Any = None, **options: Any) -> Any:
@@ -164,13 +180,27 @@ def test_settings_that_are_no_object_are_refused(llama_model: Tiny, buddy: Any) 
     assert "kv_policy" in refusal(llama_model, additional_config={"buddy": buddy})
 
 
-def test_a_default_budget_that_no_request_could_ask_for_is_refused(llama_model: Tiny) -> None:
+@pytest.fixture
+def few_depths(llama_model: Tiny, tmp_path: Path) -> Path:
+    """An artifact whose library has paths of 3, 4 and 6 layers alone."""
+    sets = {3: [[0, 2, 7]], 4: [[0, 2, 3, 7]], 6: [[0, 1, 2, 3, 4, 7]]}
+    config = llama_model.artifact.config.model_copy(update={"library": sets})
+    replace(llama_model.artifact, config=config).save(folder := tmp_path / "narrow")
+    return folder
+
+
+def test_a_default_budget_that_no_request_could_ask_for_is_refused(llama_model: Tiny, few_depths: Path) -> None:
     """Fails if the server's default is below its own floor, below three layers, or without a path in the library."""
     assert "0.375" in refusal(llama_model, {"default_budget": 0.3})
     assert "0.6" in refusal(llama_model, {"default_budget": 0.5, "min_budget": 0.6})
     message = refusal(llama_model, {"default_budget": 1.0, "max_budget": 0.75})
     assert "default_budget: budget 1 is above the largest allowed budget 0.75" in message
     assert "set default_budget" in message
+    message = refusal(llama_model, {"artifact": str(few_depths), "default_budget": 0.7})
+    assert "default_budget: budget 0.7 is 5 of 8 layers, for which the path library has no path" in message
+    assert "it has paths of 3, 4, 6, 8 layers" in message
+    for buddy in ({"default_budget": 0.75}, {"default_budget": 0.7, "paths": "free"}):
+        configure(llama_model, {"artifact": str(few_depths), **buddy})
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +424,6 @@ def test_settings_of_auto_that_contradict_each_other_are_refused(llama_model: Ti
     assert told in refusal(llama_model, buddy)
 
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 DRAFTS = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 3}
 
 BELOW_FULL_DEPTH: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -417,41 +446,34 @@ def test_what_needs_more_than_max_budget_is_refused(llama_model: Tiny, name: str
     assert told in message
 
 
-def test_max_budget_says_what_it_saves(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_budget_says_what_it_saves(llama_model: Tiny, few_depths: Path, said: list[str]) -> None:
     """Fails if layers are dropped that a router might choose, or a setting that saves nothing looks as if it did."""
-    said: list[str] = []
-    for level in ("info", "warning"):
-        monkeypatch.setattr(hook.logger, level, lambda message, *args: said.append(message % args))
     limits = configure(llama_model, {"max_budget": 0.65, "paths": "free"}).model_config.buddy_limits
     assert limits.layers == (1 << NUM_LAYERS) - 1
     assert limits.default_budget == 0.65
     assert limits.auto.largest == 0.65
     assert "max_budget 0.65 saves no memory" in "".join(said)
-    sets = {3: [[0, 2, 7]], 4: [[0, 2, 3, 7]], 6: [[0, 1, 2, 3, 4, 7]]}
-    config = llama_model.artifact.config.model_copy(update={"library": sets})
-    replace(llama_model.artifact, config=config).save(folder := llama_model.folder.parent / "narrow")
-    narrow = {"max_budget": 0.65, "default_budget": 0.5, "artifact": str(folder)}
+    narrow = {"max_budget": 0.65, "default_budget": 0.5, "artifact": str(few_depths)}
     assert configure(llama_model, narrow).model_config.buddy_limits.layers == path_of([0, 2, 3, 7])
-    assert "from 0.375 to 0.65 on 4 of 8 layers" in said[-1]
+    assert "from 0.375 to 0.65 on 4 of 8 layers" in "".join(said)
     message = refusal(llama_model, narrow, pipeline_parallel_size=4)
     assert "leaves no layer to pipeline stage 2, which has layers 4 to 5" in message
 
 
-def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, said: list[str]) -> None:
     """Fails if a setting is dropped on the way, or the operator cannot see what "auto" will do."""
-    said: list[str] = []
-    monkeypatch.setattr(hook.logger, "info", lambda message, *args: said.append(message % args))
     settings = {"min_budget": 0.45, "auto": {"price": 2.0}, "load": {"price": 9, "floor": 0.8, "waiting": [0, 4]}}
     config = configure(llama_model, {"default_budget": "auto", **settings})
     limits = config.model_config.buddy_limits
     assert limits.default_budget == "auto"
     assert limits.auto == AutoLimits(NUM_LAYERS, PREDICTOR_DEPTHS, 0.45, 1.0, 2.0, 9.0, 0.8)
     told = 'default budget auto, from 0.45 to 1, "auto" chooses among 0.45, 0.5, 0.8, 1 at price 2, 9 when fully loaded'
-    assert said[-1].endswith(told)
+    assert any(line.endswith(told) for line in said)
     settings = {"min_budget": 0.45, "slo": {"itl_ms": 50, "floor": 0.5}}
     keeping = configure(llama_model, settings)
     assert keeping.model_config.buddy_limits.auto.objectives_s == {"itl": 0.05}
-    assert said[-1].endswith("0.8, 1 at price 8 and above, down to 0.5, to keep p99 of itl within 50 ms")
+    told = "0.8, 1 at price 8 and above, down to 0.5, to keep p99 of itl within 50 ms"
+    assert any(line.endswith(told) for line in said)
     assert engine_settings(keeping).slo.itl_ms == 50
     # The engine's process reads them again; what nobody gave must not look given there.
     read = engine_settings(config)
@@ -525,19 +547,90 @@ def test_an_artifact_of_another_model_is_refused_with_both_named(
     assert message.count("fingerprint") == 2
 
 
-def test_a_copy_with_other_norms_is_served_if_the_shape_is_to_decide(llama_model: Tiny, tmp_path: Path) -> None:
-    """Fails if a copy that AWQ has made cannot be served at all, or one of another shape can."""
+def quantised_copy(folder: Path, tiny: Tiny) -> Path:
+    """A copy of a model whose quantiser has scaled a norm."""
     from safetensors.torch import load_file, save_file
 
-    copy = tmp_path / "copy"
-    shutil.copytree(llama_model.folder, copy)
-    weights = load_file(copy / "model.safetensors")
+    shutil.copytree(tiny.folder, folder)
+    weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 2
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_copy_with_other_norms_is_served_if_the_shape_is_to_decide(llama_model: Tiny, tmp_path: Path) -> None:
+    """Fails if a copy that AWQ has made cannot be served at all, or one of another shape can."""
+    copy = quantised_copy(tmp_path / "copy", llama_model)
     assert "was made for" in refusal(llama_model, model=str(copy))
     configure(llama_model, {"base_check": "shape"}, model=str(copy))
     other = save_tiny_model(tmp_path / "other", "qwen3")
     assert "was made for" in refusal(llama_model, {"base_check": "shape"}, model=str(other))
+
+
+def test_who_serves_a_quantised_copy_is_told_of_the_setting(
+    llama_model: Tiny, tmp_path: Path, tiny: Callable[[str], Tiny]
+) -> None:
+    """Fails if a user of AWQ is not told of base_check, or it is advised for a model that only looks alike."""
+    config = configure(llama_model)
+    config.model_config.model = str(quantised_copy(tmp_path / "copy", llama_model))
+
+    def told(artifact: Artifact, quantization: str | None) -> str:
+        config.model_config.quantization = quantization
+        with pytest.raises(ArtifactError) as caught:
+            check_base_model(artifact, config)
+        return str(caught.value)
+
+    hint = 'whose quantiser (awq) scaled the norms, as those of AWQ and SmoothQuant do, set "base_check": "shape"'
+    assert hint in told(llama_model.artifact, "awq")
+    assert "base_check" not in told(llama_model.artifact, None)
+    assert "base_check" not in told(tiny("qwen2").artifact, "awq")
+
+
+def test_a_model_without_weights_takes_an_artifact_of_its_shape(llama_model: Tiny, tmp_path: Path) -> None:
+    """Fails if benchmarks on random weights need a checkpoint, or are routed by an artifact of another shape."""
+
+    def without_weights(folder: Path) -> dict[str, Any]:
+        copy = shutil.copytree(
+            folder, tmp_path / "dummies" / folder.name, ignore=shutil.ignore_patterns("*.safetensors")
+        )
+        return {"model": str(copy), "load_format": "dummy"}
+
+    configure(llama_model, **without_weights(llama_model.folder))
+    changes: tuple[dict[str, Any], ...] = ({"hidden_size": 64}, {"vocab_size": 256}, {"num_hidden_layers": 6})
+    for number, change in enumerate(changes):
+        other = save_tiny_model(tmp_path / f"other{number}", "llama", **change)
+        random_artifact(tmp_path / f"artifact{number}", other)
+        dummy = without_weights(other)
+        configure(llama_model, {"artifact": str(tmp_path / f"artifact{number}")}, **dummy)
+        assert "was made for" in refusal(llama_model, **dummy)
+
+
+def test_a_vllm_that_was_not_tried_is_told(llama_model: Tiny, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an operator with another vLLM looks for a fault elsewhere, or one with a tried vLLM is worried."""
+    configure(llama_model)
+    assert not any("was tested with" in line for line in said)
+    monkeypatch.setattr("vllm.__version__", "0.99.0+cpu")
+    configure(llama_model)
+    (line,) = (line for line in said if "was tested with" in line)
+    assert ", ".join(TESTED_VLLM) in line
+    assert line.endswith("this is 0.99.0")
+
+
+def test_budgets_below_those_of_the_training_are_told(llama_model: Tiny, tmp_path: Path, said: list[str]) -> None:
+    """Fails if an operator does not learn that requests may ask for what nothing was trained for."""
+
+    def told(**buddy: Any) -> list[str]:
+        said.clear()
+        configure(llama_model, {"artifact": str(tmp_path / "trained"), **buddy})
+        return [line for line in said if "was trained for budgets from" in line]
+
+    config = llama_model.artifact.config.model_copy(update={"budgets": (0.5, 1.0)})
+    replace(llama_model.artifact, config=config).save(tmp_path / "trained")
+    for buddy in ({}, {"min_budget": 0.4}):
+        (line,) = told(**buddy)
+        assert "artifact 'artifact' was trained for budgets from 0.5 up" in line
+        assert "min_budget refuses them" in line
+    assert told(min_budget=0.5) == told(min_budget=0.6) == []
 
 
 def test_a_hub_model_is_identified_in_the_folder_that_vllm_downloads_to(
@@ -653,6 +746,31 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
         else:
             found += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return found
+
+
+@pytest.mark.parametrize("speculator", [None, NGRAM], ids=["alone", "drafts"])
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_the_worker_and_what_is_compiled_follow_the_device(
+    llama_model: Tiny, speculator: dict[str, Any] | None, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a GPU gets the worker of CPUs or a model compiled as a whole, which has fixed layers.
+
+    Or if drafts are scheduled asynchronously: vLLM decides on that after the hook, where nobody has.
+    """
+    config = configure(llama_model, {"kernels": "reference"}, enforce_eager=False, speculative_config=speculator)
+    config.parallel_config.worker_cls, config.scheduler_config.scheduler_cls = "auto", None
+    config.scheduler_config.async_scheduling = None
+    compilation = config.compilation_config
+    compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: not on_gpu)
+    hook.BuddyModelConfig.verify_and_update_config(config)
+    assert config.parallel_config.worker_cls == (hook.GPU_WORKER if on_gpu else hook.CPU_WORKER)
+    assert hook.GPU_WORKER.endswith("BuddyGPUWorker")
+    assert hook.CPU_WORKER.endswith("BuddyCPUWorker")
+    unchanged = CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE
+    expected = (CompilationMode.NONE, CUDAGraphMode.NONE) if on_gpu else unchanged
+    assert (compilation.mode, compilation.cudagraph_mode) == expected
+    assert config.scheduler_config.async_scheduling is (None if speculator is None else False)
 
 
 def test_pipeline_stages_start_where_they_were_tried(llama_model: Tiny) -> None:
