@@ -97,7 +97,7 @@ def splits(num_layers: int, num_classes: int) -> Iterator[tuple[int, ...]]:
 
 def units_to_store(units: KVUnits, paths: list[LayerPath]) -> float:
     """Layers that the units of paths have room for, relative to those of the path: 1 for each path at the least."""
-    return sum(units.count(path) * units.num_classes / path.bit_count() for path in paths)
+    return sum(num_units_of(units, path) * units.num_classes / path.bit_count() for path in paths)
 
 
 def test_classes_that_do_not_divide_the_layers_are_refused() -> None:

@@ -19,7 +19,6 @@ from tests.serving.start.test_hook import BASE, as_arguments, configure
 from vllm_buddy.errors import ArtifactError, SettingsError
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start.agreement import Served, load_agreed_artifact, refuse_differences, served
-from vllm_buddy.serving.start.settings import BuddySettings
 
 START_TIMEOUT_S = 600.0
 
@@ -78,7 +77,7 @@ def test_a_replica_without_the_drafts_of_the_others_differs(tiny: Callable[[str]
         for method, model in (("custom_class", DEPTH_DRAFTS), ("ngram", "ngram"))
     )
     found = [served(configured(spec), artifact).facts["speculator"] for spec in (None, lossless, ngrams)]
-    assert found == ["none", "lossless drafts, 4", "ngram with 4 drafts"]
+    assert found == ["none", f"{DEPTH_DRAFTS} with 4 drafts", "ngram with 4 drafts"]
 
 
 def test_every_setting_but_the_folder_of_a_node_counts(tiny: Callable[[str], Tiny]) -> None:

@@ -16,7 +16,6 @@ from vllm.distributed.parallel_state import get_world_group
 from vllm_buddy import __version__
 from vllm_buddy.artifact import Artifact, load_artifact
 from vllm_buddy.errors import ArtifactError, SettingsError
-from vllm_buddy.serving.schedule.draft_pace import drafts_by_depth
 from vllm_buddy.serving.start.attached import served_of
 from vllm_buddy.serving.start.settings import engine_settings
 
@@ -45,9 +44,10 @@ def served(vllm_config: "VllmConfig", artifact: Artifact | ArtifactError) -> Ser
         facts[_ARTIFACT] = f"'{artifact.config.name}' ({artifact.digest})"
     for name, value in settings.model_dump(mode="json", exclude={"artifact"}).items():  # a folder of this node
         facts[f"setting {name}"] = json.dumps(value)
-    facts["speculator"] = "none" if spec is None else f"{spec.method} with {spec.num_speculative_tokens} drafts"
-    if drafts_by_depth(vllm_config):
-        facts["speculator"] = f"lossless drafts, {spec.num_speculative_tokens}"
+    facts["speculator"] = "none"
+    if spec is not None:
+        name = spec.model if spec.method == "custom_class" else spec.method
+        facts["speculator"] = f"{name} with {spec.num_speculative_tokens} drafts"
     return Served(platform.node(), facts)
 
 
