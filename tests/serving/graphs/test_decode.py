@@ -18,6 +18,7 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import depth_for_budget, layers_of
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
 from vllm_buddy.serving.graphs.capture import OutOfGraphMemory
+from vllm_buddy.serving.graphs.decode import paths_of_ranks
 from vllm_buddy.serving.start.setting_sections import GraphSettings
 from vllm_buddy.serving.worker import state as worker_state
 
@@ -340,6 +341,17 @@ def test_start_up_captures_what_the_settings_say(
     ask = Ask((5, 6, 7), 0.5, 9)
     llama.check([ask], llama.run([ask]))
     assert bodies_seen == [bodies_seen[0]] * 4 + [1]
+
+
+@pytest.mark.parametrize(("num_layers", "num_sizes"), [(30, 13), (64, 13), (77, 13), (80, 13), (126, 13), (126, 60)])
+def test_ranks_capture_what_their_all_reduce_can_record(num_layers: int, num_sizes: int) -> None:
+    """Fails if a deep model on several GPUs ends after hours, when vLLM's record of captured all-reduces is full."""
+    pieces = num_sizes * (2 * 2 * (num_layers - 2) + 2 * 2 + 1)
+    paths = paths_of_ranks(num_layers, num_sizes)
+    assert pieces + paths * (2 * num_layers + 1) < 65_536
+    assert paths == 400 or pieces + (paths + 1) * (2 * num_layers + 1) > 60_000
+    with pytest.raises(SettingsError, match=r"fewer graphs\.sizes"):
+        paths_of_ranks(126, 200)
 
 
 def test_stale_buffers_do_not_reach_padded_rows_slots(llama: Engine) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
+from vllm_buddy.serving.start import refusals
 from vllm_buddy.serving.start.refusals import _CHECKS, refuse_unsupported
 
 
@@ -35,7 +36,11 @@ def configuration(**changes: Any) -> Any:
         ),
         cache_config=SimpleNamespace(kv_offloading_size=None, kv_sharing_fast_prefill=False),
         scheduler_config=SimpleNamespace(async_scheduling=None, scheduler_cls=None),
-        offload_config=SimpleNamespace(offload_backend="auto", prefetch=SimpleNamespace(offload_group_size=0)),
+        offload_config=SimpleNamespace(
+            offload_backend="auto",
+            prefetch=SimpleNamespace(offload_group_size=0),
+            uva=SimpleNamespace(cpu_offload_gb=0),
+        ),
         lora_config=None,
         speculative_config=None,
         kv_transfer_config=None,
@@ -54,8 +59,19 @@ def configuration(**changes: Any) -> Any:
 
 
 SET = object()
-NGRAM = SimpleNamespace(method="ngram", model=None)
-DRAFTS = SimpleNamespace(method="custom_class", model=DEPTH_DRAFTS)
+
+
+def speculation(method: str, model: str | None = None, **changes: Any) -> Any:
+    usual = {
+        "num_speculative_tokens": 4,
+        "num_speculative_tokens_per_batch_size": None,
+        "rejection_sample_method": "standard",
+    }
+    return SimpleNamespace(method=method, model=model, **{**usual, **changes})
+
+
+NGRAM, DRAFTS = speculation("ngram"), speculation("custom_class", DEPTH_DRAFTS)
+DEPTHS = ("custom_class", DEPTH_DRAFTS)
 
 # Ways to ask for each feature, and for no other.
 ASKED: dict[str, list[dict[str, Any]]] = {
@@ -73,9 +89,20 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "LoRA adapters on a GPU": [{"lora_config": SET, "use_v2_model_runner": True}],
     "LoRA adapters beside speculative decoding": [{"lora_config": SET, "speculative_config": NGRAM}],
     "LoRA adapters beside tensor or pipeline parallelism": [{"lora_config": SET, "parallel_config__world_size": 2}],
-    "this method of speculative decoding": [{"speculative_config": SimpleNamespace(method="medusa", model=None)}],
+    "this method of speculative decoding": [{"speculative_config": speculation("medusa")}],
     "lossless drafts beside tensor parallelism": [
         {"speculative_config": DRAFTS, "parallel_config__tensor_parallel_size": 2}
+    ],
+    "so many drafts per step": [
+        {"speculative_config": speculation("ngram", num_speculative_tokens=129)},
+        {"speculative_config": speculation(*DEPTHS, num_speculative_tokens=129)},
+    ],
+    "numbers of lossless drafts by batch size": [
+        {"speculative_config": speculation(*DEPTHS, num_speculative_tokens_per_batch_size=[(1, 99, 1)])}
+    ],
+    "this rejection sampling of drafts": [
+        {"speculative_config": speculation("ngram", rejection_sample_method="synthetic")},
+        {"speculative_config": speculation(*DEPTHS, rejection_sample_method="block")},
     ],
     "asynchronous scheduling of drafts": [{"speculative_config": NGRAM, "scheduler_config__async_scheduling": True}],
     "a KV connector": [{"kv_transfer_config": SET}],
@@ -103,6 +130,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "a custom worker": [{"parallel_config__worker_cls": "a.Worker"}],
     "a custom scheduler": [{"scheduler_config__scheduler_cls": "a.Scheduler"}],
 }
+UNADDRESSED = "weights on the CPU without unified addressing"  # asked for on a GPU
 RUST = "the Rust front end"  # asked for in the environment
 
 # What these features need and routing goes together with.
@@ -110,6 +138,10 @@ ALLOWED: list[dict[str, Any]] = [
     {},
     {"speculative_config": NGRAM},
     {"speculative_config": DRAFTS},
+    {"speculative_config": speculation("ngram", num_speculative_tokens=128)},
+    {"speculative_config": speculation("ngram", num_speculative_tokens_per_batch_size=[(1, 99, 1)])},
+    {"speculative_config": speculation("ngram", rejection_sample_method="block")},
+    {"offload_config__uva__cpu_offload_gb": 4},
     {"speculative_config": NGRAM, "parallel_config__tensor_parallel_size": 2, "parallel_config__world_size": 2},
     {"parallel_config__pipeline_parallel_size": 2, "parallel_config__distributed_executor_backend": "mp"},
     {"use_v2_model_runner": True},
@@ -143,6 +175,35 @@ def test_each_feature_is_refused_by_its_name(name: str, changes: dict[str, Any])
     assert refused(**changes) == [name]
 
 
+def test_weights_that_vllm_would_move_for_each_layer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a layer that runs in parts gets weights on the CPU, or unified addressing is refused with it."""
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    changes = {"offload_config__uva__cpu_offload_gb": 4}
+    for available, disabled in ((True, False), (True, True), (False, False)):
+        monkeypatch.setattr(refusals, "is_uva_available", lambda available=available: available)
+        monkeypatch.setattr(refusals.envs, "VLLM_WEIGHT_OFFLOADING_DISABLE_UVA", disabled, raising=False)
+        if available and not disabled:
+            refuse_unsupported(configuration(**changes))
+        else:
+            assert refused(**changes) == [UNADDRESSED]
+
+
+@pytest.mark.parametrize(("major", "named"), [(8, None), (9, None), (10, None), (10, "FLASH_ATTN")])
+def test_the_default_attention_of_blackwell_is_refused_before_weights_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, major: int, named: str | None
+) -> None:
+    """Fails if minutes of loading end with the advice to name a backend, or a GPU is refused that has one."""
+    monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(
+        refusals.current_platform, "get_device_capability", lambda: SimpleNamespace(major=major), raising=False
+    )
+    changes = {"attention_config__backend": named and SimpleNamespace(name=named)}
+    if major == 10 and named is None:
+        assert refused(**changes) == ["the attention backend"]
+    else:
+        refuse_unsupported(configuration(**changes))
+
+
 def test_all_reasons_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an operator has to start once for each feature, or the front end that checks no budget starts."""
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
@@ -155,4 +216,4 @@ def test_all_reasons_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_refusal_is_tried_here() -> None:
     """Fails if a feature is added that no test refuses, or one that a test refuses is no longer."""
-    assert sorted(name for name, _, _ in _CHECKS) == sorted([*ASKED, RUST])
+    assert sorted(name for name, _, _ in _CHECKS) == sorted([*ASKED, UNADDRESSED, RUST])

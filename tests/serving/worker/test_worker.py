@@ -15,11 +15,18 @@ AVAILABLE = 10 << 30
 STATES = 4 * 8192 * 64 * 2  # of [8192 tokens, 64] in 16 bits
 
 
-def worker(buddy: dict[str, Any], kv_cache_memory_bytes: int | None = None) -> Any:
+TABLES = 4 * 16 * 512 * 4  # of 16 requests of 8192 tokens in blocks of 16, for each unit
+
+
+def worker(buddy: dict[str, Any], kv_cache_memory_bytes: int | None = None, num_units: int = 0) -> Any:
     made: Any = object.__new__(BuddyGPUWorker)
     made.cache_config = SimpleNamespace(kv_cache_memory_bytes=kv_cache_memory_bytes, num_gpu_blocks_override=None)
-    made.scheduler_config = SimpleNamespace(max_num_batched_tokens=8192)
-    made.model_config = SimpleNamespace(get_hidden_size=lambda: 64, dtype=torch.bfloat16)
+    made.cache_config.block_size = 16
+    made.scheduler_config = SimpleNamespace(max_num_batched_tokens=8192, max_num_seqs=16)
+    units = SimpleNamespace(num_units=num_units) if num_units else None
+    made.model_config = SimpleNamespace(
+        get_hidden_size=lambda: 64, dtype=torch.bfloat16, max_model_len=8192, buddy_kv_units=units
+    )
     made.vllm_config = SimpleNamespace(additional_config={"buddy": buddy})
     return made
 
@@ -43,6 +50,13 @@ def test_the_kv_cache_leaves_room_for_graphs(
 
     monkeypatch.setattr(Worker, "determine_available_memory", available)
     assert worker(buddy, given).determine_available_memory() == left
+
+
+def test_the_kv_cache_leaves_room_for_the_block_tables_of_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if long contexts with KV units run out of memory, because each unit has block tables of its own."""
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: AVAILABLE)
+    left = worker({"graphs": {"enabled": False}}, num_units=15).determine_available_memory()
+    assert left == AVAILABLE - STATES - 15 * TABLES
 
 
 @pytest.mark.parametrize("graphs", [{"enabled": True, "memory_mib": 11 << 10}, {"enabled": False}])

@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
+from vllm.distributed.device_communicators.pynccl_allocator import set_graph_pool_id
 from vllm.distributed.parallel_state import GraphCaptureContext, get_tp_group
 from vllm.platforms import current_platform
 
@@ -61,6 +62,7 @@ class CudaCapture:
 
     def _into(self, graph: torch.cuda.CUDAGraph, body: Callable[[], Any]) -> None:
         """Not torch.cuda.graph, which collects garbage and empties the allocator's cache each time."""
+        set_graph_pool_id(self._pool)  # asked for where NCCL's symmetric memory is used
         with torch.cuda.stream(self._stream):
             # thread_local: vLLM's other threads may wait for copies meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

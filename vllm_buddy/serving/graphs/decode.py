@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+# vLLM's all-reduce keeps a record of each all-reduce ever captured, also of graphs that were dropped: 65,536, beyond
+# which the engine ends. Each rank captures the same.
+_MOST_ALL_REDUCES, _MOST_PATHS_OF_RANKS = 60_000, 400
 _CAPTURE_AFTER = 3  # steps with the same paths and size, at first; a capture takes as long as about ten steps
 
 
@@ -84,6 +87,23 @@ class GraphedStep:
     def counts(self) -> np.ndarray:
         """[num_rows], layers executed per row."""
         return self.executed
+
+
+def paths_of_ranks(num_layers: int, num_sizes: int) -> int:
+    """How many paths tensor-parallel ranks may capture, beside the graphs of each layer for num_sizes sizes.
+
+    num_layers: of the model, each with two all-reduces, beside that of the embedding.
+
+    Raises:
+        SettingsError: not even the graphs of each layer can be captured.
+    """
+    of_each_layer = num_sizes * (4 * (num_layers - 2) + 5)  # the first and the last layer have one graph, others two
+    if of_each_layer > _MOST_ALL_REDUCES:
+        raise SettingsError(
+            f"CUDA graphs of {num_layers} layers for {num_sizes} sizes capture {of_each_layer} all-reduces, of which "
+            f"vLLM can record {_MOST_ALL_REDUCES}; give fewer graphs.sizes"
+        )
+    return min(_MOST_PATHS_OF_RANKS, (_MOST_ALL_REDUCES - of_each_layer) // (2 * num_layers + 1))
 
 
 class DecodeGraphs:
@@ -137,6 +157,8 @@ class DecodeGraphs:
         self._buffers = DecodeBuffers(backbone, most_rows, num_blocks, moves_first_blocks, num_units)
         self._pieces: dict[tuple[int, Any], Replay] = {}  # by size and piece
         self.paths = GraphCache(memory_limit, _CAPTURE_AFTER)
+        if vllm_config.parallel_config.tensor_parallel_size > 1:
+            self.paths.captures_left = paths_of_ranks(len(self._layers), len(self.sizes))
 
     def step(self, batch: StepBatch, places: RunPlaces) -> GraphedStep | None:
         """Fill the buffers for a decode step. None if it is no decode step, or too large, or its layers need their own

@@ -32,7 +32,10 @@ def _is_pipelined(c: "VllmConfig") -> bool:
 
 def _attention_backend(c: "VllmConfig") -> bool:
     backend = c.attention_config.backend
-    return backend is not None and why_not_attention_backend(backend.name) is not None
+    if backend is None:  # vLLM chooses when it has loaded the weights: FlashInfer on a GPU of capability 10
+        capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+        return capability is not None and capability.major == 10
+    return why_not_attention_backend(backend.name) is not None
 
 
 def _rejects_otherwise(c: "VllmConfig") -> bool:
@@ -66,8 +69,8 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
     (
         "the attention backend",
         _attention_backend,
-        "layers cannot have metadata of their own with it; use --attention-backend with one of "
-        f"{', '.join(SUPPORTED_ATTENTION_BACKENDS)}",
+        "layers cannot have metadata of their own with it, such as FlashInfer, vLLM's default on Blackwell GPUs; use "
+        f"--attention-backend with one of {', '.join(SUPPORTED_ATTENTION_BACKENDS)} (the last beside an FP8 KV cache)",
     ),
     (
         "LoRA adapters on a GPU",

@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-# vLLM's all-reduce keeps a record of each all-reduce ever captured, also of graphs that were dropped, in a buffer of
-# 65,536.
-_MOST_PATHS_OF_RANKS = 400
-
 
 class WorkerState:
     """The KV policy with its state, the kernels and the captured graphs of one worker.
@@ -131,8 +127,6 @@ class WorkerState:
                 capture=self._capture,
             )
             taken = graphs.capture_pieces()
-        if self._vllm_config.parallel_config.tensor_parallel_size > 1:
-            graphs.paths.captures_left = _MOST_PATHS_OF_RANKS
         logger.info(
             "vllm_buddy: CUDA graphs of each layer, for batches of %s, take %d of graphs.memory_mib %d",
             settings.sizes,

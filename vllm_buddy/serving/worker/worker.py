@@ -10,12 +10,14 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_buddy.errors import SettingsError, UnsupportedError
 from vllm_buddy.serving.compat import mend_sampling_of_drafts
 from vllm_buddy.serving.forward.adapters import routed_adapters
+from vllm_buddy.serving.start.attached import kv_units_of
 from vllm_buddy.serving.start.refusal_note import telling_refusals
 from vllm_buddy.serving.start.settings import engine_settings
 from vllm_buddy.serving.worker.state import WorkerState
 
 # Tensors [num_tokens, hidden_size] that exist around a layer beside its own: hidden and residual, before and gathered.
 _STATES_AROUND_A_LAYER = 4
+_TABLES_OF_A_UNIT = 4  # two of vLLM's Model Runner V2, and what a step puts side by side, in eager steps for two steps
 
 
 def routed_runner(runner: Any) -> Any:
@@ -72,7 +74,8 @@ class BuddyGPUWorker(_BuddyWorker, Worker):
 
     @telling_refusals()
     def determine_available_memory(self) -> int:
-        """What vLLM leaves for the KV cache, less graphs.memory_mib and the rows gathered around a layer.
+        """What vLLM leaves for the KV cache, less graphs.memory_mib, the rows gathered around a layer and the block
+        tables of KV units.
 
         Raises:
             SettingsError: nothing is left.
@@ -84,6 +87,9 @@ class BuddyGPUWorker(_BuddyWorker, Worker):
         graphs = engine_settings(self.vllm_config).graphs
         states = self.scheduler_config.max_num_batched_tokens * self.model_config.get_hidden_size()
         reserved = _STATES_AROUND_A_LAYER * states * self.model_config.dtype.itemsize
+        if (units := kv_units_of(self.model_config)) is not None:
+            blocks = -(-self.model_config.max_model_len // self.cache_config.block_size)
+            reserved += _TABLES_OF_A_UNIT * units.num_units * self.scheduler_config.max_num_seqs * blocks * 4
         if graphs.enabled:
             reserved += graphs.memory_mib << 20
         # With --num-gpu-blocks-override vLLM does not look at what is left.
@@ -91,7 +97,7 @@ class BuddyGPUWorker(_BuddyWorker, Worker):
             what = f"graphs.memory_mib {graphs.memory_mib} and " if graphs.enabled else ""
             raise SettingsError(
                 f"no memory is left for the KV cache: {available >> 20} MiB are free beside the weights, and {what}"
-                f"the rows of a step take {reserved >> 20}; lower "
+                f"the rows and block tables of a step take {reserved >> 20}; lower "
                 f"{'graphs.memory_mib or ' if graphs.enabled else ''}--max-num-batched-tokens, or raise "
                 "--gpu-memory-utilization"
             )
