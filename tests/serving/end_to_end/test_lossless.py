@@ -4,8 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm.v1.sample import rejection_sampler
@@ -17,6 +20,7 @@ from vllm_buddy.method import full_path
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 from vllm_buddy.method.reference import routed_logits
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS, Acceptance, Drafting, DraftPass
+from vllm_buddy.serving.worker.depth_drafts import _ngram_proposer
 
 SPECULATOR = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": 4}
 LOSSLESS = {"buddy_mode": "lossless"}
@@ -145,6 +149,78 @@ def test_layers_draft_where_no_ngram_is_found(
             assert outcome["layers_drafting_mean"] == 0
         elif not by_ngram:
             assert outcome["layers_drafting_mean"] > 0
+
+
+@pytest.fixture(scope="session")
+def numba() -> None:
+    """Numba, with which vLLM compiles its drafter, so that engines can start in this process afterwards.
+
+    vLLM 0.32 looks into all objects of all modules when an engine starts on CPU. One of llvmlite's takes every name for
+    that of a function, `__dict__` too, and the engine ends.
+    """
+    from llvmlite.binding import ffi
+
+    ffi.lib._fntab["__dict__"] = {}
+
+
+def test_ngrams_are_those_of_vllms_own_drafter(
+    numba: None, tiny: Callable[[str], Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if vLLM's drafter of n-grams, here as real as in a server, drafts nothing or changes an answer."""
+    monkeypatch.setattr(Drafting, "_num_passes", lambda *_: 0)
+    engine = start_lossless(tiny("llama"), ngram_max=4, ngram_min=2, row_cost=0.0)
+    engine.configure(MASKED)
+    prompts = [tuple(prompt) * 3 for prompt in random_prompts(10, seed=17, min_tokens=3, max_tokens=9)]
+    # After two of them the model repeats itself, too.
+    asks = [Ask(prompts[5], None, 32, options=LOSSLESS), Ask(prompts[6], 0.5, 32)]
+    asks.append(Ask(tuple(range(9)), None, 5, options=LOSSLESS))
+    outputs = [engine.run([ask])[0] for ask in asks]
+    engine.check(asks, outputs)
+    told = outcomes(outputs)
+    drafted = [outcome["drafted"] > 0 for outcome in told]
+    assert drafted == [repeats_itself(ask.prompt, engine.expected(ask).token_ids) for ask in asks]
+    assert drafted == [True, True, False]
+    assert sum(outcome["accepted"] for outcome in told) > 0
+    for outcome in told:  # what a rejected draft ran counts, and no pass was made
+        rejected = outcome["drafted"] - outcome["accepted"]
+        assert outcome["layers_drafting_mean"] * outcome["tokens"] == pytest.approx(outcome["depth"] * rejected)
+
+
+def repeats_itself(prompt: tuple[int, ...], answer: list[int]) -> bool:
+    """Whether two tokens that stand together at the end of what is known stood together before, with room to draft."""
+    text = [*prompt, *answer]
+    pairs = list(pairwise(text))
+    return any(pairs[end - 1] in pairs[: end - 1] for end in range(len(prompt), len(text) - 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 9, 1, 2, 3], [4, 5, 6, 7]),  # three tokens again, and what followed them
+        ([1, 2, 3, 8, 2, 3, 9, 5, 1, 2, 3], [8, 2, 3, 9]),  # the longest n-gram, not the newest
+        ([6, 1, 2, 3, 4, 5, 7, 8, 9, 9, 6, 1, 2, 3, 4, 5], [7, 8, 9, 9]),  # longer than the longest that is looked up
+        ([3, 4, 5, 6, 3], []),  # one token again is below the shortest
+        ([1, 2, 3, 4, 5], []),
+    ],
+)
+def test_ngrams_are_looked_up_within_the_lengths_of_the_settings(
+    numba: None, text: list[int], expected: list[int]
+) -> None:
+    """Fails if drafts.ngram_min or ngram_max does not reach vLLM's drafter, or its own configuration is changed."""
+    config: Any = SimpleNamespace(
+        speculative_config=SimpleNamespace(num_speculative_tokens=4, prompt_lookup_min=0, prompt_lookup_max=0),
+        model_config=SimpleNamespace(max_model_len=64),
+        scheduler_config=SimpleNamespace(max_num_seqs=2),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+    )
+    assert _ngram_proposer(config, 2, 0) is None
+    proposer = _ngram_proposer(config, 2, 4)
+    assert (proposer.min_n, proposer.max_n) == (2, 4)
+    assert (config.speculative_config.prompt_lookup_min, config.speculative_config.prompt_lookup_max) == (0, 0)
+    token_ids = np.zeros((1, 64), dtype=np.int32)
+    token_ids[0, : len(text)] = text
+    found = proposer.propose(4, [[text[-1]]], np.array([len(text)], dtype=np.int32), token_ids)
+    assert found == [expected]
 
 
 def draft_answers(engine: Engine, known: Sequence[Ask], monkeypatch: pytest.MonkeyPatch) -> None:
