@@ -18,7 +18,7 @@ from vllm_buddy.artifact.config import (
     LoraConfig,
     PriorConfig,
 )
-from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify, weight_digest
 from vllm_buddy.baselines import check_static_method, static_prior
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import (
@@ -87,7 +87,7 @@ def run_stage1(
     check_processes(settings, accelerator)
     note = note if accelerator.is_main_process else lambda _: None
     torch.manual_seed(settings.seed)
-    base = identify(model_dir, settings.base_model_id)
+    base, weights = identify(model_dir, settings.base_model_id), weight_digest(model_dir)
     order = static_order(settings, base)
     tokenizer = load_tokenizer(model_dir)
     used = settings.tokens // settings.length
@@ -100,7 +100,7 @@ def run_stage1(
         raise TrainingError(f"length {settings.length} is beyond the model's {model.config.max_position_embeddings}")
     teacher = None
     if settings.recipe != "paper":
-        folder = (settings.cache_dir or settings.out) / f"teacher-{base.fingerprint}-{corpus.digest}"
+        folder = (settings.cache_dir or settings.out) / f"teacher-{weights}-{corpus.digest}"
         form = "-".join(part for part in (settings.dtype, settings.base_quantisation) if part is not None)
         teacher = Teacher(model, corpus, settings.top_logits, folder / f"{form}-{settings.top_logits}")
     explored, main = split(settings, corpus)
