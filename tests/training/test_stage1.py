@@ -139,6 +139,39 @@ def test_a_folder_with_another_run_is_refused(settings: dict[str, Any]) -> None:
         run(settings | {"learning_rate": 0.5})
 
 
+def test_a_run_is_not_resumed_on_other_weights_or_another_order(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if a run goes on with the model, the artifact or the orders that were put in the place of its own."""
+    model = tmp_path / "model"
+    shutil.copytree(settings["model"], model)
+    run(settings | {"model": model})
+    tuned: Any = load_model(model)
+    with torch.no_grad():
+        tuned.model.layers[3].mlp.down_proj.weight.mul_(1.5)
+    tuned.save_pretrained(model)
+    with pytest.raises(TrainingError, match="other settings, data or weights"):
+        run(settings | {"model": model})
+
+    first, second = run(settings | {"out": tmp_path / "a"})[0], run(settings | {"out": tmp_path / "b", "seed": 1})[0]
+    more = settings | {"start_from": str(tmp_path / "start"), "out": tmp_path / "more"}
+    first.save(tmp_path / "start")
+    run(more)
+    second.save(tmp_path / "start")
+    with pytest.raises(TrainingError, match="other settings, data or weights"):
+        run(more)
+
+    orders = tmp_path / "orders.json"
+    static = settings | {"paths": "shortgpt", "orders": orders, "out": tmp_path / "static"}
+    for layers in ([3, 5, 1, 2, 4, 6], [5, 3, 1, 2, 4, 6]):
+        order = LayerOrder(
+            method="shortgpt", calibration="x", calibration_sha256="0", num_tokens=1, window=1, layers=layers
+        )
+        OrderFile(base_model=identify(settings["model"]), orders=[order]).save(orders)
+        if layers[0] == 3:
+            run(static)
+    with pytest.raises(TrainingError, match="other settings, data or weights"):
+        run(static)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a full disk destroys the last checkpoint."""
     saved = torch.save

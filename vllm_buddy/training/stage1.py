@@ -43,7 +43,7 @@ from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
 from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, Routing, TokenRouting
 from vllm_buddy.training.stage1_settings import Stage1Settings
-from vllm_buddy.training.start import EXPLORE_DIR, LEARNED, SEARCHED, Note, Start, find_start, static_order
+from vllm_buddy.training.start import EXPLORE_DIR, LEARNED, SEARCHED, Note, Origin, Start, find_start
 from vllm_buddy.training.teacher import Teacher
 from vllm_buddy.training.token_fit import TokenFit, fit_tokens, measure_tokens
 
@@ -88,7 +88,7 @@ def run_stage1(
     note = note if accelerator.is_main_process else lambda _: None
     torch.manual_seed(settings.seed)
     base, weights = identify(model_dir, settings.base_model_id), weight_digest(model_dir)
-    order = static_order(settings, base)
+    origin = Origin.of(settings, base, weights)
     tokenizer = load_tokenizer(model_dir)
     used = settings.tokens // settings.length
     drawn = max(used, settings.token_windows) if settings.schedule == "token" else used
@@ -104,7 +104,7 @@ def run_stage1(
         form = "-".join(part for part in (settings.dtype, settings.base_quantisation) if part is not None)
         teacher = Teacher(model, corpus, settings.top_logits, folder / f"{form}-{settings.top_logits}")
     explored, main = split(settings, corpus)
-    start = find_start(settings, base, order, model, corpus, explored, teacher, accelerator, report, note)
+    start = find_start(settings, base, origin, model, corpus, explored, teacher, accelerator, report, note)
     repair, frozen = _repair(settings, model, start)
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
     library = start.library(settings.library if settings.router_windows else 1, smallest)
@@ -115,7 +115,7 @@ def run_stage1(
         assert teacher is not None
         with accelerator.main_process_first():  # the others would map a file that it makes longer
             observations = Observations.open(settings.out, main[0].num_steps * settings.batch, settings.length)
-        fit = _TokenFitter(settings, model, corpus, library, observations, note)
+        fit = _TokenFitter(settings, model, corpus, library, observations, note, origin.digest)
         router = fit.measured(start.bypass, teacher, token_windows).router
         by_token = TokenRouting(router, TokenSchedule(), constant)
         routing, refit = by_token, partial(_refit, fit, by_token)
@@ -124,6 +124,7 @@ def run_stage1(
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
         routing = LearnedRouting(decision, values, static_prior(start.order))
     run = TrainingRun(*main, model, repair, routing, teacher, accelerator, frozen, report)
+    run.origin = origin.digest
     if start.artifact is not None:
         run.started_from = f"{start.artifact.config.name} {start.artifact.digest}"
     run.observations, run.refit = observations, refit
@@ -226,16 +227,18 @@ class _TokenFitter:
         library: Mapping[int, list[list[int]]],
         observations: Observations,
         note: Note,
+        origin: str,
     ) -> None:
         self._settings, self._model, self._note = settings, model, note
-        self._corpus, self._observations = corpus, observations
+        self._corpus, self._observations, self._origin = corpus, observations, origin
         self._num_layers = model.config.num_hidden_layers
         self._values = value_table(model).cpu()
         self._paths = _nested_paths(settings, library, self._num_layers)
 
     def measured(self, bypass: Bypass | None, teacher: Teacher, windows: np.ndarray) -> TokenFit:
         """Run every path over the sequences `windows`, [n]; a run that goes on takes what it measured before."""
-        file, digest = self._settings.out / MEASURED_FILE, f"{self._settings.digest}-{self._corpus.digest}"
+        digest = f"{self._settings.digest}-{self._corpus.digest}-{self._origin}"
+        file = self._settings.out / MEASURED_FILE
         if (known := Observations.load(file, digest)) is not None:
             return self._fit(known)
         self._note(f"measuring the divergence of each token on {len(self._paths) - 1} paths, {len(windows)} sequences")
