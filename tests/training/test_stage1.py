@@ -18,10 +18,13 @@ from vllm_buddy.baselines import LayerOrder, OrderFile
 from vllm_buddy.cli import main
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import BuddyError, DataError, TrainingError
+from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
 from vllm_buddy.method import FoldedDecision, PathSchedule, RequestRoute, batched, layers_of
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.reference import generate, routed_logits
+from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training import checkpoint, start
+from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
 from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.loop import LOG_FILE
@@ -273,10 +276,22 @@ def test_rows_of_instructions_become_conversations(settings: dict[str, Any], tmp
     rows = [{"instruction": f"Say {i}", "input": "twice", "output": f"{i} {i}"} for i in range(200)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     _, stage, _ = run(settings | {"data": [{"file": tmp_path / "rows.json"}]})
-    from vllm_buddy.models.folder import load_tokenizer
-
     texts = load_tokenizer(settings["model"]).batch_decode(stage.corpus.sequences)
     assert any(re.search(r"Say (\d+)\n\ntwice\n\n\1 \1", text) for text in texts)
+
+
+def test_a_share_of_rows_is_the_part_that_evaluation_leaves_out(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if training sees rows that `eval-budget` draws its samples from."""
+    lengths = [10] * 8 + [200, 200]  # of ten rows, the last two hold most of the tokens
+    rows = [{"text": letter * length} for letter, length in zip("abcdefghij", lengths, strict=True)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    sources = Stage1Settings(**settings | {"data": [{"file": tmp_path / "rows.json", "share": 0.8}]}).data
+    tokenizer = load_tokenizer(settings["model"])
+    corpus = Corpus.read(sources, None, tokenizer, 16, 2, 0)
+    assert set(tokenizer.decode(corpus.sequences.ravel(), skip_special_tokens=True)) <= set("abcdefgh")
+    file = DataFile.read(tmp_path / "rows.json")
+    drawn = request_samples(file, tokenizer, (0.8, 1.0), 2, SampleShape(8, 16, 16), 0)
+    assert {char for sample in drawn for char in tokenizer.decode(list(sample.token_ids))} <= set("ij")
 
 
 def test_rows_may_hold_separators_of_lines(tmp_path: Path) -> None:

@@ -29,7 +29,12 @@ class DataSource(BaseModel):
         "and `output`, which are formatted with the model's chat template"
     )
     weight: Weight = 1.0
-    share: float = Field(default=1.0, gt=0, le=1, description="share of the file that is used, from its beginning")
+    share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the file that is used, from its beginning: of the tokens of plain text, else of the rows",
+    )
 
     @property
     def name(self) -> str:
