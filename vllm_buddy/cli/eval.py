@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.plugin_check import require_plugin
 from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@says_what_saves_memory("lower --window, or give --dtype bfloat16")
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table and write the requested files; returns 0.
 

@@ -3,6 +3,7 @@
 import argparse
 
 from vllm_buddy.baselines.static_settings import OrdersSettings
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.errors import BaselineError
@@ -13,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting_options(parser, OrdersSettings, positional=("out",))
 
 
+@says_what_saves_memory("lower --window, or give --dtype bfloat16 or --device cpu")
 def run(args: argparse.Namespace) -> int:
     """Measure the orders and write each as soon as it is ready; returns 0.
 

@@ -3,6 +3,7 @@
 import argparse
 
 from vllm_buddy.artifact import CONFIG_FILE
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.new_folder import require_new_folder
 from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting_options(parser, PriorSettings, positional=("model_dir", "out"))
 
 
+@says_what_saves_memory("lower --window, or give --dtype bfloat16 or --device cpu")
 def run(args: argparse.Namespace) -> int:
     """Measure and write the artifact; returns 0.
 

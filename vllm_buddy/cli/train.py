@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.progress import note
 from vllm_buddy.errors import TrainingError
 
@@ -34,6 +35,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list all settings with their defaults and stop")
 
 
+@says_what_saves_memory(
+    "lower micro_batch, length or search_tokens, set checkpoint_activations=true, dtype=bfloat16 or "
+    "base_quantisation=nf4, or share the base out among devices (shard_base); --dry-run shows what a run takes"
+)
 def run(args: argparse.Namespace) -> int:
     """Train, or continue a run that was stopped, and write the artifact; returns 0.
 

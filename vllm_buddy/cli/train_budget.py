@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.progress import note
 from vllm_buddy.cli.train import add_config_arguments, config_and_overrides, given_words, list_settings
 from vllm_buddy.errors import TrainingError
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
+@says_what_saves_memory("lower prompt, context or answer, or set dtype=bfloat16")
 def run(args: argparse.Namespace) -> int:
     """Measure losses, train the predictor and write the artifact; returns 0.
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.progress import note
 from vllm_buddy.cli.train import SHOWN_EVERY, add_config_arguments, config_and_overrides, given_words, list_settings
 from vllm_buddy.errors import TrainingError
@@ -13,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
+@says_what_saves_memory("lower batch, length, search_tokens or rank, or set dtype=bfloat16")
 def run(args: argparse.Namespace) -> int:
     """Search the draft paths, train their exits and write the artifact; returns 0.
 
