@@ -5,12 +5,14 @@ depths that it makes itself, and of far more tokens than a measurement of its ow
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from vllm_buddy.errors import TrainingError
 from vllm_buddy.training.mapped import open_array
 
 UNROUTED = -1  # the choice of tokens of a sequence on one path
@@ -30,12 +32,19 @@ class Observations:
 
     @classmethod
     def open(cls, folder: Path, num_rows: int, length: int) -> "Observations":
-        """Open the arrays in a folder, or create them."""
-        return cls(
-            open_array(folder / "observed_sequences.npy", np.int32, (num_rows,)),
-            open_array(folder / "observed_choices.npy", np.int8, (num_rows, length), UNROUTED),
-            open_array(folder / "observed_divergences.npy", np.float16, (num_rows, length)),
-        )
+        """Open the arrays in a folder, or create them.
+
+        Raises:
+            TrainingError: they are those of a run with sequences of another length, or cannot be written.
+        """
+        try:
+            return cls(
+                open_array(folder / "observed_sequences.npy", np.int32, (num_rows,)),
+                open_array(folder / "observed_choices.npy", np.int8, (num_rows, length), UNROUTED),
+                open_array(folder / "observed_divergences.npy", np.float16, (num_rows, length)),
+            )
+        except OSError as error:
+            raise TrainingError(f"cannot write what training observes to {folder}: {error.strerror or error}") from None
 
     @classmethod
     def load(cls, file: Path, digest: str) -> "Observations | None":
@@ -48,10 +57,20 @@ class Observations:
             return cls(arrays["sequences"], arrays["choices"], arrays["divergences"])
 
     def save(self, file: Path, digest: str) -> None:
-        """Write the arrays to one file. digest: of the settings and data that they follow from."""
+        """Write the arrays to one file. digest: of the settings and data that they follow from.
+
+        Raises:
+            TrainingError: it cannot be written; a file that is there stays as it is.
+        """
         partial = file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, digest=digest, sequences=self.sequences, choices=self.choices, divergences=self.divergences)
-        os.replace(partial, file)
+        arrays = {"sequences": self.sequences, "choices": self.choices, "divergences": self.divergences}
+        try:
+            np.savez(partial, digest=np.array(digest), **arrays)
+            os.replace(partial, file)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise TrainingError(f"cannot write {file}: {error.strerror or error}") from None
 
     def add(self, rows: slice, sequences: np.ndarray, choices: np.ndarray, divergences: torch.Tensor) -> None:
         """Keep what a micro-batch cost, in rows that follow from the step alone."""

@@ -32,8 +32,8 @@ class Teacher:
         self._model = model
         self._sequences = corpus.sequences
         shape = (*corpus.sequences.shape, top)
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._ids = open_array(folder / "ids.npy", np.int32, shape)
             self._log_probs = open_array(folder / "log_probs.npy", np.float16, shape)
             self._known = open_array(folder / "known.npy", np.bool_, shape[:1])
