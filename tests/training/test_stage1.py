@@ -364,7 +364,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data
     """Fails if naming a file as the folder ends in a traceback."""
     with pytest.raises(TrainingError, match="cannot make the folder"):
         run(settings | {"out": data})
-    with pytest.raises(TrainingError, match="cannot write the full model's logits to .*: Not a directory"):
+    with pytest.raises(TrainingError, match=r"cannot write the full model's logits to .*: Not a directory"):
         run(settings | {"cache_dir": data})
 
 

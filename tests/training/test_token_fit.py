@@ -159,8 +159,19 @@ def test_rows_that_were_not_run_are_no_observations(tmp_path: Path) -> None:
     assert longer.routed(slice(0, 8)).sequences.tolist() == [5, 6]
 
 
+def test_what_an_unfinished_run_observed_is_no_obstacle_and_of_no_use(token_settings: dict[str, Any]) -> None:
+    """Fails if a run that was stopped before its first checkpoint leaves rows in which the next one stumbles."""
+    with pytest.raises(KeyboardInterrupt):
+        run(token_settings, stop_after=1)
+    _, stage, _ = run(token_settings | {"length": 40, "tokens": 6 * 4 * 40})
+    assert stage.observations is not None
+    assert stage.observations.choices.shape == (24, 40)
+    with pytest.raises(TrainingError, match=r"observed_choices\.npy holds rows of int8 \[40\], those of this run"):
+        run(token_settings)
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    """Fails if what tokens cost cannot be written and that is a traceback, or a half file takes the place of a whole."""
+    """Fails if a disk that is full of observations is a traceback, or a half file takes the place of a whole."""
     observed = Observations.open(tmp_path, 4, LENGTH)
     file, folder = tmp_path / "measured.npz", tmp_path / "empty"
     folder.mkdir()
@@ -168,7 +179,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with full_disk():
         with pytest.raises(TrainingError, match=r"cannot write .*measured\.npz: File too large"):
             observed.save(file, "second")
-        with pytest.raises(TrainingError, match="cannot write what training observes to .*: File too large"):
+        with pytest.raises(TrainingError, match=r"cannot write what training observes to .*: File too large"):
             Observations.open(folder, 4, LENGTH)
     assert Observations.load(file, "first") is not None
 

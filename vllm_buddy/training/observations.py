@@ -8,6 +8,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.training.mapped import open_array
 
+_FILES = ("observed_sequences.npy", "observed_choices.npy", "observed_divergences.npy")
 UNROUTED = -1  # the choice of tokens of a sequence on one path
 
 
@@ -31,17 +33,21 @@ class Observations:
     divergences: np.ndarray
 
     @classmethod
-    def open(cls, folder: Path, num_rows: int, length: int) -> "Observations":
+    def open(cls, folder: Path, num_rows: int, length: int, *, fresh: bool = False) -> "Observations":
         """Open the arrays in a folder, or create them.
+
+        fresh: throw away those that are there, of a run that was stopped before its first checkpoint.
 
         Raises:
             TrainingError: they are those of a run with sequences of another length, or cannot be written.
         """
         try:
+            for name in _FILES if fresh else ():
+                (folder / name).unlink(missing_ok=True)
             return cls(
-                open_array(folder / "observed_sequences.npy", np.int32, (num_rows,)),
-                open_array(folder / "observed_choices.npy", np.int8, (num_rows, length), UNROUTED),
-                open_array(folder / "observed_divergences.npy", np.float16, (num_rows, length)),
+                open_array(folder / _FILES[0], np.int32, (num_rows,)),
+                open_array(folder / _FILES[1], np.int8, (num_rows, length), UNROUTED),
+                open_array(folder / _FILES[2], np.float16, (num_rows, length)),
             )
         except OSError as error:
             raise TrainingError(f"cannot write what training observes to {folder}: {error.strerror or error}") from None
@@ -63,9 +69,14 @@ class Observations:
             TrainingError: it cannot be written; a file that is there stays as it is.
         """
         partial = file.with_suffix(f".{os.getpid()}.npz")
-        arrays = {"sequences": self.sequences, "choices": self.choices, "divergences": self.divergences}
+        arrays: dict[str, Any] = {
+            "digest": digest,
+            "sequences": self.sequences,
+            "choices": self.choices,
+            "divergences": self.divergences,
+        }
         try:
-            np.savez(partial, digest=np.array(digest), **arrays)
+            np.savez(partial, **arrays)
             os.replace(partial, file)
         except OSError as error:
             with suppress(OSError):

@@ -35,6 +35,7 @@ from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
 from vllm_buddy.method.router import OMEGA
 from vllm_buddy.models.folder import load_tokenizer
+from vllm_buddy.training.checkpoint import CHECKPOINT_FILE
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.frozen_base import check_processes, load_base
 from vllm_buddy.training.loop import TrainingRun
@@ -114,7 +115,9 @@ def run_stage1(
     if settings.schedule == "token":
         assert teacher is not None
         with accelerator.main_process_first():  # the others would map a file that it makes longer
-            observations = Observations.open(settings.out, main[0].num_steps * settings.batch, settings.length)
+            begins = accelerator.is_main_process and not (settings.out / CHECKPOINT_FILE).is_file()
+            num_rows = main[0].num_steps * settings.batch
+            observations = Observations.open(settings.out, num_rows, settings.length, fresh=begins)
         fit = _TokenFitter(settings, model, corpus, library, observations, note, origin.digest)
         router = fit.measured(start.bypass, teacher, token_windows).router
         by_token = TokenRouting(router, TokenSchedule(), constant)
