@@ -226,6 +226,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
         ({"batch": 4, "micro_batch": 3}, "multiple of micro_batch"),
         ({"tokens": 5}, "less than one batch"),
         ({"kv_policy": "none"}, "none"),
+        ({"min_budget": 0.999999999}, "is all 8 layers"),
+        ({"top_logits": 1 << 20}, "top_logits is 1048576, the model has"),
+        ({"router_windows": 3}, "set it to 0 or to 4 and more"),
+        ({"start_from": "smollm2-135m", "paths": "shortgpt"}, "shortgpt would be ignored"),
+        ({"router_windows": 4, "batch": 2, "tokens": 64}, "fitted on 4 sequences or more, and training has 2"),
         ({"min_budget": 0.01}, "budget"),
         ({"length": 4096, "tokens": 1 << 20}, "beyond the model's|less than one sequence"),
         ({"data": []}, "at least 1"),
@@ -461,6 +466,13 @@ def test_a_dry_run_measures(settings: dict[str, Any], tmp_path: Path) -> None:
     assert found.peak > weights
     assert found.start_peak > weights
     assert found.seconds == pytest.approx(checked.tokens / found.tokens_per_second)
+
+
+def test_a_dry_run_of_a_short_run_measures_the_usual_steps(settings: dict[str, Any]) -> None:
+    """Fails if the dry run of a run of fewer steps than it measures runs out of sequences."""
+    found = dry_run(Stage1Settings(**settings | {"tokens": 4 * 32}), settings["model"])
+    assert found.disk == 4 * 32 * settings["top_logits"] * 6  # of the one step that the run has
+    assert found.seconds == pytest.approx(4 * 32 / found.tokens_per_second)
 
 
 def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.draft_fit import DraftTeacher, Right, fit_exits, fit_gaps, measure
 from vllm_buddy.training.draft_search import DraftCandidate, search_drafts
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
+from vllm_buddy.training.teacher import check_top_logits
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def train_drafts(
     wanted = [*settings.depths, *(() if settings.refine_depth is None else (settings.refine_depth,))]
     if wanted[-1] >= base.num_layers:
         raise TrainingError(f"drafts of {wanted[-1]} layers were asked for, the model has {base.num_layers}")
+    check_top_logits(settings.top_logits, base.vocab_size)
     if settings.vocabulary is not None and settings.vocabulary >= base.vocab_size:
         raise TrainingError(
             f"drafts cannot choose among {settings.vocabulary} of the model's {base.vocab_size} tokens; lower "

@@ -69,14 +69,9 @@ class Observations:
             TrainingError: it cannot be written; a file that is there stays as it is.
         """
         partial = file.with_suffix(f".{os.getpid()}.npz")
-        arrays: dict[str, Any] = {
-            "digest": digest,
-            "sequences": self.sequences,
-            "choices": self.choices,
-            "divergences": self.divergences,
-        }
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("sequences", "choices", "divergences")}
         try:
-            np.savez(partial, **arrays)
+            np.savez(partial, digest=np.array(digest), **arrays)
             os.replace(partial, file)
         except OSError as error:
             with suppress(OSError):

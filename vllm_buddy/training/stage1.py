@@ -43,9 +43,9 @@ from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
 from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, Routing, TokenRouting
-from vllm_buddy.training.stage1_settings import Stage1Settings
+from vllm_buddy.training.stage1_settings import FEWEST_WINDOWS, Stage1Settings
 from vllm_buddy.training.start import EXPLORE_DIR, LEARNED, SEARCHED, Note, Origin, Start, find_start
-from vllm_buddy.training.teacher import Teacher
+from vllm_buddy.training.teacher import Teacher, check_top_logits
 from vllm_buddy.training.token_fit import TokenFit, fit_tokens, measure_tokens
 
 MEASURED_FILE = "measured.npz"
@@ -64,6 +64,15 @@ def check_settings(settings: Stage1Settings) -> None:
         raise TrainingError("paths are searched for a bypass; for LoRA set paths to learned or to a static method")
     if settings.router_windows and settings.paths != SEARCHED:
         raise TrainingError("router_windows compares searched paths; set paths to searched")
+
+
+def check_fits(settings: Stage1Settings, base: BaseModelIdentity) -> None:
+    """Raise a BuddyError for settings that do not fit the model."""
+    check_top_logits(settings.top_logits, base.vocab_size)
+    if depth_for_budget(settings.min_budget, base.num_layers) == base.num_layers:
+        raise TrainingError(
+            f"min_budget {settings.min_budget:g} is all {base.num_layers} layers, so none is skipped; lower it"
+        )
 
 
 def run_stage1(
@@ -89,6 +98,7 @@ def run_stage1(
     note = note if accelerator.is_main_process else lambda _: None
     torch.manual_seed(settings.seed)
     base, weights = identify(model_dir, settings.base_model_id), weight_digest(model_dir)
+    check_fits(settings, base)
     origin = Origin.of(settings, base, weights)
     tokenizer = load_tokenizer(model_dir)
     used = settings.tokens // settings.length
@@ -105,6 +115,11 @@ def run_stage1(
         form = "-".join(part for part in (settings.dtype, settings.base_quantisation) if part is not None)
         teacher = Teacher(model, corpus, settings.top_logits, folder / f"{form}-{settings.top_logits}")
     explored, main = split(settings, corpus)
+    if settings.router_windows and (num := len(np.unique(main[1].order))) < FEWEST_WINDOWS:
+        raise TrainingError(
+            f"a Decision Module is fitted on {FEWEST_WINDOWS} sequences or more, and training has {num}; raise tokens, "
+            "add text, or set router_windows to 0"
+        )
     start = find_start(settings, base, origin, model, corpus, explored, teacher, accelerator, report, note)
     repair, frozen = _repair(settings, model, start)
     smallest = depth_for_budget(settings.min_budget, base.num_layers)

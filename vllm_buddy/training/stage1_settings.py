@@ -79,6 +79,8 @@ def _kind(source: Any) -> str:
 Source = Annotated[Annotated[DataSource, Tag("file")] | Annotated[DatasetSource, Tag("dataset")], Discriminator(_kind)]
 
 
+FEWEST_WINDOWS = 4  # of the fit of a Decision Module, which holds out a quarter
+
 # Settings that leave the loss curve as it is, or may change while a run stands.
 _WITHOUT_EFFECT = {
     "out",
@@ -129,7 +131,7 @@ class Stage1Settings(BaseModel):
     router_windows: int = Field(
         default=0,
         ge=0,
-        description="sequences on which paths are compared to fit a Decision Module; 0: no Decision Module is fitted",
+        description="sequences on which paths are compared to fit a Decision Module, 4 or more; 0: none is fitted",
     )
     library: int = Field(
         default=6, ge=2, description="largest number of paths per depth that the fitted Decision Module picks from"
@@ -246,6 +248,16 @@ class Stage1Settings(BaseModel):
             raise ValueError(f"token_depths must ascend: {self.token_depths}")
         if self.schedule == "token" and (self.recipe != "bypass" or self.kv_policy != "kv_only"):
             raise ValueError("schedule token needs recipe bypass and kv_policy kv_only")
+        if 0 < self.router_windows < FEWEST_WINDOWS:
+            raise ValueError(
+                f"router_windows is {self.router_windows}; a quarter is held out, so set it to 0 or to "
+                f"{FEWEST_WINDOWS} and more"
+            )
+        if self.start_from is not None and self.paths not in ("searched", "learned"):
+            raise ValueError(
+                f"start_from brings its paths along, so {self.paths} would be ignored; set paths to searched or leave "
+                "out start_from"
+            )
         if self.start_from is not None and (self.explore_tokens or self.recipe != "bypass"):
             raise ValueError("start_from is for recipe bypass, and leaves nothing to explore")
         if self.shard_base and self.base_quantisation is not None:

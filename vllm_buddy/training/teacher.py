@@ -68,6 +68,12 @@ class Teacher:
         return ids.cpu().numpy(), log_probs.cpu().numpy()
 
 
+def check_top_logits(top: int, vocab_size: int) -> None:
+    """Raise a TrainingError if there are not so many logits."""
+    if top > vocab_size:
+        raise TrainingError(f"top_logits is {top}, the model has {vocab_size} tokens; lower it")
+
+
 def _check_room(folder: Path, num_bytes: int) -> None:
     # Writing to a mapped file on a full disk kills the process without a message.
     free = shutil.disk_usage(folder).free
