@@ -276,6 +276,15 @@ def test_data_that_cannot_be_used_is_refused(
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [Stage1Settings, Stage2Settings, DraftTrainingSettings])
+def test_two_sources_of_one_name_are_refused(kind: type[Any], tmp_path: Path) -> None:
+    """Fails if one of two files of the same name is missing in the record and the hashes of a run."""
+    sources = [{"file": tmp_path / folder / "rows.jsonl"} for folder in ("a", "b")]
+    with pytest.raises(ValueError, match=r"two sources are named rows\.jsonl"):
+        kind(out=tmp_path, data=sources)
+    assert kind(out=tmp_path, data=sources[:1]).data
+
+
 def test_rows_of_instructions_become_conversations(settings: dict[str, Any], tmp_path: Path) -> None:
     """Fails if instruction data loses its inputs or its answers."""
     rows = [{"instruction": f"Say {i}", "input": "twice", "output": f"{i} {i}"} for i in range(200)]

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_buddy.method.budget import MIN_DEPTH
-from vllm_buddy.training.stage1_settings import Source
+from vllm_buddy.training.stage1_settings import Sources
 
 
 class DraftTrainingSettings(BaseModel):
@@ -23,7 +23,7 @@ class DraftTrainingSettings(BaseModel):
         description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
         "embedded model)",
     )
-    data: tuple[Source, ...] = Field(min_length=1, description="training text: files, and data sets of `datasets`")
+    data: Sources = Field(min_length=1, description="training text: files, and data sets of `datasets`")
     data_dir: Path | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.models.quantised import Quantisation
@@ -81,6 +81,18 @@ Source = Annotated[Annotated[DataSource, Tag("file")] | Annotated[DatasetSource,
 
 FEWEST_WINDOWS = 4  # of the fit of a Decision Module, which holds out a quarter
 
+
+def _named_apart(sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two sources are named {twice[0]}, by which run.yaml tells them apart; rename a file, or make one of them")
+    return sources
+
+
+# The sources of a run. Records name them by their files' names, which say nothing of folders.
+Sources = Annotated[tuple[Source, ...], AfterValidator(_named_apart)]
+Files = Annotated[tuple[DataSource, ...], AfterValidator(_named_apart)]
+
 # Settings that leave the loss curve as it is, or may change while a run stands.
 _WITHOUT_EFFECT = {
     "out",
@@ -100,7 +112,7 @@ class Stage1Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     out: Path = Field(description="folder for artifact, checkpoint and log; a stopped run in it is resumed")
-    data: tuple[Source, ...] = Field(min_length=1, description="training text: files, and data sets of `datasets`")
+    data: Sources = Field(min_length=1, description="training text: files, and data sets of `datasets`")
     data_dir: Path | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )

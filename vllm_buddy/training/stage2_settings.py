@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm_buddy.training.stage1_settings import DataSource
+from vllm_buddy.training.stage1_settings import Files
 
 
 class Stage2Settings(BaseModel):
@@ -22,7 +22,7 @@ class Stage2Settings(BaseModel):
         description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
         "embedded model)",
     )
-    data: tuple[DataSource, ...] = Field(min_length=1, description="files of requests like those that will be served")
+    data: Files = Field(min_length=1, description="files of requests like those that will be served")
     data_dir: Path | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )
