@@ -277,6 +277,21 @@ def test_data_that_cannot_be_used_is_refused(
 
 
 @pytest.mark.parametrize("kind", [Stage1Settings, Stage2Settings, DraftTrainingSettings])
+def test_a_tilde_is_the_home_of_the_user(kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a path of a YAML file that begins with `~` makes a folder of that name, or is not found."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = "start_from" if kind is Stage1Settings else "artifact"
+    names = [name for name in ("out", "data_dir", "model", "orders", "cache_dir", place) if name in kind.model_fields]
+    config = tmp_path / "config.yaml"
+    config.write_text("".join(f"{name}: ~/{name}\n" for name in names) + "data: [{file: ~/a.txt}]\n")
+    settings = read_settings(kind, config, {})
+    for name in names:
+        assert getattr(settings, name) == type(getattr(settings, name))(tmp_path / name)
+    assert settings.data[0].file == tmp_path / "a.txt"
+    assert read_settings(kind, None, {"out": "b", "data": "[{file: c}]", place: "smollm2-135m"}).out == Path("b")
+
+
+@pytest.mark.parametrize("kind", [Stage1Settings, Stage2Settings, DraftTrainingSettings])
 def test_two_sources_of_one_name_are_refused(kind: type[Any], tmp_path: Path) -> None:
     """Fails if one of two files of the same name is missing in the record and the hashes of a run."""
     sources = [{"file": tmp_path / folder / "rows.jsonl"} for folder in ("a", "b")]

@@ -1,6 +1,7 @@
 """The settings of `vllm-buddy train`, read from a YAML file and KEY=VALUE overrides."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,6 +14,14 @@ from vllm_buddy.models.quantised import Quantisation
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
+def _home(place: Any) -> Any:
+    return type(place)(os.path.expanduser(place))
+
+
+# Paths of a YAML file, in which no shell has replaced `~`, and words that may be names instead.
+UserPath = Annotated[Path, AfterValidator(_home)]
+UserPlace = Annotated[str, AfterValidator(_home)]
+
 Weight = Annotated[
     float,
     Field(gt=0, allow_inf_nan=False, description="share of the training sequences, relative to the other sources"),
@@ -24,7 +33,7 @@ class DataSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: Path = Field(
+    file: UserPath = Field(
         description="*.txt: plain text. *.json (a list) or *.jsonl: rows with `text`, or with `instruction`, `input` "
         "and `output`, which are formatted with the model's chat template"
     )
@@ -46,7 +55,7 @@ class DatasetSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dataset: str = Field(description="name of a data set on the hub, or a folder of files that `datasets` knows")
+    dataset: UserPlace = Field(description="name of a data set on the hub, or a folder of files that `datasets` knows")
     config: str | None = Field(default=None, description="configuration of the data set, if it has several")
     split: str = Field(default="train", description="split, such as train or validation")
     revision: str | None = Field(default=None, description="commit of a data set on the hub; without it, the newest")
@@ -85,7 +94,9 @@ FEWEST_WINDOWS = 4  # of the fit of a Decision Module, which holds out a quarter
 def _named_apart(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two sources are named {twice[0]}, by which run.yaml tells them apart; rename a file, or make one of them")
+        raise ValueError(
+            f"two sources are named {twice[0]}, by which run.yaml tells them apart; rename a file, or make one of them"
+        )
     return sources
 
 
@@ -111,12 +122,12 @@ class Stage1Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    out: Path = Field(description="folder for artifact, checkpoint and log; a stopped run in it is resumed")
+    out: UserPath = Field(description="folder for artifact, checkpoint and log; a stopped run in it is resumed")
     data: Sources = Field(min_length=1, description="training text: files, and data sets of `datasets`")
-    data_dir: Path | None = Field(
+    data_dir: UserPath | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )
-    model: Path | None = Field(
+    model: UserPath | None = Field(
         default=None,
         description="folder, name of an embedded model, or hub id of a Hugging Face model (absent: the default "
         "embedded model)",
@@ -135,7 +146,7 @@ class Stage1Settings(BaseModel):
         "`vllm-buddy orders`",
     )
     prior: str = Field(default="taylor", description="static method whose layer order `paths: learned` starts from")
-    orders: Path | None = Field(
+    orders: UserPath | None = Field(
         default=None,
         description="file of `vllm-buddy orders` with the order of the static method that `paths` or `prior` names "
         "(absent: the shipped orders)",
@@ -202,7 +213,7 @@ class Stage1Settings(BaseModel):
         description="training tokens after which the router of schedule token is fitted again, to what tokens cost in "
         "the second half of training so far",
     )
-    start_from: str | None = Field(
+    start_from: UserPlace | None = Field(
         default=None,
         description="artifact with a bypass, by folder or name, whose paths and bypass training starts from; absent: "
         "they are computed",
@@ -244,7 +255,7 @@ class Stage1Settings(BaseModel):
     )
     seed: int = Field(default=0, ge=0, description="seed of all random draws")
     save_every: int = Field(default=50, ge=1, description="optimizer steps between checkpoints")
-    cache_dir: Path | None = Field(default=None, description="folder for the full model's logits; absent: `out`")
+    cache_dir: UserPath | None = Field(default=None, description="folder for the full model's logits; absent: `out`")
 
     @model_validator(mode="after")
     def _check(self) -> "Stage1Settings":
