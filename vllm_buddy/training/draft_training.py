@@ -18,6 +18,7 @@ from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.draft_fit import DraftTeacher, Right, fit_exits, fit_gaps, measure
 from vllm_buddy.training.draft_search import DraftCandidate, search_drafts
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
+from vllm_buddy.training.out_folder import check_out
 from vllm_buddy.training.teacher import check_top_logits
 
 
@@ -58,6 +59,7 @@ def train_drafts(
         raise TrainingError(
             f"artifact '{artifact.config.name}' was made for {base.summary()}, but the model is {found.summary()}"
         )
+    check_out(settings.out, artifact_dir, artifact, Artifact.without_drafts)
     wanted = [*settings.depths, *(() if settings.refine_depth is None else (settings.refine_depth,))]
     if wanted[-1] >= base.num_layers:
         raise TrainingError(f"drafts of {wanted[-1]} layers were asked for, the model has {base.num_layers}")

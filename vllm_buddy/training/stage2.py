@@ -21,6 +21,7 @@ from vllm_buddy.method import FoldedPredictor
 from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.models.folder import load_model, load_tokenizer
+from vllm_buddy.training.out_folder import check_out
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
 from vllm_buddy.training.stage2_settings import Stage2Settings
 
@@ -63,6 +64,7 @@ def run_stage2(
         raise TrainingError(
             f"artifact '{artifact.config.name}' was made for {base.summary()}, but the model is {found.summary()}"
         )
+    check_out(settings.out, artifact_dir, artifact, Artifact.without_predictor)
     depths = _grid(settings, artifact)
     tokenizer = load_tokenizer(model_dir)
     shape = SampleShape(settings.context, settings.prompt, settings.answer)
