@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,18 @@ def test_a_stopped_run_may_be_shortened(settings: dict[str, Any]) -> None:
         {"from_step": 0, "tokens": settings["tokens"]},
         {"from_step": 2, "tokens": shorter["tokens"]},
     ]
+
+
+def test_the_card_counts_what_was_trained(settings: dict[str, Any]) -> None:
+    """Fails if a run that was shortened after more steps than it has now is said to have seen less text."""
+    explored = settings | {"explore_tokens": 2 * 4 * 32 + 5}
+    run(explored)
+    shorter = explored | {"tokens": 4 * 4 * 32}
+    artifact, stage, rest = run(shorter)
+    assert rest == []
+    finish_run(artifact, stage, Stage1Settings(**shorter), "vllm-buddy train", None)
+    assert f"Trained on {6 * 4 * 32} tokens of" in (settings["out"] / "README.md").read_text()
+    assert yaml.safe_load((settings["out"] / RUN_FILE).read_text())["trained_tokens"] == 6 * 4 * 32
 
 
 def test_a_folder_with_another_run_is_refused(settings: dict[str, Any]) -> None:
@@ -500,7 +513,7 @@ def test_a_dry_run_of_a_short_run_measures_the_usual_steps(settings: dict[str, A
 
 
 def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a run needs a file though all its settings are given, or does not say what is missing."""
+    """Fails if a run needs a file though all its settings are given, or its record cannot be pasted into a shell."""
     assert main(["train"]) == 2
     assert "KEY=VALUE" in capsys.readouterr().err
     assert main(["train", "tokens=1000"]) == 2
@@ -508,6 +521,8 @@ def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: p
     words = [f"{key}={value}" for key, value in settings.items() if key != "data"]
     assert main(["train", *words, f"data=[{{file: {data}}}]"]) == 0
     assert load_artifact(settings["out"]).bypass is not None
+    command = yaml.safe_load((settings["out"] / RUN_FILE).read_text())["command"]
+    assert shlex.split(command) == ["vllm-buddy", "train", *words, f"data=[{{file: {data}}}]"]
 
 
 @pytest.mark.parametrize("recipe", ["bypass", "distill"])

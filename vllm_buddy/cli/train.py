@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     commit = source_commit()
     artifact, stage = run_stage1(settings, find_model(settings.model, note), _progress, note)
     if stage.accelerator.is_main_process:
-        command = " ".join(["vllm-buddy", "train", *given_words(args)])
+        command = shlex.join(["vllm-buddy", "train", *given_words(args)])
         try:
             finish_run(artifact, stage, settings, command, commit)
         except OSError as error:

@@ -1,6 +1,7 @@
 """`vllm-buddy train-budget`: runs stage 2 of training, which adds a Budget Predictor to an artifact."""
 
 import argparse
+import shlex
 from typing import Any
 
 from vllm_buddy.cli.device_memory import says_what_saves_memory
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             )
 
     stage = run_stage2(settings, folder, model_dir, report, note)
-    command = " ".join(["vllm-buddy", "train-budget", *given_words(args)])
+    command = shlex.join(["vllm-buddy", "train-budget", *given_words(args)])
     try:
         finish_run(stage, folder, log, settings, command, commit)
     except OSError as error:

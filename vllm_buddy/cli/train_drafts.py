@@ -1,6 +1,7 @@
 """`vllm-buddy train-drafts`: adds exits for lossless mode to an artifact: paths that draft, with what is trained."""
 
 import argparse
+import shlex
 from typing import Any
 
 from vllm_buddy.cli.device_memory import says_what_saves_memory
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             note(f"step {done}/{settings.num_steps}  loss {' '.join(f'{loss:.4f}' for loss in row['losses'])}")
 
     trained = train_drafts(settings, folder, model_dir, report, note)
-    command = " ".join(["vllm-buddy", "train-drafts", *given_words(args)])
+    command = shlex.join(["vllm-buddy", "train-drafts", *given_words(args)])
     try:
         finish_run(trained, folder, log, settings, command, commit)
     except OSError as error:

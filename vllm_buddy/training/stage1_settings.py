@@ -303,6 +303,11 @@ class Stage1Settings(BaseModel):
         return self.tokens // (self.batch * self.length)
 
     @property
+    def explored_tokens(self) -> int:
+        """Tokens that are trained on random paths: `explore_tokens` in whole steps."""
+        return self.explore_tokens // (self.batch * self.length) * self.batch * self.length
+
+    @property
     def refit_steps(self) -> int:
         """Optimizer steps between two fits of the router of schedule token."""
         return max(1, self.refit_tokens // (self.batch * self.length))
