@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_plotting()
     plan = make_plan(settings, find_model(settings.model, note), print_progress)
+    for line in plan.warnings:
+        note(line)
     print(_what_is_measured(plan, settings), flush=True)
     figures = evaluate(plan, _engine(settings, plan), print_progress)
     print(figure_table(figures))
