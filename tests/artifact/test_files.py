@@ -1,6 +1,8 @@
 """Writing an artifact where that fails."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,3 +37,23 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="Not a directory"):
         load_artifact(tmp_path / "sample").save(tmp_path / "file" / "artifact")
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if training of hours ends in an artifact that no server loads."""
+    write_sample(tmp_path / "sample")
+    artifact = load_artifact(tmp_path / "sample")
+
+    def refused(update: dict[str, Any], message: str) -> None:
+        changed = replace(artifact, config=artifact.config.model_copy(update=update))
+        with pytest.raises(ArtifactError, match=message):
+            changed.save(tmp_path / "new")
+
+    refused({"name": "two\nlines"}, "does not fit the schema: name")
+    refused({"library": {3: [[0, 1]]}}, "is not a set of 3 layers")
+    with monkeypatch.context() as patched:
+        patched.setattr("vllm_buddy.artifact.files.MOST_WEIGHTS_BYTES", 100)
+        refused({}, "GiB in memory; an artifact takes at most")
+    monkeypatch.setattr("vllm_buddy.artifact.artifact.MOST_CONFIG_BYTES", 100)
+    refused({}, "lower the number of paths in its library")
+    assert not (tmp_path / "new").exists()

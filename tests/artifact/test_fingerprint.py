@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.harness.tiny_models import NUM_LAYERS, load_model, save_tiny_model
-from vllm_buddy.artifact.fingerprint import identify
+from vllm_buddy.artifact.fingerprint import identify, model_digest, weight_digest
 from vllm_buddy.errors import ArtifactError
 
 
@@ -100,3 +100,19 @@ def test_weights_that_are_missing_or_cut_short(folder: Path) -> None:
     weights.unlink()
     with pytest.raises(ArtifactError, match=r"cannot take a weight fingerprint, no tensor 'model\.layers\.0\.input"):
         identify(folder)
+
+
+def test_the_digest_of_weights_tells_a_fine_tuned_model_from_its_base(folder: Path, tmp_path: Path) -> None:
+    """Fails if a model whose matrices were changed by a merged LoRA finds what was computed with its base."""
+    model = load_model(folder)
+    loaded, stored = model_digest(model), weight_digest(folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="500KB")
+    assert weight_digest(tmp_path / "shards") == stored
+    with torch.no_grad():
+        projection = model.model.layers[5].mlp.down_proj.weight
+        projection += 1e-3 * torch.randn(len(projection), 1) @ torch.randn(1, projection.shape[1])
+    model.save_pretrained(tmp_path / "merged")
+    assert _fingerprint(tmp_path / "merged") == _fingerprint(folder)
+    assert weight_digest(tmp_path / "merged") != stored
+    assert model_digest(model) != loaded
+    assert model_digest(load_model(folder).bfloat16()) != loaded

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.harness.full_disk import full_disk
 from tests.harness.tiny_models import NUM_LAYERS, VOCAB_SIZE, load_model, save_tiny_model
 from vllm_buddy.artifact import SHIPPED_DIR, identify, load_artifact
 from vllm_buddy.baselines import (
@@ -218,6 +219,39 @@ def test_mistakes_are_one_line(
     OrderFile(base_model=other).save(out)
     assert main(["orders", str(out), "--text", str(text_file), "--model", str(model_with_tokenizer), *SIZES]) == 2
     assert "holds orders of other" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_found_before_measuring(
+    model_with_tokenizer: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fails if hours of measuring end in a traceback, because the results can be put nowhere."""
+    monkeypatch.setattr("vllm_buddy.baselines.measure_order", None)
+    options = ["--text", str(text_file), "--model", str(model_with_tokenizer), *SIZES]
+    assert main(["orders", str(text_file / "orders.json"), *options]) == 2
+    assert f"cannot write the layer orders {text_file}/orders.json: " in capsys.readouterr().err
+    assert main(["orders", str(tmp_path), *options]) == 2
+    assert "Is a directory" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_orders_that_were_there(folder: Path, tmp_path: Path) -> None:
+    """Fails if a full disk cuts off the file with the orders of hours before."""
+    path = tmp_path / "orders.json"
+    file = OrderFile(base_model=identify(folder))
+    file.save(path)
+    order = LayerOrder(
+        method="sleb", calibration="t", calibration_sha256="0", num_tokens=1, window=1, layers=[1, 2, 3, 4, 5, 6]
+    )
+    with (
+        full_disk(),
+        pytest.raises(BaselineError, match=r"cannot write .*orders\.json: File too large"),
+    ):
+        file.with_order(order).save(path)
+    assert OrderFile.load(path) == file
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_of_another_form(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Losses at every depth, and the samples that they are measured on."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tests.evaluation.conftest import Tiny
@@ -53,6 +55,16 @@ def test_what_was_measured_is_not_measured_again(tiny: Tiny, samples: list[Sampl
         measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore, tmp_path)
     measure_depth_losses(tiny.model, tiny.artifact, samples, (3, 4), _ignore, tmp_path)
     assert len(list(tmp_path.glob("losses-*.npy"))) == 2
+
+
+def test_losses_of_another_model_are_not_taken(tiny: Tiny, samples: list[Sample], tmp_path: Path) -> None:
+    """Fails if a fine-tuned model with the norms and embedding of its base gets the losses of its base."""
+    base = measure_depth_losses(tiny.model, tiny.artifact, samples, DEPTHS, _ignore, tmp_path)
+    tuned = copy.deepcopy(tiny.model)
+    with torch.no_grad():
+        tuned.model.layers[2].mlp.down_proj.weight.mul_(3)  # type: ignore[union-attr, index]
+    other = measure_depth_losses(tuned, tiny.artifact, samples, DEPTHS, _ignore, tmp_path)
+    assert not np.allclose(other.losses, base.losses)
 
 
 def test_an_artifact_that_changes_weights_is_refused(tiny: Tiny, samples: list[Sample]) -> None:

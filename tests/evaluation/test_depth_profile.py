@@ -14,6 +14,7 @@ from vllm_buddy.evaluation.depth_profile import _exit_rows, _written
 from vllm_buddy.evaluation.dex import dex_row, earliest_agreeing
 from vllm_buddy.evaluation.draft_walk import Drafts, ngram_drafts, walk
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
+from vllm_buddy.models.folder import load_tokenizer
 
 
 def drafts_of(text: list[int], chains: dict[int, list[list[int]]], start: int = 0) -> Drafts:
@@ -152,6 +153,36 @@ def test_the_lora_of_an_artifact_belongs_to_the_model(tmp_path: Path, monkeypatc
     (model,) = measured
     for name, weight in served.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_passages_are_skipped_and_the_dtype_is_that_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if held-out passages cannot be asked for, or the model runs in another dtype or on another device."""
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    random_artifact(tmp_path / "artifact", folder, bypass_rank=4, draft_depths=(4,))
+    _save_tokenizer(folder)
+    text, out = tmp_path / "text.txt", tmp_path / "profile.json"
+    text.write_text("a b c d " * 10 + "e f g h " * 10)
+    seen, written = [], depth_profile._written
+
+    def watched(model: Any, passages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        seen.append((model.dtype, passages))
+        return written(model, passages, num_tokens)
+
+    monkeypatch.setattr(depth_profile, "_written", watched)
+    options = ["--model", str(folder), "--artifact", str(tmp_path / "artifact"), "--text", str(text), "--depths", "4"]
+    options += ["--passages", "2", "--passage-tokens", "4", "--tokens", "8", "--drafts", "1", "--devices", "2"]
+    assert main(["depth-profile", *options, "--text-skip", "40", "--dtype", "bfloat16", "--json", str(out)]) == 0
+    ((dtype, passages),) = seen
+    assert dtype == torch.bfloat16
+    later = load_tokenizer(folder)("e f g h")["input_ids"]
+    assert passages.tolist() == [later, later]
+    assert json.loads(out.read_text())["about"]["text_skip"] == 40
+    assert main(["depth-profile", *options, "--text-skip", "78"]) == 2
+    assert "2 tokens after the first 78" in capsys.readouterr().err
+    assert main(["depth-profile", *options, "--device", "abacus"]) == 2
+    assert "no device 'abacus'" in capsys.readouterr().err
 
 
 def _save_tokenizer(folder: Path) -> None:

@@ -1,14 +1,17 @@
 """The command `vllm-buddy eval`, from files to figures."""
 
+import hashlib
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.harness.tiny_models import random_artifact, save_tiny_model
+from vllm_buddy.artifact.provenance import to_yaml
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation import EvalSettings
 from vllm_buddy.evaluation.policy import VARIANTS
@@ -103,6 +106,26 @@ def test_path_library_and_kv_policy_are_used(data: list[str], tmp_path: Path) ->
         assert _by_metric(rows, "buddy")[0.5, "perplexity"] != plain[0.5, "perplexity"]
     rows = _eval(data, tmp_path / "c.json", "--policy", "buddy", "--budgets", "0.5", "--piqa-rows", "4")
     assert {row["n"] for row in rows if row["metric"] == "piqa_acc"} == {4}
+
+
+def test_text_that_was_trained_on_is_a_warning(
+    data: list[str], artifact: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if figures on training text pass for figures on new text, or text that is new is warned of."""
+    seen = tmp_path / "seen"
+    shutil.copytree(artifact, seen)
+    source = {"sha256": hashlib.sha256(text_file.read_bytes()).hexdigest(), "weight": 1.0, "share": 0.4}
+    (seen / "run.yaml").write_text(to_yaml({"data": {"text.txt": source}}))
+    options = ["--policy", f"buddy,seen={seen}", "--budgets", "0.5"]
+    _eval(data, tmp_path / "out.json", *options)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert "policy 'seen' was trained on the first 40% of text.txt, 400 tokens" in warning
+    _eval(data, tmp_path / "out.json", *options, "--text-skip", "400")
+    assert "warning:" not in capsys.readouterr().err
+    for record in ("data: [1]", "{", "data: {a: {}}", "- 1"):
+        (seen / "run.yaml").write_text(record)
+        _eval(data, tmp_path / "out.json", *options)
+        assert "warning:" not in capsys.readouterr().err
 
 
 def test_one_kind_of_data_is_enough(data: list[str], tmp_path: Path) -> None:

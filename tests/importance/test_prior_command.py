@@ -174,6 +174,23 @@ def test_folders_that_cannot_be_used(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_card_that_cannot_be_written_is_one_line(
+    model_with_tokenizer: Path,
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fails if a disk that is full after the weights ends in a traceback."""
+
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vllm_buddy.importance.prior_record.run_record", full)
+    assert _prior(model_with_tokenizer, tmp_path / "out", text_file) == 2
+    assert f"cannot write the card of the artifact to {tmp_path}/out: No space left" in capsys.readouterr().err
+
+
 def test_every_setting_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a setting of the schema has no option on the command line."""
     with pytest.raises(SystemExit):

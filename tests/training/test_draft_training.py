@@ -240,6 +240,7 @@ def test_from_files_to_an_artifact_with_exits(
     printed = capsys.readouterr()
     assert f"{depths[0]} layers, on held-out text" in printed.out
     assert "5 layers:" in printed.err
+    assert main(command) == 0  # over its own result
     # Again, from the result itself: exits are replaced, not added.
     assert main([*command, f"artifact={out}", "depth=4", "refine_depth=null", "vocabulary=null"]) == 0
     again = load_artifact(out)
@@ -247,6 +248,17 @@ def test_from_files_to_an_artifact_with_exits(
     assert again.draft_vocabulary is None
     assert (out / "README.md").read_text().count(DRAFTS_HEADING) == 1
     assert (out / "run.yaml").read_text().count("\ndrafts:") + (out / "run.yaml").read_text().startswith("drafts:") == 1
+
+
+def test_another_artifact_is_not_overwritten(
+    tmp_path: Path, command: list[str], model_with_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if an artifact of another training is lost."""
+    out = tmp_path / "out"
+    before = random_artifact(out, model_with_tokenizer, bypass_rank=2)
+    assert main(command) == 2
+    assert f"{out} holds another artifact than {tmp_path / 'artifact'}" in capsys.readouterr().err
+    assert load_artifact(out).digest == before.digest
 
 
 @pytest.mark.parametrize(

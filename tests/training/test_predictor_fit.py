@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.harness.tiny_models import NUM_LAYERS, random_artifact
-from vllm_buddy.artifact import load_artifact
+from tests.harness.tiny_models import NUM_LAYERS, load_model, random_artifact, random_exits
+from vllm_buddy.artifact import load_artifact, with_drafts
 from vllm_buddy.artifact.provenance import with_section, without_key
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation.cost_quality import choices, compare
@@ -163,6 +163,29 @@ def test_what_cannot_be_trained_is_one_line(
     """Fails if a mistake ends in a traceback."""
     assert main([*run[1], change]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_another_artifact_is_not_overwritten(
+    run: tuple[Path, list[str]], model_with_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if an artifact of another training is lost, or the same command cannot be run again."""
+    out, command = run
+    before = random_artifact(out, model_with_tokenizer, bypass_rank=2)
+    assert main(command) == 2
+    assert (
+        f"{out} holds another artifact than {out.parent / 'artifact'}, which would be lost" in capsys.readouterr().err
+    )
+    (out / "model.safetensors").write_bytes(b"cut off")
+    assert main(command) == 2
+    assert "holds another artifact" in capsys.readouterr().err
+    before.save(out)
+    source = load_artifact(out.parent / "artifact")
+    source.save(out)
+    assert main(command) == 0
+    assert main(command) == 0  # over its own result
+    exits = random_exits(load_model(model_with_tokenizer), (4,), seed=0)
+    with_drafts(load_artifact(out), exits).save(out)
+    assert main(command) == 2  # which would lose the exits
 
 
 def test_an_artifact_without_a_predictor_cannot_be_evaluated(

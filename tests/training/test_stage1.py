@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from vllm_buddy.baselines import LayerOrder, OrderFile
 from vllm_buddy.cli import main
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import BuddyError, DataError, TrainingError
+from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
 from vllm_buddy.method import FoldedDecision, PathSchedule, RequestRoute, batched, layers_of
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.reference import generate, routed_logits
+from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training import checkpoint, start
+from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
 from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.loop import LOG_FILE
@@ -133,11 +137,56 @@ def test_a_stopped_run_may_be_shortened(settings: dict[str, Any]) -> None:
     ]
 
 
+def test_the_card_counts_what_was_trained(settings: dict[str, Any]) -> None:
+    """Fails if a run that was shortened after more steps than it has now is said to have seen less text."""
+    explored = settings | {"explore_tokens": 2 * 4 * 32 + 5}
+    run(explored)
+    shorter = explored | {"tokens": 4 * 4 * 32}
+    artifact, stage, rest = run(shorter)
+    assert rest == []
+    finish_run(artifact, stage, Stage1Settings(**shorter), "vllm-buddy train", None)
+    assert f"Trained on {6 * 4 * 32} tokens of" in (settings["out"] / "README.md").read_text()
+    assert yaml.safe_load((settings["out"] / RUN_FILE).read_text())["trained_tokens"] == 6 * 4 * 32
+
+
 def test_a_folder_with_another_run_is_refused(settings: dict[str, Any]) -> None:
     """Fails if a run is resumed with other settings."""
     run(settings)
     with pytest.raises(TrainingError, match="other settings"):
         run(settings | {"learning_rate": 0.5})
+
+
+def test_a_run_is_not_resumed_on_other_weights_or_another_order(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if a run goes on with the model, the artifact or the orders that were put in the place of its own."""
+    model = tmp_path / "model"
+    shutil.copytree(settings["model"], model)
+    run(settings | {"model": model})
+    tuned: Any = load_model(model)
+    with torch.no_grad():
+        tuned.model.layers[3].mlp.down_proj.weight.mul_(1.5)
+    tuned.save_pretrained(model)
+    with pytest.raises(TrainingError, match="other settings, data or weights"):
+        run(settings | {"model": model})
+
+    first, second = run(settings | {"out": tmp_path / "a"})[0], run(settings | {"out": tmp_path / "b", "seed": 1})[0]
+    more = settings | {"start_from": str(tmp_path / "start"), "out": tmp_path / "more"}
+    first.save(tmp_path / "start")
+    run(more)
+    second.save(tmp_path / "start")
+    with pytest.raises(TrainingError, match="other settings, data or weights"):
+        run(more)
+
+    orders = tmp_path / "orders.json"
+    static = settings | {"paths": "shortgpt", "orders": orders, "out": tmp_path / "static"}
+    for layers in ([3, 5, 1, 2, 4, 6], [5, 3, 1, 2, 4, 6]):
+        order = LayerOrder(
+            method="shortgpt", calibration="x", calibration_sha256="0", num_tokens=1, window=1, layers=layers
+        )
+        OrderFile(base_model=identify(settings["model"]), orders=[order]).save(orders)
+        if layers[0] == 3:
+            run(static)
+    with pytest.raises(TrainingError, match="other settings, data or weights"):
+        run(static)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +240,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
         ({"batch": 4, "micro_batch": 3}, "multiple of micro_batch"),
         ({"tokens": 5}, "less than one batch"),
         ({"kv_policy": "none"}, "none"),
+        ({"min_budget": 0.999999999}, "is all 8 layers"),
+        ({"top_logits": 1 << 20}, "top_logits is 1048576, the model has"),
+        ({"router_windows": 3}, "set it to 0 or to 4 and more"),
+        ({"start_from": "smollm2-135m", "paths": "shortgpt"}, "shortgpt would be ignored"),
+        ({"router_windows": 4, "batch": 2, "tokens": 64}, "fitted on 4 sequences or more, and training has 2"),
         ({"min_budget": 0.01}, "budget"),
         ({"length": 4096, "tokens": 1 << 20}, "beyond the model's|less than one sequence"),
         ({"data": []}, "at least 1"),
@@ -236,15 +290,51 @@ def test_data_that_cannot_be_used_is_refused(
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [Stage1Settings, Stage2Settings, DraftTrainingSettings])
+def test_a_tilde_is_the_home_of_the_user(kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a path of a YAML file that begins with `~` makes a folder of that name, or is not found."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = "start_from" if kind is Stage1Settings else "artifact"
+    names = [name for name in ("out", "data_dir", "model", "orders", "cache_dir", place) if name in kind.model_fields]
+    config = tmp_path / "config.yaml"
+    config.write_text("".join(f"{name}: ~/{name}\n" for name in names) + "data: [{file: ~/a.txt}]\n")
+    settings = read_settings_file(kind, config, {})
+    for name in names:
+        assert getattr(settings, name) == type(getattr(settings, name))(tmp_path / name)
+    assert settings.data[0].file == tmp_path / "a.txt"
+    assert read_settings_file(kind, None, {"out": "b", "data": "[{file: c}]", place: "smollm2-135m"}).out == Path("b")
+
+
+@pytest.mark.parametrize("kind", [Stage1Settings, Stage2Settings, DraftTrainingSettings])
+def test_two_sources_of_one_name_are_refused(kind: type[Any], tmp_path: Path) -> None:
+    """Fails if one of two files of the same name is missing in the record and the hashes of a run."""
+    sources = [{"file": tmp_path / folder / "rows.jsonl"} for folder in ("a", "b")]
+    with pytest.raises(ValueError, match=r"two sources are named rows\.jsonl"):
+        kind(out=tmp_path, data=sources)
+    assert kind(out=tmp_path, data=sources[:1]).data
+
+
 def test_rows_of_instructions_become_conversations(settings: dict[str, Any], tmp_path: Path) -> None:
     """Fails if instruction data loses its inputs or its answers."""
     rows = [{"instruction": f"Say {i}", "input": "twice", "output": f"{i} {i}"} for i in range(200)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     _, stage, _ = run(settings | {"data": [{"file": tmp_path / "rows.json"}]})
-    from vllm_buddy.models.folder import load_tokenizer
-
     texts = load_tokenizer(settings["model"]).batch_decode(stage.corpus.sequences)
     assert any(re.search(r"Say (\d+)\n\ntwice\n\n\1 \1", text) for text in texts)
+
+
+def test_a_share_of_rows_is_the_part_that_evaluation_leaves_out(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if training sees rows that `eval-budget` draws its samples from."""
+    lengths = [10] * 8 + [200, 200]  # of ten rows, the last two hold most of the tokens
+    rows = [{"text": letter * length} for letter, length in zip("abcdefghij", lengths, strict=True)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    sources = Stage1Settings(**settings | {"data": [{"file": tmp_path / "rows.json", "share": 0.8}]}).data
+    tokenizer = load_tokenizer(settings["model"])
+    corpus = Corpus.read(sources, None, tokenizer, 16, 2, 0)
+    assert set(tokenizer.decode(corpus.sequences.ravel(), skip_special_tokens=True)) <= set("abcdefgh")
+    file = DataFile.read(tmp_path / "rows.json")
+    drawn = request_samples(file, tokenizer, (0.8, 1.0), 2, SampleShape(8, 16, 16), 0)
+    assert {char for sample in drawn for char in tokenizer.decode(list(sample.token_ids))} <= set("ij")
 
 
 def test_rows_may_hold_separators_of_lines(tmp_path: Path) -> None:
@@ -317,6 +407,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data
     """Fails if naming a file as the folder ends in a traceback."""
     with pytest.raises(TrainingError, match="cannot make the folder"):
         run(settings | {"out": data})
+    with pytest.raises(TrainingError, match=r"cannot write the full model's logits to .*: Not a directory"):
+        run(settings | {"cache_dir": data})
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES_DIR.glob("*.yaml")))
@@ -414,8 +506,15 @@ def test_a_dry_run_measures(settings: dict[str, Any], tmp_path: Path) -> None:
     assert found.seconds == pytest.approx(checked.tokens / found.tokens_per_second)
 
 
+def test_a_dry_run_of_a_short_run_measures_the_usual_steps(settings: dict[str, Any]) -> None:
+    """Fails if the dry run of a run of fewer steps than it measures runs out of sequences."""
+    found = dry_run(Stage1Settings(**settings | {"tokens": 4 * 32}), settings["model"])
+    assert found.disk == 4 * 32 * settings["top_logits"] * 6  # of the one step that the run has
+    assert found.seconds == pytest.approx(4 * 32 / found.tokens_per_second)
+
+
 def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if a run needs a file though all its settings are given, or does not say what is missing."""
+    """Fails if a run needs a file though all its settings are given, or its record cannot be pasted into a shell."""
     assert main(["train"]) == 2
     assert "KEY=VALUE" in capsys.readouterr().err
     assert main(["train", "tokens=1000"]) == 2
@@ -423,6 +522,8 @@ def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: p
     words = [f"{key}={value}" for key, value in settings.items() if key != "data"]
     assert main(["train", *words, f"data=[{{file: {data}}}]"]) == 0
     assert load_artifact(settings["out"]).bypass is not None
+    command = yaml.safe_load((settings["out"] / RUN_FILE).read_text())["command"]
+    assert shlex.split(command) == ["vllm-buddy", "train", *words, f"data=[{{file: {data}}}]"]
 
 
 @pytest.mark.parametrize("recipe", ["bypass", "distill"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from tests.harness.full_disk import full_disk
 from tests.harness.tiny_models import load_model, random_exits, random_predictor
 from tests.training.conftest import run
 from vllm_buddy.artifact import load_artifact, with_drafts
@@ -156,6 +157,31 @@ def test_rows_that_were_not_run_are_no_observations(tmp_path: Path) -> None:
     observed.add(slice(0, 2), np.array([5, 6]), np.zeros((2, LENGTH), np.int8), torch.ones(2, LENGTH))
     longer = Observations.open(tmp_path, 8, LENGTH)
     assert longer.routed(slice(0, 8)).sequences.tolist() == [5, 6]
+
+
+def test_what_an_unfinished_run_observed_is_no_obstacle_and_of_no_use(token_settings: dict[str, Any]) -> None:
+    """Fails if a run that was stopped before its first checkpoint leaves rows in which the next one stumbles."""
+    with pytest.raises(KeyboardInterrupt):
+        run(token_settings, stop_after=1)
+    _, stage, _ = run(token_settings | {"length": 40, "tokens": 6 * 4 * 40})
+    assert stage.observations is not None
+    assert stage.observations.choices.shape == (24, 40)
+    with pytest.raises(TrainingError, match=r"observed_choices\.npy holds rows of int8 \[40\], those of this run"):
+        run(token_settings)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """Fails if a disk that is full of observations is a traceback, or a half file takes the place of a whole."""
+    observed = Observations.open(tmp_path, 4, LENGTH)
+    file, folder = tmp_path / "measured.npz", tmp_path / "empty"
+    folder.mkdir()
+    observed.save(file, "first")
+    with full_disk():
+        with pytest.raises(TrainingError, match=r"cannot write .*measured\.npz: File too large"):
+            observed.save(file, "second")
+        with pytest.raises(TrainingError, match=r"cannot write what training observes to .*: File too large"):
+            Observations.open(folder, 4, LENGTH)
+    assert Observations.load(file, "first") is not None
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save
 
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, DraftConfig, PricePoint, TokenConfig
-from vllm_buddy.artifact.files import TensorFile, one_line, read_json, write_files
+from vllm_buddy.artifact.files import MOST_CONFIG_BYTES, TensorFile, check_size, one_line, read_json, write_files
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity
 from vllm_buddy.artifact.provenance import CARD_FILE, RUN_FILE
 from vllm_buddy.artifact.tensors import ArtifactParts, check_headers, pack_tensors, parse_tensors
@@ -158,6 +158,8 @@ class Artifact:
         """
         config = self.config.model_copy(update={"format_version": FORMAT_VERSION})
         tensors = self._tensors
+        check_size((tensor.shape for tensor in tensors.values()), f"artifact '{config.name}'")
+        _check_library(config, folder)
         stored = parse_tensors(config, tensors, f"artifact '{config.name}'")
         if stored.constants != self._parts.constants:
             raise ArtifactError(
@@ -165,6 +167,15 @@ class Artifact:
                 f"are {stored.constants}, those of the weights are {self._parts.constants}"
             )
         text = _one_line_per_path(config.model_dump_json(indent=2)) + "\n"
+        try:
+            BuddyConfig.model_validate_json(text)
+        except ValidationError as error:
+            raise ArtifactError(f"artifact {shown(config.name)} does not fit the schema: {one_line(error)}") from None
+        if len(text.encode()) > MOST_CONFIG_BYTES:
+            raise ArtifactError(
+                f"the configuration of artifact '{config.name}' has more than {MOST_CONFIG_BYTES >> 20} MiB; lower the "
+                "number of paths in its library"
+            )
         # safetensors' own save_file makes a file that only its owner can read.
         write_files(folder, {WEIGHTS_FILE: save(tensors), CONFIG_FILE: text.encode()})
 

@@ -8,7 +8,7 @@ same kind.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,12 +80,7 @@ class TensorFile:
             if dtype not in _DTYPES:
                 raise ArtifactError(f"{path}: tensor {shown(name)} is {dtype}; allowed are {', '.join(_DTYPES)}")
         self.headers = {name: TensorHeader(_DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}
-        size = sum(math.prod(header.shape) for header in self.headers.values()) * np.dtype(np.float32).itemsize
-        if size > MOST_WEIGHTS_BYTES:
-            raise ArtifactError(
-                f"{path} would take {size / 2**30:.1f} GiB in memory; an artifact takes at most "
-                f"{MOST_WEIGHTS_BYTES >> 30}"
-            )
+        check_size((header.shape for header in self.headers.values()), str(path))
 
     def read(self) -> dict[str, np.ndarray]:
         """All tensors.
@@ -123,6 +118,15 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             for path in partial.values():
                 path.unlink(missing_ok=True)
         raise ArtifactError(f"cannot write the artifact to {folder}: {error.strerror}") from None
+
+
+def check_size(shapes: Iterable[tuple[int, ...]], where: str) -> None:
+    """Raise an ArtifactError if tensors of these shapes take more memory than any artifact. where: names them."""
+    size = sum(map(math.prod, shapes)) * np.dtype(np.float32).itemsize
+    if size > MOST_WEIGHTS_BYTES:
+        raise ArtifactError(
+            f"{where} would take {size / 2**30:.1f} GiB in memory; an artifact takes at most {MOST_WEIGHTS_BYTES >> 30}"
+        )
 
 
 def one_line(error: Exception) -> str:

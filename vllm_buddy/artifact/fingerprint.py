@@ -1,14 +1,19 @@
-"""Identifies the base model of an artifact by its shape and a fingerprint of its weights."""
+"""Identifies the base model of an artifact by its shape and a fingerprint of its weights.
+
+The fingerprint is the same for a model and its quantised copies, which one artifact fits. What was computed with one of
+them belongs to that one alone: it is stored under a hash of some rows of every tensor (weight_digest, model_digest).
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from vllm_buddy.artifact.files import one_line
 from vllm_buddy.errors import ArtifactError
@@ -20,6 +25,7 @@ NO_WEIGHTS = "no weights"
 _EMBEDDING = "model.embed_tokens.weight"
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _EMBEDDING_ROWS = 64
+_DIGEST_ROWS = 4  # of each tensor; other training changes all rows of the tensors that it changes
 
 
 # A name from a file, which goes into logs and messages: one line, and nothing that a terminal would obey.
@@ -124,6 +130,30 @@ def weight_fingerprint(folder: Path, num_layers: int) -> str:
     return digest.hexdigest()[:16]
 
 
+def weight_digest(folder: Path) -> str:
+    """Return sixteen hex digits, a hash of evenly spaced rows of every tensor of the model in `folder`.
+
+    It tells apart models that differ in matrices alone, such as a base model and one with a merged LoRA. Copies in
+    another dtype differ too, the shards that tensors lie in do not count.
+
+    Raises:
+        ArtifactError: a safetensors file is incomplete.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(_tensor_files(folder).items()):
+        with safe_open(path, framework="pt") as f:
+            _add_rows(digest, name, rows := f.get_slice(name), rows.get_shape())
+    return digest.hexdigest()[:16]
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return sixteen hex digits, a hash of evenly spaced rows of every weight of `model`, as it is loaded."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        _add_rows(digest, name, weight.detach(), weight.shape)
+    return digest.hexdigest()[:16]
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     return {name: path for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
 
@@ -138,3 +168,12 @@ def _names(path: Path) -> Iterator[str]:
 
 def _bf16_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+
+
+def _add_rows(digest: Any, name: str, tensor: Any, shape: Sequence[int]) -> None:
+    """Add some rows of a matrix, or all of a smaller tensor, to `digest`. tensor: one, or a slice of safetensors."""
+    digest.update(f"{name} {list(shape)}".encode())
+    starts = range(0, shape[0], max(1, shape[0] // _DIGEST_ROWS)) if len(shape) > 1 else ()
+    for part in [tensor[start : start + 1] for start in starts] or [tensor[...]]:
+        digest.update(f"{part.dtype}".encode())
+        digest.update(part.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())

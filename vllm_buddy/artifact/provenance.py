@@ -99,6 +99,22 @@ def add_section(
     (out / RUN_FILE).write_text(without_key(run, key) + to_yaml({key: record}))
 
 
+def trained_share(folder: Path, sha256: str) -> float:
+    """Return how much of a file, from its beginning, stage 1 trained the artifact in `folder` on; 0: none is recorded.
+
+    What an artifact before it (`start_from`) was trained on is not in its record. sha256: hash of the file's bytes.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load((folder / RUN_FILE).read_text())["data"].values()
+        shares = [float(source.get("share", 1)) for source in found if source["sha256"] == sha256]
+        return max((share for share in shares if 0 < share <= 1), default=0.0)
+    # Not in the form that training writes: the file may come from anyone.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return 0.0
+
+
 def with_section(card: str, section: str) -> str:
     """Return `card` with `section` in place of the one with its heading, or before the last heading of that level."""
     if old := section_of(card, section.splitlines()[0]):

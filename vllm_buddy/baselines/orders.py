@@ -3,8 +3,11 @@
 The folder `orders/` holds the orders that are installed with the package.
 """
 
+import errno
 import json
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -75,11 +78,36 @@ class OrderFile(BaseModel):
         return OrderFile(base_model=self.base_model, orders=[*others, order])
 
     def save(self, path: Path) -> None:
-        """Write the file with one order per line."""
+        """Write the file with one order per line, as a whole or not at all.
+
+        Raises:
+            BaselineError: it cannot be written; a file that is there stays as it is.
+        """
         body = ",\n    ".join(json.dumps(order.model_dump()) for order in self.orders)
         base = json.dumps(self.base_model.model_dump())
+        _write(path, f'{{\n  "base_model": {base},\n  "orders": [\n    {body}\n  ]\n}}\n')
+
+
+def check_writable(path: Path) -> None:
+    """Raise a BaselineError if no file can be written in the place of `path`, before a measurement of hours."""
+    _write(path, None)
+
+
+def _write(path: Path, text: str | None) -> None:
+    """Put `text` into the place of `path`; None: see whether that can be done."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'{{\n  "base_model": {base},\n  "orders": [\n    {body}\n  ]\n}}\n')
+        partial.write_text(text or "")
+        if text is not None:
+            os.replace(partial, path)
+    except OSError as error:
+        raise BaselineError(f"cannot write the layer orders {path}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def shipped_orders() -> list[OrderFile]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.cli.table import format_table
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="file for a picture")
 
 
+@says_what_saves_memory("lower --tokens or --passage-tokens, or give --dtype bfloat16 or --device cpu")
 def run(args: argparse.Namespace) -> int:
     """Measure, print tables and write the requested files; returns 0.
 

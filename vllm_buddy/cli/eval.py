@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.plugin_check import require_plugin
 from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@says_what_saves_memory("lower --window, or give --dtype bfloat16")
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table and write the requested files; returns 0.
 
@@ -40,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_plotting()
     plan = make_plan(settings, find_model(settings.model, note), print_progress)
+    for line in plan.warnings:
+        note(line)
     print(_what_is_measured(plan, settings), flush=True)
     figures = evaluate(plan, _engine(settings, plan), print_progress)
     print(figure_table(figures))

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
 from vllm_buddy.cli.table import format_table
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="file for a picture of loss against layers")
 
 
+@says_what_saves_memory("lower --prompt, --context or --answer, or give --dtype bfloat16")
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table and write the requested files; returns 0.
 

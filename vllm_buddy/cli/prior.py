@@ -3,6 +3,7 @@
 import argparse
 
 from vllm_buddy.artifact import CONFIG_FILE
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.new_folder import require_new_folder
 from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
@@ -15,11 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting_options(parser, PriorSettings, positional=("model_dir", "out"))
 
 
+@says_what_saves_memory("lower --window, or give --dtype bfloat16 or --device cpu")
 def run(args: argparse.Namespace) -> int:
     """Measure and write the artifact; returns 0.
 
     Raises:
-        BuddyError: a setting, the model or the text cannot be used, or OUT is not empty.
+        BuddyError: a setting, the model or the text cannot be used, or OUT is not empty or cannot be written.
     """
     settings = read_settings(PriorSettings, args, CalibrationError)
     out = settings.out
@@ -32,8 +34,11 @@ def run(args: argparse.Namespace) -> int:
     commit = source_commit()
     result = build_prior(settings, find_model(settings.model_dir, note), print_progress)
     result.artifact.save(out)
-    (out / CARD_FILE).write_text(model_card(result, settings))
-    (out / RUN_FILE).write_text(run_record(result, settings, commit))
+    try:
+        (out / CARD_FILE).write_text(model_card(result, settings))
+        (out / RUN_FILE).write_text(run_record(result, settings, commit))
+    except OSError as error:
+        raise CalibrationError(f"cannot write the card of the artifact to {out}: {error.strerror or error}") from None
     for name, row in result.perplexity.items():
         figures = ", ".join(f"{value:,.1f} at {budget:g}" for budget, value in row.items())
         print(f"perplexity by budget, {name}: {figures}")

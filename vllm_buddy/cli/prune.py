@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vllm_buddy.baselines.static_settings import PruneSettings
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.new_folder import require_new_folder
 from vllm_buddy.cli.progress import note, print_progress
 from vllm_buddy.cli.setting_options import add_setting_options, read_settings
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting_options(parser, PruneSettings, positional=("method", "out"))
 
 
+@says_what_saves_memory("lower --window, or give --dtype bfloat16 or --device cpu")
 def run(args: argparse.Namespace) -> int:
     """Write artifact and checkpoint and print the commands that serve them; returns 0.
 

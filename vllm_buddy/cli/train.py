@@ -1,9 +1,11 @@
 """`vllm-buddy train`: runs stage 1 of training, from text to an artifact."""
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.cli.config_arguments import add_config_arguments, config_and_overrides, given_words, list_settings
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.progress import note
 from vllm_buddy.errors import TrainingError
 
@@ -22,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@says_what_saves_memory(
+    "lower micro_batch, length or search_tokens, set checkpoint_activations=true, dtype=bfloat16 or "
+    "base_quantisation=nf4, or share the base out among devices (shard_base); --dry-run shows what a run takes"
+)
 def run(args: argparse.Namespace) -> int:
     """Train, or continue a run that was stopped, and write the artifact; returns 0.
 
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     commit = source_commit()
     artifact, stage = run_stage1(settings, find_model(settings.model, note), _progress, note)
     if stage.accelerator.is_main_process:
-        command = " ".join(["vllm-buddy", "train", *given_words(args)])
+        command = shlex.join(["vllm-buddy", "train", *given_words(args)])
         try:
             finish_run(artifact, stage, settings, command, commit)
         except OSError as error:

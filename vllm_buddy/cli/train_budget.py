@@ -1,9 +1,11 @@
 """`vllm-buddy train-budget`: runs stage 2 of training, which adds a Budget Predictor to an artifact."""
 
 import argparse
+import shlex
 from typing import Any
 
 from vllm_buddy.cli.config_arguments import add_config_arguments, config_and_overrides, given_words, list_settings
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.progress import note
 from vllm_buddy.errors import TrainingError
 
@@ -15,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
+@says_what_saves_memory("lower prompt, context or answer, or set dtype=bfloat16")
 def run(args: argparse.Namespace) -> int:
     """Measure losses, train the predictor and write the artifact; returns 0.
 
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             )
 
     stage = run_stage2(settings, folder, model_dir, report, note)
-    command = " ".join(["vllm-buddy", "train-budget", *given_words(args)])
+    command = shlex.join(["vllm-buddy", "train-budget", *given_words(args)])
     try:
         finish_run(stage, folder, log, settings, command, commit)
     except OSError as error:

@@ -1,9 +1,11 @@
 """`vllm-buddy train-drafts`: adds exits for lossless mode to an artifact: paths that draft, with what is trained."""
 
 import argparse
+import shlex
 from typing import Any
 
 from vllm_buddy.cli.config_arguments import add_config_arguments, config_and_overrides, given_words, list_settings
+from vllm_buddy.cli.device_memory import says_what_saves_memory
 from vllm_buddy.cli.progress import note
 from vllm_buddy.cli.train import SHOWN_EVERY
 from vllm_buddy.errors import TrainingError
@@ -14,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
+@says_what_saves_memory("lower batch, length, search_tokens or rank, or set dtype=bfloat16")
 def run(args: argparse.Namespace) -> int:
     """Search the draft paths, train their exits and write the artifact; returns 0.
 
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             note(f"step {done}/{settings.num_steps}  loss {' '.join(f'{loss:.4f}' for loss in row['losses'])}")
 
     trained = train_drafts(settings, folder, model_dir, report, note)
-    command = " ".join(["vllm-buddy", "train-drafts", *given_words(args)])
+    command = shlex.join(["vllm-buddy", "train-drafts", *given_words(args)])
     try:
         finish_run(trained, folder, log, settings, command, commit)
     except OSError as error:

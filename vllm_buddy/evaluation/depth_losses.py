@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vllm_buddy.artifact import Artifact
+from vllm_buddy.artifact.fingerprint import model_digest
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.sample import Sample
 from vllm_buddy.method import RequestRoute
@@ -90,7 +91,7 @@ def _losses(model: Any, artifact: Artifact, sample: Sample, paths: Sequence[int]
 
 def _digest(model: Any, artifact: Artifact, samples: Sequence[Sample], depths: Sequence[int]) -> str:
     # Without the predictor, which has no influence on these losses.
-    digest = hashlib.sha256(f"{artifact.without_predictor().digest} {next(model.parameters()).dtype} {depths}".encode())
+    digest = hashlib.sha256(f"{artifact.without_predictor().digest} {model_digest(model)} {depths}".encode())
     for sample in samples:
         digest.update(f"{sample.num_context} {list(sample.token_ids)}".encode())
     return digest.hexdigest()[:16]

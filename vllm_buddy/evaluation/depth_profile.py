@@ -33,6 +33,7 @@ from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.draft_chains import draft_chains, full_pass
 from vllm_buddy.method.drafting import batch_share, pass_cost
 from vllm_buddy.models.folder import load_config, load_model, load_tokenizer
+from vllm_buddy.models.torch_device import find_device, torch_dtype
 
 NUM_DEPTHS = 8
 _PASSAGES_AT_ONCE = 8
@@ -71,16 +72,20 @@ def profile_depths(settings: DepthProfileSettings, model_dir: Path, report: Call
     base = artifact.config.base_model
     exits = _exits(settings, artifact)
     costs = _costs(settings, model_dir, artifact, exits)
-    tokenizer, model = load_tokenizer(model_dir), load_model(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    model = load_model(model_dir, torch_dtype(settings.dtype), find_device(settings.device))
     if artifact.lora is not None:
         artifact.lora.merge_into(model)
     text = CalibrationText.read(settings.text)
-    passages, _ = text.windows(tokenizer, settings.passage_tokens, settings.passages * settings.passage_tokens)
+    num_tokens = settings.passages * settings.passage_tokens
+    passages, _ = text.windows(tokenizer, settings.passage_tokens, num_tokens, skip=settings.text_skip)
     drafts = _drafted(settings, artifact, model, passages, exits, report)
     about = {
         "model": str(base.id),
         "artifact": artifact.config.name,
         "text": text.name,
+        "text_skip": settings.text_skip,
+        "dtype": settings.dtype,
         "positions": drafts.said[:, drafts.start :].numel(),
         "num_layers": base.num_layers,
         "row_cost": settings.row_cost,
@@ -177,7 +182,8 @@ def _drafted(
         ends = {path: draft((path, None, artifact.bypass), 1)[0] for one in stage_paths.values() for path in one}
         stages = {k: torch.stack([ends[path] for path in of_one]) for k, of_one in stage_paths.items()}
         bare = {d: torch.stack([draft(exit_, settings.drafts) for exit_ in one]) for d, one in untrained.items()}
-        parts.append((tokens, said, chains, stages, bare))
+        by_key = ({key: one.cpu() for key, one in found.items()} for found in (chains, stages, bare))
+        parts.append((tokens.cpu(), said.cpu(), *by_key))
         report("passages", begin + len(tokens), len(passages))
     tokens, said = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     chains = {depth: torch.cat([part[2][depth] for part in parts], dim=1) for depth in exits}
@@ -191,6 +197,7 @@ def _written(model: nn.Module, passages: torch.Tensor, num_tokens: int) -> torch
     from transformers import GenerationConfig
 
     net: Any = model
+    passages = passages.to(net.device)
     # In the place of the model's own, which may have a repetition penalty: that is not what its layers say.
     net.generation_config = GenerationConfig(
         do_sample=False, pad_token_id=0, max_new_tokens=num_tokens, min_new_tokens=num_tokens

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
+from vllm_buddy.models.torch_device import DEVICE_HELP, Dtype
 
 
 class DepthProfileSettings(BaseModel):
@@ -20,6 +21,7 @@ class DepthProfileSettings(BaseModel):
         description="artifact whose paths draft, with its bypass and its draft exits (absent: the "
         "shipped one of the model)",
     )
+    text_skip: int = Field(default=0, ge=0, description="tokens that are skipped at the start of the text")
     passages: int = Field(default=24, ge=1, description="passages of the text to go on from")
     passage_tokens: int = Field(default=48, ge=2, description="tokens of each passage")
     tokens: int = Field(default=128, ge=2, description="tokens that the model writes after each, greedily")
@@ -39,6 +41,8 @@ class DepthProfileSettings(BaseModel):
         description="folder or config.json of another model, by whose sizes passes are priced at equal shares of its "
         "layers: a prediction from this model's drafts",
     )
+    device: str = Field(default="auto", description=DEVICE_HELP)
+    dtype: Dtype = Field(default="float32", description="dtype of the model: bfloat16 or float32")
 
     @field_validator("depths", "batches", "devices", mode="before")
     @classmethod

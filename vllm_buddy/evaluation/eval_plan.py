@@ -1,12 +1,13 @@
 """Plans an evaluation: reads and checks data, artifacts and budgets before any model is loaded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_buddy.artifact import load_artifact, resolve_artifact
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
+from vllm_buddy.artifact.provenance import trained_share
 from vllm_buddy.baselines import OrderFile, layer_order, measure_order, shipped_orders
 from vllm_buddy.errors import BaselineError, EvaluationError
 from vllm_buddy.evaluation.choices import ChoiceRow, read_choices
@@ -37,7 +38,7 @@ class EvalPlan:
     """The samples of an evaluation and the variants that score them.
 
     variants: the unrouted model first. windows: of the text; empty without one. choices: two samples for each of
-    `rows`, in their order.
+    `rows`, in their order. warnings: lines about text that an artifact was trained on.
     """
 
     model_dir: Path
@@ -45,6 +46,7 @@ class EvalPlan:
     windows: list[Sample]
     rows: list[ChoiceRow]
     choices: list[Sample]
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def samples(self) -> list[Sample]:
@@ -75,6 +77,8 @@ def make_plan(settings: EvalSettings, model_dir: Path, report: Report) -> EvalPl
         [sample for row in rows for sample in row.samples(tokenizer)],
     )
     _check_lengths(plan.samples, settings, load_config(model_dir).max_position_embeddings)
+    if text is not None:
+        plan.warnings.extend(_seen(specs, settings, base, text, tokenizer))
     for spec in specs:
         policy = static_policy(spec.name, base, find_order(spec.name)) if spec.is_static else routed[spec.name]
         if spec.variant == FROZEN:
@@ -83,9 +87,31 @@ def make_plan(settings: EvalSettings, model_dir: Path, report: Report) -> EvalPl
     return plan
 
 
+def _folder(spec: PolicySpec, settings: EvalSettings, base: BaseModelIdentity) -> Path:
+    by_token = spec.variant in (TOKEN, SHUFFLED)
+    return spec.folder or resolve_artifact(settings.artifact, lambda: base, by_token=by_token)
+
+
+def _seen(
+    specs: Sequence[PolicySpec], settings: EvalSettings, base: BaseModelIdentity, text: CalibrationText, tokenizer: Any
+) -> list[str]:
+    """A warning for each artifact that was trained on a part of what is evaluated of `text`."""
+    folders = {_folder(spec, settings, base): spec.name for spec in specs if not spec.is_static}
+    shares = {name: trained_share(folder, text.sha256) for folder, name in folders.items()}
+    if not any(shares.values()):
+        return []
+    num_tokens = len(_token_ids(text, tokenizer))
+    return [
+        f"warning: policy '{name}' was trained on the first {share:.0%} of {text.name}, {int(share * num_tokens)} "
+        f"tokens, and --text-skip {settings.text_skip} evaluates it on some; skip all of them for text that is new"
+        for name, share in shares.items()
+        if settings.text_skip < int(share * num_tokens)
+    ]
+
+
 def _routed_policy(spec: PolicySpec, settings: EvalSettings, base: BaseModelIdentity, depths: list[int]) -> Policy:
     by_token = spec.variant in (TOKEN, SHUFFLED)
-    artifact = load_artifact(spec.folder or resolve_artifact(settings.artifact, lambda: base, by_token=by_token))
+    artifact = load_artifact(_folder(spec, settings, base))
     artifact.require_base(base, EvaluationError, where=f"policy '{spec.name}': ")
     schedule = artifact.schedule(0 if spec.variant == PROMPT_ONLY else settings.route_every)
     policy = Policy(spec.name, artifact, schedule, settings.library, full_prompt=spec.variant == FULL_PROMPT)
@@ -121,9 +147,13 @@ def _check_lengths(samples: Sequence[Sample], settings: EvalSettings, most: int)
         raise EvaluationError(f"the longest sample needs {needed} positions, the model has {most}; lower --window")
 
 
-def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> list[Sample]:
+def _token_ids(text: CalibrationText, tokenizer: Any) -> list[int]:
     # Not verbose: tokenizers warn of texts beyond the model's length, but this one is cut into windows.
-    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"][settings.text_skip :]
+    return tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> list[Sample]:
+    ids = _token_ids(text, tokenizer)[settings.text_skip :]
     ids = ids[: settings.text_tokens or None]
     return text_samples(ids, settings.window, settings.window_stride, settings.context)
 

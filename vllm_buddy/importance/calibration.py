@@ -40,11 +40,11 @@ class CalibrationText:
         return cls(path.name, text, hashlib.sha256(data).hexdigest())
 
     def windows(
-        self, tokenizer: Any, window: int, num_tokens: int, heldout_tokens: int = 0
+        self, tokenizer: Any, window: int, num_tokens: int, heldout_tokens: int = 0, skip: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cut the first `num_tokens` tokens and the following `heldout_tokens` into whole windows.
 
-        tokenizer: a Hugging Face tokenizer; no special tokens are added.
+        tokenizer: a Hugging Face tokenizer; no special tokens are added. skip: tokens before the first one.
 
         Returns:
             ([num_tokens // window, window], [heldout_tokens // window, window]), int64.
@@ -58,12 +58,13 @@ class CalibrationText:
             if asked < window and not (asked == 0 and name == "held-out"):
                 raise CalibrationError(f"{asked} {name} tokens are less than one window of {window}; ask for more")
         # verbose=False: the warning about too long inputs does not apply, because the tokens are cut into windows.
-        ids = tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"][skip:]
         wanted = num_tokens + heldout_tokens
         if len(ids) < wanted:
+            after = f" after the first {skip}" if skip else ""
             raise CalibrationError(
-                f"{self.name} holds {len(ids)} tokens, but {num_tokens} for calibration and {heldout_tokens} held out "
-                "were asked for; give a longer text or ask for fewer tokens"
+                f"{self.name} holds {len(ids)} tokens{after}, but {num_tokens} for calibration and {heldout_tokens} "
+                "held out were asked for; give a longer text or ask for fewer tokens"
             )
         return _cut(ids[:num_tokens], window), _cut(ids[num_tokens:wanted], window)
 

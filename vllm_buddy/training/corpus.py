@@ -100,12 +100,11 @@ def _token_ids(source: Source, folder: Path | None, tokenizer: Any) -> tuple[np.
     file = DataFile.read(source.file if folder is None else folder / source.file)
     if file.rows is None:
         ids = np.array(tokenizer(file.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
-    else:
-        plain = [file.plain(index) for index in range(len(file.rows))]
-        ids = _encoded(
-            [file.exchange(i, tokenizer).whole if text is None else text for i, text in enumerate(plain)], tokenizer
-        )
-    return ids[: int(len(ids) * source.share)], file.sha256
+        return ids[: int(len(ids) * source.share)], file.sha256
+    # All rows are looked at, so that a damaged one is found. They are cut as request_samples and Answerer cut them.
+    plain = [file.plain(index) for index in range(len(file.rows))][: int(len(file.rows) * source.share)]
+    texts = [file.exchange(i, tokenizer).whole if text is None else text for i, text in enumerate(plain)]
+    return _encoded(texts, tokenizer), file.sha256
 
 
 def _dataset_ids(source: DatasetSource, folder: Path | None, tokenizer: Any) -> np.ndarray:

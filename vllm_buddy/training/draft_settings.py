@@ -1,13 +1,11 @@
 """The settings of `vllm-buddy train-drafts`, read from a YAML file and KEY=VALUE overrides."""
 
-from pathlib import Path
-
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.torch_device import Dtype
-from vllm_buddy.training.sources import Source
+from vllm_buddy.training.sources import Sources, UserPath, UserPlace
 
 
 class DraftTrainingSettings(BaseModel):
@@ -15,13 +13,13 @@ class DraftTrainingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    out: Path = Field(description="folder for the artifact with its draft exits, and for the log")
-    artifact: str | None = Field(
+    out: UserPath = Field(description="folder for the artifact with its draft exits, and for the log")
+    artifact: UserPlace | None = Field(
         default=None, description="folder or name of the artifact that gets them; absent: the shipped artifact"
     )
-    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
-    data: tuple[Source, ...] = Field(min_length=1, description="training text: files, and data sets of `datasets`")
-    data_dir: Path | None = Field(
+    model: UserPath | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
+    data: Sources = Field(min_length=1, description="training text: files, and data sets of `datasets`")
+    data_dir: UserPath | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )
     depth: int | None = Field(

@@ -19,6 +19,8 @@ from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.draft_fit import DraftTeacher, Right, fit_exits, fit_gaps, measure
 from vllm_buddy.training.draft_search import DraftCandidate, search_drafts
 from vllm_buddy.training.draft_settings import DraftTrainingSettings
+from vllm_buddy.training.out_folder import check_out
+from vllm_buddy.training.teacher import check_top_logits
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ def train_drafts(
     artifact = load_artifact(artifact_dir)
     base = artifact.config.base_model
     artifact.require_base(identify(model_dir), TrainingError)
+    check_out(settings.out, artifact_dir, artifact, Artifact.without_drafts)
     wanted = [*settings.depths, *(() if settings.refine_depth is None else (settings.refine_depth,))]
     if wanted[-1] >= base.num_layers:
         raise TrainingError(f"drafts of {wanted[-1]} layers were asked for, the model has {base.num_layers}")
+    check_top_logits(settings.top_logits, base.vocab_size)
     if settings.vocabulary is not None and settings.vocabulary >= base.vocab_size:
         raise TrainingError(
             f"drafts cannot choose among {settings.vocabulary} of the model's {base.vocab_size} tokens; lower "

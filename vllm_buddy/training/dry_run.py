@@ -20,7 +20,7 @@ from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.routing import RandomRouting
-from vllm_buddy.training.stage1 import check_settings
+from vllm_buddy.training.stage1 import check_fits, check_settings
 from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.teacher import BYTES_PER_LOGIT, Teacher
 
@@ -62,12 +62,14 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
     accelerator = Accelerator()
     check_processes(settings, accelerator)
     base, tokenizer = identify(model_dir), load_tokenizer(model_dir)
+    check_fits(settings, base)
+    num_used = settings.tokens // settings.length
     corpus = Corpus.read(
         settings.data,
         settings.data_dir,
         tokenizer,
         settings.length,
-        settings.tokens // settings.length,
+        max(num_used, STEPS * settings.batch),
         settings.seed,
     )
     model: Any = load_base(settings, model_dir, accelerator)
@@ -100,7 +102,7 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         few = settings.model_copy(update={"out": out, "tokens": STEPS * settings.batch * settings.length})
         teacher = None
         if settings.recipe != "paper":
-            disk = len(np.unique(corpus.order)) * settings.length * settings.top_logits * BYTES_PER_LOGIT
+            disk = len(np.unique(corpus.order[:num_used])) * settings.length * settings.top_logits * BYTES_PER_LOGIT
             teacher = Teacher(model, corpus, settings.top_logits, out / "teacher")
         rows: list[dict[str, Any]] = []
         routing = RandomRouting(np.ones(middle))

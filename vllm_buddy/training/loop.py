@@ -38,9 +38,9 @@ class TrainingRun:
     frozen: a context manager inside which the model is the unchanged base model, which the teacher needs.
     report: called with the log row of each step. observations: what tokens cost, for a routing that chooses their
     depths one by one; refit: called with the number of steps done, every `settings.refit_steps` steps, to fit that
-    routing to them. For the record of the run: router_figures, the results of the router
-    fit; started_from, name and digest of the artifact whose bypass was trained on; lengths, (first step, tokens) for
-    each number of tokens that the run had.
+    routing to them. origin: hash of the base model's weights and of what training starts from.
+    For the record of the run: router_figures, the results of the router fit; started_from, name and digest of the
+    artifact whose bypass was trained on; lengths, (first step, tokens) for each number of tokens that the run had.
     """
 
     settings: Stage1Settings
@@ -54,6 +54,7 @@ class TrainingRun:
     report: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
     router_figures: dict[str, Any] = field(default_factory=dict)
     started_from: str | None = None
+    origin: str = ""
     lengths: list[list[int]] = field(default_factory=list)
     observations: Observations | None = None
     refit: Callable[[int], None] | None = None
@@ -229,7 +230,7 @@ class TrainingRun:
 
     @property
     def _digest(self) -> str:
-        return f"{self.settings.digest}-{self.corpus.digest}"
+        return f"{self.settings.digest}-{self.corpus.digest}-{self.origin}"
 
     def _resume(self, optimizers: list[torch.optim.Optimizer], parameters: list[nn.Parameter]) -> tuple[int, float]:
         """Load the checkpoint, if there is one; returns (first step to run, seconds spent so far)."""
@@ -241,8 +242,8 @@ class TrainingRun:
         state = load_state(self.folder / CHECKPOINT_FILE)
         if state["digest"] != self._digest:
             raise TrainingError(
-                f"{self.folder} holds a run with other settings or data (step {state['step']}); name another `out`, or "
-                "remove the folder to start again"
+                f"{self.folder} holds a run with other settings, data or weights (step {state['step']}); name "
+                "another `out`, or remove the folder to start again"
             )
         self.lengths = [length for length in state["lengths"] if length[0] < state["step"]]
         if self.lengths[-1][1] != self.settings.tokens:

@@ -1,9 +1,19 @@
 """Sources of training text, as settings name them: files, and data sets of the package `datasets`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+
+def _home(place: Any) -> Any:
+    return type(place)(os.path.expanduser(place))
+
+
+# Paths of a YAML file, in which no shell has replaced `~`, and words that may be names instead.
+UserPath = Annotated[Path, AfterValidator(_home)]
+UserPlace = Annotated[str, AfterValidator(_home)]
 
 Weight = Annotated[
     float,
@@ -16,12 +26,17 @@ class DataSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: Path = Field(
+    file: UserPath = Field(
         description="*.txt: plain text. *.json (a list) or *.jsonl: rows with `text`, or with `instruction`, `input` "
         "and `output`, which are formatted with the model's chat template"
     )
     weight: Weight = 1.0
-    share: float = Field(default=1.0, gt=0, le=1, description="share of the file that is used, from its beginning")
+    share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the file that is used, from its beginning: of the tokens of plain text, else of the rows",
+    )
 
     @property
     def name(self) -> str:
@@ -33,7 +48,7 @@ class DatasetSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dataset: str = Field(description="name of a data set on the hub, or a folder of files that `datasets` knows")
+    dataset: UserPlace = Field(description="name of a data set on the hub, or a folder of files that `datasets` knows")
     config: str | None = Field(default=None, description="configuration of the data set, if it has several")
     split: str = Field(default="train", description="split, such as train or validation")
     revision: str | None = Field(default=None, description="commit of a data set on the hub; without it, the newest")
@@ -64,3 +79,17 @@ def _kind(source: Any) -> str:
 
 
 Source = Annotated[Annotated[DataSource, Tag("file")] | Annotated[DatasetSource, Tag("dataset")], Discriminator(_kind)]
+
+
+def _named_apart(sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"two sources are named {twice[0]}, by which run.yaml tells them apart; rename a file, or make one of them"
+        )
+    return sources
+
+
+# The sources of a run. Records name them by their files' names, which say nothing of folders.
+Sources = Annotated[tuple[Source, ...], AfterValidator(_named_apart)]
+Files = Annotated[tuple[DataSource, ...], AfterValidator(_named_apart)]

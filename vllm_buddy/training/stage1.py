@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vllm_buddy.artifact import Artifact, with_token_router
-from vllm_buddy.artifact.fingerprint import identify
+from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify, weight_digest
 from vllm_buddy.baselines import check_static_method, static_prior
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import DecisionModule, FoldedDecision, TokenSchedule
@@ -21,6 +21,7 @@ from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
 from vllm_buddy.method.router import standardised
 from vllm_buddy.models.folder import load_tokenizer
+from vllm_buddy.training.checkpoint import CHECKPOINT_FILE
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.frozen_base import check_processes, load_base
 from vllm_buddy.training.loop import TrainingRun
@@ -29,9 +30,9 @@ from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
 from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, Routing, TokenRouting
 from vllm_buddy.training.stage1_artifact import trained_artifact, with_kept
-from vllm_buddy.training.stage1_settings import Stage1Settings
-from vllm_buddy.training.start import EXPLORE_DIR, LEARNED, SEARCHED, Note, Start, find_start, static_order
-from vllm_buddy.training.teacher import Teacher
+from vllm_buddy.training.stage1_settings import FEWEST_WINDOWS, Stage1Settings
+from vllm_buddy.training.start import EXPLORE_DIR, LEARNED, SEARCHED, Note, Origin, Start, find_start
+from vllm_buddy.training.teacher import Teacher, check_top_logits
 from vllm_buddy.training.token_fitter import TokenFitter, refit_router
 
 DECISION_WIDTH = 32
@@ -49,6 +50,15 @@ def check_settings(settings: Stage1Settings) -> None:
         raise TrainingError("paths are searched for a bypass; for LoRA set paths to learned or to a static method")
     if settings.router_windows and settings.paths != SEARCHED:
         raise TrainingError("router_windows compares searched paths; set paths to searched")
+
+
+def check_fits(settings: Stage1Settings, base: BaseModelIdentity) -> None:
+    """Raise a BuddyError for settings that do not fit the model."""
+    check_top_logits(settings.top_logits, base.vocab_size)
+    if depth_for_budget(settings.min_budget, base.num_layers) == base.num_layers:
+        raise TrainingError(
+            f"min_budget {settings.min_budget:g} is all {base.num_layers} layers, so none is skipped; lower it"
+        )
 
 
 def run_stage1(
@@ -73,8 +83,9 @@ def run_stage1(
     check_processes(settings, accelerator)
     note = note if accelerator.is_main_process else lambda _: None
     torch.manual_seed(settings.seed)
-    base = identify(model_dir, settings.base_model_id)
-    order = static_order(settings, base)
+    base, weights = identify(model_dir, settings.base_model_id), weight_digest(model_dir)
+    check_fits(settings, base)
+    origin = Origin.of(settings, base, weights)
     tokenizer = load_tokenizer(model_dir)
     used = settings.tokens // settings.length
     drawn = max(used, settings.token_windows) if settings.schedule == "token" else used
@@ -86,11 +97,16 @@ def run_stage1(
         raise TrainingError(f"length {settings.length} is beyond the model's {model.config.max_position_embeddings}")
     teacher = None
     if settings.recipe != "paper":
-        folder = (settings.cache_dir or settings.out) / f"teacher-{base.fingerprint}-{corpus.digest}"
+        folder = (settings.cache_dir or settings.out) / f"teacher-{weights}-{corpus.digest}"
         form = "-".join(part for part in (settings.dtype, settings.base_quantisation) if part is not None)
         teacher = Teacher(model, corpus, settings.top_logits, folder / f"{form}-{settings.top_logits}")
     explored, main = split(settings, corpus)
-    start = find_start(settings, base, order, model, corpus, explored, teacher, accelerator, report, note)
+    if settings.router_windows and (num := len(np.unique(main[1].order))) < FEWEST_WINDOWS:
+        raise TrainingError(
+            f"a Decision Module is fitted on {FEWEST_WINDOWS} sequences or more, and training has {num}; raise tokens, "
+            "add text, or set router_windows to 0"
+        )
+    start = find_start(settings, base, origin, model, corpus, explored, teacher, accelerator, report, note)
     repair, frozen = _repair(settings, model, start)
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
     library = start.library(settings.library if settings.router_windows else 1, smallest)
@@ -100,8 +116,10 @@ def run_stage1(
     if settings.schedule == "token":
         assert teacher is not None
         with accelerator.main_process_first():  # the others would map a file that it makes longer
-            observations = Observations.open(settings.out, main[0].num_steps * settings.batch, settings.length)
-        fit = TokenFitter(settings, model, corpus, library, observations, note)
+            begins = accelerator.is_main_process and not (settings.out / CHECKPOINT_FILE).is_file()
+            num_rows = main[0].num_steps * settings.batch
+            observations = Observations.open(settings.out, num_rows, settings.length, fresh=begins)
+        fit = TokenFitter(settings, model, corpus, library, observations, note, origin.digest)
         router = fit.measured(start.bypass, teacher, token_windows).router
         by_token = TokenRouting(router, TokenSchedule(), constant)
         routing, refit = by_token, partial(refit_router, fit, by_token)
@@ -110,6 +128,7 @@ def run_stage1(
         decision = DecisionModule(values.shape[1], base.num_layers - 2, DECISION_WIDTH).to(accelerator.device)
         routing = LearnedRouting(decision, values, static_prior(start.order))
     run = TrainingRun(*main, model, repair, routing, teacher, accelerator, frozen, report)
+    run.origin = origin.digest
     if start.artifact is not None:
         run.started_from = f"{start.artifact.config.name} {start.artifact.digest}"
     run.observations, run.refit = observations, refit

@@ -40,12 +40,14 @@ def finish_run(
     """Write the artifact, its model card, run.yaml and the loss curves to the folder of the run."""
     artifact.save(settings.out)
     draw_curves(settings.out / LOG_FILE, settings.out / CURVES_FILE, f"{artifact.config.name}: {settings.recipe}")
-    (settings.out / CARD_FILE).write_text(model_card(artifact, settings, command))
     log = read_log(settings.out / LOG_FILE)
+    trained = settings.explored_tokens + log[-1]["tokens"]  # more than `tokens` if those were lowered too late
+    (settings.out / CARD_FILE).write_text(model_card(artifact, settings, command, trained))
     record: dict[str, Any] = {
         **run_header(command, commit, settings.seed),
         "settings": json.loads(settings.model_dump_json(exclude={"data", "data_dir", "cache_dir", "out"})),
         "data": {source.name: {"sha256": run.corpus.sha256[source.name], **_how(source)} for source in settings.data},
+        "trained_tokens": trained,
         "started_from": run.started_from,
         "lengths": [{"from_step": step, "tokens": tokens} for step, tokens in run.lengths],
         "base_model": artifact.config.base_model.model_dump(),
@@ -88,8 +90,8 @@ def _token_lines(artifact: Artifact) -> list[str]:
     ]
 
 
-def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> str:
-    """Return the README.md of a trained artifact."""
+def model_card(artifact: Artifact, settings: Stage1Settings, command: str, trained_tokens: int) -> str:
+    """Return the README.md of a trained artifact. trained_tokens: of all its steps, those of earlier runs included."""
     config = artifact.config
     base = config.base_model
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
@@ -99,7 +101,7 @@ def model_card(artifact: Artifact, settings: Stage1Settings, command: str) -> st
         if config.has_decision_module
         else "There is no Decision Module: every request of one budget runs the same layers."
     )
-    trained = f"Trained on {settings.tokens:,} tokens of {', '.join(source.name for source in settings.data)}"
+    trained = f"Trained on {trained_tokens:,} tokens of {', '.join(source.name for source in settings.data)}"
     if settings.start_from is not None:
         trained += f", from the bypass of {settings.start_from} on"
     lines = [

@@ -10,7 +10,9 @@ from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.quantised import Quantisation
 from vllm_buddy.models.torch_device import Dtype
 from vllm_buddy.training.settings_file import read_settings_file
-from vllm_buddy.training.sources import Source
+from vllm_buddy.training.sources import Sources, UserPath, UserPlace
+
+FEWEST_WINDOWS = 4  # of the fit of a Decision Module, which holds out a quarter
 
 # Settings that leave the loss curve as it is, or may change while a run stands.
 _WITHOUT_EFFECT = {
@@ -30,12 +32,12 @@ class Stage1Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    out: Path = Field(description="folder for artifact, checkpoint and log; a stopped run in it is resumed")
-    data: tuple[Source, ...] = Field(min_length=1, description="training text: files, and data sets of `datasets`")
-    data_dir: Path | None = Field(
+    out: UserPath = Field(description="folder for artifact, checkpoint and log; a stopped run in it is resumed")
+    data: Sources = Field(min_length=1, description="training text: files, and data sets of `datasets`")
+    data_dir: UserPath | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )
-    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
+    model: UserPath | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
     base_model_id: str | None = Field(default=None, description="hub id of the model (absent: the folder's name)")
     name: str | None = Field(default=None, description="name of the artifact (absent: the name of `out`)")
     recipe: Literal["bypass", "distill", "paper"] = Field(
@@ -50,7 +52,7 @@ class Stage1Settings(BaseModel):
         "`vllm-buddy orders`",
     )
     prior: str = Field(default="taylor", description="static method whose layer order `paths: learned` starts from")
-    orders: Path | None = Field(
+    orders: UserPath | None = Field(
         default=None,
         description="file of `vllm-buddy orders` with the order of the static method that `paths` or `prior` names "
         "(absent: the shipped orders)",
@@ -58,7 +60,7 @@ class Stage1Settings(BaseModel):
     router_windows: int = Field(
         default=0,
         ge=0,
-        description="sequences on which paths are compared to fit a Decision Module; 0: no Decision Module is fitted",
+        description="sequences on which paths are compared to fit a Decision Module, 4 or more; 0: none is fitted",
     )
     library: int = Field(
         default=6, ge=2, description="largest number of paths per depth that the fitted Decision Module picks from"
@@ -117,7 +119,7 @@ class Stage1Settings(BaseModel):
         description="training tokens after which the router of schedule token is fitted again, to what tokens cost in "
         "the second half of training so far",
     )
-    start_from: str | None = Field(
+    start_from: UserPlace | None = Field(
         default=None,
         description="artifact with a bypass, by folder or name, whose paths and bypass training starts from; absent: "
         "they are computed",
@@ -159,7 +161,7 @@ class Stage1Settings(BaseModel):
     )
     seed: int = Field(default=0, ge=0, description="seed of all random draws")
     save_every: int = Field(default=50, ge=1, description="optimizer steps between checkpoints")
-    cache_dir: Path | None = Field(default=None, description="folder for the full model's logits; absent: `out`")
+    cache_dir: UserPath | None = Field(default=None, description="folder for the full model's logits; absent: `out`")
 
     @model_validator(mode="after")
     def _check(self) -> "Stage1Settings":
@@ -175,6 +177,16 @@ class Stage1Settings(BaseModel):
             raise ValueError(f"token_depths must ascend: {self.token_depths}")
         if self.schedule == "token" and (self.recipe != "bypass" or self.kv_policy != "kv_only"):
             raise ValueError("schedule token needs recipe bypass and kv_policy kv_only")
+        if 0 < self.router_windows < FEWEST_WINDOWS:
+            raise ValueError(
+                f"router_windows is {self.router_windows}; a quarter is held out, so set it to 0 or to "
+                f"{FEWEST_WINDOWS} and more"
+            )
+        if self.start_from is not None and self.paths not in ("searched", "learned"):
+            raise ValueError(
+                f"start_from brings its paths along, so {self.paths} would be ignored; set paths to searched or leave "
+                "out start_from"
+            )
         if self.start_from is not None and (self.explore_tokens or self.recipe != "bypass"):
             raise ValueError("start_from is for recipe bypass, and leaves nothing to explore")
         if self.shard_base and self.base_quantisation is not None:
@@ -195,6 +207,11 @@ class Stage1Settings(BaseModel):
     @property
     def num_steps(self) -> int:
         return self.tokens // (self.batch * self.length)
+
+    @property
+    def explored_tokens(self) -> int:
+        """Tokens that are trained on random paths: `explore_tokens` in whole steps."""
+        return self.explore_tokens // (self.batch * self.length) * self.batch * self.length
 
     @property
     def refit_steps(self) -> int:

@@ -1,13 +1,12 @@
 """The settings of `vllm-buddy train-budget`, read from a YAML file and KEY=VALUE overrides."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.torch_device import Dtype
-from vllm_buddy.training.sources import DataSource
+from vllm_buddy.training.sources import Files, UserPath, UserPlace
 
 
 class Stage2Settings(BaseModel):
@@ -15,13 +14,13 @@ class Stage2Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    out: Path = Field(description="folder for the artifact with its Budget Predictor, and for the log")
-    artifact: str | None = Field(
+    out: UserPath = Field(description="folder for the artifact with its Budget Predictor, and for the log")
+    artifact: UserPlace | None = Field(
         default=None, description="folder or name of the artifact that gets a predictor; absent: the shipped artifact"
     )
-    model: Path | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
-    data: tuple[DataSource, ...] = Field(min_length=1, description="files of requests like those that will be served")
-    data_dir: Path | None = Field(
+    model: UserPath | None = Field(default=None, description=MODEL_OR_DEFAULT_HELP)
+    data: Files = Field(min_length=1, description="files of requests like those that will be served")
+    data_dir: UserPath | None = Field(
         default=None, description="folder of the files in `data`, if their paths are relative"
     )
     examples: int = Field(default=600, ge=8, description="samples of each file, multiplied by its weight")
@@ -62,7 +61,7 @@ class Stage2Settings(BaseModel):
     held_out: float = Field(default=0.2, gt=0, lt=1, description="share of the samples that choose the weights to keep")
     dtype: Dtype = Field(default="bfloat16", description="dtype in which losses are measured")
     seed: int = Field(default=0, ge=0, description="seed of all random draws")
-    cache_dir: Path | None = Field(default=None, description="folder for the measured losses; absent: `out`")
+    cache_dir: UserPath | None = Field(default=None, description="folder for the measured losses; absent: `out`")
 
     @model_validator(mode="after")
     def _check(self) -> "Stage2Settings":

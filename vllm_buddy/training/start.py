@@ -1,6 +1,8 @@
 """The start of stage 1: the initial bypass, and the orders in which layers are removed."""
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,31 @@ EXPLORE_DIR = "explore"
 REGRESSION_FILE = "regression.pt"
 
 Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run goes out from beside settings and text, and a hash of it: a run is resumed on the same alone.
+
+    order: of `static_order`. artifact: of `start_from`. digest: of both and of the base model's weights.
+    """
+
+    order: list[int] | None
+    artifact: Artifact | None
+    digest: str
+
+    @classmethod
+    def of(cls, settings: Stage1Settings, base: BaseModelIdentity, weights: str) -> "Origin":
+        """Read it. weights: of `weight_digest`.
+
+        Raises:
+            BuddyError: the order has not been measured for this model, or the artifact cannot be read.
+        """
+        order, artifact = static_order(settings, base), None
+        if settings.start_from is not None:
+            artifact = load_artifact(resolve_artifact(settings.start_from, lambda: base))
+        parts = json.dumps([weights, order, None if artifact is None else artifact.digest])
+        return cls(order, artifact, hashlib.sha256(parts.encode()).hexdigest()[:16])
 
 
 @dataclass(frozen=True)
@@ -82,7 +109,7 @@ def static_order(settings: Stage1Settings, base: BaseModelIdentity) -> list[int]
 def find_start(
     settings: Stage1Settings,
     base: BaseModelIdentity,
-    order: list[int] | None,
+    origin: Origin,
     model: nn.Module,
     corpus: Corpus,
     explored: tuple[Stage1Settings, Corpus],
@@ -95,17 +122,14 @@ def find_start(
 
     Of several processes, the main one computes what is not trained, and the others read it. Those that share the base
     model's weights compute it together, and all go on from what the main one has saved.
-
-    order: of `static_order`.
     """
-    smallest = depth_for_budget(settings.min_budget, base.num_layers)
-    path, digest = settings.out / START_FILE, f"{settings.digest}-{corpus.digest}"
+    smallest, order = depth_for_budget(settings.min_budget, base.num_layers), origin.order
+    path, digest = settings.out / START_FILE, f"{settings.digest}-{corpus.digest}-{origin.digest}"
     known = _known_start(path, digest)
     accelerator.wait_for_everyone()  # before one of them saves what another has yet to look for
     if known is not None:
         return known
-    if settings.start_from is not None:
-        artifact = load_artifact(resolve_artifact(settings.start_from, lambda: base))
+    if (artifact := origin.artifact) is not None:
         order = _order_of(artifact, base)
         assert artifact.bypass is not None
         if settings.rank != artifact.bypass.rank:
@@ -125,7 +149,9 @@ def find_start(
         note(f"training on random paths for {explored[0].tokens} tokens")
         explored[0].out.mkdir(exist_ok=True)
         repair, routing = BypassRepair(bypass), RandomRouting(single_divergences(model, windows, bypass))
-        TrainingRun(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report).train()
+        run = TrainingRun(*explored, model, repair, routing, teacher, accelerator, contextlib.nullcontext, report)
+        run.origin = origin.digest
+        run.train()
         explored_bypass = repair.bypass()
         bypass = Bypass(explored_bypass.down.detach(), explored_bypass.up.detach(), bypass.eps)
     with in_turn():
@@ -156,7 +182,7 @@ def _known_start(path: Path, digest: str) -> Start | None:
     state = load_state(path)
     if state["digest"] != digest:
         raise TrainingError(
-            f"{path.parent} holds a run with other settings or data; name another `out`, or remove the folder"
+            f"{path.parent} holds a run with other settings, data or weights; name another `out`, or remove the folder"
         )
     return Start(state["order"], state["by_source"], Bypass(**state["bypass"]) if state["bypass"] else None)
 

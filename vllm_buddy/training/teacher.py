@@ -32,8 +32,8 @@ class Teacher:
         self._model = model
         self._sequences = corpus.sequences
         shape = (*corpus.sequences.shape, top)
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._ids = open_array(folder / "ids.npy", np.int32, shape)
             self._log_probs = open_array(folder / "log_probs.npy", np.float16, shape)
             self._known = open_array(folder / "known.npy", np.bool_, shape[:1])
@@ -66,6 +66,12 @@ class Teacher:
         with gathered(model.lm_head):
             ids, log_probs = top_log_probs(model.model.norm(hidden), model.lm_head.weight, self._ids.shape[-1])
         return ids.cpu().numpy(), log_probs.cpu().numpy()
+
+
+def check_top_logits(top: int, vocab_size: int) -> None:
+    """Raise a TrainingError if there are not so many logits."""
+    if top > vocab_size:
+        raise TrainingError(f"top_logits is {top}, the model has {vocab_size} tokens; lower it")
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:

@@ -31,16 +31,18 @@ class TokenFitter:
         library: Mapping[int, list[list[int]]],
         observations: Observations,
         note: Note,
+        origin: str,
     ) -> None:
         self._settings, self._model, self._note = settings, model, note
-        self._corpus, self._observations = corpus, observations
+        self._corpus, self._observations, self._origin = corpus, observations, origin
         self._num_layers = model.config.num_hidden_layers
         self._values = value_table(model).cpu()
         self._paths = _nested_paths(settings, library, self._num_layers)
 
     def measured(self, bypass: Bypass | None, teacher: Teacher, windows: np.ndarray) -> TokenFit:
         """Run every path over the sequences `windows`, [n]; a run that goes on takes what it measured before."""
-        file, digest = self._settings.out / MEASURED_FILE, f"{self._settings.digest}-{self._corpus.digest}"
+        digest = f"{self._settings.digest}-{self._corpus.digest}-{self._origin}"
+        file = self._settings.out / MEASURED_FILE
         if (known := Observations.load(file, digest)) is not None:
             return self._fit(known)
         self._note(f"measuring the divergence of each token on {len(self._paths) - 1} paths, {len(windows)} sequences")
