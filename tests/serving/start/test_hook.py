@@ -67,9 +67,12 @@ def said() -> Iterator[list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("vllm.vllm_buddy")
+    level = logger.level
+    logger.setLevel(logging.INFO)  # other tests may have made vLLM quieter
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def configure(tiny: Tiny, buddy: Any = None, **options: Any) -> Any:
