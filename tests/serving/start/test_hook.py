@@ -63,6 +63,8 @@ def artifact_copy(llama_model: Tiny, tmp_path: Path) -> Path:
 @pytest.fixture
 def said() -> Iterator[list[str]]:
     """What the plugin logs."""
+    import vllm.logger  # noqa: F401 - takes the handlers off when it is imported
+
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
