@@ -61,10 +61,10 @@ def artifact_copy(llama_model: Tiny, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What the plugin logs."""
-    import vllm.logger  # noqa: F401 - takes the handlers off when it is imported
-
+    # vLLM sets up logging anew with an engine's configuration, and takes handlers off.
+    monkeypatch.setattr("vllm.engine.arg_utils.configure_logging_if_needed", lambda *_: None)
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
