@@ -65,7 +65,7 @@ METRICS = (
     "p99_itl_ms",
     "p99_ttft_ms",
     "output_tokens_per_s",
-    "mean_budget",
+    "mean_budget_run",
 )
 _POLL_S = 2.0
 
@@ -237,7 +237,7 @@ def run(rounds: Rounds, served: Served, kind: str, load: Arriving, index: int, a
         p99_itl_ms=loaded["p99_itl_ms"],
         p99_ttft_ms=loaded["p99_ttft_ms"],
         output_tokens_per_s=loaded["output_throughput"],
-        mean_budget=(after[0] - before[0]) / (after[1] - before[1]),
+        mean_budget_run=(after[0] - before[0]) / (after[1] - before[1]),
     )
     return [
         *itl_by_second(served.name, loaded),
@@ -270,7 +270,7 @@ def metrics(server: Server) -> dict[str, float]:
 
 
 def auto_budgets(server: Server) -> tuple[float, float]:
-    """Return the sum and the number of the budgets chosen so far. The metrics of an idle server are complete."""
+    """Return the sum and the number of the budgets of ended requests. The metrics of an idle server are complete."""
     found = metrics(server)
     return found["vllm_buddy:auto_budget_sum"], found["vllm_buddy:auto_budget_count"]
 

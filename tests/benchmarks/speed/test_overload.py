@@ -115,7 +115,7 @@ def test_all_kinds_of_arrivals_are_sent_and_the_objective_is_what_the_load_price
     assert len(figures) == 3 * (4 * (len(overload.METRICS) + 1) + 1)
     assert figures[overload.OBJECTIVE, "ramp", "p99_itl_ms"]["objective_ms"] == 17.0
     assert figures[overload.OBJECTIVE, "ramp", "p99_itl_over_objective"]["p50"] == round(20 / 17, 4)
-    assert figures[overload.COMPARED, "step", "mean_budget"]["p50"] == 1.0
+    assert figures[overload.COMPARED, "step", "mean_budget_run"]["p50"] == 1.0
     own = [(load, options) for name, load, options in sent if name == overload.OBJECTIVE]
     loaded = [(load, options) for load, options in own if "--max-concurrency" not in options]
     step, ramp, burst = (loaded[first] for first in (1, 4, 7))  # a warm-up and two rounds of each kind
