@@ -327,6 +327,8 @@ def test_drafts_that_a_grammar_forbids_are_wrong_ones(
     engine = lossless_of("llama")
     engine.configure(MASKED)
     manager = engine.scheduler.structured_output_manager
+    if not hasattr(manager, "validate_tokens"):
+        pytest.skip("vLLM 0.29 asks the grammar of a request itself")
     ask = Ask(tuple(random_prompts(1, seed=17, min_tokens=9, max_tokens=9)[0]), None, 12, options=LOSSLESS)
     monkeypatch.setattr(manager, "validate_tokens", lambda _, tokens: tokens[:num_allowed])
     drafting = engine.scheduler._drafting
