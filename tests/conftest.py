@@ -6,7 +6,8 @@ from pathlib import Path
 # Tiny models do not get faster with a second thread. On a busy machine, threads that wait for each other can take fifty
 # times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Once numba, which vLLM's drafter of n-grams is compiled with, has threads of its own, torch's sums change in the last bit.
+# Once numba, with which vLLM compiles its drafter of n-grams, has threads of its own, torch's sums change in the last
+# bit.
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
