@@ -16,6 +16,7 @@ HOST = "127.0.0.1"
 TIMEOUT_S = 120.0
 MODEL = "model"  # --served-model-name
 MAX_MODEL_LEN = 512  # --max-model-len
+MAX_NUM_SEQS = 16  # --max-num-seqs
 BUDGETS: tuple[float | str, ...] = (1.0, 0.75, "auto")
 
 Prompt = str | Sequence[int] | Sequence[str]

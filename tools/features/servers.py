@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.features.client import MAX_MODEL_LEN, MODEL, Client
+from tools.features.client import MAX_MODEL_LEN, MAX_NUM_SEQS, MODEL, Client
 from vllm_buddy.cli.server_process import ServerProcess
 
 # fp32, so that batches of other sizes round so little that greedy tokens are the same. Steps of 128 tokens, so that
@@ -22,7 +22,7 @@ _ARGUMENTS = (
     "--max-num-batched-tokens",
     "128",
     "--max-num-seqs",
-    "16",
+    str(MAX_NUM_SEQS),
     "--kv-cache-memory-bytes",
     "128M",
     "--enable-auto-tool-choice",
