@@ -137,12 +137,13 @@ def test_every_model_is_the_embedded_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_run_that_is_cut_short_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a run that hangs ends the tool, or loses the outcomes that were there."""
+    """Fails if a run that hangs ends the tool, or loses the outcomes that were there, or has more than these."""
     tests = tmp_path / "tests"
     tests.mkdir()
     (tests / "test_a.py").write_text(
-        "import time\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_left(): pass\n"
-        "def test_slow(): time.sleep(60)\n"
+        "import signal, sys, time\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_left(): pass\n"
+        "def test_slow():\n    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n    time.sleep(60)\n"
+        "def test_after(): assert 1 == 3\n"
     )
     packages = tmp_path / "packages"
     packages.mkdir()

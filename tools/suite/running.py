@@ -50,9 +50,10 @@ def run(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(limit_s)
             finished = process.poll() in (0, 1)  # pytest's: all tests ran, and perhaps some failed
+            written = report.read_text()  # before its end, which fails the test that runs and those after it
         finally:
             _end(process)
-    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    lines = [json.loads(line) for line in written.splitlines()]
     found = [line for line in lines if "test" in line]
     common: dict[str, Any] = {"engines": len(lines) - len(found), "finished": finished}
     common |= {"seconds": round(time.monotonic() - started), "date": str(datetime.date.today())}

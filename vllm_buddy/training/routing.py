@@ -16,6 +16,7 @@ from vllm_buddy.training.observations import UNROUTED
 
 SWITCHED = 0.25  # share of the sequences whose path changes midway, as it may when a request is routed again
 SHORTEST_CONTEXT = 16  # tokens that a path is decided from, at least
+FULL_PROMPTS = (0.1, 0.75)  # shares of a sequence between which a prompt at full depth ends
 CONSTANT_SHARE = 0.2  # share of the sequences of schedule `token` that run one path
 SHUFFLED_SHARE = 0.15  # share of those whose depths are dealt to tokens at random
 FREE_NATS = 0.05  # a layer that costs this many nats is skipped half as often as one that costs nothing
@@ -52,13 +53,19 @@ class LibraryRouting:
     """Draws paths from a list for each depth: mostly the first, sometimes another, and sometimes two in a row.
 
     interval: a path changes at a multiple of this many tokens, as in serving; 0: paths do not change. first_share: of
-    the sequences, run the first path of their depth; the others draw one of the rest.
+    the sequences, run the first path of their depth; the others draw one of the rest. full_prompt_share: of the
+    sequences, run all layers at first, as requests do whose prompt runs at full depth.
     """
 
     def __init__(
-        self, num_layers: int, library: Mapping[int, Sequence[Sequence[int]]], interval: int, first_share: float
+        self,
+        num_layers: int,
+        library: Mapping[int, Sequence[Sequence[int]]],
+        interval: int,
+        first_share: float,
+        full_prompt_share: float = 0.0,
     ) -> None:
-        self._num_layers, self._first_share = num_layers, first_share
+        self._num_layers, self._first_share, self._full_prompt_share = num_layers, first_share, full_prompt_share
         self._library = {depth: [path_of(layers) for layers in sets] for depth, sets in library.items()}
         self._interval = interval
 
@@ -73,6 +80,9 @@ class LibraryRouting:
             if self._interval and len(self._library.get(depth, ())) > 1 and rng.random() < SWITCHED:
                 change = int(rng.integers(1, max(2, length // self._interval))) * self._interval
                 masks[row, change:] = path_mask(self._draw(depth, rng), self._num_layers)
+            # Without such a share nothing is drawn, so that earlier runs can be repeated.
+            if self._full_prompt_share and rng.random() < self._full_prompt_share:
+                masks[row, : int(rng.uniform(*FULL_PROMPTS) * length)] = True
         return Routed(torch.from_numpy(masks))
 
     def _draw(self, depth: int, rng: np.random.Generator) -> LayerPath:

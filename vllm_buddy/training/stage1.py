@@ -110,7 +110,9 @@ def run_stage1(
     repair, frozen = _repair(settings, model, start)
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
     library = start.library(settings.library if settings.router_windows else 1, smallest)
-    constant = LibraryRouting(base.num_layers, library, settings.route_every, settings.first_share)
+    constant = LibraryRouting(
+        base.num_layers, library, settings.route_every, settings.first_share, settings.full_prompt_share
+    )
     routing: Routing = constant
     observations, fit, refit = None, None, None
     if settings.schedule == "token":

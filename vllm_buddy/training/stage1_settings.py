@@ -134,6 +134,13 @@ class Stage1Settings(BaseModel):
         description="share of the sequences that run the first of the searched paths of their depth, the best one for "
         "all text; the others draw one of the rest",
     )
+    full_prompt_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the sequences whose beginning runs all layers, as prompts do that a server or a request "
+        "asks to run at full depth; only the tokens after it teach something",
+    )
     decide_every: int | None = Field(
         default=None,
         ge=0,
@@ -177,6 +184,8 @@ class Stage1Settings(BaseModel):
             raise ValueError(f"token_depths must ascend: {self.token_depths}")
         if self.schedule == "token" and (self.recipe != "bypass" or self.kv_policy != "kv_only"):
             raise ValueError("schedule token needs recipe bypass and kv_policy kv_only")
+        if self.full_prompt_share and (self.schedule == "token" or self.paths == "learned"):
+            raise ValueError("full_prompt_share is for sequences of one searched or static path; set it to 0")
         if 0 < self.router_windows < FEWEST_WINDOWS:
             raise ValueError(
                 f"router_windows is {self.router_windows}; a quarter is held out, so set it to 0 or to "
