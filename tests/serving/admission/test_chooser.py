@@ -251,7 +251,7 @@ def test_a_preemption_does_not_ask_the_predictor_again(tiny: Callable[[str], Tin
     for step in range(20):
         made.step()
         if step in (5, 12):
-            assert made.scheduler._chooser.level == 1
+            assert made.scheduler._auto.chooser.level == 1
             made.preempt(0, drop_stale_output=False)
     assert made.scheduler.requests[first].num_preemptions > 0
     assert outcome(made, first) == (NUM_LAYERS, 0.0)
@@ -288,7 +288,7 @@ def test_load_raises_the_price_and_it_falls_back(tiny: Callable[[str], Tiny], as
     assert send_auto() == (loaded, LOAD_PRICE)
     assert [outcome(made, request_id) for request_id in explicit] == [(NUM_LAYERS, None)] * 9
     finish(made)
-    assert made.scheduler._chooser.level == 0
+    assert made.scheduler._auto.chooser.level == 0
     assert send_auto() == (calm, PREDICTOR_PRICE)
     finish(made)
 
@@ -303,11 +303,11 @@ def test_an_abort_of_everything_leaves_no_load(tiny: Callable[[str], Tiny], asyn
         made.add(Ask(prompt, 0.5, 40))
     for _ in range(3):
         made.step()
-    assert made.scheduler._chooser.level == 1
+    assert made.scheduler._auto.chooser.level == 1
     made.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
     while not made.idle:
         made.step()
-    assert made.scheduler._chooser.level == 0
+    assert made.scheduler._auto.chooser.level == 0
 
 
 def test_the_metrics_show_load_price_and_choices(tiny: Callable[[str], Tiny]) -> None:
@@ -394,7 +394,7 @@ def test_a_request_that_is_computed_again_is_lowered_once_it_is_done(
 def pace(made: PretendEngine, layer_s: float) -> None:
     """Let the clock of latencies go on by a time for each layer of the deepest request of a step."""
     scheduler, now, schedule = made.scheduler, [time.perf_counter()], made.scheduler.schedule
-    scheduler._meter = LatencyMeter(lambda: now[0])
+    scheduler._auto.meter = LatencyMeter(lambda: now[0])
 
     def paced() -> Any:
         output = schedule()
@@ -423,7 +423,7 @@ def test_a_missed_objective_lowers_what_runs_and_what_waits(
     number = made.add(Ask(PROMPTS[9], 0.5, 60))
     calm = {request_id: outcome(made, request_id) for request_id in autos}
     assert set(calm.values()) == {(NUM_LAYERS, 0.0)}
-    step_until(made, lambda: scheduler._chooser.level == 1)
+    step_until(made, lambda: scheduler._auto.chooser.level == 1)
     running = [request.request_id for request in scheduler.running if request.request_id in autos]
     assert 0 < len(running) < len(autos)
     routes = [scheduler._routed[request_id].route for request_id in running]
@@ -437,15 +437,15 @@ def test_a_missed_objective_lowers_what_runs_and_what_waits(
     assert all(depths[request_id] == PREDICTOR_DEPTHS[0] for request_id in autos if request_id not in running)
     assert all(len(tokens) == 60 for tokens in made.generated.values())
     assert made.generated[number] == made.expected(made.asks[number])
-    assert scheduler._chooser.objectives.observed_s["itl"] == pytest.approx(0.08)
-    assert (scheduler._chooser.level, scheduler._chooser.price) == (0, 0)
+    assert scheduler._auto.chooser.objectives.observed_s["itl"] == pytest.approx(0.08)
+    assert (scheduler._auto.chooser.level, scheduler._auto.chooser.price) == (0, 0)
 
 
 def test_a_request_with_a_salt_of_its_own_keeps_it_when_its_depth_changes(tiny: Callable[[str], Tiny]) -> None:
     """Fails if a depth that is chosen again drops the user's salt from the prefix cache, or adds to the old one."""
     made = pretend(tiny, asynchronous=False, slo={"ttft_ms": 100.0}, auto={"price": 0.0})
     scheduler = made.scheduler
-    scheduler._meter = LatencyMeter(itertools.count(time.perf_counter()).__next__)  # a second later at each look
+    scheduler._auto.meter = LatencyMeter(itertools.count(time.perf_counter()).__next__)  # a second later at each look
     request_id = made.add(auto(PROMPTS[0], 4))
     request, routed = scheduler.requests[request_id], scheduler._routed[request_id]
     assert routed.route.depth == NUM_LAYERS
@@ -455,7 +455,7 @@ def test_a_request_with_a_salt_of_its_own_keeps_it_when_its_depth_changes(tiny: 
     depth = routed.route.depth
     assert depth == routed.outcome.depth < NUM_LAYERS
     assert request.cache_salt == ("mine", f"{scheduler._salt_prefix}:{routed.route.cache_key}")
-    scheduler._chooser.observe_latencies(Latencies(1e6), idle=True)
+    scheduler._auto.chooser.observe_latencies(Latencies(1e6), idle=True)
     scheduler._choose_again_for_waiting()
     assert routed.route.depth == NUM_LAYERS
     assert request.cache_salt == "mine"
@@ -468,7 +468,7 @@ def test_the_metrics_show_objectives(tiny: Callable[[str], Tiny]) -> None:
     assert shown.value("slo_objective_seconds", objective="itl") == 0.005
     assert shown.value("slo_objective_seconds", objective="ttft") == 1000
     assert math.isnan(shown.value("slo_observed_seconds", objective="itl") or 0.0)
-    objectives = made.scheduler._chooser.objectives
+    objectives = made.scheduler._auto.chooser.objectives
     start = time.perf_counter()
     for step in range(1000):
         objectives.observe(Latencies(start + 0.02 * step, itls=Counter({0.02: 1})))
@@ -517,8 +517,8 @@ def test_a_lowered_request_goes_on_as_the_reference_does(
     assert tiny.artifact.predictor is not None
     load = LoadPrice(LOAD_PRICE, waiting=(50, 60), running=(1, 3))
     limits = replace(scheduler._limits.auto, load_price=LOAD_PRICE)
-    monkeypatch.setattr(scheduler, "_chooser", BudgetChooser(tiny.artifact.predictor, limits, load))
-    monkeypatch.setattr(scheduler, "_lowers_running", True)
+    monkeypatch.setattr(scheduler._auto, "chooser", BudgetChooser(tiny.artifact.predictor, limits, load))
+    monkeypatch.setattr(scheduler._auto, "lowers_running", True)
     asks = [auto(PROMPTS[0], 30, price=0), *(Ask(prompt, 1.0, 12) for prompt in PROMPTS[1:4])]
     routes: dict[str, Any] = {}
 

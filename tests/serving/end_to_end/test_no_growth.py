@@ -96,8 +96,8 @@ def draw(rng: np.random.Generator, number: int, *, most_tokens: int) -> Ask:
 
 def hurry(scheduler: Any) -> None:
     """Let a second pass at each look at the clock of the latencies, so that their window of 30 s is always full."""
-    if scheduler._meter is not None:
-        scheduler._meter = LatencyMeter(itertools.count(time.perf_counter()).__next__)
+    if scheduler._auto.meter is not None:
+        scheduler._auto.meter = LatencyMeter(itertools.count(time.perf_counter()).__next__)
 
 
 SLO = {"slo": {"itl_ms": 1000, "ttft_ms": 10000}}

@@ -244,14 +244,14 @@ def test_requests_that_wait_for_their_grammar_are_no_load(tiny: Callable[[str], 
         scheduler.add_request(request)
     time.sleep(0.05)
     scheduler._observe_load(idle=False)
-    assert scheduler._chooser.level == 0
+    assert scheduler._auto.chooser.level == 0
     blocked[0].status = RequestStatus.WAITING
-    scheduler._unblock()
+    scheduler._auto.unblock(scheduler.requests)
     time.sleep(0.05)
     scheduler._observe_load(idle=False)
-    assert (scheduler._chooser.level > 0) == ("slo" in buddy)  # the only one that waits for the server is late
+    assert (scheduler._auto.chooser.level > 0) == ("slo" in buddy)  # the only one that waits for the server is late
     scheduler.finish_requests([request.request_id for request in blocked], RequestStatus.FINISHED_ABORTED)
-    assert not scheduler._blocked
+    assert not scheduler._auto.blocked
 
 
 @pytest.mark.parametrize("buddy", [{"slo": {"ttft_ms": 0.001}}, {"load": {"price": 50.0}}], ids=str)
@@ -271,12 +271,12 @@ def test_sessions_that_wait_for_their_client_are_no_load(tiny: Callable[[str], T
         engine.step()
     assert {session.status for session in sessions} == {RequestStatus.WAITING_FOR_STREAMING_REQ}
     scheduler._observe_load(idle=False)
-    assert scheduler._chooser.level == 0
+    assert scheduler._auto.chooser.level == 0
     waiting = [engine.request(Ask(PROMPTS[0], "auto", 4)) for _ in range(6)]
     for request in waiting:
         scheduler.add_request(request)
     scheduler._observe_load(idle=False)
-    assert scheduler._chooser.level > 0
+    assert scheduler._auto.chooser.level > 0
 
 
 @pytest.mark.parametrize("prompt", ["routed", "full"])
@@ -289,7 +289,7 @@ def test_a_request_that_leaves_the_queue_is_decided_again(tiny: Callable[[str], 
     request = engine.request(Ask(PROMPTS[0], "auto", 4, options={"buddy_prompt": prompt}))
     engine.scheduler.add_request(request)
     before = engine.scheduler._routed[request.request_id].outcome.depth
-    engine.scheduler._chooser._scale_price = 50.0
+    engine.scheduler._auto.chooser._scale_price = 50.0
     engine.scheduler._choose_again_for_waiting()
     routed = engine.scheduler._routed[request.request_id]
     assert routed.outcome.depth < before
@@ -313,7 +313,7 @@ def test_only_what_there_is_room_for_is_decided_again(tiny: Callable[[str], Tiny
     assert [request.request_id for request in scheduler.running] == [running]
     before = scheduler._routed[waiting[0].request_id].outcome.depth
     scheduler.max_num_running_reqs = limit
-    scheduler._chooser._scale_price = 50.0
+    scheduler._auto.chooser._scale_price = 50.0
     scheduler._choose_again_for_waiting()
     depths = [scheduler._routed[request.request_id].outcome.depth for request in waiting]
     assert [depth < before for depth in depths] == [number < num_again for number in range(3)]

@@ -16,13 +16,11 @@ from vllm.v1.request import Request
 
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method import Route
-from vllm_buddy.serving.admission.chooser import BudgetChooser
-from vllm_buddy.serving.admission.latency import LatencyMeter
 from vllm_buddy.serving.admission.limits import FixedBudget
 from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
 from vllm_buddy.serving.compat import add_figures, finished_params, first_prefill
-from vllm_buddy.serving.schedule.auto_again import choose_again, lower
+from vllm_buddy.serving.schedule.auto_budgets import AutoBudgets
 from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPasses
 from vllm_buddy.serving.schedule.metrics import EngineMetrics, Stopwatch
 from vllm_buddy.serving.schedule.outcome import Outcome, described
@@ -65,12 +63,9 @@ class _Routing(_Base):
         self._routes = RouteMaker.of(settings, artifact, _decision_lag(settings, vllm_config))
         self._routed: dict[str, RoutedRequest] = {}  # by request id
         self._checked: dict[str, Executed] = {}  # of requests with drafts in the step that is being taken in
-        self._blocked: set[str] = set()  # ids of requests that wait for their grammar, which depth does not shorten
         self._routing_time = Stopwatch()  # of the current step
         self._metrics = EngineMetrics(collects=self.log_stats)
-        self._chooser = BudgetChooser.from_settings(settings, artifact, self._limits.auto)
-        self._meter = None if settings.slo is None else LatencyMeter()
-        self._lowers_running = settings.slo is not None or (settings.load is not None and settings.load.lowers_running)
+        self._auto = AutoBudgets(settings, artifact, self._limits.auto)
         self._step_started = 0.0
         self._drafting: Drafting | None = None
         if self._limits.lossless:
@@ -93,10 +88,7 @@ class _Routing(_Base):
             if self._drafting is not None and not _draws_by_seed(request):
                 routed.drafts = self._drafting.of_request(lossless=routed.outcome.lossless)
             self._prepare_cache(request, routed)
-            if _is_blocked(request):
-                self._blocked.add(request.request_id)
-            elif self._meter is not None and not request.resumable:  # a session waits for its client, too
-                self._meter.arrives(request.request_id)
+            self._auto.arrives(request)
             self._metrics.observe_routing(time.perf_counter() - started)
         super().add_request(request)
 
@@ -122,10 +114,11 @@ class _Routing(_Base):
         if isinstance(asked, FixedBudget):
             route = self._new_route(request, asked.budget)
             return RoutedRequest(route, Outcome(asked.budget, asked.depth, lossless=asked.lossless))
-        assert self._chooser is not None  # "auto" was refused otherwise
+        chooser = self._auto.chooser
+        assert chooser is not None  # "auto" was refused otherwise
         self._observe_load(idle=False)
-        excess = self._chooser.take_in(request.all_token_ids[:num_context])
-        choice = self._chooser.choose(asked, excess)
+        excess = chooser.take_in(request.all_token_ids[:num_context])
+        choice = chooser.choose(asked, excess)
         route = self._new_route(request, choice.budget)
         return RoutedRequest(route, Outcome(*choice), asked, excess, choice.price)
 
@@ -164,9 +157,7 @@ class _Routing(_Base):
         """Add the outcome to the kv_transfer_params of the final response."""
         freed = super()._free_request(request, *args, **kwargs)
         routed = self._routed.pop(request.request_id)
-        self._blocked.discard(request.request_id)
-        if self._meter is not None:
-            self._meter.ends(request.request_id)
+        self._auto.ends(request.request_id)
         # Accepted drafts ran on decisions that were made on a copy. A request that was preempted while its last token
         # was on the way counts no computed tokens any more.
         num_run = min(max(request.num_computed_tokens, routed.planned), request.num_tokens - 1)
@@ -199,34 +190,34 @@ class _Routing(_Base):
         return output
 
     def _choose_again_for_waiting(self) -> None:
-        """With service objectives, decide "auto" again for what may leave the queue: see auto_again.py."""
-        if self._meter is None or self._chooser is None or not self.waiting:
+        """With service objectives, decide "auto" again for what may leave the queue."""
+        auto = self._auto
+        if auto.meter is None or auto.chooser is None or not self.waiting:
             return
         room = max(0, self.max_num_running_reqs - len(self.running))
-        free = (r for r in self.waiting if r.request_id not in self._blocked)
+        free = (r for r in self.waiting if r.request_id not in auto.blocked)
         with self._routing_time:
             starting = [(r, self._routed[r.request_id]) for r in islice(free, min(room, _MOST_STARTING))]
-            for request, routed in choose_again(starting, self._chooser):
+            for request, routed in auto.choose_again(starting):
                 routed.route = self._new_route(request, routed.outcome.budget)
                 salt(request, None)
                 self._prepare_cache(request, routed)
 
     def _lower_running(self) -> None:
-        """Where the price has risen, lower decoding requests of budget "auto": see auto_again.py.
+        """Where the price has risen, lower decoding requests of budget "auto".
 
         This comes before vLLM schedules the step: vLLM publishes the blocks of the tokens that it schedules, according
         to the paths that are decided by then.
         """
-        if self._chooser is None or not self._lowers_running or self._chooser.level == 0:
+        auto = self._auto
+        if auto.chooser is None or not auto.lowers_running or auto.chooser.level == 0:
             return
         with self._routing_time:
-            lower(((r, self._routed[r.request_id]) for r in self.running), self._chooser)
+            auto.lower((r, self._routed[r.request_id]) for r in self.running)
 
     def _plan(self, output: SchedulerOutput) -> StepPlan:
         starting = {request.req_id for request in output.scheduled_new_reqs}
-        self._unblock()
-        if self._meter is not None:
-            self._meter.starts(starting)
+        self._auto.starts(starting, self.requests)
         starting |= output.scheduled_cached_reqs.resumed_req_ids
         plan: StepPlan = {}
         for req_id, num_tokens in output.num_scheduled_tokens.items():
@@ -245,13 +236,6 @@ class _Routing(_Base):
         if self._drafting is not None:
             self._ask_for_drafts(plan)
         return plan
-
-    def _unblock(self) -> None:
-        """Let requests whose grammar has come count as waiting for the server, from now on."""
-        for req_id in [req_id for req_id in self._blocked if not _is_blocked(self.requests[req_id])]:
-            self._blocked.remove(req_id)
-            if self._meter is not None:
-                self._meter.arrives(req_id)
 
     def _ask_for_drafts(self, plan: StepPlan) -> None:
         """Add to a step's plan the drafts to make after it: none before the step that completes a prompt."""
@@ -288,9 +272,7 @@ class _Routing(_Base):
                     by_depth = self._drafting.observe(routed.drafts, counts, num_right)
                     self._metrics.observe_drafts(counts, num_right if by_depth else None)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
-        if self._meter is not None:
-            sampled = zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids)
-            self._meter.gets_token(req_id for req_id, tokens in sampled if len(tokens))
+        self._auto.gets_token(model_runner_output.req_ids, model_runner_output.sampled_token_ids)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for req_id in [*self._checked]:  # whose tokens vLLM dropped
             self._count_drafts(req_id, 0)
@@ -357,16 +339,13 @@ class _Routing(_Base):
 
         The last step before the server runs out of work leaves no load.
         """
-        chooser = self._chooser
+        chooser = self._auto.chooser
         if chooser is None:
             return
-        if self._meter is not None:
-            chooser.observe_latencies(self._meter.take(), idle=idle)
-        else:
-            num_running, num_waiting = self.get_request_counts()
-            # A streaming-input session without input waits for its client, not for the server.
-            num_waiting -= self.num_waiting_for_streaming_input + len(self._blocked)
-            chooser.observe(num_waiting, num_running, self.kv_cache_manager.usage)
+        num_running, num_waiting = self.get_request_counts()
+        # A streaming-input session without input waits for its client, not for the server.
+        num_waiting -= self.num_waiting_for_streaming_input
+        self._auto.observe(num_waiting, num_running, self.kv_cache_manager.usage, idle=idle)
         self._metrics.show_load(chooser.level, chooser.price)
         if chooser.objectives is not None:
             self._metrics.show_objectives(chooser.objectives)
@@ -384,11 +363,6 @@ def make_scheduler(vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> Sche
     """Build the routing scheduler of the kind that vLLM would have built. vLLM expects a class here."""
     cls = BuddyAsyncScheduler if vllm_config.scheduler_config.async_scheduling else BuddyScheduler
     return cls(vllm_config, *args, **kwargs)
-
-
-def _is_blocked(request: Request) -> bool:
-    """Whether a request waits for something else than the server's room, such as its grammar."""
-    return request.status.name.startswith("WAITING_FOR_")
 
 
 def _draws_by_seed(request: Request) -> bool:
