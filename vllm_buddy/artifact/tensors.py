@@ -23,7 +23,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -246,13 +245,15 @@ def _decision(part: str, tensors: dict[str, np.ndarray], source: str) -> FoldedD
 
 
 def _exits(config: DraftConfig, tensors: dict[str, np.ndarray], source: str) -> Iterator[DraftExit]:
-    gaps = zip(*_low_rank(_GAPS, tensors, source)) if config.gaps else iter(())
+    downs, ups = _low_rank(_GAPS, tensors, source) if config.gaps else (None, None)
+    first = 0
     for layers, down, up in zip(config.exits, *_low_rank(_DRAFTS, tensors, source), strict=True):
         path, bypass = path_of(layers), None
-        if config.gaps:
+        if downs is not None and ups is not None:
             starts = gap_starts(path)
-            downs, ups = zip(*islice(gaps, len(starts)))
-            bypass = Bypass(torch.stack(downs), torch.stack(ups), config.eps, starts)
+            own = slice(first, first + len(starts))
+            bypass = Bypass(downs[own], ups[own], config.eps, starts)
+            first = own.stop
         yield DraftExit(path, ExitAdapter(down, up, config.eps), bypass)
 
 
