@@ -1,15 +1,16 @@
 """Measures how faithfully a model copies at several budgets: it is asked to proofread passages.
 
-    python -m benchmarks.quality.copying                                             # 1 minute on 2 cores
+    python -m benchmarks.quality.copying                                             # 2 minutes on 2 cores
     python -m benchmarks.quality.copying --artifacts FIRST SECOND smollm2-135m       # folders, or names of shipped ones
 
-No training has seen the passages. Answers are greedy. *Copied* is the share of an answer's runs of four tokens that
-stand in the prompt, *repeated* the share that occurred in the answer before. The full model corrects little, so what it
-copies is close to what can be.
+Prompts are routed as answers are, or run all layers (`"prompt": "full"`). No training has seen the passages. Answers
+are greedy. *Copied* is the share of an answer's runs of four tokens that stand in the prompt, *repeated* the share that
+occurred in the answer before. The full model corrects little, so what it copies is close to what can be.
 """
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vllm_buddy.models.folder import load_tokenizer
 
 MOST_TOKENS = 96
 RUN = 4  # tokens
+PROMPTS = ("routed", "full")
 
 
 def main() -> None:
@@ -35,17 +37,18 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--artifacts", nargs="+", default=[DEFAULT_MODEL], help="default: the shipped one")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, choices=PROMPTS)
     parser.add_argument("--passages", type=positive_int, default=48)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / "quality_copying.jsonl")
     args = parser.parse_args()
     env = environment()
-    report(args.out, measure(args.artifacts, args.passages), env, show)
+    report(args.out, measure(args.artifacts, args.prompts, args.passages), env, show)
 
 
-def measure(artifacts: Sequence[str], num_passages: int) -> list[dict[str, Any]]:
-    """Let the embedded model answer with each artifact; returns a row per artifact and budget.
+def measure(artifacts: Sequence[str], prompts_run: Sequence[str], num_passages: int) -> list[dict[str, Any]]:
+    """Let the embedded model answer with each artifact; returns a row per artifact, kind of prompt and budget.
 
-    artifacts: names of shipped ones, or folders.
+    artifacts: names of shipped ones, or folders. prompts_run: values of the setting `prompt`.
     """
     model = fetch()
     tokenizer = load_tokenizer(model)
@@ -54,10 +57,11 @@ def measure(artifacts: Sequence[str], num_passages: int) -> list[dict[str, Any]]
     questions = [TASKS["proofread"].format(text=texts[index]) for index in chosen]
     prompts = [list(tokenizer(question)["input_ids"]) for question in questions]
     rows = []
-    for name in artifacts:
+    for name, run in product(artifacts, prompts_run):
         folder = path if (path := SHIPPED_DIR / name).is_dir() else Path(name)
-        answers = greedy_answers(model, {"artifact": str(folder)}, questions, BUDGETS, MOST_TOKENS)
+        answers = greedy_answers(model, {"artifact": str(folder), "prompt": run}, questions, BUDGETS, MOST_TOKENS)
         about = {"artifact": Path(name).name, "digest": load_artifact(folder).digest, "passages": num_passages}
+        about["prompts"] = run
         for budget, found in answers.items():
             shares = np.array([[copied(ids, prompt), repeated(ids, RUN)] for ids, prompt in zip(found, prompts)])
             (copied_, repeated_), error = shares.mean(axis=0), shares[:, 0].std(ddof=1) / num_passages**0.5
@@ -69,11 +73,11 @@ def measure(artifacts: Sequence[str], num_passages: int) -> list[dict[str, Any]]
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print a line per artifact and budget."""
+    """Print a line per artifact, kind of prompt and budget."""
     for row in rows:
         print(
-            f"{row['artifact']:24} {row['budget']:5g}  copied {row['copied']:.3f} ± {row['stderr']:.3f}  "
-            f"repeated {row['repeated']:.3f}"
+            f"{row['artifact']:24} {row['prompts']:6} {row['budget']:5g}  "
+            f"copied {row['copied']:.3f} ± {row['stderr']:.3f}  repeated {row['repeated']:.3f}"
         )
 
 

@@ -38,19 +38,19 @@ def routing_table() -> str:
 def copying_table() -> str:
     """Return how faithfully passages are copied, after each part of the training."""
     rows = load_rows("quality_copying.jsonl")
-    found, names = by_key(rows, "artifact", "budget"), list(dict.fromkeys(row["artifact"] for row in rows))
+    found = by_key(rows, "artifact", "prompts", "budget")
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
     lines = []
-    for budget in sorted({row["budget"] for row in rows}, reverse=True):
-        of_each = [found[name, budget] for name in names]
-        cells = [[f"{row['copied']:.2f} ± {row['stderr']:.2f}", f"{row['repeated']:.2f}"] for row in of_each]
-        lines.append([f"{budget:g}", *(cell for pair in cells for cell in pair)])
+    for name, prompts in dict.fromkeys((row["artifact"], row["prompts"]) for row in rows):
+        of_each = [found[name, prompts, budget] for budget in budgets]
+        cells = [f"{row['copied']:.2f} ± {row['stderr']:.2f} ({row['repeated']:.2f})" for row in of_each]
+        lines.append([_PARTS.get(name, name), prompts, *cells])
     note = (
         f"`python -m benchmarks.quality.copying`: {rows[0]['passages']} passages are to be proofread, greedily. "
-        "Share of an answer's runs of four tokens that stand in the prompt (± standard error), and that occurred in "
-        f"the answer before. {where(rows[0])}."
+        "Share of an answer's runs of four tokens that stand in the prompt (± standard error), and in brackets the "
+        f"share that occurred in the answer before. {where(rows[0])}."
     )
-    heads = [head for name in names for head in (f"copied, {_PARTS.get(name, name)}", "repeated")]
-    return section(note, ["budget", *heads], lines)
+    return section(note, ["trained on", "prompts", *(f"{budget:g}" for budget in budgets)], lines)
 
 
 def recipes_table() -> str:
