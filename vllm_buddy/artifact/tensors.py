@@ -96,18 +96,18 @@ def pack_tensors(parts: ArtifactParts, vocab_size: int) -> dict[str, np.ndarray]
             tensors |= _in_bytes(f"{part}.{name}", array, array) if name in _TABLES else {f"{part}.{name}": array}
     for name in _LOW_RANK_TENSORS:
         if parts.bypass is not None:
-            tensors |= _pack_low_rank(f"{_BYPASS}.{name}", getattr(parts.bypass, name))
+            tensors |= _pack_low_rank(f"{_BYPASS}.{name}", _values(getattr(parts.bypass, name)))
         if parts.drafts:
-            adapters = torch.stack([getattr(draft.adapter, name) for draft in parts.drafts])
+            adapters = np.stack([_values(getattr(draft.adapter, name)) for draft in parts.drafts])
             tensors |= _pack_low_rank(f"{_DRAFTS}.{name}", adapters)
-        if gaps := [getattr(draft.bypass, name) for draft in parts.drafts if draft.bypass is not None]:
-            tensors |= _pack_low_rank(f"{_GAPS}.{name}", torch.cat(gaps))
+        if gaps := [_values(getattr(draft.bypass, name)) for draft in parts.drafts if draft.bypass is not None]:
+            tensors |= _pack_low_rank(f"{_GAPS}.{name}", np.concatenate(gaps))
     if parts.draft_vocabulary is not None:
         tensors[_VOCABULARY] = np.zeros(vocab_size, np.int8)
         tensors[_VOCABULARY][parts.draft_vocabulary] = 1
     if parts.lora is not None:
         for part in _LORA_TENSORS:
-            tensors |= {f"lora.{name}.{part}": _half(t) for name, t in getattr(parts.lora, part).items()}
+            tensors |= {f"lora.{name}.{part}": _half(_values(t)) for name, t in getattr(parts.lora, part).items()}
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
 
@@ -283,9 +283,8 @@ def _rows_as_columns(weight: np.ndarray) -> np.ndarray:
     return weight.reshape(-1, weight.shape[-1]).T
 
 
-def _pack_low_rank(name: str, weight: torch.Tensor) -> dict[str, np.ndarray]:
-    weight = weight.detach().cpu()
-    return _in_bytes(name, _rows_as_columns(weight.float().numpy()), _half(weight))
+def _pack_low_rank(name: str, weight: np.ndarray) -> dict[str, np.ndarray]:
+    return _in_bytes(name, _rows_as_columns(weight), _half(weight))
 
 
 def _low_rank(part: str, tensors: dict[str, np.ndarray], source: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,8 +300,18 @@ def _low_rank_weight(tensors: dict[str, np.ndarray], name: str, source: str) -> 
     return torch.from_numpy(weight)
 
 
-def _half(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu", torch.float16).numpy()
+def _values(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor's values, float32.
+
+    What is computed with them is left to numpy: a server's configuration may be made in a forked process, where an
+    operation of torch on several threads would wait for ever.
+    """
+    return tensor.detach().cpu().float().numpy()
+
+
+def _half(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16)
 
 
 def _float32(array: np.ndarray) -> torch.Tensor:

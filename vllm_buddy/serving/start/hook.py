@@ -23,7 +23,6 @@ from vllm_buddy.serving.start.attached import attach
 from vllm_buddy.serving.start.base_model import check_base_model, check_lora, identify_served_model
 from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.kv_layout import kv_units
-from vllm_buddy.serving.start.one_thread import on_one_thread
 from vllm_buddy.serving.start.refusals import refuse_unsupported
 from vllm_buddy.serving.start.settings import CONFIG_KEY, BuddySettings, parse_settings
 
@@ -40,7 +39,6 @@ class BuddyModelConfig(VerifyAndUpdateConfig):
     """vLLM's per-architecture config hook (MODELS_CONFIG_MAP) for the routed models."""
 
     @staticmethod
-    @on_one_thread()
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Check settings, features and artifact, and set vLLM's scheduler and worker classes to ours.
 

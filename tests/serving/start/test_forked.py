@@ -3,10 +3,7 @@
 import subprocess
 import sys
 
-import torch
-
 from vllm_buddy.models.embedded import fetch
-from vllm_buddy.serving.start.one_thread import on_one_thread
 
 # The draft exits of the shipped artifact are large enough for torch to share out work on them among threads.
 FORKED = """
@@ -22,18 +19,9 @@ print("ended with", os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 def test_a_configuration_can_be_made_in_a_forked_process() -> None:
-    """Fails if a program that uses torch, forks, and starts an engine then waits for ever, as it does not with vLLM."""
+    """Fails if a program that uses torch, forks, and starts an engine then waits for ever, as it does not with vLLM.
+
+    There an operation of torch on several threads never ends, so none is used while the configuration is made.
+    """
     done = subprocess.run([sys.executable, "-c", FORKED, str(fetch())], capture_output=True, text=True, timeout=120)
     assert "ended with 3" in done.stdout, done.stderr[-2000:]
-
-
-def test_torch_has_its_threads_again_afterwards() -> None:
-    """Fails if a server's operations stay on one thread, also after an error."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with on_one_thread():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
