@@ -1,6 +1,6 @@
 """Measures how faithfully a model copies at several budgets: it is asked to proofread passages.
 
-    python -m benchmarks.quality.copying                                             # 2 minutes on 2 cores
+    python -m benchmarks.quality.copying                                             # 1 minute on 2 cores
     python -m benchmarks.quality.copying --artifacts FIRST SECOND smollm2-135m       # folders, or names of shipped ones
 
 Prompts are routed as answers are, or run all layers (`"prompt": "full"`). No training has seen the passages. Answers
@@ -24,10 +24,11 @@ from benchmarks.quality.answers import BUDGETS, repeated
 from vllm_buddy.artifact import SHIPPED_DIR, load_artifact
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 from vllm_buddy.models.folder import load_tokenizer
+from vllm_buddy.serving.admission.option_names import FULL_PROMPT, ROUTED_PROMPT
 
 MOST_TOKENS = 96
 RUN = 4  # tokens
-PROMPTS = ("routed", "full")
+PROMPTS = (ROUTED_PROMPT, FULL_PROMPT)
 
 
 def main() -> None:

@@ -7,11 +7,12 @@ from vllm_buddy.models.embedded import fetch
 
 # The draft exits of the shipped artifact are large enough for torch to share out work on them among threads.
 FORKED = """
-import os, sys, torch
+import os, signal, sys, torch
 from vllm.engine.arg_utils import EngineArgs
 torch.set_num_threads(2)
 torch.stack([torch.ones(1 << 20)] * 2).half()  # by two threads, which the forked process does not have
 if os.fork() == 0:
+    signal.alarm(60)  # ends it if it waits for ever
     EngineArgs(model=sys.argv[1], model_impl="buddy").create_engine_config()
     os._exit(3)
 print("ended with", os.waitstatus_to_exitcode(os.wait()[1]))
