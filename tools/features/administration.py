@@ -16,9 +16,16 @@ _RESETS = 5
 
 @case(_GROUP, "reset_prefix_cache under load")
 def reset_under_load(c: Client) -> Any:
-    """With running requests, which are preempted and computed again: their tokens stay the same."""
+    """With running requests, which are computed again: their tokens stay the same. A cached prompt is forgotten."""
     ask = partial(c.complete, _TEXT, max_tokens=40, ignore_eos=True)
     expected = token_ids(ask())
+
+    def cached() -> int:
+        answer = c.complete(f"Reset at the budget {c.budget}: " + "words that are forgotten. " * 30)
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    cached()
+    assert cached() > 0
     done = threading.Event()
 
     def reset() -> None:
@@ -38,6 +45,7 @@ def reset_under_load(c: Client) -> Any:
     answers, _ = c.at_once(ask_all, reset)
     assert answers
     assert all(token_ids(answer) == expected for answer in answers)
+    assert cached() == 0
     c.wait_idle()
     return expected
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_buddy.errors import EmbeddedModelError
-from vllm_buddy.models.gguf import MODEL_FILES, GgufModel
+from vllm_buddy.models.gguf import MODEL_FILES, GgufModel, require_gguf
 from vllm_buddy.models.gguf_source import DownloadedGguf, GgufSource, InstalledGguf
 
 CACHE_VARIABLE = "VLLM_BUDDY_CACHE"
@@ -112,6 +112,7 @@ def fetch(
         raise EmbeddedModelError(f"{folder} holds something else; name a new or empty folder")
     if is_there:
         report(f"writing {folder} again: {problem}")
+    require_gguf()  # before anything is downloaded
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)

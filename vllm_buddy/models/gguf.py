@@ -66,6 +66,16 @@ _FAMILIES = {
 }
 
 
+def require_gguf() -> None:
+    """Raise EmbeddedModelError if the package that reads GGUF files is not installed."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise EmbeddedModelError(
+            "reading a GGUF file needs the package gguf, which is not installed; pip install gguf"
+        ) from None
+
+
 class GgufModel:
     """A GGUF file of a Llama or Qwen2 model with a byte-level BPE tokenizer and tied embeddings.
 
@@ -75,12 +85,9 @@ class GgufModel:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            from gguf import GGUFReader
-        except ImportError:
-            raise EmbeddedModelError(
-                "reading a GGUF file needs the package gguf, which is not installed; pip install gguf"
-            ) from None
+        require_gguf()
+        from gguf import GGUFReader
+
         try:
             self._reader = GGUFReader(path)
         except (ValueError, IndexError) as error:

@@ -1,6 +1,6 @@
 """Everything in serving that depends on vLLM's version or reads vLLM's internals, and the versions tested."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, replace
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 TESTED_VLLM = ("0.29.0", "0.31.0", "0.32.0")  # the last one with all tests, the others as `make test-versions` does
 _OURS = "vllm_buddy"
+
+BlockHasher = Callable[["Request"], list[Any]]  # vLLM's: the hashes of the full blocks that have none yet
 
 # Attention backends whose metadata can be built once per layer within a step.
 SUPPORTED_ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -273,17 +275,23 @@ def first_prefill(request: "Request") -> tuple[int, int] | None:
     return stats.num_prompt_tokens, stats.num_cached_tokens
 
 
-def rehash_blocks(request: "Request", salt: Any) -> None:
-    """Compute the block hashes of a request anew, with this cache_salt. vLLM hashes the prompt in the constructor."""
+def rehash_blocks(request: "Request", salt: Any, hasher: BlockHasher | None = None) -> None:
+    """Compute the block hashes of a request anew, with this cache_salt. vLLM hashes the prompt in the constructor.
+
+    hasher: what `stop_hashing` took; None: the request has it.
+    """
     request.cache_salt = salt
     request.block_hashes = []
+    if hasher is not None:
+        request._block_hasher = hasher
     request.update_block_hashes()
 
 
-def stop_hashing(request: "Request", num_blocks: int) -> None:
-    """Keep the hashes of the first num_blocks blocks of a request and never add one."""
+def stop_hashing(request: "Request", num_blocks: int) -> BlockHasher | None:
+    """Keep the hashes of the first num_blocks blocks of a request and add none; returns what made them."""
     del request.block_hashes[num_blocks:]
-    request._block_hasher = None
+    hasher, request._block_hasher = request._block_hasher, None
+    return hasher
 
 
 def ask_drafter_in_every_step(runner: Any) -> None:

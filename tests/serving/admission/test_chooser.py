@@ -391,6 +391,33 @@ def test_a_request_that_is_computed_again_is_lowered_once_it_is_done(
     assert len(made.generated[first]) == 120
 
 
+def test_a_request_that_is_computed_again_is_not_lowered_where_accepted_drafts_ran(
+    tiny: Callable[[str], Tiny],
+) -> None:
+    """Fails if the engine ends, or tokens of which a client has been told paths run others: accepted drafts are not
+    among the tokens that were planned."""
+    made = pretend(tiny, asynchronous=False, slo={"itl_ms": 1e6}, auto={"price": 0.0})
+    first = made.add(auto(PROMPTS[0], 60), runs_as=fixed(auto(PROMPTS[0], 60), NUM_LAYERS))
+    step_until(made, lambda: len(made.generated[first]) >= 20)
+    request, routed = made.scheduler.requests[first], made.scheduler._routed[first]
+
+    def lowered_at(price: float) -> list[tuple[int, int]]:
+        made.scheduler._auto.chooser._scale_price = price
+        made.scheduler._auto.lower([(request, routed)])
+        return routed.route.lowered
+
+    position, price = request.num_computed_tokens, 0.1
+    while not lowered_at(price):
+        price *= 1.1
+    before = [*routed.route.lowered]
+    assert before[0][0] == position
+    assert before[0][1] > PREDICTOR_DEPTHS[0]
+    routed.planned, request.num_computed_tokens = position - 4, position - 2  # computed again, as far as this
+    assert lowered_at(1e3) == before
+    request.num_computed_tokens = position
+    assert lowered_at(1e3)[-1] == (position, PREDICTOR_DEPTHS[0])
+
+
 def pace(made: PretendEngine, layer_s: float) -> None:
     """Let the clock of latencies go on by a time for each layer of the deepest request of a step."""
     scheduler, now, schedule = made.scheduler, [time.perf_counter()], made.scheduler.schedule

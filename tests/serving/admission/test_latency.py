@@ -34,6 +34,29 @@ def test_first_tokens_and_times_between_tokens_are_told_apart() -> None:
     assert meter.take().itls == {}
 
 
+def test_a_server_that_stood_still_begins_anew() -> None:
+    """Fails if an operator's pause counts as a wait, as a time to or between tokens, or as the pace of the queue."""
+    clock = Clock()
+    meter = LatencyMeter(clock)
+    for name in ("decodes", "in prefill", "waits", "waits too"):
+        meter.arrives(name)
+    meter.starts(["decodes", "in prefill"])
+    meter.gets_token(["decodes"])
+    meter.take()
+    clock.now = 60.0
+    meter.goes_on()
+    clock.now = 60.5
+    meter.gets_token(["decodes", "in prefill"])
+    measured = meter.take()
+    assert measured.itls == {0.5: 1}
+    assert measured.first_tokens == [FirstToken(0.0, 0.5)]
+    assert measured.wait_s == 0.5
+    meter.starts(["waits"])
+    assert meter.take().wait_s == 0.5
+    meter.gets_token(["waits"])
+    assert meter.take().first_tokens == [FirstToken(0.5, 0.0)]
+
+
 def test_the_wait_is_that_of_the_oldest_or_of_a_new_one_at_the_pace_of_the_queue() -> None:
     """Fails if a queue that has just formed looks short, or an idle server's pauses count as its pace."""
     clock = Clock()

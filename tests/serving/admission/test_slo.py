@@ -174,6 +174,20 @@ def test_an_objective_out_of_reach_is_said_once_for_each_time(said: list[str]) -
     assert len(said) == 4
 
 
+def test_time_without_work_is_none_at_the_floor(said: list[str]) -> None:
+    """Fails if an objective is said to be out of reach after a burst of two seconds, and some without work."""
+    drive = Drive(itl=0.05)
+    drive.itl(0.08, steps=100)
+    assert drive.objectives.level == 1
+    drive.idle(seconds=6.0)
+    drive.itl(0.08, steps=3)
+    assert drive.objectives.level == 1
+    assert not said
+    assert not drive.objectives.unreachable
+    drive.itl(0.08, steps=300)
+    assert drive.objectives.unreachable
+
+
 def test_a_percentile_forgets_and_is_nan_without_samples() -> None:
     """Fails if the metric shows latencies of minutes ago, or zero where nothing was measured."""
     window = Percentile()

@@ -638,6 +638,17 @@ def test_budgets_below_those_of_the_training_are_told(llama_model: Tiny, tmp_pat
     assert told(min_budget=0.5) == told(min_budget=0.6) == []
 
 
+@pytest.mark.parametrize("buddy", [{"load": {"price": 90.0}}, {"slo": {"itl_ms": 50}}])
+def test_what_load_does_not_lower_is_told(llama_model: Tiny, said: list[str], buddy: dict[str, Any]) -> None:
+    """Fails if an operator who sets an objective does not learn that requests without a budget are not lowered."""
+    configure(llama_model, buddy)
+    (line,) = (line for line in said if 'of budget "auto" only' in line)
+    assert "run at default_budget 1" in line
+    said.clear()
+    configure(llama_model, {**buddy, "default_budget": "auto"})
+    assert not [line for line in said if 'of budget "auto" only' in line]
+
+
 def test_a_hub_model_is_identified_in_the_folder_that_vllm_downloads_to(
     llama_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

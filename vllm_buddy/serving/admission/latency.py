@@ -94,6 +94,19 @@ class LatencyMeter:
         self._times.pop(request_id, None)
         self._waiting.pop(request_id, None)
 
+    def goes_on(self) -> None:
+        """Begin all times anew, after the server stood still on purpose."""
+        now = self._clock()
+        self._waiting = dict.fromkeys(self._waiting, now)
+        for times in self._times.values():
+            if times.last_token is not None:
+                times.last_token = now
+            elif times.started is not None:
+                times.arrived += now - times.started
+                times.started = now
+            else:
+                times.arrived = now
+
     def take(self) -> Latencies:
         """What was measured since the last call."""
         measured, self._measured = self._measured, Latencies(0.0)

@@ -135,6 +135,8 @@ class Objectives:
         if now >= self._next_refresh or idle:
             self._next_refresh = now + _REFRESH_S
             self._refresh(now, measured.wait_s)
+        if idle:
+            self._at_floor_since = None
         return self.level
 
     @property

@@ -6,7 +6,7 @@ they may leave the queue, where they have run nothing yet. Those that run are lo
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.serving.admission.auto_limits import AutoLimits
@@ -21,8 +21,10 @@ class AutoBudgets:
     """What a scheduler knows of the load, and what follows from it for requests of budget "auto".
 
     chooser: None where no request may ask for "auto". meter: of latencies; None without service objectives.
-    lowers_running: whether running requests are lowered. blocked: ids of requests that wait for something else than the
-    server's room, such as their grammar: depth does not shorten that, so they are no load.
+    lowers_running: whether running requests are lowered.
+
+    What depth does not shorten is no load. blocked: ids of requests that wait for something else than the server's
+    room, such as their grammar. paused: whether an operator holds up the queue.
     """
 
     def __init__(self, settings: BuddySettings, artifact: Artifact, auto: AutoLimits | None) -> None:
@@ -30,6 +32,7 @@ class AutoBudgets:
         self.meter = None if settings.slo is None else LatencyMeter()
         self.lowers_running = settings.slo is not None or (settings.load is not None and settings.load.lowers_running)
         self.blocked: set[str] = set()
+        self.paused = False
 
     def arrives(self, request: Request) -> None:
         """Begin to follow a request, whatever its budget."""
@@ -46,10 +49,15 @@ class AutoBudgets:
 
     def unblock(self, requests: Mapping[str, Request]) -> None:
         """Let requests whose grammar has come count as waiting for the server, from now on."""
-        for request_id in [one for one in self.blocked if not _is_blocked(requests[one])]:
-            self.blocked.remove(request_id)
-            if self.meter is not None:
-                self.meter.arrives(request_id)
+        for request in [requests[one] for one in self.blocked if not _is_blocked(requests[one])]:
+            self.blocked.remove(request.request_id)
+            self.arrives(request)
+
+    def pauses(self, paused: bool) -> None:
+        """Note that an operator holds up the queue, or lets it go on."""
+        if self.meter is not None and self.paused and not paused:
+            self.meter.goes_on()
+        self.paused = paused
 
     def gets_token(self, request_ids: Iterable[str], tokens: Iterable[Sequence[int]]) -> None:
         """Note which requests a step gave tokens. tokens: of each of them, none or more."""
@@ -69,9 +77,12 @@ class AutoBudgets:
         """
         assert self.chooser is not None
         if self.meter is not None:
-            self.chooser.observe_latencies(self.meter.take(), idle=idle)
+            measured = self.meter.take()
+            if self.paused:
+                measured.wait_s = 0.0
+            self.chooser.observe_latencies(measured, idle=idle)
         else:
-            self.chooser.observe(num_waiting - len(self.blocked), num_running, kv_use)
+            self.chooser.observe(0 if self.paused else num_waiting - len(self.blocked), num_running, kv_use)
 
     def choose_again(self, waiting: Iterable[tuple[Request, RoutedRequest]]) -> Iterator[tuple[Request, RoutedRequest]]:
         """Decide for requests that may leave the queue; yields those that need another route."""
@@ -79,8 +90,6 @@ class AutoBudgets:
         assert chooser is not None
         for request, routed in waiting:
             if routed.asked is None or routed.excess is None or routed.planned or request.num_computed_tokens:
-                continue
-            if routed.chain_ended:
                 continue
             if chooser.price_of(routed.asked) != routed.price:
                 choice = chooser.choose(routed.asked, routed.excess)
@@ -98,7 +107,8 @@ class AutoBudgets:
             asked, route = routed.asked, routed.route
             if asked is None or routed.excess is None or chooser.price_of(asked) <= routed.price:
                 continue
-            if position < max(request.num_prompt_tokens, routed.planned):  # tokens that ran, or will run, at its depth
+            # Tokens that ran, or will run, at its depth. Accepted drafts are in the last bound, not in `planned`.
+            if position < max(request.num_prompt_tokens, routed.planned, request.num_tokens - 1):
                 continue
             choice = chooser.choose(asked, routed.excess)
             routed.price = choice.price
@@ -110,4 +120,8 @@ class AutoBudgets:
 
 
 def _is_blocked(request: Request) -> bool:
+    if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+        # vLLM leaves this status when it could start the request, not when its grammar has come.
+        asked = request.structured_output_request
+        return asked is None or asked.grammar is None
     return request.status.name.startswith("WAITING_FOR_")

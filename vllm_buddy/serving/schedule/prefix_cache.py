@@ -11,28 +11,34 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from vllm_buddy.serving.compat import rehash_blocks, stop_hashing
+from vllm_buddy.serving.compat import BlockHasher, rehash_blocks, stop_hashing
 
 TokenLimit = Callable[[Request, int], int]
 
 
-def salt(request: Request, key: str | None) -> None:
+def salt(request: Request, key: str | None, hasher: BlockHasher | None = None) -> None:
     """Make `key` part of the request's block hashes, beside a salt that the user may have sent.
 
-    None: take away an earlier one. The request has no blocks yet.
+    None: no key, and none of an earlier one. hasher: of a chain of hashes that was ended, and begins again. The request
+    has no blocks yet.
     """
     users = request.cache_salt[0] if isinstance(request.cache_salt, tuple) else request.cache_salt
     # A pair, not a string: a user can send any string, so a string could be made to reach the blocks of a path.
-    rehash_blocks(request, users if key is None else (users, key))
+    salted = users if key is None else (users, key)
+    if hasher is not None or salted != request.cache_salt:
+        rehash_blocks(request, salted, hasher)
 
 
-def end_hash_chain(request: Request, num_blocks: int) -> None:
+def end_hash_chain(request: Request, num_blocks: int) -> BlockHasher | None:
     """Keep the hashes of the first num_blocks blocks and add no more, because what follows ran another path.
 
     Otherwise a request that resumes after a preemption could find blocks beyond its change of path, published by a
     request that has the same tokens in its prompt.
+
+    Returns:
+        What made the hashes; None if there was none, as where the chain was ended before.
     """
-    stop_hashing(request, num_blocks)
+    return stop_hashing(request, num_blocks)
 
 
 def limit_publishing(coordinator: Any, limit: TokenLimit) -> None:

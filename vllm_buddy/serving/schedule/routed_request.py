@@ -6,6 +6,7 @@ import numpy as np
 
 from vllm_buddy.method import LayerPath, Route
 from vllm_buddy.serving.admission.auto_limits import AutoBudget
+from vllm_buddy.serving.compat import BlockHasher
 from vllm_buddy.serving.schedule.draft_pace import RequestDrafts
 from vllm_buddy.serving.schedule.outcome import Outcome
 from vllm_buddy.serving.schedule.plan import LayerPlaces
@@ -23,7 +24,7 @@ class RoutedRequest:
         again stands before it.
     drafts: made for it by DepthDrafts; None on a server without that drafter.
     told: number of tokens whose paths streamed chunks have told so far; None if the request does not ask for paths.
-    chain_ended: whether its block hashes end before a change of path, which cannot be undone.
+    hasher: of its blocks, once their hashes end before a change of path; None before, or without a prefix cache.
     units: that it takes of the KV cache; None in the dense layout. sent_layers: the layers whose units workers know.
     """
 
@@ -35,7 +36,7 @@ class RoutedRequest:
     planned: int = 0
     drafts: RequestDrafts | None = None
     told: int | None = None
-    chain_ended: bool = False
+    hasher: BlockHasher | None = None
     units: RequestUnits | None = None
     sent_layers: LayerPath = 0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
@@ -96,8 +97,10 @@ class _Routing(_Base):
         """Make what a request's place in the KV cache needs of its route, before it has any."""
         if self._units is not None:
             routed.units = RequestUnits(self._units, routed.route, self.block_size)
-        if (key := routed.route.cache_key) is not None:
-            salt(request, f"{self._salt_prefix}:{key}")
+        key = routed.route.cache_key
+        salt(request, None if key is None else f"{self._salt_prefix}:{key}", routed.hasher)
+        routed.hasher = None
+        if key is not None:
             # If the path changes within the prompt, the request must not look up blocks after the change.
             self._publishable_tokens(request, request.num_tokens)
 
@@ -142,8 +145,7 @@ class _Routing(_Base):
         if uniform is None:
             return num_tokens
         # Also where the change lies ahead: under asynchronous scheduling a path is decided before its token arrives.
-        end_hash_chain(request, uniform // self.hash_block_size)
-        routed.chain_ended = True
+        routed.hasher = end_hash_chain(request, uniform // self.hash_block_size) or routed.hasher
         return min(uniform, num_tokens)
 
     def _units_of(self, req_id: str, num_tokens: int) -> RequestUnits:
@@ -200,7 +202,6 @@ class _Routing(_Base):
             starting = [(r, self._routed[r.request_id]) for r in islice(free, min(room, _MOST_STARTING))]
             for request, routed in auto.choose_again(starting):
                 routed.route = self._new_route(request, routed.outcome.budget)
-                salt(request, None)
                 self._prepare_cache(request, routed)
 
     def _lower_running(self) -> None:
@@ -310,6 +311,11 @@ class _Routing(_Base):
         counts, routed = self._checked.pop(req_id, None), self._routed.get(req_id)
         if counts is not None and routed is not None:
             routed.outcome.add(counts, num_accepted)
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        """vLLM's; what waits because of it is no load."""
+        super().set_pause_state(pause_state)
+        self._auto.pauses(pause_state != PauseState.UNPAUSED)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> "SchedulerStats | None":
         """vLLM's statistics, with our figures. Called at the end of a step, when the requests that ended have left."""

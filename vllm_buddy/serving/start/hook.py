@@ -24,6 +24,7 @@ from vllm_buddy.serving.start.base_model import check_base_model, check_lora, id
 from vllm_buddy.serving.start.devices import with_device_settings
 from vllm_buddy.serving.start.kv_layout import kv_units
 from vllm_buddy.serving.start.refusals import refuse_unsupported
+from vllm_buddy.serving.start.setting_sections import AUTO
 from vllm_buddy.serving.start.settings import CONFIG_KEY, BuddySettings, parse_settings
 
 if TYPE_CHECKING:
@@ -189,3 +190,9 @@ def _log_summary(settings: BuddySettings, artifact: Artifact, limits: RequestLim
         f" on {limits.layers.bit_count()} of {limits.num_layers} layers" if limits.max_budget < 1.0 else "",
         "" if limits.auto is None else f', "auto" chooses {limits.auto.summary()}',
     )
+    if (settings.load or settings.slo) and limits.default_budget != AUTO:
+        logger.warning(
+            'vllm_buddy: load and slo lower requests of budget "auto" only; those that name no budget run at '
+            'default_budget %s; set it to "auto" to have them lowered too',
+            limits.default_budget,
+        )

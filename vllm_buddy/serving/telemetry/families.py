@@ -66,7 +66,12 @@ def families(num_layers: int, *, has_auto: bool, lossless: bool, objectives: Ite
         values=budgets,
     )
     if has_auto:
-        yield Family("auto_budget", "histogram", "The same, of requests with budget auto.", BUDGETS)
+        yield Family(
+            "auto_budget",
+            "histogram",
+            "Budget of finished requests with budget auto; of lowered ones, the share of layers that they ran.",
+            BUDGETS,
+        )
         yield Family("auto_price", "gauge", "Price of compute, nats per token for all layers.")
         yield Family("load", "gauge", "Load that the price follows, from 0 to 1.")
     if names := tuple(objectives):
