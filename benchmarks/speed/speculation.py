@@ -1,11 +1,11 @@
 """Measures what drafts add to routing, and what routing adds to drafts.
 
-    python -m benchmarks.speed.speculation          # SmolLM2-135M on CPU: about 13 minutes on 2 cores
+    python -m benchmarks.speed.speculation          # SmolLM2-135M on CPU: about 25 minutes on 2 cores
 
 Stock vLLM and buddy run with and without n-gram drafts, in one process, and so does lossless mode: drafts from short
 paths of the model's own layers, always, as the pace allows, and where no n-gram is found. Depths are those of the
-artifact's draft exits. Engines alternate in each round. Prompts are passages of prose; one
-task is answered by copying, the other is not.
+artifact's draft exits, and paths those that its router picks. Engines alternate in each round. Prompts are passages of
+prose; one task is answered by copying, the other is not.
 
 Before a variant is timed, what it computes is compared with a plain forward; a lossless answer must consist of greedy
 choices of the whole model, up to bf16's rounding. `tokens_per_s` counts all tokens after the first of each request,
@@ -87,7 +87,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 4, 8])
-    add_rounds_option(parser, 3)
+    add_rounds_option(parser, 7)
     parser.add_argument("--out", type=Path, default=RESULTS_DIR / f"{device()}_speculation.jsonl")
     add_lineup_options(parser)
     args = parser.parse_args()
@@ -133,13 +133,14 @@ def _variants(lineup: Lineup) -> list[Variant]:
     """All variants, and their engines started."""
     whole, schedule = full_path(lineup.num_layers), lineup.artifact.schedule()
     found: list[Variant] = [lineup.stock()]
-    found += [lineup.routed(budget, schedule=schedule) for budget in (1.0, *BUDGETS)]
+    routed = [lineup.routed(budget, own_paths=True, schedule=schedule) for budget in (1.0, *BUDGETS)]
+    found += routed
     with _numba_hidden():
         drafting = lineup.drafting
-    common: dict[str, Any] = {"llm": drafting, "router": lineup.router, "schedule": schedule}
-    for budget in (1.0, *BUDGETS):
-        name, layers = f"buddy {budget}, n-gram", lineup.depth(budget)
-        found.append(Drafted(name=name, layers=layers, budget=budget, ngrams=True, **common))
+    common: dict[str, Any] = {"llm": drafting, "router": lineup.artifact.router(), "schedule": schedule}
+    for one in routed:
+        name, layers = f"{one.name}, n-gram", one.layers
+        found.append(Drafted(name=name, layers=layers, budget=one.budget, ngrams=True, **common))
 
     def lossless(name: str, **how: Any) -> Drafted:
         return Drafted(name=f"lossless, {name}", layers=lineup.num_layers, budget=1.0, **common, **how)
@@ -188,7 +189,7 @@ def _check(lineup: Lineup, variants: Sequence[Variant], prompts: Sequence[list[i
         if variant.layers == lineup.num_layers:
             greedy.check(variant.name, prompts, answers[variant.name], LayersRun(), BFLOAT16_GAP)
         elif variant in drafts:
-            pairs = zip(answers[variant.name], answers[f"buddy {variant.budget}"])
+            pairs = zip(answers[variant.name], answers[variant.name.removesuffix(", n-gram")])
             agreed = [num_agreed(ours, without) for ours, without in pairs]
             if np.mean(agreed) < LEAST_AGREED:
                 raise Refused(f"{variant.name} agrees with the same without drafts on {agreed} tokens only")

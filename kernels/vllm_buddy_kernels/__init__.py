@@ -5,7 +5,13 @@ from vllm_buddy_kernels.gather_rows import gather_rows, gather_rows_reference
 from vllm_buddy_kernels.layer_slots import layer_slots, layer_slots_reference
 from vllm_buddy_kernels.ops import BypassRows, GatherRows, Kernels, LayerSlots, ScatterRows
 from vllm_buddy_kernels.scatter_rows import scatter_rows, scatter_rows_reference
-from vllm_buddy_kernels.triton_import import KernelError, interpreted, require_triton, why_unavailable
+from vllm_buddy_kernels.triton_import import (
+    KernelError,
+    OutOfResources,
+    interpreted,
+    require_triton,
+    why_unavailable,
+)
 
 KERNELS = {
     "triton": Kernels(layer_slots, gather_rows, scatter_rows, bypass_rows),
@@ -19,6 +25,7 @@ __all__ = [
     "KernelError",
     "Kernels",
     "LayerSlots",
+    "OutOfResources",
     "ScatterRows",
     "bypass_rows",
     "bypass_rows_reference",

@@ -29,7 +29,8 @@ MAX_RANK = 512  # with a larger rank the tiles do not fit into shared memory
 MAX_SLICES = 32
 TARGET_PROGRAMS = 128  # an H100 has 132 SMs
 NUM_STAGES = 3
-STAGES_BYTES = 144 * 1024  # of the 227 KiB of shared memory an H100 gives a program
+STAGES_BYTES = 144 * 1024  # of the shared memory that an H100 gives a program
+H100_SHARED_BYTES = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,31 @@ class BypassLaunch:
     num_warps: int
 
 
-def bypass_launch(num_tokens: int, hidden_size: int, rank: int, itemsize: int) -> BypassLaunch:
-    """Return the launch for sizes that the host knows. Only the number of slices depends on num_tokens."""
+def bypass_launch(
+    num_tokens: int, hidden_size: int, rank: int, itemsize: int, shared_bytes: int = H100_SHARED_BYTES
+) -> BypassLaunch:
+    """Return the launch for sizes that the host knows. Only the number of slices depends on num_tokens.
+
+    shared_bytes: shared memory that the device gives a program; an H100's share of it goes to the stages, and no more.
+    """
     block_rank = max(MIN_SIDE, _power_of_2_up(rank))
     # There are no matrix instructions in full fp32, so every thread keeps its share of a chunk in registers.
     most = 32 if itemsize == 4 else 256
-    fitting = STAGES_BYTES // (NUM_STAGES * itemsize * (block_rank + 2 * BLOCK_ROWS))
+    stages_bytes = STAGES_BYTES * min(shared_bytes, H100_SHARED_BYTES) // H100_SHARED_BYTES
+    fitting = stages_bytes // (NUM_STAGES * itemsize * (block_rank + 2 * BLOCK_ROWS))
     block_in = max(MIN_SIDE, min(most, _power_of_2_down(fitting), _power_of_2_up(hidden_size)))
     block_out = min(64, max(MIN_SIDE, 8192 // block_rank))
     row_blocks = -(-num_tokens // BLOCK_ROWS)
     slices = min(MAX_SLICES, max(1, TARGET_PROGRAMS // max(1, row_blocks)))
     columns = -(-hidden_size // (slices * block_out)) * block_out
     return BypassLaunch(block_rank, block_in, block_out, columns, 4 if block_rank <= 64 else 8)
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a device gives a program, in bytes; in the interpreter, as an H100."""
+    if device.type != "cuda":
+        return H100_SHARED_BYTES
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def _power_of_2_up(n: int) -> int:
@@ -201,7 +215,7 @@ def _bypass_rows(
     num_tokens, hidden_size = hidden.shape
     state = hidden.new_empty(num_tokens, hidden_size)
     if num_tokens > 0:
-        launch = bypass_launch(num_tokens, hidden_size, len(down), hidden.itemsize)
+        launch = bypass_launch(num_tokens, hidden_size, len(down), hidden.itemsize, shared_bytes(hidden.device))
         bypass_rows_kernel[(-(-num_tokens // BLOCK_ROWS), -(-hidden_size // launch.columns))](
             hidden,
             residual,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["KernelError", "interpreted", "require_triton", "tl", "triton", "why_unavailable"]
+__all__ = ["KernelError", "OutOfResources", "interpreted", "require_triton", "tl", "triton", "why_unavailable"]
 
 
 class KernelError(ValueError):
@@ -29,8 +29,12 @@ class _Absent(ModuleType):
 try:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources
 except ImportError:
     triton = tl = _Absent("triton")
+
+    class OutOfResources(Exception):  # type: ignore[no-redef]
+        """Triton's: the device has too little shared memory, or too few registers, for a kernel."""
 
 
 def interpreted() -> bool:

@@ -149,6 +149,15 @@ def test_rows_of_wider_buffers() -> None:
     assert torch.equal(got[skips], bypass_rows(hidden, residual, skips, down, up, EPS)[skips])
 
 
+@pytest.mark.parametrize("rank", [16, 64, 128, 256])
+def test_a_device_with_less_shared_memory_gets_smaller_tiles(rank: int) -> None:
+    """Fails if a GPU with 99 KiB is given the tiles of an H100, which do not fit."""
+    usual, small = (bypass_launch(8, 4096, rank, 2, kib * 1024) for kib in (227, 99))
+    assert small.block_in < usual.block_in
+    assert NUM_STAGES * 2 * small.block_in * (small.block_rank + 2 * BLOCK_ROWS) <= 64 * 1024
+    assert bypass_launch(8, 4096, rank, 2, 500 * 1024) == usual == bypass_launch(8, 4096, rank, 2)
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("rank", [1, 16, 60, 64, 200, MAX_RANK])
 @pytest.mark.parametrize("hidden_size", [1, 63, 576, 3584, 4096, 8192])

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -341,6 +342,16 @@ def test_start_up_captures_what_the_settings_say(
     ask = Ask((5, 6, 7), 0.5, 9)
     llama.check([ask], llama.run([ask]))
     assert bodies_seen == [bodies_seen[0]] * 4 + [1]
+
+
+def test_a_start_without_memory_for_graphs_says_what_to_do(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a device that is full at start ends it in an error that names no setting."""
+    llama.configure(MASKED, 0)
+    graphs = GraphSettings(enabled=True, sizes=(2, 8), memory_mib=64)
+    monkeypatch.setattr(llama.state, "_settings", llama.state._settings.model_copy(update={"graphs": graphs}))
+    monkeypatch.setattr(llama.state, "_capture", Mock(side_effect=OutOfGraphMemory("9 MiB of device memory are free")))
+    with pytest.raises(SettingsError, match=r"9 MiB of device memory are free\); give fewer graphs\.sizes"):
+        llama.state.start_serving(llama.runner.model.model)
 
 
 @pytest.mark.parametrize(("num_layers", "num_sizes"), [(30, 13), (64, 13), (77, 13), (80, 13), (126, 13), (126, 60)])

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_sizes_that_do_not_grow_are_refused(sizes: list[int]) -> None:
 @pytest.mark.parametrize("block_size", [32, 128])
 def test_kernels_are_tried_in_every_form_at_start(block_size: int) -> None:
     """Fails if a kernel's first compilation, or its refusal of the model's shapes, waits for a request."""
-    from vllm_buddy_kernels import KERNELS, KernelError, Kernels
+    from vllm_buddy_kernels import KERNELS, KernelError, Kernels, OutOfResources
 
     from vllm_buddy.method.bypass import Bypass
     from vllm_buddy.serving.forward.layer import fused_bypasses, try_kernels
@@ -170,8 +171,7 @@ def test_kernels_are_tried_in_every_form_at_start(block_size: int) -> None:
     assert len([1 for name, _ in forms if name == "bypass_rows"]) == 2
     assert len([1 for name, _ in forms if name == "layer_slots"]) == 2
 
-    def refuses(*args: Any) -> Any:
-        raise KernelError("the rank is 1000, not 1 to 512")
-
-    with pytest.raises(UnsupportedError, match=r'the rank is 1000.*set "kernels": "reference"'):
-        try_kernels([layer] * 3, None, Kernels(refuses, refuses, refuses, refuses), block_size)
+    for error in (KernelError("the rank is 1000"), OutOfResources(120, 99, "shared memory")):
+        refuses = Mock(side_effect=error)
+        with pytest.raises(UnsupportedError, match=rf'{error}.*set "kernels": "reference"'):
+            try_kernels([layer] * 3, None, Kernels(refuses, refuses, refuses, refuses), block_size)

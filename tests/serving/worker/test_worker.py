@@ -9,6 +9,7 @@ import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_buddy.errors import SettingsError, UnsupportedError
+from vllm_buddy.serving.start.refusal_note import refusal_note
 from vllm_buddy.serving.worker.worker import BuddyGPUWorker
 
 AVAILABLE = 10 << 30
@@ -87,6 +88,22 @@ def test_weights_are_not_loaded_again() -> None:
     assert hasattr(Worker, "reload_weights")
     with pytest.raises(UnsupportedError, match="restart the server"):
         worker({}).reload_weights()
+
+
+def test_what_graphs_and_kernels_refuse_at_start_reaches_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a start that ends in capturing graphs says no more than that the engine did not start."""
+
+    def refuses(backbone: Any) -> None:
+        raise SettingsError("raise graphs.memory_mib")
+
+    made = worker({})
+    made.model_runner = SimpleNamespace(
+        buddy_state=SimpleNamespace(start_serving=refuses), model=SimpleNamespace(model="the backbone")
+    )
+    with refusal_note() as note:
+        with pytest.raises(SettingsError):
+            made._maybe_activate_jit_monitor()
+        assert note.read_text() == "raise graphs.memory_mib"
 
 
 def test_graphs_are_captured_before_vllm_ends_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm_buddy_kernels import KernelError, Kernels
+from vllm_buddy_kernels import KernelError, Kernels, OutOfResources
 from vllm_buddy_kernels.layer_slots import LAUNCH_BLOCKS
 
 from vllm_buddy.errors import UnsupportedError
@@ -79,7 +79,7 @@ def try_kernels(
     block_size: of the KV cache, in tokens.
 
     Raises:
-        UnsupportedError: one does not take this model's shapes.
+        UnsupportedError: one does not take this model's shapes, or not on this device.
     """
     norm = layers[0].input_layernorm
     weight, eps = norm.weight, norm.variance_epsilon
@@ -109,5 +109,5 @@ def try_kernels(
                     slots,
                     row[None].clone(),
                 )
-    except KernelError as error:
+    except (KernelError, OutOfResources) as error:
         raise UnsupportedError(f'{error}; set "kernels": "reference" to serve this model without Triton') from None

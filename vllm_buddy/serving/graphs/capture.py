@@ -10,6 +10,7 @@ from vllm.distributed.parallel_state import GraphCaptureContext, get_tp_group
 from vllm.platforms import current_platform
 
 Replay = Callable[[], Any]
+_LEAST_FREE = 64 << 20  # bytes of the device for a capture: the driver keeps what it makes of a graph outside the pool
 
 
 class OutOfGraphMemory(RuntimeError):
@@ -41,24 +42,46 @@ class CudaCapture:
 
     def __call__(self, bodies: Sequence[Callable[[], None]], warm_up: bool = False) -> tuple[list[Replay], int]:
         torch.cuda.synchronize(self._device)
-        before = torch.cuda.mem_get_info(self._device)[0]
+        before = self._free_for_a_capture()
         group = get_tp_group()
         replays: list[Replay] = []
         try:
             with group.graph_capture(GraphCaptureContext(self._stream)):
-                # On this stream, because a first call allocates things for its stream, which a graph must not.
-                for body in bodies if warm_up else ():
-                    body()
+                if warm_up:
+                    # On this stream, because a first call allocates things for its stream, which a graph must not.
+                    for body in bodies:
+                        body()
+                    # torch would keep the rest for this stream, and captures do not take from there.
+                    torch.cuda.synchronize(self._device)
+                    torch.cuda.empty_cache()
                 for body in bodies:
                     graph = torch.cuda.CUDAGraph()
                     self._into(graph, body)
                     replays.append(graph.replay)
-        except torch.OutOfMemoryError as error:
-            if group.world_size > 1:  # the other ranks have captured it
+        except RuntimeError as error:  # torch.OutOfMemoryError, or the driver's torch.AcceleratorError
+            # With several ranks the others have captured it.
+            if "out of memory" not in str(error) or group.world_size > 1:
                 raise
             raise OutOfGraphMemory(str(error)) from None
         torch.cuda.synchronize(self._device)
-        return replays, self._most(max(0, before - torch.cuda.mem_get_info(self._device)[0]))
+        taken = max(0, before - torch.cuda.mem_get_info(self._device)[0])
+        # The largest over the ranks, which must drop the same graphs: capturing one takes all ranks.
+        return replays, _over_ranks(taken, torch.distributed.ReduceOp.MAX)
+
+    def _free_for_a_capture(self) -> int:
+        """The free memory of the device, in bytes. If it is little, torch gives back what it holds unused.
+
+        Raises:
+            OutOfGraphMemory: one of the ranks has too little; raised by all of them.
+        """
+        for is_emptied in (False, True):
+            if is_emptied:
+                torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(self._device)[0]
+            least = _over_ranks(free, torch.distributed.ReduceOp.MIN)
+            if least >= _LEAST_FREE:
+                return free
+        raise OutOfGraphMemory(f"{least >> 20} MiB of device memory are free, {_LEAST_FREE >> 20} are needed")
 
     def _into(self, graph: torch.cuda.CUDAGraph, body: Callable[[], Any]) -> None:
         """Not torch.cuda.graph, which collects garbage and empties the allocator's cache each time."""
@@ -74,11 +97,12 @@ class CudaCapture:
                 raise
             graph.capture_end()
 
-    def _most(self, num_bytes: int) -> int:
-        """The largest over the ranks, which must drop the same graphs: capturing one takes all ranks."""
-        group = get_tp_group()
-        if group.world_size == 1:
-            return num_bytes
-        most = torch.tensor(num_bytes, dtype=torch.int64)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
-        return int(most)
+
+def _over_ranks(num_bytes: int, op: Any) -> int:
+    """The largest or smallest number over the tensor-parallel ranks. op: a torch.distributed.ReduceOp."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return num_bytes
+    reduced = torch.tensor(num_bytes, dtype=torch.int64)
+    torch.distributed.all_reduce(reduced, op, group=group.cpu_group)
+    return int(reduced)

@@ -13,7 +13,7 @@ import torch
 from vllm.logger import init_logger
 from vllm_buddy_kernels import KERNELS, Kernels
 
-from vllm_buddy.errors import UnsupportedError
+from vllm_buddy.errors import SettingsError, UnsupportedError
 from vllm_buddy.method import LayerPath, full_path
 from vllm_buddy.method.kv_policy import KVPolicyName
 from vllm_buddy.serving.compat import attention_problem, layer_metadata, metadata_builder, moved_metadata
@@ -22,7 +22,7 @@ from vllm_buddy.serving.forward.compiled import LayerFn
 from vllm_buddy.serving.forward.eager import RoutedStep
 from vllm_buddy.serving.forward.layer import try_kernels
 from vllm_buddy.serving.forward.pipeline import is_here, stage_of
-from vllm_buddy.serving.graphs.capture import CudaCapture
+from vllm_buddy.serving.graphs.capture import CudaCapture, OutOfGraphMemory
 from vllm_buddy.serving.graphs.decode import DecodeGraphs, GraphedStep
 from vllm_buddy.serving.kv import POLICIES, KVPolicy, LayerView
 from vllm_buddy.serving.schedule.plan import EXECUTED_ATTRIBUTE, PLAN_ATTRIBUTE, Executed, RequestPlan, StepPlan
@@ -126,7 +126,13 @@ class WorkerState:
                 memory_limit=limit,
                 capture=self._capture,
             )
-            taken = graphs.capture_pieces()
+            try:
+                taken = graphs.capture_pieces()
+            except OutOfGraphMemory as error:
+                raise SettingsError(
+                    f"no device memory is left to capture CUDA graphs ({error}); give fewer graphs.sizes, lower "
+                    "--gpu-memory-utilization or --kv-cache-memory-bytes, or set graphs.enabled to false"
+                ) from None
         logger.info(
             "vllm_buddy: CUDA graphs of each layer, for batches of %s, take %d of graphs.memory_mib %d",
             settings.sizes,

@@ -65,6 +65,7 @@ class _BuddyWorker:
     def _backbone(self) -> Any:
         return self.model_runner.model.model
 
+    @telling_refusals()
     def _start_serving(self) -> None:
         self.model_runner.buddy_state.start_serving(self._backbone)
 
