@@ -15,6 +15,7 @@ barrier across the grid. A block of rows that all run the layer reads nothing bu
 The order of the sums depends on hidden_size, rank and dtype alone, so a row's result does not depend on its neighbours.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +65,12 @@ def bypass_launch(
     return BypassLaunch(block_rank, block_in, block_out, columns, 4 if block_rank <= 64 else 8)
 
 
+@functools.cache
 def shared_bytes(device: torch.device) -> int:
-    """Shared memory that a device gives a program, in bytes; in the interpreter, as an H100."""
-    if device.type != "cuda":
+    """Shared memory that Triton gives a program on a device, in bytes; in the interpreter, as on an H100."""
+    if interpreted():
         return H100_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 def _power_of_2_up(n: int) -> int:

@@ -118,10 +118,26 @@ def test_ngrams_are_looked_for_until_some_are_found() -> None:
         assert server.wanted([(request, 100)], 1) == [(0, 0)]
         server.observe(request, nothing, 0)
     for _ in range(5):  # none is found
-        assert server.wanted([(request, 100)], 1) == [(4, 0)]
+        assert server.wanted([(request, 100)], 1) == [(1, 0)]
         server.observe(request, nothing, 0)
-    server.observe(request, Executed(1, 8, 8, 8, (8,) * 4), 0)
+    server.observe(request, Executed(1, 8, 8, 8, (8,)), 0)
     assert server.wanted([(request, 100)], 1) == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "tried"), [((0.1,) * 4, 1), ((0.3, 0.1, 0.05, 0.04), 3), ((0.0,) * 4, 4)], ids=("by row", "odd", "free")
+)
+def test_as_many_ngrams_are_tried_as_cost_least(rows: tuple[float, ...], tried: int) -> None:
+    """Fails if each request of a batch tries all now and then, which then costs what wrong drafts cost. rows: of 1, 2,
+    ... drafts, what each costs."""
+    server = drafting(0.1, ngram_max=4)
+    request = server.of_request(lossless=False)
+    assert request.ngrams is not None
+    for _ in range(60):
+        request.ngrams.observe(4, 0)
+    assert server._num_ngrams(request, rows) == 0
+    request.steps_without_ngrams = PROBE_EVERY
+    assert server._num_ngrams(request, rows) == tried
 
 
 def test_text_that_changes_brings_drafts_back() -> None:

@@ -8,7 +8,8 @@ Whether a draft is right is estimated for each request from its own drafts, and 
 requests. Then drafts pay as follows (`method/drafting.py`):
 
 - N-grams cost rows in the step that checks them. Each request has the number that gains most by itself, 0 where none
-  gains more than MARGIN. A request without any tries all now and then, because its text may change.
+  gains more than MARGIN. A request without any tries some now and then, because its text may change: as many as cost
+  least.
 - A draft pass reads its layers once for all requests that draft, so they draft together or not at all: as many as gain
   most for the whole batch. A server that makes none tries one pass now and then.
 
@@ -270,8 +271,8 @@ class Drafting:
             return 0
         right = drafts.ngrams.chain(self._num_drafts)
         best = _best([draft_gain(right[:n], 0.0, row) for n, row in enumerate(rows, start=1)])
-        if best == 0 and drafts.steps_without_ngrams >= PROBE_EVERY:
-            return self._num_drafts  # until a step checks one: to look for n-grams costs nothing
+        if best == 0 and drafts.steps_without_ngrams >= PROBE_EVERY:  # until a step checks one: to look costs nothing
+            return min(range(1, self._num_drafts + 1), key=lambda n: (n * rows[n - 1], -n))
         if best == 0:
             drafts.steps_without_ngrams += 1
         return best

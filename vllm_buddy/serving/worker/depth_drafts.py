@@ -87,7 +87,7 @@ class DepthDrafts:
         req_ids = self._runner.input_batch.req_ids[:num_reqs]
         ngrams, wanted = zip(*self._runner.buddy_state.wanted_drafts(req_ids))
         drafts: list[list[int]] = [[] for _ in range(num_reqs)]
-        if self._ngrams is not None:
+        if self._ngrams is not None and any(ngrams):
             asking = [sampled if n else [] for sampled, n in zip(sampled_token_ids, ngrams)]
             found = self._ngrams.propose(self._most, asking, num_tokens_no_spec, token_ids_cpu)
             drafts = [tokens[:n] for tokens, n in zip(found, ngrams)]
