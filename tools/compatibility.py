@@ -54,8 +54,8 @@ Found with these cases and by fuzzing, and seen without this plugin too. The ser
 - `"vllm_xargs": {"kv_transfer_params": "x"}`, or a number or list there, is answered HTTP 500 instead of 400.
 - A lone surrogate (`"\\ud800"`) in `vllm_xargs` is answered HTTP 500. In the plugin's own options it is HTTP 400.
 - `"structured_outputs": 5`, or anything else there that is no object, is answered HTTP 500.
-- An error that is found when a streamed request is prepared, such as a bad budget, comes as an event of a stream that
-  began with HTTP 200.
+- An error that is found when a streamed request is prepared comes as an event of a stream that began with HTTP 200.
+  Of this plugin's options, all but `buddy_context_tokens` are refused before that in streamed completions and chats.
 - Without a tokenizer (`--skip-tokenizer-init`), a token id that the model lacks ends the engine. With this plugin it is
   refused.
 - On CPU, a `seed` beside a prompt that is computed in chunks ends the engine. With this plugin it does not.

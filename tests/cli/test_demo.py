@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_buddy.cli import main
 from vllm_buddy.cli.budget_list import parse_budgets
 from vllm_buddy.cli.chat_client import Answer
 from vllm_buddy.cli.demo import write
@@ -112,6 +113,20 @@ def test_budgets_are_checked_before_the_server_starts() -> None:
     for bad in ("1.0,x", "0", "1.5", "0.05", "nan", ""):
         with pytest.raises(BudgetError):
             parse_budgets(bad, NUM_LAYERS)
+
+
+@pytest.mark.parametrize("output", ["folder", ".", "x.html", "file/demo.json"])
+def test_an_output_that_cannot_be_written_is_refused_at_once(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if minutes of work end in a traceback, or the page overwrites the figures."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("vllm_buddy.cli.demo.fetch", lambda **_: pytest.fail("begins"))
+    monkeypatch.setattr("vllm_buddy.cli.demo.interrupt_on_signals", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--output", output]) == 2
+    assert "--output" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -135,6 +135,38 @@ def test_another_pages_form_is_refused(url: str) -> None:
     assert Handler.received == []
 
 
+@pytest.mark.parametrize("host", ["evil.example:8001", "127.0.0.1.evil.example", "[", ""])
+def test_a_page_whose_name_was_made_to_lead_here_is_refused(url: str, host: str) -> None:
+    """Fails if a foreign page can use the server, and its key, by DNS rebinding: its browser takes it for our page."""
+    answer = httpx.post(f"{url}/api/ask", json=ASKED, headers={"Host": host}, trust_env=False)
+    assert answer.status_code == 403
+    for path in ("/", "/api/server"):
+        assert httpx.get(f"{url}{path}", headers={"Host": host}, trust_env=False).status_code == 403
+    assert Handler.received == []
+    for name in ("localhost:8001", "LOCALHOST", "[::1]:8001"):
+        assert httpx.get(url, headers={"Host": name}, trust_env=False).status_code == 200
+
+
+def test_on_all_addresses_it_answers_to_all_names() -> None:
+    """Fails if --host 0.0.0.0 cannot be reached by the name of the machine."""
+    with playground("http://127.0.0.1:1", "0.0.0.0", 0) as server, serving(server) as url:
+        assert httpx.get(url, headers={"Host": "machine.example"}, trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("url", "port", "message"),
+    [
+        ("http://x", 99999, "choose another with --port"),
+        ("http://localhost:80a", 0, "is no address of a server"),
+        ("localhost:8000", 0, "begins with http:// or https://"),
+    ],
+)
+def test_addresses_that_are_none_are_one_line(url: str, port: int, message: str) -> None:
+    """Fails if a slip of the keyboard ends in a traceback, or a playground that never reaches a server."""
+    with pytest.raises(ServerError, match=message), playground(url, "127.0.0.1", port):
+        pass
+
+
 def test_a_server_that_is_not_there_is_said_to_be_down(without_server: str) -> None:
     """Fails if the playground ends, or hides that nothing answers."""
     assert httpx.get(f"{without_server}/api/server", trust_env=False).json()["up"] is False

@@ -43,6 +43,16 @@ def test_bad_input_is_refused_before_vllm_starts(
     assert message in capsys.readouterr().err
 
 
+def test_routed_answers_need_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the full model answers in place of the routed one: without the plugin vLLM serves it silently."""
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    command = ["sample", str(tmp_path / "a.jsonl"), "--questions", "q.json", "--artifact", "smollm2-135m"]
+    assert main(command) == 2
+    assert "vLLM would not load the plugin" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("before", [None, "rows of an earlier run"])
 def test_what_is_there_stays_until_all_is_drawn(
     model_with_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None

@@ -31,6 +31,8 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["m", "--model_impl=auto"], ["m", "--model_impl=auto"]),
         (["--port", "1", "--model", "m"], ["--port", "1", "--model", "m", "--model-impl", "buddy"]),
         (["--config", "c.yaml"], ["--config", "c.yaml", "--model-impl", "buddy"]),
+        (["--max_model_len", "1", "/models/m"], ["/models/m", "--max_model_len", "1", "--model-impl", "buddy"]),
+        (["--enable-lora", "m", "--seed=1"], ["m", "--enable-lora", "--seed=1", "--model-impl", "buddy"]),
     ],
 )
 def test_model_impl_is_added_once(given: list[str], expected: list[str]) -> None:
@@ -117,6 +119,16 @@ def test_embedded_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "qwen2.5-coder-0.5b").mkdir()
     assert complete(["qwen2.5-coder-0.5b"])[0] == "qwen2.5-coder-0.5b"
+
+
+@pytest.mark.usefixtures("embedded")
+@pytest.mark.parametrize("place", [0, 2])
+def test_what_a_configuration_file_says_stays(tmp_path: Path, place: int) -> None:
+    """Fails if the stock model, or a name, that a file asks for is overridden: vLLM takes the command line's."""
+    (tmp_path / "c.yaml").write_text("model-impl: auto\nserved_model_name: mine\n")
+    argv = ["--config", f"{tmp_path}/c.yaml"]
+    argv.insert(place, "smollm2-135m")
+    assert not {"--model-impl", "--served-model-name"} & set(complete(argv))
 
 
 @pytest.mark.usefixtures("embedded")

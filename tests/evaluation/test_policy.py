@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.conftest import Tiny, random_samples
-from tests.harness.tiny_models import NUM_LAYERS
+from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, random_artifact
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.baselines import static_path
 from vllm_buddy.errors import EvaluationError
@@ -89,6 +89,19 @@ def test_frozen_takes_the_most_common_path(tiny: Tiny, tmp_path: Path) -> None:
     assert loaded.bypass is not None
     assert loaded.config.library is not None
     assert list(loaded.config.library) == [DEPTH]
+
+
+def test_frozen_paths_leave_out_what_chooses_among_others(tiny: Tiny, tmp_path: Path) -> None:
+    """Fails if the artifact with few depths cannot be saved, and so not be evaluated in vLLM, because it has a Budget
+    Predictor of more; or if `frozen` at full depth alone has no path."""
+    artifact = random_artifact(tmp_path / "with", tiny.folder, predictor_depths=PREDICTOR_DEPTHS)
+    assert artifact.predictor is not None
+    policy = Policy("buddy", artifact, PathSchedule(0))
+    frozen = policy.frozen(random_samples(MANY[:2]), [DEPTH, NUM_LAYERS])
+    frozen.artifact.save(tmp_path / "a")
+    assert load_artifact(tmp_path / "a").predictor is None
+    full = policy.frozen(random_samples(MANY[:2]), [NUM_LAYERS])
+    assert [len(full.route(sample, NUM_LAYERS)) for sample in random_samples(MANY[:2])] == [1, 1]
 
 
 def test_prompt_only_never_changes_its_path(tiny: Tiny) -> None:

@@ -134,13 +134,16 @@ def test_from_files_to_an_artifact_that_is_evaluated(
     options += ["--answer", "16", "--dtype", "float32", "--json", str(out / "e.json"), "--plot", str(out / "e.png")]
     capsys.readouterr()
     assert main(["eval-budget", data, *options]) == 0
-    printed = capsys.readouterr().out
+    printed, warned = capsys.readouterr()
+    assert "warning:" not in warned
     found = json.loads((out / "e.json").read_text())
     assert {(row["data_set"], row["samples"]) for row in found} == {("text.txt", 3), ("rows.json", 3), ("mixed", 6)}
     auto = [row for row in found if row["series"] == "auto"]
     assert {row["layers"] for row in auto if row["price"] == 0.0} == {8.0}
     assert all(row["best"] <= row["loss"] + 1e-4 for row in auto)
     assert sum(row["own_price"] for row in auto) == 3
+    assert main(["eval-budget", data, *options[:-2], "--part", "0.5,1"]) == 0
+    assert "was trained on the first 80% of text.txt" in capsys.readouterr().err, "training text passes for new text"
     assert main(["eval-budget", data, *options[:-1], str(out / "e.nothing")]) == 2
     assert "cannot write the picture" in capsys.readouterr().err
     assert "mixed" in printed

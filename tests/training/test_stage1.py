@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,21 @@ import yaml
 
 from tests.harness.tiny_models import NUM_LAYERS, load_model
 from tests.training.conftest import run
-from vllm_buddy.artifact import RUN_FILE, identify, load_artifact
+from vllm_buddy.artifact import RUN_FILE, identify, load_artifact, with_drafts
 from vllm_buddy.baselines import LayerOrder, OrderFile
 from vllm_buddy.cli import main
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import BuddyError, DataError, TrainingError
 from vllm_buddy.evaluation.request_samples import SampleShape, request_samples
-from vllm_buddy.method import FoldedDecision, PathSchedule, RequestRoute, batched, layers_of
+from vllm_buddy.method import (
+    DraftExit,
+    ExitAdapter,
+    FoldedDecision,
+    PathSchedule,
+    RequestRoute,
+    batched,
+    layers_of,
+)
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.reference import generate, routed_logits
 from vllm_buddy.models.folder import load_tokenizer
@@ -339,6 +348,63 @@ def test_a_share_of_rows_is_the_part_that_evaluation_leaves_out(settings: dict[s
     assert {char for sample in drawn for char in tokenizer.decode(list(sample.token_ids))} <= set("ij")
 
 
+def test_a_share_without_rows_is_told(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if a share that rounds to no row ends in a tokenizer's traceback."""
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "abc"}] * 3))
+    with pytest.raises(TrainingError, match="less than one sequence"):
+        run(settings | {"data": [{"file": tmp_path / "rows.json", "share": 0.3}]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "two\nlines"}, "describe no artifact: name"),
+        ({"recipe": "distill", "paths": "reverse", "lora_alpha": 1e9}, "describe no artifact: alpha"),
+    ],
+)
+def test_what_cannot_be_saved_is_not_trained(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    """Fails if hours of training end in an artifact that its own schema refuses."""
+    with pytest.raises(TrainingError, match=message):
+        run(settings | changes, 1)
+
+
+def test_a_repair_larger_than_an_artifact_may_be_is_not_trained(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the limit of an artifact's size is looked at when training is done."""
+    monkeypatch.setattr("vllm_buddy.artifact.files.MOST_WEIGHTS_BYTES", 1000)
+    with pytest.raises(BuddyError, match="the repair that is to be trained would take"):
+        run(settings, 1)
+
+
+def test_many_sources_fit_into_the_artifacts_record(settings: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    """Fails if a run of many sources ends, when all is trained, in a name that is too long for the artifact."""
+    sources = []
+    for number in range(12):
+        (tmp_path / f"{number:060}.txt").write_text(data.read_text())
+        sources.append({"file": tmp_path / f"{number:060}.txt"})
+    artifact, _, _ = run(settings | {"data": sources})
+    artifact.save(tmp_path / "saved")
+    assert load_artifact(tmp_path / "saved").config.prior.calibration.endswith("...")
+
+
+def test_a_run_does_not_replace_what_it_has_not_made(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if `train` overwrites the artifact it starts from, another one, or what was added to its own."""
+    first = tmp_path / "first"
+    artifact, stage, _ = run(settings | {"out": first})
+    finish_run(artifact, stage, Stage1Settings(**settings | {"out": first}), "vllm-buddy train", None)
+    with pytest.raises(TrainingError, match="start_from and out are both"):
+        run(settings | {"out": first, "start_from": str(first)}, 1)
+    shutil.copytree(first, tmp_path / "other", ignore=shutil.ignore_patterns("*.pt"))
+    with pytest.raises(TrainingError, match="an artifact of another origin"):
+        run(settings | {"out": tmp_path / "other"}, 1)
+    run(settings | {"out": first})  # going on with what is done
+    exits = DraftExit(0b1000_0101, ExitAdapter(torch.zeros(2, 128), torch.zeros(128, 2), 1e-6))
+    with_drafts(load_artifact(first), (exits,), None).save(first)
+    with pytest.raises(TrainingError, match="has got draft exits since it was trained"):
+        run(settings | {"out": first}, 1)
+
+
 def test_rows_may_hold_separators_of_lines(tmp_path: Path) -> None:
     """Fails if a string of JSON is cut at a character that ends lines elsewhere."""
     rows = [{"text": "one\u2028two\u0085three"}, {"text": "four"}]
@@ -506,6 +572,13 @@ def test_a_dry_run_measures(settings: dict[str, Any], tmp_path: Path) -> None:
     assert found.peak > weights
     assert found.start_peak > weights
     assert found.seconds == pytest.approx(checked.tokens / found.tokens_per_second)
+
+
+def test_a_dry_run_needs_no_room_for_the_whole_run(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a small temporary folder keeps a user from measuring what a large run takes."""
+    room = 3 * 4 * 32 * settings["top_logits"] * 6  # of the steps that it measures
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    assert dry_run(Stage1Settings(**settings), settings["model"]).disk == 2 * room
 
 
 def test_a_dry_run_of_a_short_run_measures_the_usual_steps(settings: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from tests.harness.tiny_models import load_model, random_exits, random_predictor
 from tests.training.conftest import run
 from vllm_buddy.artifact import load_artifact, with_drafts
 from vllm_buddy.artifact.config import PredictorConfig
-from vllm_buddy.artifact.provenance import DRAFTS_HEADING, add_section
+from vllm_buddy.artifact.provenance import DRAFTS_HEADING, PREDICTOR_KEY, add_section
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import TokenRoute, TokenSchedule, full_path, path_of
 from vllm_buddy.method.decision import value_table
@@ -26,7 +26,7 @@ from vllm_buddy.training.token_fit import fit_tokens
 
 VOCAB, LENGTH = 64, 40
 TOKEN = {"schedule": "token", "token_depths": (4, 6), "kv_policy": "kv_only", "token_windows": 12}
-KEPT = ((DRAFTS_HEADING, draft_record.RUN_KEY), (stage2_record.CARD_HEADING, stage2_record.RUN_KEY))
+KEPT = ((DRAFTS_HEADING, draft_record.RUN_KEY), (stage2_record.CARD_HEADING, PREDICTOR_KEY))
 PATHS = (path_of([0, 2, 4, 7]), path_of([0, 1, 2, 4, 5, 7]), full_path(8))
 
 

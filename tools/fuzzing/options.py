@@ -96,7 +96,7 @@ def check(limits: RequestLimits, asked: Mapping[str, Any], num_prompt_tokens: in
     model_config = SimpleNamespace(buddy_limits=limits)
     try:
         params = SamplingParams(extra_args=dict(asked))  # vLLM itself refuses integers of more than 64 bits
-        verify_options(params, model_config)
+        verify_options(params.extra_args, model_config)
         full = limits.full_prompt(asked)
         verify_with_prompt(params, num_prompt_tokens, is_streaming_input=False, full_prompt=full)
     except VLLMValidationError as error:

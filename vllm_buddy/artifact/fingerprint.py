@@ -28,8 +28,9 @@ _EMBEDDING_ROWS = 64
 _DIGEST_ROWS = 4  # of each tensor; other training changes all rows of the tensors that it changes
 
 
+LONGEST_LINE = 500
 # A name from a file, which goes into logs and messages: one line, and nothing that a terminal would obey.
-Line = Annotated[str, Field(max_length=500, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
+Line = Annotated[str, Field(max_length=LONGEST_LINE, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
 
 
 class BaseModelIdentity(BaseModel):

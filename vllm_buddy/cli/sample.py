@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_buddy.cli.budget_list import parse_budgets
+from vllm_buddy.cli.plugin_check import require_plugin
 from vllm_buddy.cli.progress import note
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import TrainingError
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         ModelError: the model or its tokenizer cannot be used.
         ArtifactError: --artifact cannot be used, or is of another model.
         BudgetError: one of --budgets is no budget of the model.
+        ServerError: vLLM would not load the plugin, and the full model would answer in the place of the routed one.
     """
     if min(args.tokens, args.max_tokens, args.batch) < 1 or not 0 < args.temperature < math.inf:
         raise TrainingError("--tokens, --max-tokens, --batch and --temperature must be positive numbers")
@@ -101,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         raise TrainingError("--artifact answers questions: name a file of them with --questions")
     if args.budgets is not None and args.artifact is None:
         raise TrainingError("--budgets are those of routed answers: name an artifact with --artifact")
+    if args.artifact is not None:
+        require_plugin()
     if not 0 < args.share <= 1:
         raise TrainingError(f"--share {args.share} must be above 0 and at most 1")
     if args.out.suffix != ".jsonl" or args.out.is_dir():

@@ -1,11 +1,12 @@
 """`vllm-buddy serve`: runs vLLM's own `serve` command with `--model-impl buddy`, also on vLLM for CPU."""
 
 import importlib.metadata
+import io
 import json
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import yaml
@@ -76,7 +77,7 @@ def with_lossless_drafts(argv: list[str]) -> list[str]:
     number = joined[place + 1] if place + 1 < len(joined) else ""
     if not number.isdecimal() or not 1 <= int(number) <= _MOST_DRAFTS:
         raise ServerError(f"{_LOSSLESS_DRAFTS} is {number!r}; give the number of drafts per step, 1 to {_MOST_DRAFTS}")
-    if _has(argv, _SPECULATIVE) or _config_has(argv, _SPECULATIVE):
+    if _given(argv, _SPECULATIVE):
         raise ServerError(f"{_LOSSLESS_DRAFTS} is a speculator; leave out --speculative-config and its short forms")
     config = {"method": "custom_class", "model": DEPTH_DRAFTS, "num_speculative_tokens": int(number)}
     return [*joined[:place], "--speculative-config", json.dumps(config), *joined[place + 2 :]]
@@ -94,15 +95,19 @@ def complete(argv: list[str]) -> list[str]:
     """
     from vllm_buddy.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, fetch
 
-    if not _has(argv, _MODEL_IMPL):
-        argv = [*argv, "--model-impl", "buddy"]
-    # vLLM takes the model as the first argument only, so an option in first place means that no model is named.
-    if argv[0].startswith("-"):
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    if name is None and argv:
         if _has(argv, _MODEL):
-            return argv
+            name = ""  # vLLM finds it
+        elif (name := _model_after_options(argv)) is not None:
+            place = len(argv) - 1 - argv[::-1].index(name)
+            argv = [name, *argv[:place], *argv[place + 1 :]]
+    if not _given(argv, _MODEL_IMPL):
+        argv = [*argv, "--model-impl", "buddy"]
+    if name is None:
         print(f"vllm-buddy: no model is named; serving the embedded model {DEFAULT_MODEL}", flush=True)
-        argv = [DEFAULT_MODEL, *argv]
-    name = argv[0]
+        name = DEFAULT_MODEL
+        argv = [name, *argv]
     if name not in EMBEDDED_MODELS or Path(name).is_dir():
         return argv
     folder = fetch(name, report=lambda line: print(f"vllm-buddy: {line}", flush=True))
@@ -111,9 +116,27 @@ def complete(argv: list[str]) -> list[str]:
             f"vllm-buddy: {_EMBEDDED_KV_SIZE} for the KV cache; --kv-cache-memory-bytes gives another size", flush=True
         )
         argv = [*argv, "--kv-cache-memory-bytes", _EMBEDDED_KV_SIZE]
-    if not _has(argv, _SERVED_NAME):
+    if not _given(argv, _SERVED_NAME):
         argv = [*argv, "--served-model-name", name]
     return [str(folder), *argv[1:]]
+
+
+def _model_after_options(argv: list[str]) -> str | None:
+    """The model that is named after options, as vLLM's own parser finds it; None: none is."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        with redirect_stderr(io.StringIO()):  # vLLM says what is wrong with them when it starts
+            model: str | None = make_arg_parser(FlexibleArgumentParser()).parse_args(argv).model_tag
+    except (SystemExit, ValueError):
+        return None
+    return model
+
+
+def _given(argv: list[str], pattern: re.Pattern[str]) -> bool:
+    """Whether an option is given, on the command line or in the file that `--config` names."""
+    return _has(argv, pattern) or _config_has(argv, pattern)
 
 
 def _has(argv: list[str], pattern: re.Pattern[str]) -> bool:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from vllm_buddy.errors import ServerError
@@ -35,6 +35,18 @@ _PHASES = (
 _OWN_ERROR = "vllm-buddy: error: "
 
 
+def interrupt_on_signals() -> None:
+    """Handle all signals that end this process like Ctrl-C, so that it stops its children first."""
+    signal.signal(signal.SIGINT, _raise_interrupt)
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored under nohup
+        signal.signal(signal.SIGHUP, _raise_interrupt)
+
+
+def _raise_interrupt(_signum: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 class ServerProcess:
     """A process of `vllm-buddy serve` that writes its output to `log`.
 
@@ -59,12 +71,23 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "ServerProcess":
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("wb") as log:
+        # The server is local and belongs to this process, which sends no key.
+        environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            log = self._log.open("wb")
+        except OSError as error:
+            raise ServerError(f"cannot write the server's log {self._log}: {error.strerror}") from None
+        with log:
             # In its own session, so that one signal also reaches the engine's processes, and Ctrl-C in the terminal
             # reaches this process only.
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=environment,
             )
         return self
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_buddy.artifact import Artifact, load_artifact, resolve_artifact
 from vllm_buddy.artifact.fingerprint import identify
+from vllm_buddy.artifact.provenance import PREDICTOR_KEY, trained_share
 from vllm_buddy.data_file import DataFile
 from vllm_buddy.errors import EvaluationError
 from vllm_buddy.evaluation.cost_quality import Gain, Hindsight, choices, compare
@@ -57,17 +58,22 @@ class AutoEvaluation:
 
 
 def evaluate_auto(
-    settings: EvalBudgetSettings, model_dir: Path, report: Callable[[str, int, int], None]
+    settings: EvalBudgetSettings,
+    model_dir: Path,
+    report: Callable[[str, int, int], None],
+    note: Callable[[str], None] = lambda _: None,
 ) -> AutoEvaluation:
     """Measure every data set at every depth that the predictor chooses from, then let the predictor choose.
 
-    report: called with (data set, number of samples done, number of all samples).
+    report: called with (data set, number of samples done, number of all samples). note: called with a line of text
+    about each data set that the artifact was trained on.
 
     Raises:
         BuddyError: data, artifact or model cannot be used, or the artifact has no Budget Predictor.
     """
     base = identify(model_dir)
-    artifact = load_artifact(resolve_artifact(settings.artifact, lambda: base))
+    folder = resolve_artifact(settings.artifact, lambda: base)
+    artifact = load_artifact(folder)
     if artifact.predictor is None:
         raise EvaluationError(
             f"artifact '{artifact.config.name}' has no Budget Predictor; `vllm-buddy train-budget` makes one"
@@ -79,11 +85,17 @@ def evaluate_auto(
             raise EvaluationError(f"two data sets are called {name}")
     tokenizer = load_tokenizer(model_dir)
     shape = SampleShape(settings.context, settings.prompt, settings.answer)
+    files = {path.name: DataFile.read(path) for path in settings.data}
+    for name, file in files.items():
+        share = max(trained_share(folder, file.sha256, part) for part in (None, PREDICTOR_KEY))
+        if settings.part[0] < share:
+            note(
+                f"warning: artifact '{artifact.config.name}' was trained on the first {share:.0%} of {name}, and "
+                f"--part {settings.part[0]:g},{settings.part[1]:g} evaluates it on some of that"
+            )
     samples = {
-        path.name: request_samples(
-            DataFile.read(path), tokenizer, settings.part, settings.examples, shape, settings.seed
-        )
-        for path in settings.data
+        name: request_samples(file, tokenizer, settings.part, settings.examples, shape, settings.seed)
+        for name, file in files.items()
     }
     model = load_model(model_dir, torch_dtype(settings.dtype))
     model.to(find_device("auto"))

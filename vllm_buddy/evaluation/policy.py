@@ -142,7 +142,12 @@ class Policy:
         return counts
 
     def frozen(self, samples: Sequence[Sample], depths: Sequence[int]) -> "Policy":
-        """Return this policy with one path per depth, the one that most tokens of `samples` run."""
+        """Return this policy with one path per depth, the one that most tokens of `samples` run.
+
+        At full depth alone there is one path anyway.
+        """
+        if all(depth == self.router.num_layers for depth in depths):
+            return self
         paths = {depth: self.path_counts(samples, depth).most_common(1)[0][0] for depth in depths}
         return replace(self, artifact=with_fixed_paths(self.artifact, paths), library=True)
 

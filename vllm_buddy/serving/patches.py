@@ -140,7 +140,7 @@ def _wrap_verify() -> None:
         def verify(self: SamplingParams, model_config: Any, *args: Any, **kwargs: Any) -> None:
             original(self, model_config, *args, **kwargs)
             if _is_buddy(model_config):
-                verify_options(self, model_config)
+                verify_options(self.extra_args, model_config)
 
         return verify
 
@@ -381,12 +381,14 @@ def _wrap_do_tracing() -> None:
 
 def _wrap_stream(serving: type, method: str) -> None:
     """Stream the outcome of a request in its last chunk, and its paths, if it asks for them, in chunks of their own.
+    Options that cannot be served are refused before the stream begins.
 
     serving: OpenAIServingChat or OpenAIServingCompletion. method: its generator of chunks.
 
-    Why: vLLM's streamed chunks leave out the `kv_transfer_params` that its whole responses have.
+    Why: vLLM's streamed chunks leave out the `kv_transfer_params` that its whole responses have. It verifies a streamed
+    request when its first chunk is made, after HTTP 200.
     Nearest hook: `--middleware`, which would have to parse the answers of all requests.
-    Remove when: vLLM streams `kv_transfer_params`.
+    Remove when: vLLM streams `kv_transfer_params`, and verifies before it answers.
     """
 
     def around(original: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
@@ -395,6 +397,8 @@ def _wrap_stream(serving: type, method: str) -> None:
         def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
             if not _is_routed(self):
                 return original(self, request, *args, **kwargs)
+            if not request.use_beam_search:  # whose samples have no options
+                verify_options(request.vllm_xargs, self.model_config)
             call = signature.bind(self, request, *args, **kwargs)
             # A subclass writes the chunks in another protocol: Anthropic's takes one without choices for the end.
             tells_paths = wants_paths(request.vllm_xargs) and type(self) is serving

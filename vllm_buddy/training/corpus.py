@@ -119,6 +119,8 @@ def _dataset_ids(source: DatasetSource, folder: Path | None, tokenizer: Any) -> 
 
 def _encoded(texts: list[str], tokenizer: Any) -> np.ndarray:
     """The token ids of documents, each with an end-of-text token after it if the model has one."""
+    if not texts:
+        return np.empty(0, dtype=np.int32)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return np.array([token for ids in encoded for token in (*ids, *end)], dtype=np.int32)

@@ -1,5 +1,6 @@
 """What a run of stage 1 will take: memory by part, disk, and the time of its steps, measured on a few of them."""
 
+import dataclasses
 import re
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.frozen_base import base_bytes, check_processes, gathered_bytes, load_base
+from vllm_buddy.training.frozen_base import base_bytes, check_processes, gathered_bytes, load_base, make_accelerator
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
@@ -56,10 +57,8 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
     Raises:
         BuddyError: as `run_stage1` would.
     """
-    from accelerate import Accelerator
-
     check_settings(settings)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     check_processes(settings, accelerator)
     base, tokenizer = identify(model_dir), load_tokenizer(model_dir)
     check_fits(settings, base)
@@ -103,6 +102,7 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         teacher = None
         if settings.recipe != "paper":
             disk = len(np.unique(corpus.order[:num_used])) * settings.length * settings.top_logits * BYTES_PER_LOGIT
+            corpus = dataclasses.replace(corpus, order=corpus.order[: STEPS * settings.batch])
             teacher = Teacher(model, corpus, settings.top_logits, out / "teacher")
         rows: list[dict[str, Any]] = []
         routing = RandomRouting(np.ones(middle))

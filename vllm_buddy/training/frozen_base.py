@@ -5,6 +5,7 @@ each for embedding and head. `method/sharded.py` says when a group is gathered. 
 """
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from vllm_buddy.models.folder import load_config, load_model
 from vllm_buddy.models.torch_device import torch_dtype
 from vllm_buddy.training.stage1_settings import Stage1Settings
 
+# For the slowest stage that one process goes through while others wait, such as the closed-form start of an 8B model.
+_LONGEST_WAIT = timedelta(hours=12)
 MESH_DIM = "fsdp"  # the name by which peft knows that a module computes its whole output from a shard
+
+
+def make_accelerator() -> Any:
+    """The processes and devices of a run (accelerate.Accelerator)."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)])
 
 
 def check_processes(settings: Stage1Settings, accelerator: Any) -> None:

@@ -1,10 +1,12 @@
-"""Keeps commands that add a part to an artifact from overwriting another one."""
+"""Keeps commands that train, or add a part to an artifact, from overwriting another one."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from vllm_buddy.artifact import CONFIG_FILE, Artifact, load_artifact
 from vllm_buddy.errors import ArtifactError, TrainingError
+from vllm_buddy.training.checkpoint import CHECKPOINT_FILE, START_FILE
 
 
 def check_out(out: Path, source: Path, artifact: Artifact, without: Callable[[Artifact], Artifact]) -> None:
@@ -22,3 +24,24 @@ def check_out(out: Path, source: Path, artifact: Artifact, without: Callable[[Ar
         raise TrainingError(
             f"{out} holds another artifact than {source}, which would be lost; name another `out`, or remove it"
         )
+
+
+def check_run_folder(out: Path, start_from: Path | str | None) -> None:
+    """Raise a TrainingError if a run of stage 1 in `out` would replace an artifact that it did not make itself.
+
+    start_from: as in the settings; what this one has beside its repair, the run keeps.
+    """
+    if not (out / CONFIG_FILE).exists():
+        return
+    if start_from is not None and Path(start_from).resolve() == out.resolve():
+        raise TrainingError(f"start_from and out are both {out}, whose artifact would be lost; name another `out`")
+    if not any((out / name).exists() for name in (START_FILE, CHECKPOINT_FILE)):
+        raise TrainingError(f"{out} holds an artifact of another origin, which would be lost; name another `out`")
+    with suppress(ArtifactError):
+        found = load_artifact(out)
+        added = ["a Budget Predictor"] * (found.predictor is not None) + ["draft exits"] * bool(found.drafts)
+        if added and start_from is None:
+            raise TrainingError(
+                f"the artifact in {out} has got {' and '.join(added)} since it was trained, which the run would drop; "
+                "keep a copy elsewhere and take the folder's away, or name another `out`"
+            )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vllm_buddy.artifact import Artifact, with_token_router
+from vllm_buddy.artifact.files import check_size
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify, weight_digest
 from vllm_buddy.baselines import check_static_method, static_prior
 from vllm_buddy.errors import TrainingError
@@ -23,13 +24,14 @@ from vllm_buddy.method.router import standardised
 from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training.checkpoint import CHECKPOINT_FILE
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.frozen_base import check_processes, load_base
+from vllm_buddy.training.frozen_base import check_processes, load_base, make_accelerator
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.observations import Observations
+from vllm_buddy.training.out_folder import check_run_folder
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.router_fit import fit_decision, measure_paths
 from vllm_buddy.training.routing import LearnedRouting, LibraryRouting, Routing, TokenRouting
-from vllm_buddy.training.stage1_artifact import trained_artifact, with_kept
+from vllm_buddy.training.stage1_artifact import check_described, trained_artifact, with_kept
 from vllm_buddy.training.stage1_settings import FEWEST_WINDOWS, Stage1Settings
 from vllm_buddy.training.start import EXPLORE_DIR, LEARNED, SEARCHED, Note, Origin, Start, find_start
 from vllm_buddy.training.teacher import Teacher, check_top_logits
@@ -59,6 +61,7 @@ def check_fits(settings: Stage1Settings, base: BaseModelIdentity) -> None:
         raise TrainingError(
             f"min_budget {settings.min_budget:g} is all {base.num_layers} layers, so none is skipped; lower it"
         )
+    check_described(settings, base)
 
 
 def run_stage1(
@@ -72,14 +75,13 @@ def run_stage1(
     Raises:
         BuddyError: settings, data or model cannot be used, the loss is not finite, or the disk is full.
     """
-    from accelerate import Accelerator
-
     check_settings(settings)
+    check_run_folder(settings.out, settings.start_from)
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"cannot make the folder {settings.out}: {error.strerror or error}") from None
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     check_processes(settings, accelerator)
     note = note if accelerator.is_main_process else lambda _: None
     torch.manual_seed(settings.seed)
@@ -91,6 +93,11 @@ def run_stage1(
     drawn = max(used, settings.token_windows) if settings.schedule == "token" else used
     corpus = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, drawn, settings.seed)
     token_windows = np.unique(corpus.order[: settings.token_windows])
+    if settings.schedule == "token" and len(token_windows) < FEWEST_WINDOWS:
+        raise TrainingError(
+            f"the router of single tokens is fitted on {FEWEST_WINDOWS} sequences or more, and there are "
+            f"{len(token_windows)}; add text, or raise token_windows"
+        )
     corpus = dataclasses.replace(corpus, order=corpus.order[:used])
     model: Any = load_base(settings, model_dir, accelerator)
     if settings.length > model.config.max_position_embeddings:
@@ -108,6 +115,7 @@ def run_stage1(
         )
     start = find_start(settings, base, origin, model, corpus, explored, teacher, accelerator, report, note)
     repair, frozen = _repair(settings, model, start)
+    check_size((tuple(parameter.shape) for parameter in repair.parameters()), "the repair that is to be trained")
     smallest = depth_for_budget(settings.min_budget, base.num_layers)
     library = start.library(settings.library if settings.router_windows else 1, smallest)
     constant = LibraryRouting(

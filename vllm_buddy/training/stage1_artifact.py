@@ -4,10 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from vllm_buddy.artifact import Artifact, with_drafts
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, LoraConfig, PriorConfig
-from vllm_buddy.artifact.fingerprint import BaseModelIdentity
+from vllm_buddy.artifact.files import one_line
+from vllm_buddy.artifact.fingerprint import LONGEST_LINE, BaseModelIdentity
 from vllm_buddy.baselines import static_prior
+from vllm_buddy.errors import TrainingError, cut
 from vllm_buddy.method import FoldedDecision
 from vllm_buddy.method.router import OMEGA
 from vllm_buddy.training.repair import Repair
@@ -28,17 +32,8 @@ def trained_artifact(
     start: of the run. folded: the Decision Module, None without one. library: layers of the paths of each depth.
     """
     bypass, deltas = repair.bypass(), repair.deltas()
-    prior = PriorConfig(indicator=settings.prior, calibration="as `vllm-buddy orders` has it", num_tokens=0)
-    if settings.paths == SEARCHED:
-        names = ", ".join(source.name for source in settings.data)
-        prior = PriorConfig(indicator="searched", calibration=names, num_tokens=settings.search_tokens)
-    elif settings.paths != LEARNED:
-        prior = prior.model_copy(update={"indicator": settings.paths})
     config = BuddyConfig(
-        format_version=FORMAT_VERSION,
-        name=settings.name or settings.out.absolute().name,
-        base_model=base,
-        prior=prior,
+        **_described(settings, base),
         omega=OMEGA,
         has_decision_module=folded is not None,
         library=None if settings.paths == LEARNED else dict(library),
@@ -66,6 +61,30 @@ def trained_artifact(
     return dataclasses.replace(
         kept, config=kept.config.model_copy(update=update), decision=decision, bypass=rounded, token=None
     )
+
+
+def check_described(settings: Stage1Settings, base: BaseModelIdentity) -> None:
+    """Raise a TrainingError for settings with which the artifact could not be saved, which is the end of a run."""
+    try:
+        BuddyConfig(
+            **_described(settings, base),
+            has_decision_module=False,
+            lora=None if settings.recipe == "bypass" else LoraConfig(rank=settings.rank, alpha=settings.lora_alpha),
+        )
+    except ValidationError as error:
+        raise TrainingError(f"these settings describe no artifact: {one_line(error)}") from None
+
+
+def _described(settings: Stage1Settings, base: BaseModelIdentity) -> dict[str, Any]:
+    """What the configuration of the artifact says of where it comes from."""
+    prior = PriorConfig(indicator=settings.prior, calibration="as `vllm-buddy orders` has it", num_tokens=0)
+    if settings.paths == SEARCHED:
+        names = cut(", ".join(source.name for source in settings.data), LONGEST_LINE)
+        prior = PriorConfig(indicator="searched", calibration=names, num_tokens=settings.search_tokens)
+    elif settings.paths != LEARNED:
+        prior = prior.model_copy(update={"indicator": settings.paths})
+    name = settings.name or settings.out.absolute().name
+    return {"format_version": FORMAT_VERSION, "name": name, "base_model": base, "prior": prior}
 
 
 def with_kept(artifact: Artifact, before: Artifact, settings: Stage1Settings) -> Artifact:

@@ -9,6 +9,7 @@ from vllm_buddy.artifact import Artifact, resolve_artifact
 from vllm_buddy.artifact.provenance import (
     CARD_FILE,
     DRAFTS_HEADING,
+    PREDICTOR_KEY,
     RUN_FILE,
     add_section,
     card_origin,
@@ -59,7 +60,7 @@ def finish_run(
     if artifact.drafts:
         _keep_record(artifact, settings, DRAFTS_HEADING, draft_record.RUN_KEY)
     if artifact.predictor is not None:
-        _keep_record(artifact, settings, stage2_record.CARD_HEADING, stage2_record.RUN_KEY)
+        _keep_record(artifact, settings, stage2_record.CARD_HEADING, PREDICTOR_KEY)
 
 
 def _keep_record(artifact: Artifact, settings: Stage1Settings, heading: str, key: str) -> None:

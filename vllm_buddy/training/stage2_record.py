@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_buddy.artifact.provenance import add_section, run_header
+from vllm_buddy.artifact.provenance import PREDICTOR_KEY, add_section, run_header
 from vllm_buddy.training.curves import pyplot
 from vllm_buddy.training.stage2 import Stage2
 from vllm_buddy.training.stage2_settings import Stage2Settings
@@ -13,7 +13,6 @@ from vllm_buddy.training.stage2_settings import Stage2Settings
 LOG_FILE = "budget_log.jsonl"
 CURVES_FILE = "budget_curves.png"
 CARD_HEADING = "## Budget Predictor"
-RUN_KEY = "budget_predictor"
 
 
 def finish_run(
@@ -51,7 +50,7 @@ def finish_run(
         },
     }
     names = artifact.config.name, artifact.config.base_model.id
-    add_section(artifact_dir, out, names, predictor_card(stage, command), RUN_KEY, record)
+    add_section(artifact_dir, out, names, predictor_card(stage, command), PREDICTOR_KEY, record)
 
 
 def predictor_card(stage: Stage2, command: str) -> str:

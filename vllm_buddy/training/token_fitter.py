@@ -12,7 +12,7 @@ from vllm_buddy.method.decision import value_table
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.routing import TokenRouting
-from vllm_buddy.training.stage1_settings import Stage1Settings
+from vllm_buddy.training.stage1_settings import FEWEST_WINDOWS, Stage1Settings
 from vllm_buddy.training.start import Note
 from vllm_buddy.training.teacher import Teacher
 from vllm_buddy.training.token_fit import TokenFit, fit_tokens, measure_tokens
@@ -51,10 +51,17 @@ class TokenFitter:
         found.save(file, digest)
         return self._fit(found)
 
+    def num_observed(self, num_steps: int) -> int:
+        """The number of sequences that `observed` would take."""
+        return len(np.unique(self._observed(num_steps).sequences))
+
+    def _observed(self, num_steps: int) -> Observations:
+        rows = slice(num_steps // 2 * self._settings.batch, num_steps * self._settings.batch)
+        return self._observations.routed(rows)
+
     def observed(self, num_steps: int) -> TokenFit:
         """Take what was observed in the second half of the first `num_steps` steps."""
-        rows = slice(num_steps // 2 * self._settings.batch, num_steps * self._settings.batch)
-        observed = self._observations.routed(rows)
+        observed = self._observed(num_steps)
         self._note(f"fitting the router to {observed.choices.size} tokens that were observed in training")
         return self._fit(observed)
 
@@ -68,8 +75,8 @@ class TokenFitter:
 
 
 def refit_router(fit: TokenFitter, routing: TokenRouting, num_steps: int) -> None:
-    """Fit the router again, to what the first num_steps steps observed; none before the first step."""
-    if num_steps:
+    """Fit the router again, to what the first num_steps steps observed; none before there are enough sequences."""
+    if num_steps and fit.num_observed(num_steps) >= FEWEST_WINDOWS:
         routing.router = fit.observed(num_steps).router
 
 

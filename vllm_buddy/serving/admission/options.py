@@ -38,14 +38,15 @@ class OptionError(BudgetError):
         self.key = key
 
 
-def verify_options(params: SamplingParams, model_config: Any) -> None:
+def verify_options(extra_args: Mapping[str, Any] | None, model_config: Any) -> None:
     """Raise vLLM's validation error for options that this server cannot serve.
 
     Checks everything that does not depend on the prompt; see verify_with_prompt for the rest.
 
+    extra_args: of SamplingParams, which over HTTP are `vllm_xargs`.
     model_config: vLLM's, with the server's RequestLimits attached (see start/attached.py).
     """
-    extra_args = params.extra_args or {}
+    extra_args = extra_args or {}
     for number, key in enumerate(extra_args):
         if _is_misspelt(key, compare=number < _MOST_COMPARED):
             raise _refused(shown(key)[1:-1], _unknown(key), extra_args[key])
