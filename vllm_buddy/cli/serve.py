@@ -95,13 +95,7 @@ def complete(argv: list[str]) -> list[str]:
     """
     from vllm_buddy.models.embedded import DEFAULT_MODEL, EMBEDDED_MODELS, fetch
 
-    name = argv[0] if argv and not argv[0].startswith("-") else None
-    if name is None and argv:
-        if _has(argv, _MODEL):
-            name = ""  # vLLM finds it
-        elif (name := _model_after_options(argv)) is not None:
-            place = len(argv) - 1 - argv[::-1].index(name)
-            argv = [name, *argv[:place], *argv[place + 1 :]]
+    argv, name = _with_model_first(argv)
     if not _given(argv, _MODEL_IMPL):
         argv = [*argv, "--model-impl", "buddy"]
     if name is None:
@@ -119,6 +113,21 @@ def complete(argv: list[str]) -> list[str]:
     if not _given(argv, _SERVED_NAME):
         argv = [*argv, "--served-model-name", name]
     return [str(folder), *argv[1:]]
+
+
+def _with_model_first(argv: list[str]) -> tuple[list[str], str | None]:
+    """The arguments with a model that is named after options moved to their beginning, and its name.
+
+    The name is empty where an option gives the model, and None where nothing does.
+    """
+    if not argv or not argv[0].startswith("-"):
+        return argv, argv[0] if argv else None
+    if _has(argv, _MODEL):
+        return argv, ""
+    if (name := _model_after_options(argv)) is None:
+        return argv, None
+    place = len(argv) - 1 - argv[::-1].index(name)
+    return [name, *argv[:place], *argv[place + 1 :]], name
 
 
 def _model_after_options(argv: list[str]) -> str | None:
