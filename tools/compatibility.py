@@ -58,7 +58,8 @@ Found with these cases and by fuzzing, and seen without this plugin too. The ser
   Of this plugin's options, all but `buddy_context_tokens` are refused before that in streamed completions and chats.
 - Without a tokenizer (`--skip-tokenizer-init`), a token id that the model lacks ends the engine. With this plugin it is
   refused.
-- On CPU, a `seed` beside a prompt that is computed in chunks ends the engine. With this plugin it does not.
+- On CPU, a `seed` beside a prompt that is computed in chunks ends the engine. With this plugin it does not, and nine of
+  vLLM's own tests of log-probabilities pass only so ([vllm_tests.md](vllm_tests.md)).
 
 ## Open
 
