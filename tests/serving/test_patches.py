@@ -54,6 +54,8 @@ def test_streams_in_another_protocol_tell_no_paths(monkeypatch: pytest.MonkeyPat
     """Fails if Anthropic's converter gets chunks without choices, which end the message for its clients."""
 
     class Serving:
+        model_config = None
+
         async def stream(self, request: Any, result_generator: Any) -> Any:
             async for _ in result_generator:
                 yield 'data: {"choices": [{"index": 0, "finish_reason": null}]}\n\n'
@@ -65,10 +67,11 @@ def test_streams_in_another_protocol_tell_no_paths(monkeypatch: pytest.MonkeyPat
         yield SimpleNamespace(kv_transfer_params={"buddy": {"paths": {}}})
 
     async def chunks(serving: Serving) -> list[Any]:
-        request = SimpleNamespace(vllm_xargs={"buddy_paths": True})
+        request = SimpleNamespace(vllm_xargs={"buddy_paths": True}, use_beam_search=False)
         return [json.loads(chunk[6:])["choices"] async for chunk in serving.stream(request, results())]
 
     monkeypatch.setattr(patches, "_is_routed", lambda serving: True)
+    monkeypatch.setattr(patches, "verify_options", lambda extra_args, model_config: None)
     patches._wrap_stream(Serving, "stream")
     assert len(asyncio.run(chunks(Serving()))) == 2
     assert len(asyncio.run(chunks(Converting()))) == 1
