@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,6 +40,18 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_model_impl_is_added_once(given: list[str], expected: list[str]) -> None:
     """Fails if the option is missing, so that vLLM serves the stock model, or overrides the user's choice."""
     assert complete(given) == expected
+
+
+def test_looking_for_the_model_leaves_the_plugin_whole() -> None:
+    """Fails if vLLM's parser loads the plugin before the API server, whose streams then tell nothing."""
+    code = (
+        "from vllm_buddy.cli.serve import complete; complete(['--port', '1', 'm']);"
+        "from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat;"
+        "from vllm_buddy.serving.patches import _MARK;"
+        "assert hasattr(OpenAIServingChat.chat_completion_stream_generator, _MARK)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("option", [["--lossless-drafts", "4"], ["--lossless-drafts=4"]])

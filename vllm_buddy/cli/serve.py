@@ -132,6 +132,7 @@ def _with_model_first(argv: list[str]) -> tuple[list[str], str | None]:
 
 def _model_after_options(argv: list[str]) -> str | None:
     """The model that is named after options, as vLLM's own parser finds it; None: none is."""
+    import vllm.entrypoints.launchers.api_server  # noqa: F401 - the parser loads the plugin, which wraps what is there
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
