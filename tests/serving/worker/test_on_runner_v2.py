@@ -21,7 +21,7 @@ PLUGIN = (
     "end_to_end/test_units",
     "schedule/test_prefix_cache",
     "forward/test_lora",
-    "admission/test_chooser",
+    "end_to_end/test_auto",
 )
 
 pytestmark = pytest.mark.skipif(RUNNER != "v1" or torch.cuda.is_available(), reason="runs on V2 already")
