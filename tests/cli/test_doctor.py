@@ -1,6 +1,10 @@
 """The conclusions of `vllm-buddy doctor` from what it finds."""
 
+import argparse
 import json
+import os
+import signal
+import time
 
 import pytest
 
@@ -93,3 +97,21 @@ def test_plugin_is_seen_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> N
 def test_doctor() -> None:
     """Fails if a healthy installation does not pass every check, including the engine's."""
     assert main(["doctor"]) == 0
+
+
+def test_the_engine_ends_with_a_doctor_that_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if SIGTERM ends the report at once, and leaves an engine, which has a session of its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def ended() -> Check:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(doctor, "CHECKS", (ended,))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            doctor.run(argparse.Namespace(no_engine=True))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

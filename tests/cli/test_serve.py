@@ -34,6 +34,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--port", "1", "--model", "m"], ["--port", "1", "--model", "m", "--model-impl", "buddy"]),
         (["--config", "c.yaml"], ["--config", "c.yaml", "--model-impl", "buddy"]),
         (["--max_model_len", "1", "/models/m"], ["/models/m", "--max_model_len", "1", "--model-impl", "buddy"]),
+        (["--port", "many"], ["--port", "many", "--model-impl", "buddy"]),  # vLLM says what is wrong
         (["--enable-lora", "m", "--seed=1"], ["m", "--enable-lora", "--seed=1", "--model-impl", "buddy"]),
     ],
 )

@@ -85,3 +85,20 @@ def test_start_has_a_time_limit(tmp_path: Path) -> None:
         started.wait_until_healthy(lambda elapsed, phase: seen.append(phase))
     assert seen
     assert set(seen) == {""}
+
+
+def test_a_key_of_the_environment_is_not_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the demo's own server asks for a key that the demo does not send."""
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    script = "import os; print('key', os.environ.get('VLLM_API_KEY')); print('home', 'PATH' in os.environ)"
+    with server(script, tmp_path) as started:
+        assert started._process is not None
+        started._process.wait(60)
+    assert (tmp_path / "logs" / "server.log").read_text() == "key None\nhome True\n"
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """Fails if a folder in the place of the log ends in a traceback."""
+    (tmp_path / "logs" / "server.log").mkdir(parents=True)
+    with pytest.raises(ServerError, match="cannot write the server's log"), server(HANGING, tmp_path):
+        pass

@@ -118,20 +118,20 @@ def complete(argv: list[str]) -> list[str]:
 def _with_model_first(argv: list[str]) -> tuple[list[str], str | None]:
     """The arguments with a model that is named after options moved to their beginning, and its name.
 
-    The name is empty where an option gives the model, and None where nothing does.
+    The name is empty where an option gives it, or vLLM will refuse the options, and None where nothing does.
     """
     if not argv or not argv[0].startswith("-"):
         return argv, argv[0] if argv else None
     if _has(argv, _MODEL):
         return argv, ""
-    if (name := _model_after_options(argv)) is None:
-        return argv, None
+    if not (name := _model_after_options(argv)):
+        return argv, name
     place = len(argv) - 1 - argv[::-1].index(name)
     return [name, *argv[:place], *argv[place + 1 :]], name
 
 
 def _model_after_options(argv: list[str]) -> str | None:
-    """The model that is named after options, as vLLM's own parser finds it; None: none is."""
+    """The model that is named after options, as vLLM's own parser finds it; None: none is. Empty: it refuses them."""
     import vllm.entrypoints.launchers.api_server  # noqa: F401 - the parser loads the plugin, which wraps what is there
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -140,7 +140,7 @@ def _model_after_options(argv: list[str]) -> str | None:
         with redirect_stderr(io.StringIO()):  # vLLM says what is wrong with them when it starts
             model: str | None = make_arg_parser(FlexibleArgumentParser()).parse_args(argv).model_tag
     except (SystemExit, ValueError):
-        return None
+        return ""
     return model
 
 

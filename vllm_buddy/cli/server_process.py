@@ -53,7 +53,8 @@ class ServerProcess:
     Use it as a context manager; leaving the context stops every process of the server.
 
     Raises:
-        ServerError: the server ends, or is not healthy within `start_timeout_s`. The message names its log.
+        ServerError: the log cannot be written, the server ends, or it is not healthy within `start_timeout_s`. The
+            message names its log.
     """
 
     def __init__(

@@ -43,5 +43,5 @@ def check_run_folder(out: Path, start_from: Path | str | None) -> None:
         if added and start_from is None:
             raise TrainingError(
                 f"the artifact in {out} has got {' and '.join(added)} since it was trained, which the run would drop; "
-                "keep a copy elsewhere and take the folder's away, or name another `out`"
+                "move that artifact elsewhere, or name another `out`"
             )

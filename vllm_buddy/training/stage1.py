@@ -93,11 +93,6 @@ def run_stage1(
     drawn = max(used, settings.token_windows) if settings.schedule == "token" else used
     corpus = Corpus.read(settings.data, settings.data_dir, tokenizer, settings.length, drawn, settings.seed)
     token_windows = np.unique(corpus.order[: settings.token_windows])
-    if settings.schedule == "token" and len(token_windows) < FEWEST_WINDOWS:
-        raise TrainingError(
-            f"the router of single tokens is fitted on {FEWEST_WINDOWS} sequences or more, and there are "
-            f"{len(token_windows)}; add text, or raise token_windows"
-        )
     corpus = dataclasses.replace(corpus, order=corpus.order[:used])
     model: Any = load_base(settings, model_dir, accelerator)
     if settings.length > model.config.max_position_embeddings:
@@ -113,6 +108,13 @@ def run_stage1(
             f"a Decision Module is fitted on {FEWEST_WINDOWS} sequences or more, and training has {num}; raise tokens, "
             "add text, or set router_windows to 0"
         )
+    if settings.schedule == "token":
+        observed = len(np.unique(main[1].order[len(main[1].order) // 2 :]))  # of which the last fit takes what is seen
+        if (num := min(len(token_windows), observed)) < FEWEST_WINDOWS:
+            raise TrainingError(
+                f"the router of single tokens is fitted on {FEWEST_WINDOWS} sequences or more, and there are {num}; "
+                "add text, or raise tokens and token_windows"
+            )
     start = find_start(settings, base, origin, model, corpus, explored, teacher, accelerator, report, note)
     repair, frozen = _repair(settings, model, start)
     check_size((tuple(parameter.shape) for parameter in repair.parameters()), "the repair that is to be trained")
