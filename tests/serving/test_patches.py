@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness.engine import Tiny
-from tests.serving.start.test_hook import BASE
+from tests.harness.server_config import BASE
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving import patches
 from vllm_buddy.serving.compat import TESTED_VLLM, units_problem, vllm_version

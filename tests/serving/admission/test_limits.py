@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.engine import Tiny
-from tests.serving.start.test_hook import configure
+from tests.harness.server_config import configure
 from vllm_buddy.serving.admission.auto_limits import AutoLimits
 
 _IN_ANOTHER_PROCESS = """

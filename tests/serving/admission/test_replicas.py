@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.harness.engine import Tiny
+from tests.harness.server_config import configure
 from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS
-from tests.serving.start.test_hook import configure
 from vllm_buddy.serving import patches
 from vllm_buddy.serving.admission.replicas import ReplicaChooser
 

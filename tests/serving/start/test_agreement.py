@@ -14,8 +14,8 @@ import pytest
 import torch.distributed
 
 from tests.harness.engine import Tiny
+from tests.harness.server_config import BASE, as_arguments, configure
 from tests.harness.tiny_models import random_artifact
-from tests.serving.start.test_hook import BASE, as_arguments, configure
 from vllm_buddy.errors import ArtifactError, SettingsError
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
 from vllm_buddy.serving.start.agreement import Served, load_agreed_artifact, refuse_differences, served

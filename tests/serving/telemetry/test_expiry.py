@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.harness.engine import Tiny
+from tests.harness.server_config import configure
 from tests.harness.shown_metrics import ShownMetrics
-from tests.serving.start.test_hook import configure
 from vllm_buddy.serving.admission.slo import WINDOW_S
 from vllm_buddy.serving.compat import add_figures
 from vllm_buddy.serving.telemetry import stat_logger
