@@ -1,7 +1,7 @@
 """Runs the main CPU benchmarks, one after the other.
 
     python -m benchmarks.run            # short form, writes to results/bench: under 20 minutes on 2 cores
-    python -m benchmarks.run --full     # the speed that the README shows, to benchmarks/results: about 90 minutes
+    python -m benchmarks.run --full     # all rounds, memory and overload too, to benchmarks/results: about 90 minutes
 
 Each benchmark runs in its own process, so that no engine of another one is in memory. If a benchmark fails or refuses
 to show its figures, the others still run and the exit status is 1.
@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="all rounds; results go to benchmarks/results")
     parser.add_argument("--only", nargs="+", choices=list(commands(True, RESULTS_DIR)), help="default: all")
     args = parser.parse_args()
+    if left_out := set(args.only or ()) - set(commands(args.full, SHORT_DIR)):
+        parser.error(f"the short form has no {', '.join(sorted(left_out))}; add --full")
     out = RESULTS_DIR if args.full else SHORT_DIR
     failed = []
     for name, command in commands(args.full, out).items():

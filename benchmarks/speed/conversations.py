@@ -26,11 +26,10 @@ import numpy as np
 
 from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
-from benchmarks.harness.lineup import in_turn
 from benchmarks.harness.real_prompts import passages
 from benchmarks.harness.reference_check import Reference
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option
+from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, in_turn
 from vllm_buddy.artifact import SHIPPED_DIR, Artifact, load_artifact
 from vllm_buddy.method import depth_for_budget, full_path
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED

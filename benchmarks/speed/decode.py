@@ -27,9 +27,9 @@ from benchmarks.gpu import decode_steps
 from benchmarks.gpu.decode_plan import add_gpu_options, refuse_gpu_options
 from benchmarks.harness import engines
 from benchmarks.harness.engines import DecodeRun, Variant
-from benchmarks.harness.lineup import Lineup, add_lineup_options, in_turn, open_lineup
+from benchmarks.harness.lineup import Lineup, add_lineup_options, open_lineup
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Rounds, add_rounds_option, at_least, positive_int
+from benchmarks.harness.rounds import Rounds, add_rounds_option, at_least, in_turn, positive_int
 from vllm_buddy.method import PathSchedule
 
 BUDGETS = (0.875, 0.75, 0.5)

@@ -22,9 +22,9 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 
 from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
-from benchmarks.harness.lineup import add_lineup_options, in_turn, open_lineup
+from benchmarks.harness.lineup import add_lineup_options, open_lineup
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, positive_int
+from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, in_turn, positive_int
 from vllm_buddy.serving.forward import compiled
 
 DIRECT, WRAPPED = "direct calls", "torch's wrappers"

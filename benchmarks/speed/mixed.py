@@ -25,9 +25,9 @@ import numpy as np
 
 from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
-from benchmarks.harness.lineup import Lineup, add_lineup_options, in_turn, open_lineup
+from benchmarks.harness.lineup import Lineup, add_lineup_options, open_lineup
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Rounds, add_rounds_option, at_least, positive_int
+from benchmarks.harness.rounds import Rounds, add_rounds_option, at_least, in_turn, positive_int
 
 BUDGETS = (1.0, 0.75, 0.5)
 PROMPT_TOKENS = 64

@@ -12,9 +12,10 @@ at once. For each of --arrivals a server with a service objective is added, `slo
 (ITL) that the second price comes to under such arrivals, the median of as many runs as there are rounds, or --itl-ms.
 So the two can be compared at the same latency. Each round then sends to the buddy servers requests one at a time
 (unloaded), and, in a *step* a Poisson process of 1.5 times that rate, in a *ramp* one that rises to it from 1
-request/s, in a *burst* 64 requests at once. The p99 under load is divided by that of the same server unloaded, and by
-the objective where there is one. `vllm bench serve` sends and times the requests; price, load and the chosen budgets
-are read from /metrics.
+request/s, in a *burst* 64 requests at once. (vLLM's ramp ends at a whole number of requests/s and is linear in the
+number of requests sent, so that it is steep at the end.) The p99 under load is divided by the median of those of all
+servers unloaded in that round, where they do the same, and by the objective where there is one. `vllm bench serve`
+sends and times the requests; price, load and the chosen budgets are read from /metrics.
 
 All servers have a small token limit per step, as is usual where latency between tokens matters: a long prompt then
 delays others only briefly. The benchmark refuses to show figures if outputs differ from the reference's, a server dies
@@ -135,7 +136,7 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
                             series += traced
                     print(f"{kind}: round {index + 1} of {args.rounds} done", flush=True)
             for name in (AUTO, *BY_HAND, OBJECTIVE):
-                figures += figures_of(rounds, name, kind, load, rate, itl_ms if name == OBJECTIVE else None)
+                figures += figures_of(rounds, name, kind, load, itl_ms if name == OBJECTIVE else None)
     return figures + series
 
 
@@ -146,16 +147,18 @@ def usual_p99_itl_ms(served: Served, load: "Arriving", num_runs: int) -> float:
 
 
 def figures_of(
-    rounds: Rounds, name: str, kind: str, load: "Arriving", rate: float, objective_ms: float | None
+    rounds: Rounds, name: str, kind: str, load: "Arriving", objective_ms: float | None
 ) -> list[dict[str, Any]]:
     """Return a row per figure of a server under one kind of arrivals."""
     variant = _variant(name, kind)
     about = {"variant": name, "arrivals": kind, "requests": load.num_requests}
-    about |= {"rate": round(rate, 2), "workload": WORKLOAD.name}
+    about |= {"rate": round(load.rate, 2), "workload": WORKLOAD.name}
     about |= {} if objective_ms is None else {"objective_ms": objective_ms}
     p99 = rounds.values("p99_itl_ms", variant)
     rows = [rounds.row(metric, rounds.values(metric, variant), **about) for metric in METRICS]
-    rows.append(rounds.row("p99_itl_over_unloaded", p99 / rounds.values("unloaded_p99_itl_ms", variant), **about))
+    # All servers do the same while there is no load, and differ there by chance alone.
+    unloaded = [rounds.values("unloaded_p99_itl_ms", _variant(each, kind)) for each in (AUTO, *BY_HAND, OBJECTIVE)]
+    rows.append(rounds.row("p99_itl_over_unloaded", p99 / np.median(unloaded, axis=0), **about))
     if objective_ms is not None:
         rows.append(rounds.row("p99_itl_over_objective", p99 / objective_ms, **about))
     return rows
@@ -163,9 +166,13 @@ def figures_of(
 
 @dataclass(frozen=True)
 class Arriving:
-    """Requests that arrive in one of ARRIVALS. options: of `vllm bench serve`, beside those of the load."""
+    """Requests that arrive in one of ARRIVALS.
+
+    rate: requests/s that arrive at most. options: of `vllm bench serve`, beside those of the load.
+    """
 
     load: Load
+    rate: float
     options: tuple[str, ...] = ()
 
     @property
@@ -180,12 +187,13 @@ class Arriving:
 def arriving(kind: str, rate: float, seconds: float, burst: int) -> Arriving:
     """Return the load of one of ARRIVALS. rate: requests/s that arrive at most. burst: requests that arrive at once."""
     if kind == STEP:
-        return Arriving(Load(WORKLOAD, round(rate, 2), seconds, burst))
+        return Arriving(Load(WORKLOAD, round(rate, 2), seconds, burst), rate)
     if kind == BURST:
-        return Arriving(Load(WORKLOAD, float("inf"), seconds, burst))
+        return Arriving(Load(WORKLOAD, float("inf"), seconds, burst), rate)
     top = max(2, round(rate))  # vLLM takes whole numbers
     ramp = ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1", "--ramp-up-end-rps", str(top))
-    return Arriving(Load(WORKLOAD, float("inf"), seconds, max(8, round((1 + top) / 2 * seconds))), ramp)
+    num_requests = max(8, round((1 + top) / 2 * seconds))
+    return Arriving(Load(WORKLOAD, float("inf"), seconds, num_requests), top, ramp)
 
 
 def _variant(name: str, kind: str) -> str:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import engines
-from benchmarks.harness.lineup import Lineup, add_lineup_options, in_turn, open_lineup
+from benchmarks.harness.lineup import Lineup, add_lineup_options, open_lineup
 from benchmarks.harness.reference_check import NUM_CHECKED
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Rounds, add_rounds_option, positive_int
+from benchmarks.harness.rounds import Rounds, add_rounds_option, in_turn, positive_int
 from benchmarks.speed.decode import peer_of
 
 BUDGETS = (0.75, 0.5)

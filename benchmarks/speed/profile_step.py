@@ -26,9 +26,9 @@ import numpy as np
 from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
 from benchmarks.harness.given_paths import GivenPaths, draw_paths, draw_prompts, on_paths, union_of
-from benchmarks.harness.lineup import Lineup, add_lineup_options, in_turn, open_lineup
+from benchmarks.harness.lineup import Lineup, add_lineup_options, open_lineup
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Rounds, add_rounds_option, at_least, positive_int
+from benchmarks.harness.rounds import Rounds, add_rounds_option, at_least, in_turn, positive_int
 from benchmarks.speed import union
 from benchmarks.speed.step_parts import PARTS, instrumented
 from benchmarks.speed.union_plot import plot_union

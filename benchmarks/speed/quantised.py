@@ -25,11 +25,11 @@ import numpy as np
 
 from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
-from benchmarks.harness.lineup import Lineup, add_lineup_options, in_turn
+from benchmarks.harness.lineup import Lineup, add_lineup_options
 from benchmarks.harness.quantised import FORMATS, quantise, round_activations, round_off
 from benchmarks.harness.reference_check import NUM_CHECKED
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Rounds, add_rounds_option, at_least, positive_int
+from benchmarks.harness.rounds import Rounds, add_rounds_option, at_least, in_turn, positive_int
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.models.embedded import fetch
 

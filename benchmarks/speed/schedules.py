@@ -23,11 +23,11 @@ import numpy as np
 
 from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
-from benchmarks.harness.lineup import Lineup, add_lineup_options, in_turn, open_lineup
+from benchmarks.harness.lineup import Lineup, add_lineup_options, open_lineup
 from benchmarks.harness.real_prompts import passages
 from benchmarks.harness.reference_check import NUM_CHECKED
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, positive_int
+from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, in_turn, positive_int
 from vllm_buddy.models.embedded import DEFAULT_MODEL
 from vllm_buddy.models.folder import load_tokenizer
 

@@ -25,11 +25,11 @@ import numpy as np
 
 from benchmarks.harness import engines
 from benchmarks.harness.engines import Variant
-from benchmarks.harness.lineup import NUM_DRAFTS, Lineup, add_lineup_options, in_turn, open_lineup
+from benchmarks.harness.lineup import NUM_DRAFTS, Lineup, add_lineup_options, open_lineup
 from benchmarks.harness.real_prompts import TASKS, draw_prompts, passages
 from benchmarks.harness.reference_check import NUM_CHECKED
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, positive_int
+from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, in_turn, positive_int
 from benchmarks.peers.greedy_check import BFLOAT16_GAP, GreedyCheck, LayersRun, num_agreed
 from vllm_buddy.artifact import load_artifact
 from vllm_buddy.method.path import full_path

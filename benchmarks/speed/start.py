@@ -3,31 +3,35 @@
     python -m benchmarks.speed.start            # SmolLM2-135M, CPU, about 6 minutes on 2 cores
 
 Each round starts both servers one after the other, each twice: with empty caches of compiled code (cold), as after an
-installation, and with what the first start left there (warm). Every server must answer a prompt at full depth like
-stock vLLM.
+installation, and with what the first start left there (warm). Stock vLLM is its own module, with the plugin switched
+off. Every server must answer a prompt at full depth like stock vLLM.
 """
 
 import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import httpx
 
-from benchmarks.harness.lineup import in_turn
 from benchmarks.harness.result_rows import RESULTS_DIR, device, environment, report
-from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option
+from benchmarks.harness.rounds import Refused, Rounds, add_rounds_option, in_turn
 from vllm_buddy.cli.server_process import HOST, ServerProcess
 from vllm_buddy.models.embedded import fetch
+from vllm_buddy.serving.plugin import DISABLE_VARIABLE
 
 PROMPT = "The capital of France is"
 NUM_TOKENS = 16
 START_TIMEOUT_S = 600.0
-MODEL_IMPLS = {"stock": "auto", "buddy": "buddy"}
+# Of each server: what it starts with, and its environment.
+SERVERS: dict[str, tuple[Sequence[str], dict[str, str]]] = {
+    "stock": ((sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"), {DISABLE_VARIABLE: "1"}),
+    "buddy": ((sys.executable, "-m", "vllm_buddy", "serve"), {}),
+}
 
 
 def main() -> int:
@@ -44,7 +48,7 @@ def main() -> int:
     model = args.model or fetch(report=print)
     rounds, answers = Rounds(args.rounds), {}
     for index in range(args.rounds):
-        for name in in_turn(list(MODEL_IMPLS), index):
+        for name in in_turn(list(SERVERS), index):
             with empty_caches() as folder:
                 for cache in ("cold", "warm"):
                     variant = f"{name}, {cache}"
@@ -54,7 +58,7 @@ def main() -> int:
     rounds.mark_checked(answers)
     rows = []
     for cache in ("cold", "warm"):
-        for name in MODEL_IMPLS:
+        for name in SERVERS:
             variant = f"{name}, {cache}"
             about = {"variant": name, "cache": cache}
             rows.append(rounds.row("start_s", rounds.values("start_s", variant), **about))
@@ -66,9 +70,11 @@ def main() -> int:
 
 def start(name: str, model: Path, folder: Path) -> tuple[float, str]:
     """Start a server and stop it again; returns the seconds until it was healthy, and its answer to PROMPT."""
-    arguments = [str(model), "--model-impl", MODEL_IMPLS[name], "--served-model-name", "model"]
+    program, variables = SERVERS[name]
+    arguments = [str(model), "--served-model-name", "model"]
     arguments += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 29)]
-    with ServerProcess(arguments, folder / f"{name}.log", START_TIMEOUT_S) as server:
+    log = folder / f"{name}.log"
+    with patch.dict(os.environ, variables), ServerProcess(arguments, log, START_TIMEOUT_S, program) as server:
         server.wait_until_healthy(lambda *_: None)
         body = {"model": "model", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
         reply = httpx.post(f"http://{HOST}:{server.port}/v1/completions", json=body, timeout=60, trust_env=False)

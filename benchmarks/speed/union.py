@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks.harness import engines
 from benchmarks.harness.given_paths import draw_paths, draw_prompts, on_paths, union_of
-from benchmarks.harness.lineup import Lineup, in_turn
-from benchmarks.harness.rounds import Rounds
+from benchmarks.harness.lineup import Lineup
+from benchmarks.harness.rounds import Rounds, in_turn
 from vllm_buddy.method import LayerPath, depth_for_budget
 
 NUM_DEPTHS = 6  # at which the bounds are measured

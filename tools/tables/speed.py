@@ -162,7 +162,11 @@ def memory_table() -> str:
     rows = load_rows("cpu_memory.jsonl")
     value = {(row["metric"], row["variant"]): row["value"] for row in rows}
     lines = []
-    for metric, name in (("kv_capacity_tokens", "KV capacity, tokens"), ("resident_mib", "resident memory, MiB")):
+    names = {
+        "kv_capacity_tokens": "KV capacity, tokens",
+        "resident_mib": "resident memory with a KV cache of 1 GiB, MiB",
+    }
+    for metric, name in names.items():
         ratio = value[f"{metric}_ratio", "buddy"]
         lines.append([name, f"{value[metric, 'stock']:,.0f}", f"{value[metric, 'buddy']:,.0f}", f"{ratio:.3f}"])
     return "\n".join(table([where(rows[0]), "stock", "buddy", "ratio"], lines))

@@ -1,18 +1,23 @@
-"""What all ranks and replicas of a server must have in common: the version of this package, artifact and settings.
+"""What all ranks and replicas of a server must have in common: the code of this package, artifact and settings.
 
 On several nodes each process reads the packages and the artifact of its own node, and with vLLM's `--nnodes` or
 `--headless` also makes a configuration of its own. Ranks that differ would compute different parts of a layer, or wait
 for each other for ever; replicas that differ would answer differently.
 """
 
+import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed
+import vllm_buddy_kernels
 from vllm.distributed.parallel_state import get_world_group
 
+import vllm_buddy
 from vllm_buddy import __version__
 from vllm_buddy.artifact import Artifact, load_artifact
 from vllm_buddy.errors import ArtifactError, SettingsError
@@ -39,7 +44,7 @@ class Served(NamedTuple):
 def served(vllm_config: "VllmConfig", artifact: Artifact | ArtifactError) -> Served:
     """What this process serves. artifact: or why it cannot be read here."""
     settings, spec = engine_settings(vllm_config), vllm_config.speculative_config
-    facts = {_PACKAGE: __version__, _ARTIFACT: f"none ({artifact})"}
+    facts = {_PACKAGE: f"{__version__} ({_source_digest()})", _ARTIFACT: f"none ({artifact})"}
     if isinstance(artifact, Artifact):
         facts[_ARTIFACT] = f"'{artifact.config.name}' ({artifact.digest})"
     for name, value in settings.model_dump(mode="json", exclude={"artifact"}).items():  # a folder of this node
@@ -49,6 +54,17 @@ def served(vllm_config: "VllmConfig", artifact: Artifact | ArtifactError) -> Ser
         name = spec.model if spec.method == "custom_class" else spec.method
         facts["speculator"] = f"{name} with {spec.num_speculative_tokens} drafts"
     return Served(platform.node(), facts)
+
+
+@cache
+def _source_digest() -> str:
+    """A hash over the package's own code: checkouts keep their version between two releases."""
+    digest = hashlib.sha256()
+    for package in (vllm_buddy, vllm_buddy_kernels):
+        folder = Path(package.__path__[0])
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def refuse_differences(wanted: Served, found: Sequence[tuple[str, Served]]) -> None:
