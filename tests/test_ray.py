@@ -143,6 +143,27 @@ def test_affinity_yields_to_load() -> None:
 
 
 @pytest.mark.usefixtures("ray_serve")
+def test_what_a_replica_has_said_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a burst of another router's requests turns a budget away from its replica for good."""
+    from vllm_buddy import ray
+
+    made, now = router(spill=2), 100.0
+    monkeypatch.setattr(ray.time, "monotonic", lambda: now)
+    for _ in range(20):
+        for budget in (0.5, 1.0):
+            ranked(made, completion(budget=budget), "a", "b")
+    (first,) = (replica.replica_id for replica in replicas("a"))
+    made.on_send_request(first)
+    made.on_new_queue_len_info(first, 30)
+    assert ranked(made, completion(budget=0.5), "a", "b")[0] == ["b"]
+    made.decrement_queue_len_cache(first)
+    assert made._load(first) == 29
+    now += 11.0
+    assert ranked(made, completion(budget=0.5), "a", "b")[0] == ["a"]
+    assert made._load(first) == 0
+
+
+@pytest.mark.usefixtures("ray_serve")
 @pytest.mark.parametrize("kwargs", [{"spill": -1}, {"spill": 1.5}, {"default_budget": 0}, {"auto_budget": "auto"}])
 def test_settings_that_cannot_be_had_are_refused(kwargs: dict[str, Any]) -> None:
     """Fails if a wrong setting of the router shows only as bad routing."""

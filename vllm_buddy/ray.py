@@ -11,7 +11,9 @@ Both are named in the configuration of the deployment that serves the model:
     )
 """
 
-from typing import Any
+import time
+from collections import Counter
+from typing import Any, NamedTuple
 
 try:
     from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -27,12 +29,23 @@ from vllm_buddy.method import parse_budget
 from vllm_buddy.serving.admission.affinity import BudgetAffinity
 from vllm_buddy.serving.admission.option_names import BUDGET_KEY, LOSSLESS, MODE_KEY
 
+_FORGOTTEN_S = 10.0
+
+
+class _Said(NamedTuple):
+    """What a replica has said. num_requests: that it has, from all routers. in_flight: those of this router then.
+    when: in seconds, monotonic."""
+
+    num_requests: int
+    in_flight: int
+    when: float
+
 
 class BudgetRouter(RequestRouter):
     """Sends a request to the replica of its budget, or to the least loaded one: see admission/affinity.py.
 
-    Each ingress process has a router of its own. It learns the load of a replica from what it sends there and from the
-    replica's answers, as Ray's own router does, but does not forget it after 10 s.
+    Each ingress process has a router of its own. It learns the load of a replica from what it has in flight there,
+    and from what the replica says, which counts for 10 s as it does in Ray's own router.
     """
 
     def initialize_state(self, default_budget: float | str = 1.0, auto_budget: float = 0.75, spill: int = 8) -> None:
@@ -53,7 +66,8 @@ class BudgetRouter(RequestRouter):
         except BudgetError as error:
             raise SettingsError(f"request_router_kwargs: {error}") from None
         self._affinity = BudgetAffinity(spill)
-        self._loads: dict[ReplicaID, int] = {}
+        self._in_flight: Counter[ReplicaID] = Counter()
+        self._said: dict[ReplicaID, _Said] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -68,7 +82,7 @@ class BudgetRouter(RequestRouter):
         budget = self._budget(pending_request)
         if budget is None or not replicas:
             return [replicas]
-        loads = [self._loads.get(replica.replica_id, 0) for replica in replicas]
+        loads = [self._load(replica.replica_id) for replica in replicas]
         chosen = replicas.pop(self._affinity.choose(budget, loads, is_new=is_new))
         return [[chosen], replicas]
 
@@ -87,23 +101,32 @@ class BudgetRouter(RequestRouter):
         except BudgetError:
             return None
 
+    def _load(self, replica_id: ReplicaID) -> int:
+        """Requests that a replica has: what it said of late, and what this router has sent and taken back since."""
+        in_flight, said = self._in_flight[replica_id], self._said.get(replica_id)
+        if said is None or time.monotonic() - said.when > _FORGOTTEN_S:
+            return in_flight
+        return max(in_flight, said.num_requests + in_flight - said.in_flight)
+
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        self._loads = {r.replica_id: self._loads.get(r.replica_id, 0) for r in replicas}
+        ids = {replica.replica_id for replica in replicas}
+        self._in_flight = Counter({one: number for one, number in self._in_flight.items() if one in ids})
+        self._said = {one: said for one, said in self._said.items() if one in ids}
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)
-        self._loads[replica_id] = self._loads.get(replica_id, 0) + 1
+        self._in_flight[replica_id] += 1
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
         """A replica has said how many requests it has from all routers."""
         super().on_new_queue_len_info(replica_id, num_ongoing_requests)
-        self._loads[replica_id] = num_ongoing_requests
+        self._said[replica_id] = _Said(num_ongoing_requests, self._in_flight[replica_id], time.monotonic())
 
     def decrement_queue_len_cache(self, replica_id: ReplicaID) -> None:
         """A request has ended."""
         super().decrement_queue_len_cache(replica_id)
-        self._loads[replica_id] = max(0, self._loads.get(replica_id, 0) - 1)
+        self._in_flight[replica_id] = max(0, self._in_flight[replica_id] - 1)
 
 
 def needs_plugin() -> dict[str, Any]:

@@ -115,6 +115,20 @@ def test_help_says_what_vllm_does_not_know(monkeypatch: pytest.MonkeyPatch, caps
     assert vllms == "\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--port", "1", "m"], ["m", "--port", "1"]),
+        (["--port", "1", "m", "--tokenizer", "m"], ["m", "--port", "1", "--tokenizer", "m"]),
+        (["--tokenizer", "m", "m"], ["m", "--tokenizer", "m"]),
+        (["--served-model-name", "m", "--port", "1", "m"], ["m", "--served-model-name", "m", "--port", "1"]),
+    ],
+)
+def test_a_model_named_after_options_is_moved_to_the_beginning(given: list[str], expected: list[str]) -> None:
+    """Fails if the value of an option that has the same name is moved."""
+    assert complete(given) == [*expected, "--model-impl", "buddy"]
+
+
 @pytest.mark.usefixtures("embedded")
 @pytest.mark.parametrize("given", [[], ["--port", "1"]])
 def test_embedded_model_where_none_is_named(given: list[str]) -> None:

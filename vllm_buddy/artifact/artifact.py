@@ -38,6 +38,7 @@ from vllm_buddy.method import (
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.lora import LoraDeltas
+from vllm_buddy.method.router import standardised
 
 CONFIG_FILE = "buddy_config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -138,7 +139,7 @@ class Artifact:
         if self.config.library is not None:
             sets = self.config.library.get(depth)
             return path_of(sets[0]) if sets else None
-        return top_k_path(self.prior, depth)
+        return top_k_path(standardised(self.prior, self.config.omega), depth)
 
     def schedule(self, route_every: int | None = None, lag: int = 0) -> PathSchedule:
         """Return the schedule of routing decisions.

@@ -103,6 +103,9 @@ class TensorFile:
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` into `folder`, which is made if it is missing: all of them or, where one cannot be written, none.
 
+    The last one says what the others are. While they are put in place it is not there, so that no folder mixes old and
+    new: a process that ends just then leaves none that can be loaded.
+
     Raises:
         ArtifactError: one cannot be written, for example because the disk is full.
     """
@@ -111,6 +114,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             partial[name].write_bytes(data)
+        (folder / list(files)[-1]).unlink(missing_ok=True)
         for name, path in partial.items():
             path.replace(folder / name)
     except OSError as error:

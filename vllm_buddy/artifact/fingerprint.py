@@ -80,19 +80,22 @@ def identify(folder: Path, name: str | None = None) -> BaseModelIdentity:
     if not config_path.is_file():
         raise ArtifactError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
     try:
-        config: dict[str, Any] = json.loads(config_path.read_text())
-        return BaseModelIdentity(
+        config: Any = json.loads(config_path.read_text())
+        if not isinstance(config, dict):
+            raise ArtifactError(f"{config_path} is not an object")
+        found = BaseModelIdentity(
             id=name or _hub_id(folder, config) or folder.absolute().name,
             architecture=(config.get("architectures") or ["unknown"])[0],
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             vocab_size=config["vocab_size"],
-            fingerprint=weight_fingerprint(folder, config["num_hidden_layers"]),
+            fingerprint=NO_WEIGHTS,
         )
     except KeyError as error:
         raise ArtifactError(f"{config_path} has no {error}, so it is not that of a decoder language model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, OSError) as error:
         raise ArtifactError(f"{config_path} cannot be used ({one_line(error)})") from None
+    return found.model_copy(update={"fingerprint": weight_fingerprint(folder, found.num_layers)})
 
 
 def _hub_id(folder: Path, config: dict[str, Any]) -> str | None:

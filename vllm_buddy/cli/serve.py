@@ -126,8 +126,12 @@ def _with_model_first(argv: list[str]) -> tuple[list[str], str | None]:
         return argv, ""
     if not (name := _model_after_options(argv)):
         return argv, name
-    place = len(argv) - 1 - argv[::-1].index(name)
-    return [name, *argv[:place], *argv[place + 1 :]], name
+    # The word may also be the value of an option: taken away there, an option has none, or a model is still named.
+    without = [[*argv[:place], *argv[place + 1 :]] for place, word in enumerate(argv) if word == name]
+    rest = (
+        without[0] if len(without) == 1 else next((w for w in without if _model_after_options(w) is None), without[-1])
+    )
+    return [name, *rest], name
 
 
 def _model_after_options(argv: list[str]) -> str | None:

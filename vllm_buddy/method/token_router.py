@@ -29,6 +29,7 @@ from vllm_buddy.method.predictor import FoldedPredictor
 from vllm_buddy.method.request_route import Run
 
 DECAY = 0.5  # measured: with a mean over all tokens, mean divergence at 26 of 30 layers is 18% higher
+_ROUNDED_AWAY = 60  # bits; float64 has 53
 _SWING = 1.0  # the price is exp(_SWING) of the usual one where a half of the account is missing to what is wanted
 _SAVED_PER_TOKEN = 0.25  # layers; half an account is wanted in the end, and a short request must not save for it
 
@@ -65,6 +66,11 @@ class TokenRouter:
     @property
     def depths(self) -> tuple[int, ...]:
         return self.predictor.depths
+
+    @property
+    def horizon(self) -> int:
+        """The number of tokens after which one has no more part in the recent mean than float64 rounds away."""
+        return 1 if self.decay == 0 else math.ceil(-_ROUNDED_AWAY / math.log2(self.decay))
 
     def excess(self, recent: "RecentMean", token_ids: Sequence[int]) -> np.ndarray:
         """The expected excess of each path at each of the next tokens, in nats: [n, len(depths)].
@@ -160,7 +166,8 @@ class TokenRoute:
         self._schedule = schedule
         self._recent = router.recent_mean()
         self._excess: list[list[float]] = []  # of the tokens that decisions still to be made see
-        self._num_seen = 0
+        # Of a prompt that is not routed, what the first decision sees of it.
+        self._num_seen = max(0, start - schedule.lag - router.horizon)
         self._balance = 0.0
         self._set_budget(budget)
         self._start = start

@@ -208,16 +208,19 @@ def groups_by_units(groups: "Sequence[KVCacheGroupSpec]", units: "KVUnits") -> "
     ]
 
 
-def replica_loads(client: Any) -> list[float]:
-    """Requests of each data-parallel replica, [num_replicas]; those that wait count twice.
+def replica_loads(client: Any) -> tuple[list[float], list[float]]:
+    """The loads of the data-parallel replicas, and the requests that each is known to have; both [num_replicas].
 
-    client: vLLM's DPLBAsyncMPClient. As in its own balancer, a replica has the greater of two numbers: its last report
-    to all API servers, which is up to 0.1 s old, and what this one has in flight, as if the others had as much.
+    Requests that wait count twice. client: vLLM's DPLBAsyncMPClient. A replica has the greater of two numbers: its last
+    report to all API servers, which is up to 0.1 s old, and what this one has in flight. Its load, as in vLLM's own
+    balancer, takes the other API servers to have as much in flight; that orders replicas, and is no number of requests.
     """
-    return [
-        max(client.client_count * client.engine_inflight[engine], waiting + running) + waiting
-        for engine, (waiting, running, _) in zip(client.core_engines, client.lb_engines)
-    ]
+    loads, num_requests = [], []
+    for engine, (waiting, running, _) in zip(client.core_engines, client.lb_engines):
+        in_flight = client.engine_inflight[engine]
+        loads.append(max(client.client_count * in_flight, waiting + running) + waiting)
+        num_requests.append(max(in_flight, waiting + running) + waiting)
+    return loads, num_requests
 
 
 def add_to_ready_response(response: Any, told: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All changes to vLLM's code: fourteen wrapped functions, and a table entry for each routed model class.
+"""All changes to vLLM's code: sixteen wrapped functions, and a table entry for each routed model class.
 
 The docstring of each `_wrap_` function says why it is there, what vLLM's nearest hook is, and when it can be removed.
 All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_patches.py fails
@@ -17,6 +17,7 @@ from vllm.model_executor.models.registry import _ModelRegistry
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import DPLBAsyncMPClient, MPClient
 from vllm.v1.engine.input_processor import InputProcessor
@@ -25,12 +26,12 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
-from vllm_buddy.serving.admission.options import verify_options, verify_token_ids, verify_with_prompt, wants_paths
+from vllm_buddy.serving.admission.options import verify_options, verify_request, verify_tokenized, wants_paths
 from vllm_buddy.serving.admission.replicas import ReplicaChooser
 from vllm_buddy.serving.compat import add_to_ready_response, groups_by_units, told_when_ready, units_problem
 from vllm_buddy.serving.schedule.outcome import is_outcome, joined, with_samples
 from vllm_buddy.serving.start.agreement import Served, refuse_differences
-from vllm_buddy.serving.start.attached import kv_units_of, limits_of, served_of
+from vllm_buddy.serving.start.attached import kv_units_of, served_of
 from vllm_buddy.serving.start.hook import BuddyModelConfig
 from vllm_buddy.serving.start.refusal_note import telling_refusals
 from vllm_buddy.serving.telemetry.stream import chunks_with_outcome
@@ -60,6 +61,7 @@ def apply() -> None:
     _wrap_normalize_arch()
     _wrap_verify()
     _wrap_process_inputs()
+    _wrap_generate(AsyncLLM, "generate", prompt="prompt")
     _wrap_get_kv_cache_groups()
     _wrap_make_request_output()
     _wrap_add_outputs()
@@ -71,6 +73,9 @@ def apply() -> None:
     if _API_SERVER in sys.modules:  # in no other process does anything stream over HTTP
         for module, class_name, method in _STREAMS:
             _wrap_stream(getattr(import_module(module), class_name), method)
+        from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+        _wrap_generate(OpenAIServingResponses, "_generate_with_builtin_tools", prompt="engine_input")
 
 
 def _register_models() -> None:
@@ -161,20 +166,39 @@ def _wrap_process_inputs() -> None:
             request = original(self, *args, **kwargs)
             params = request.sampling_params
             if _is_routed(self) and isinstance(params, SamplingParams):
-                verify_token_ids(request.prompt_token_ids, self.model_config.get_vocab_size())
-                limits = limits_of(self.model_config)
-                verify_with_prompt(
-                    params,
-                    len(request.prompt_token_ids),
-                    is_streaming_input=request.resumable,
-                    full_prompt=limits.full_prompt(params.extra_args),
-                    max_budget=limits.max_budget,
+                verify_tokenized(
+                    request.prompt_token_ids, params, self.model_config, is_streaming_input=request.resumable
                 )
             return request
 
         return process_inputs
 
     _wrap(InputProcessor, "process_inputs", around)
+
+
+def _wrap_generate(owner: type, method: str, prompt: str) -> None:
+    """Refuse a request that cannot be served when its answer is asked for, not when the first part of it is.
+
+    owner, method: one of vLLM's asynchronous generators of answers. prompt: its parameter with the prompt.
+
+    Why: vLLM verifies a request where the generator first runs, and the answer of a streamed request has begun by then:
+    with HTTP 200. In the Responses API, a stream then breaks off, and one in the background waits for ever.
+    Nearest hook: as in _wrap_verify.
+    Remove when: vLLM verifies before it answers.
+    """
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if _is_routed(self):
+                given = signature.bind(self, *args, **kwargs).arguments
+                verify_request(given[prompt], given["sampling_params"], self.model_config)
+            return original(self, *args, **kwargs)
+
+        return generate
+
+    _wrap(owner, method, around)
 
 
 def _wrap_get_core_engine_for_request() -> None:
@@ -191,7 +215,7 @@ def _wrap_get_core_engine_for_request() -> None:
             if is_ours and request.data_parallel_rank is None and request.request_id not in self.reqs_in_flight:
                 chooser = self.__dict__.get("buddy_replicas")
                 if chooser is None:
-                    chooser = self.buddy_replicas = ReplicaChooser(self.vllm_config)
+                    chooser = self.buddy_replicas = ReplicaChooser(self.vllm_config, self.eng_start_index)
                 request.data_parallel_rank = chooser.rank(self, request)
             return original(self, request)
 
@@ -381,14 +405,12 @@ def _wrap_do_tracing() -> None:
 
 def _wrap_stream(serving: type, method: str) -> None:
     """Stream the outcome of a request in its last chunk, and its paths, if it asks for them, in chunks of their own.
-    Options that cannot be served are refused before the stream begins.
 
     serving: OpenAIServingChat or OpenAIServingCompletion. method: its generator of chunks.
 
-    Why: vLLM's streamed chunks leave out the `kv_transfer_params` that its whole responses have. It verifies a streamed
-    request when its first chunk is made, after HTTP 200.
+    Why: vLLM's streamed chunks leave out the `kv_transfer_params` that its whole responses have.
     Nearest hook: `--middleware`, which would have to parse the answers of all requests.
-    Remove when: vLLM streams `kv_transfer_params`, and verifies before it answers.
+    Remove when: vLLM streams `kv_transfer_params`.
     """
 
     def around(original: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
@@ -397,8 +419,6 @@ def _wrap_stream(serving: type, method: str) -> None:
         def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
             if not _is_routed(self):
                 return original(self, request, *args, **kwargs)
-            if not request.use_beam_search:  # whose samples have no options
-                verify_options(request.vllm_xargs, self.model_config)
             call = signature.bind(self, request, *args, **kwargs)
             # A subclass writes the chunks in another protocol: Anthropic's takes one without choices for the end.
             tells_paths = wants_paths(request.vllm_xargs) and type(self) is serving

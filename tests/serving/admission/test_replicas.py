@@ -113,9 +113,28 @@ def test_load_is_what_is_in_flight_or_reported(llama: Tiny) -> None:
     client = client_of(configure(llama))
     client.lb_engines = [[2, 3, 0.1], [0, 1, 0.1]]
     client.engine_inflight.update({b"one": 4})
-    assert replica_loads(client) == [7, 4]
+    assert replica_loads(client) == ([7, 4], [7, 4])
     client.client_count = 2
-    assert replica_loads(client) == [7, 8]
+    assert replica_loads(client) == ([7, 8], [7, 4])  # the second counts requests
+
+
+def test_api_servers_begin_with_different_replicas(llama: Tiny) -> None:
+    """Fails if the first requests of all API servers go to one replica, while the others have none."""
+    began = []
+    for index in (0, 1):
+        client = client_of(configure(llama))
+        client.eng_start_index = index
+        began.append(client.get_core_engine_for_request(request("first")))
+    assert began == [b"zero", b"one"]
+
+
+def test_how_many_api_servers_there_are_does_not_change_the_spill(llama: Tiny) -> None:
+    """Fails if a home gives requests away sooner the more API servers there are."""
+    client = client_of(configure(llama, {"affinity": {"spill": 4}}))
+    client.client_count = 8
+    engines_of_traffic(client)
+    sent = [client.get_core_engine_for_request(request(str(i), budget=0.5)) for i in range(6)]
+    assert sent == [b"zero"] * 5 + [b"one"]
 
 
 def test_a_few_requests_are_a_full_replica_where_few_may_run(llama: Tiny) -> None:

@@ -3,16 +3,18 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from tests.harness import oracle_drafter
-from tests.harness.engine import Ask, ByToken, Engine, Tiny, start_engine
+from tests.harness.engine import BLOCK_SIZE, Ask, ByToken, Engine, Tiny, start_engine
 from tests.harness.model_runner_v2 import RUNNER
-from tests.harness.oracle_drafter import OracleDrafter
+from tests.harness.oracle_drafter import NUM_DRAFTS, OracleDrafter
 from tests.harness.tiny_heads import AUXILIARY_LAYERS, EAGLE, EAGLE3, save_head
+from tests.harness.tiny_models import random_prompts
 from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method.kv_policy import KV_ONLY, KV_POLICIES, MASKED
 from vllm_buddy.method.reference import routed_logits
@@ -214,3 +216,42 @@ def _reference_states(engine: Engine, ask: Ask) -> list[torch.Tensor]:
     for hook in hooks:
         hook.remove()
     return states
+
+
+@pytest.mark.parametrize("policy", [MASKED, KV_ONLY])
+def test_a_request_preempted_after_drafts_takes_no_block_beyond_its_change_of_path(
+    llama_drafted: Engine, policy: str
+) -> None:
+    """Fails if accepted drafts end a block after a change of path, and the block is looked up when it is preempted.
+
+    Paths of drafts are decided on a copy, so the request itself has not decided its change by then.
+    """
+    engine = llama_drafted
+    engine.configure(policy, 1)
+    leaver, sharer = leaves_among_drafts(engine)
+    draft_answers(engine, [leaver], accuracy=1.0)
+    OracleDrafter.rng = Mock(integers=lambda _: NUM_DRAFTS, random=np.zeros)
+    engine.run([sharer])
+    engine.add(leaver, "leaver")
+    while not engine.scheduler.running or engine.scheduler.running[0].num_tokens <= BLOCK_SIZE:
+        engine.step()
+    (request,) = engine.scheduler.running
+    assert len(request.block_hashes) == 1  # what vLLM looks up, also when it resumes a request
+    assert engine.preempt(0)
+    assert not request.block_hashes
+    engine.check([leaver], [engine.finish()["leaver"]])
+    (again,) = engine.run([sharer])  # the block was there
+    assert again.num_cached_tokens == BLOCK_SIZE
+
+
+def leaves_among_drafts(engine: Engine) -> tuple[Ask, Ask]:
+    """A request that leaves its path among its first drafts, and one whose prompt holds the block that they end."""
+    num_prompt = BLOCK_SIZE - 2
+    for prompt in random_prompts(200, seed=11, min_tokens=num_prompt, max_tokens=num_prompt):
+        leaver = Ask(tuple(prompt), 0.4, 12)
+        answer = engine.expected(leaver)
+        sharer = Ask((*prompt, *answer.token_ids)[: BLOCK_SIZE + 1], 0.4, 1)
+        first = answer.paths[0]
+        if answer.paths[num_prompt + 1] != first == answer.paths[num_prompt] == engine.expected(sharer).paths[0]:
+            return leaver, sharer
+    raise AssertionError("no such pair among 200 prompts")

@@ -30,21 +30,26 @@ class BudgetAffinity:
 
     spill: at least 0, requests more than twice those of the least loaded replica that a home may have.
     remembered: number of newest requests for each replica whose depths count, at least 1.
+    first: the replica that equally loaded ones begin with, so that several choosers do not all begin with one.
     """
 
-    def __init__(self, spill: int, remembered: int = REMEMBERED) -> None:
+    def __init__(self, spill: int, remembered: int = REMEMBERED, first: int = 0) -> None:
         self._spill = spill
         self._remembered = remembered
         self._seen: deque[float] = deque()
-        self._turn = 0
+        self._turn = first - 1
 
-    def choose(self, depth: float, loads: Sequence[float], *, is_new: bool = True) -> int:
+    def choose(
+        self, depth: float, loads: Sequence[float], *, num_requests: Sequence[float] | None = None, is_new: bool = True
+    ) -> int:
         """Count a request and return the index of the replica that should run it.
 
         depth: layers, or whatever else orders requests by their paths, such as budgets. loads: [num_replicas], at
-            least one, requests that each has; replicas keep their places from call to call. is_new: whether the request
-            was not counted before.
+            least one, by which the least loaded is found; replicas keep their places from call to call. num_requests:
+            [num_replicas], requests that each has, to which `spill` applies; None: loads are such numbers. is_new:
+            whether the request was not counted before.
         """
+        counts = loads if num_requests is None else num_requests
         if is_new:
             self._seen.append(depth)
         while len(self._seen) > self._remembered * len(loads):
@@ -52,7 +57,7 @@ class BudgetAffinity:
         self._turn += 1
         least = self._least(range(len(loads)), loads)
         home = self._least(self.home(depth, len(loads)), loads)
-        return least if loads[home] > self._spill + 2 * loads[least] else home
+        return least if counts[home] > self._spill + 2 * counts[least] else home
 
     def home(self, depth: float, num_replicas: int) -> list[int]:
         """The replicas of a depth, ascending, at least one. All of them if no request had it yet."""

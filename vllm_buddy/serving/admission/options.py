@@ -58,6 +58,38 @@ def verify_options(extra_args: Mapping[str, Any] | None, model_config: Any) -> N
         raise _refused(error.key, f"{error.key}: {error}", extra_args.get(error.key)) from None
 
 
+def verify_request(prompt: Any, params: Any, model_config: Any) -> None:
+    """Raise vLLM's validation error for a request that cannot be served, as far as it is known before it is sent.
+
+    prompt: as vLLM's front end takes it. What depends on it is checked where it is tokenized already (EngineInput).
+    params: nothing is checked if they are no SamplingParams.
+    model_config: as for verify_options.
+    """
+    if not isinstance(params, SamplingParams):
+        return
+    verify_options(params.extra_args, model_config)
+    if isinstance(prompt, Mapping) and "type" in prompt and prompt.get("prompt_token_ids"):
+        verify_tokenized(prompt["prompt_token_ids"], params, model_config)
+
+
+def verify_tokenized(
+    token_ids: Sequence[int], params: SamplingParams, model_config: Any, *, is_streaming_input: bool = False
+) -> None:
+    """Raise vLLM's validation error for a prompt that has no route, and for options that do not fit it.
+
+    is_streaming_input: see verify_with_prompt. model_config: as for verify_options.
+    """
+    verify_token_ids(token_ids, model_config.get_vocab_size())
+    limits = limits_of(model_config)
+    verify_with_prompt(
+        params,
+        len(token_ids),
+        is_streaming_input=is_streaming_input,
+        full_prompt=limits.full_prompt(params.extra_args),
+        max_budget=limits.max_budget,
+    )
+
+
 def verify_with_prompt(
     params: SamplingParams,
     num_prompt_tokens: int,

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 class ReplicaChooser:
-    """Chooses the replicas of the requests of one engine client. Each API server has one of its own."""
+    """Chooses the replicas of the requests of one engine client. Each API server has one of its own.
 
-    def __init__(self, vllm_config: "VllmConfig") -> None:
+    first: the replica that the client begins with, as in vLLM's own balancer.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", first: int = 0) -> None:
         self._settings = engine_settings(vllm_config)
         self._limits = limits_of(vllm_config.model_config)
         # Behind max_num_seqs requests, another waits.
         spill = min(self._settings.affinity.spill, vllm_config.scheduler_config.max_num_seqs)
-        self._affinity = BudgetAffinity(spill)
+        self._affinity = BudgetAffinity(spill, first=first)
         # The scheduler has a chooser in another process. This one is never told of load. Made now, not at the first
         # "auto", because reading an artifact holds up what streams.
         self._chooser = None
@@ -38,7 +41,8 @@ class ReplicaChooser:
         """
         if not self._settings.affinity.enabled:
             return None
-        return self._affinity.choose(self.depth(request), replica_loads(client))
+        scores, num_requests = replica_loads(client)
+        return self._affinity.choose(self.depth(request), scores, num_requests=num_requests)
 
     def depth(self, request: "EngineCoreRequest") -> int:
         """Layers that a request is expected to run: of budget "auto" those that are chosen without load."""

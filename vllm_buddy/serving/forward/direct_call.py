@@ -6,6 +6,7 @@ although the generated code takes all that differs between layers as arguments. 
 one recorded call as a template. Per call only the inputs change; for another layer only the weights do.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -22,6 +23,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 # Attributes of attributes of a module in which a tensor may be kept: `scheme.kernel.dnnl_handler.handler_tensor`.
 _DEEPEST = 4
+
+# Numbers that differ between layers and are in no code: a layer's own number, and what attention keeps, whose op finds
+# it by the layer's name.
+_NOT_COMPILED = re.compile(r"(^|\.)layer_idx$|(^|\.)attn\.")
 
 
 class DirectCall:
@@ -141,7 +146,10 @@ class LayerConstants:
         scalars: dict[str, float] = {}
         for name, module in layer.named_modules():
             for path, value in _reachable(module, name, _DEEPEST):
-                (arguments if isinstance(value, torch.Tensor) else scalars).setdefault(path, value)
+                if isinstance(value, torch.Tensor):
+                    arguments.setdefault(path, value)
+                elif not _NOT_COMPILED.search(path):
+                    scalars.setdefault(path, value)
             if isinstance(layer_name := getattr(module, "layer_name", None), str):
                 arguments[f"{name}.layer_name"] = LayerName(layer_name)
         return cls(arguments, scalars)

@@ -190,6 +190,7 @@ class _Routed(_CausalLM):
             # In the dtype that is served, as if merged into a loaded model.
             weights = self._lora.merge_all((name, weight.to(self._dtype)) for name, weight in weights)
         loaded = super().load_weights(weights)
+        self._lora = None  # weights are loaded once
         if self.model.buddy_writes_kv:
             for layer in filter(is_here, self.model.layers):
                 keep_kv_weights(layer)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from vllm_buddy.method import LayerPath, Route, Run
 
@@ -49,10 +49,34 @@ def runs_with_drafts(
     They are decided on a copy, so that no decision that is kept has seen a draft. vLLM pads drafts with -1, which is
     never accepted; such tokens run on with the one before them.
     """
-    known = [*token_ids, *takewhile(lambda token_id: token_id >= 0, drafts)]
-    num_padded = len(token_ids) + len(drafts) - len(known)
+    real = list(takewhile(lambda token_id: token_id >= 0, drafts))
+    known, num_padded = _Joined(token_ids, real), len(drafts) - len(real)
     *runs, last = route.copy().runs(start, num_tokens - num_padded, known)
     return [*runs, Run(last.num_tokens + num_padded, last.path)]
+
+
+class _Joined(Sequence[int]):
+    """Two sequences one after the other, without a copy of the first: contexts are long, and routes read their ends."""
+
+    def __init__(self, first: Sequence[int], second: Sequence[int]) -> None:
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        num_first = len(self._first)
+        if isinstance(place, slice):
+            start, stop, step = place.indices(len(self))
+            if step != 1:
+                return [self[index] for index in range(start, stop, step)]
+            return [*self._first[start:stop], *self._second[max(0, start - num_first) : max(0, stop - num_first)]]
+        place = range(len(self))[place]
+        return self._first[place] if place < num_first else self._second[place - num_first]
 
 
 StepPlan = dict[str, RequestPlan]

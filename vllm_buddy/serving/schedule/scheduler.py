@@ -100,7 +100,7 @@ class _Routing(_Base):
         key = routed.route.cache_key
         salt(request, None if key is None else f"{self._salt_prefix}:{key}", routed.hasher)
         routed.hasher = None
-        if key is not None:
+        if key is not None and self.kv_cache_manager.enable_caching:
             # If the path changes within the prompt, the request must not look up blocks after the change.
             self._publishable_tokens(request, request.num_tokens)
 
@@ -147,6 +147,11 @@ class _Routing(_Base):
         # Also where the change lies ahead: under asynchronous scheduling a path is decided before its token arrives.
         routed.hasher = end_hash_chain(request, uniform // self.hash_block_size) or routed.hasher
         return min(uniform, num_tokens)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """vLLM's. Paths that accepted drafts ran are decided before, so that no block after a change is looked up."""
+        self._publishable_tokens(request, request.num_tokens - 1)
+        super()._preempt_request(request, *args, **kwargs)
 
     def _units_of(self, req_id: str, num_tokens: int) -> RequestUnits:
         """The KV units of a request, for its first num_tokens tokens."""
@@ -199,7 +204,12 @@ class _Routing(_Base):
         room = max(0, self.max_num_running_reqs - len(self.running))
         free = (r for r in self.waiting if r.request_id not in auto.blocked)
         with self._routing_time:
-            starting = [(r, self._routed[r.request_id]) for r in islice(free, min(room, _MOST_STARTING))]
+            starting, num_tokens = [], 0
+            for request in islice(free, min(room, _MOST_STARTING)):
+                if num_tokens >= self.max_num_scheduled_tokens:
+                    break  # the step has no room for more of them
+                starting.append((request, self._routed[request.request_id]))
+                num_tokens += request.num_tokens - request.num_computed_tokens
             for request, routed in auto.choose_again(starting):
                 routed.route = self._new_route(request, routed.outcome.budget)
                 self._prepare_cache(request, routed)

@@ -193,6 +193,11 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         "vllm_buddy routes in its own scheduler; start without --scheduler-cls",
     ),
     (
+        "VLLM_BATCH_INVARIANT on a GPU",
+        lambda _: envs.VLLM_BATCH_INVARIANT and not current_platform.is_cpu(),
+        "rows of layers that others skip are normalised by another kernel, so results would follow the batch; unset it",
+    ),
+    (
         "the Rust front end",
         lambda _: os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
         "it does not validate a request's buddy_budget; unset VLLM_USE_RUST_FRONTEND",
