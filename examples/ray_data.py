@@ -1,6 +1,6 @@
 """Ray Data: the rows of an offline batch, a budget for each, and what each ran.
 
-pip install 'vllm-buddy[ray]'
+pip install '.[ray]'
 python examples/ray_data.py
 """
 

@@ -1,6 +1,6 @@
 """Two replicas behind Ray Serve: requests at 0.5 go to one, those at 1.0 to the other.
 
-pip install 'vllm-buddy[ray]'
+pip install '.[ray]'
 python examples/ray_serve.py [8000]
 """
 

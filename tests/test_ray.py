@@ -58,7 +58,7 @@ def test_without_ray_the_module_says_what_to_install() -> None:
     code = "import sys; sys.modules['ray'] = None; import vllm_buddy.ray"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "pip install 'vllm-buddy[ray]'" in done.stderr.splitlines()[-1]
+    assert "pip install 'ray[serve]==2.60.0'" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("ray_serve")

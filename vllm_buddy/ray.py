@@ -19,8 +19,8 @@ try:
     from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 except ImportError as error:
     raise ImportError(
-        "vllm_buddy.ray needs Ray Serve: pip install 'vllm-buddy[ray]'. Ray's own extra, ray[llm], would replace vLLM "
-        "by the version that it pins"
+        "vllm_buddy.ray needs Ray Serve: pip install 'ray[serve]==2.60.0'. Ray's own extra, ray[llm], would "
+        "replace vLLM by the version that it pins"
     ) from error
 
 from vllm_buddy import __version__

@@ -26,5 +26,5 @@ def new_canvas(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit("a plot needs matplotlib; pip install 'vllm-buddy[plot]'") from None
+        raise SystemExit("a plot needs matplotlib; pip install matplotlib") from None
     return Figure(figsize=(width, height), layout="constrained")

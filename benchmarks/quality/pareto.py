@@ -65,7 +65,7 @@ def draw(panels: dict[str, list[Point]], batch: int, out: Path) -> None:
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
-        raise Refused("a plot needs matplotlib; pip install 'vllm-buddy[plot]'") from None
+        raise Refused("a plot needs matplotlib; pip install matplotlib") from None
     looks = _looks(point for found in panels.values() for point in found)
     legend_inches = 0.19 * (2 + max(_legend_rows(looks, family) for family in _FAMILIES))
     canvas = Canvas(figsize=(10, 5.4 + legend_inches), layout="constrained")

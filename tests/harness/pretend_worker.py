@@ -120,7 +120,7 @@ class PretendEngine:
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
         self._tiny = tiny
-        self._schedule = self.scheduler._routes.schedule
+        self._schedule = PathSchedule(schedule.interval, max(schedule.lag, int(asynchronous)))
         self._queue_size = 2 if asynchronous else 1
         self._in_flight: deque[tuple[Any, Any]] = deque()
         self._rows: dict[str, _Row] = {}

@@ -14,7 +14,12 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata, FlashAttentionMetadataBuilder
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadata
 
-from vllm_buddy.serving.compat import SUPPORTED_ATTENTION_BACKENDS, metadata_to_capture, moved_metadata
+from vllm_buddy.serving.compat import (
+    SUPPORTED_ATTENTION_BACKENDS,
+    attention_problem,
+    metadata_to_capture,
+    moved_metadata,
+)
 
 NUM_ROWS = 4
 
@@ -119,3 +124,27 @@ def test_moved_metadata_reads_other_blocks_and_nothing_else(name: str) -> None:
     assert vars(metadata) == before
     assert type(moved) is BACKENDS[name]
     assert vars(moved) == {**before, "block_table": table, "slot_mapping": slots}
+
+
+def attention_group(backend: str, **attributes: Any) -> Any:
+    """As vLLM's AttentionGroup."""
+    return SimpleNamespace(backend=SimpleNamespace(get_name=lambda: backend), **attributes)
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        ([[attention_group("CPU_ATTN")]], None),
+        ([[attention_group("FLASH_ATTN", kernel_block_size=None)]], None),
+        ([], "one attention backend for all layers"),
+        ([[attention_group("CPU_ATTN"), attention_group("FLASH_ATTN")]], "one attention backend for all layers"),
+        ([[attention_group("CPU_ATTN"), attention_group("CPU_ATTN")]], "--kv-cache-dtype-skip-layers"),
+        ([[attention_group("FLASHINFER")]], "its wrappers hold one plan at a time"),
+        ([[attention_group("FLEX_ATTENTION")]], "never tried with layers of different lengths"),
+        ([[attention_group("FLASH_ATTN", kernel_block_size=64)]], "set --block-size to that"),
+    ],
+)
+def test_attention_that_cannot_be_routed_is_told_with_the_way_out(groups: Any, told: str | None) -> None:
+    """Fails if a server starts whose layers would share one piece of metadata, or its user is not told what to do."""
+    problem = attention_problem(groups)
+    assert problem is None if told is None else told in (problem or "")

@@ -1,6 +1,6 @@
 """Generates the tables on budget "auto": what choosing a budget saves, and the effect of a price that follows load."""
 
-from typing import Any
+from typing import NamedTuple
 
 from tools.tables.results import Row, by_key, load_rows, number, rounds_note, section, spread, table
 
@@ -109,20 +109,27 @@ def _overload_rows(name: str) -> list[Row]:
     return [{"arrivals": "step", **row} for row in load_rows(name) if "metric" in row]
 
 
-def overload_figures() -> list[dict[str, Any]]:
-    """Return a line for each run of the step of load, the newest first.
+class Overloaded(NamedTuple):
+    """A server under the step of load. itl_ms, ttft_ms: 99th percentiles. budget: mean share of layers run."""
 
-    Its keys: the date; for either price, p99 latency over that of an unloaded server; and the mean budget.
-    """
-    runs = []
-    for name in OVERLOAD_FILES:
-        steps = [row for row in _overload_rows(name) if row["arrivals"] == "step"]
-        rows = by_key(steps, "variant", "metric")
-        names = ("price 0", "price follows load")
-        run = {name: float(rows[f"auto, {name}", "p99_itl_over_unloaded"]["p50"]) for name in names}
-        budget = rows[f"auto, {names[1]}", _budget_metric(steps)]
-        runs.append({**run, "mean budget": float(budget["p50"]), "date": budget["date"]})
-    return sorted(runs, key=lambda run: run["date"], reverse=True)
+    itl_ms: float
+    ttft_ms: float
+    budget: float
+
+
+def overload_figures() -> tuple[Overloaded, Overloaded]:
+    """Return the newest run of the step of load: without a price, and with one that follows the load."""
+    steps = max(
+        ([row for row in _overload_rows(name) if row["arrivals"] == "step"] for name in OVERLOAD_FILES),
+        key=lambda rows: str(rows[0]["date"]),
+    )
+    rows = by_key(steps, "variant", "metric")
+    metrics = ("p99_itl_ms", "p99_ttft_ms", _budget_metric(steps))
+    full, follows = (
+        Overloaded(*(float(rows[f"auto, {name}", metric]["p50"]) for metric in metrics))
+        for name in ("price 0", "price follows load")
+    )
+    return full, follows
 
 
 def objectives_table() -> str:

@@ -49,34 +49,30 @@ def claims() -> str:
             f"([test](tests/serving/end_to_end/test_full_depth.py), [conditions](docs/serving.md#full-depth)), at "
             f"{_range(full_depth())} times its tokens/s, by model, batch and run; on GPTQ weights "
             f"{_range(full_depth('GPTQ'))}.",
-            "- **What skipping costs is measured.** With one depth per request, as in these figures of speed, "
-            f"WikiText-2 perplexity is {_perplexities(shipped, 'buddy')} times the full model's on "
-            f"{_list(map(str, layers))} of 30 layers, and {_margins(shipped, 'buddy')} of PIQA's margin over chance "
-            "are left: SmolLM2-135M's artifact, trained on two CPU cores. With depths per token it is "
-            f"{_perplexities(token, 'buddy:token')} times, and {_margins(token, 'buddy:token')}, at a mean of as many "
-            f"layers; decoding then reaches only {token_speed[0.75]} times stock vLLM's tokens/s at 0.75 and "
-            f"{token_speed[0.5]} at 0.5. Qwen2.5-Coder-0.5B, one depth per request: {_perplexities(qwen, 'buddy')} "
-            f"times at {_list(map(str, _layers(qwen)))} of 24 layers, but it answers {solved[1.0]:.0%} of GSM8K's "
-            f"questions rightly on all layers and {' to '.join(dict.fromkeys((left[0], left[-1])))} at these depths. "
-            "Measure your own task. [Figures](docs/quality.md)",
+            "- **Skipping costs quality.** SmolLM2-135M, one depth per request, as in these figures of speed: "
+            f"{_perplexities(shipped, 'buddy')} times the full model's perplexity on {_list(map(str, layers))} of 30 "
+            "layers, on a fifth of WikiText-2's validation split that training left out, and "
+            f"{_margins(shipped, 'buddy')} of PIQA's margin over chance. On half of the layers most "
+            f"[answers](docs/answers.md) loop. With depths per token it is {_perplexities(token, 'buddy:token')} times "
+            f"and {_margins(token, 'buddy:token')}, and decoding reaches {token_speed[0.75]} times stock vLLM's "
+            f"tokens/s at 0.75 and {token_speed[0.5]} at 0.5. Qwen2.5-Coder-0.5B: {_perplexities(qwen, 'buddy')} "
+            f"times at {_list(map(str, _layers(qwen)))} of 24 layers, "
+            f"but it solves {solved[1.0]:.0%} of GSM8K on all layers and "
+            f"{' to '.join(dict.fromkeys((left[0], left[-1])))} at these depths. Measure your own task. "
+            "[Figures](docs/quality.md)",
             _overload_claim(),
         ]
     )
 
 
 def _overload_claim() -> str:
-    """Return the claim of all runs of the step of load, the newest first, each with its date."""
-    runs = overload_figures()
-
-    def each(name: str) -> str:
-        return " and ".join(f"{run[name]:.2f}" for run in runs)
-
+    """Return the claim of the newest run of the step of load."""
+    full, follows = overload_figures()
     return (
         "- **Shallower instead of slower.** At 1.5 times the load that stock vLLM sustains, budget `auto` with a price "
-        "that follows the load, 0 without any, keeps p99 inter-token latency at "
-        f"{each('price follows load')} times that of an unloaded server "
-        f"(runs of {' and '.join(run['date'] for run in runs)}); without the price it is "
-        f"{each('price 0')} times. The mean budget is {each('mean budget')}. [Figures](docs/benchmarks.md#overload)"
+        f"that follows the load keeps p99 between tokens at {follows.itl_ms:.0f} ms and to the first token at "
+        f"{follows.ttft_ms / 1e3:.1f} s, where full depth takes {full.itl_ms:.0f} ms and {full.ttft_ms / 1e3:.1f} s. "
+        f"The requests then run {follows.budget:.0%} of the layers. [Figures](docs/benchmarks.md#overload)"
     )
 
 
@@ -103,7 +99,8 @@ def speed_at_a_glance() -> str:
     """Return seven rows: decoding by batch, on several paths, the first token, and all requests at once."""
     decode_rows, serving_rows = load_rows("cpu_decode.jsonl"), load_rows("cpu_serving.jsonl")
     decode = by_key(decode_rows, "metric", "variant", "batch")
-    prefill = by_key(load_rows("cpu_prefill.jsonl"), "metric", "variant", "prompt_tokens")
+    prefill_rows, step_rows = load_rows("cpu_prefill.jsonl"), load_rows("cpu_profile.jsonl")
+    prefill = by_key(prefill_rows, "metric", "variant", "prompt_tokens")
     serving = by_key(serving_rows, "metric", "workload", "rate", "variant")
     lines = [
         [f"decode, batch {batch}", *_cells(decode["ratio_to_stock", variant, batch] for variant in _VARIANTS)]
@@ -111,7 +108,7 @@ def speed_at_a_glance() -> str:
     ]
     own = (decode["ratio_to_stock", f"buddy {budget:g}, own paths", 8] for budget in BUDGETS)
     lines.append(["decode, batch 8, paths picked by the router", "", *_cells(own), "", ""])
-    steps = by_key(load_rows("cpu_profile.jsonl"), "metric", "batch", "variant")
+    steps = by_key(step_rows, "metric", "batch", "variant")
     many = steps["step_ms", 8, "stock"]["p50"] / steps["step_ms", 8, _MANY_PATHS]["p50"]
     lines.append(["decode, batch 8, 8 different random paths", "", "", f"{many:.2f}", "", ""])
     first = (prefill["over_stock", variant, _PROMPT_TOKENS] for variant in _VARIANTS)
@@ -121,7 +118,8 @@ def speed_at_a_glance() -> str:
     note = (
         "Tokens/s over stock vLLM (more is better), in the row of the first token time over stock vLLM's; *pruned* is "
         "stock vLLM on a checkpoint with as many layers, without repair. Medians; `python -m benchmarks.speed.decode` "
-        f"and `benchmarks.speed.prefill` ({where(decode_rows[0])}), `benchmarks.speed.profile_step` (random paths), "
+        f"({where(decode_rows[0])}), `benchmarks.speed.prefill` (commit {prefill_rows[0]['commit']}), "
+        f"`benchmarks.speed.profile_step` (random paths, commit {step_rows[0]['commit']}), "
         f"`benchmarks.speed.serving` (commit {serving_rows[0]['commit']}). [Spreads, and all else](docs/benchmarks.md)."
     )
     return section(note, ["SmolLM2-135M, bf16", *_VARIANTS], lines)
@@ -141,7 +139,8 @@ def quality_at_a_glance() -> str:
     dense = by_key(rows, "policy", "metric")
     note = (
         f"Against the full model, whose perplexity is {dense['dense', 'perplexity']['value']:.2f} and accuracy "
-        f"{dense['dense', 'piqa_acc']['value']:.3f}: {dense['dense', 'perplexity']['n']:,} tokens of WikiText-2, "
+        f"{dense['dense', 'piqa_acc']['value']:.3f}: {dense['dense', 'perplexity']['n']:,} tokens of the last "
+        "fifth of WikiText-2's validation split (the rest is among what was trained on), "
         f"{dense['dense', 'piqa_acc']['n']} questions of PIQA (standard error "
         f"{dense['dense', 'piqa_acc']['stderr']:.3f}; in brackets the share of the margin over chance). "
         "[Commands, baselines, and what does not work](docs/quality.md)."

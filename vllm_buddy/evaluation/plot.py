@@ -25,7 +25,7 @@ _COLUMNS = 3
 def check_plotting() -> None:
     """Raise EvaluationError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise EvaluationError("a plot needs matplotlib; pip install 'vllm-buddy[plot]', or leave out --plot")
+        raise EvaluationError("a plot needs matplotlib; pip install matplotlib, or leave out --plot")
 
 
 def plot_figures(figures: Sequence[Figure], out: Path) -> None:

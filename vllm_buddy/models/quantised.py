@@ -22,7 +22,7 @@ def quantisation_config(kind: Quantisation, dtype: torch.dtype) -> Any:
         ModelError: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"a base in {kind} needs bitsandbytes: pip install 'vllm-buddy[quantised]'")
+        raise ModelError(f"a base in {kind} needs bitsandbytes: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":

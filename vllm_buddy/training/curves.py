@@ -31,7 +31,7 @@ def pyplot() -> Any:
         matplotlib.use("Agg")
         import matplotlib.pyplot
     except ImportError:
-        raise TrainingError("curves need matplotlib: pip install 'vllm-buddy[plot]'") from None
+        raise TrainingError("curves need matplotlib: pip install matplotlib") from None
     return matplotlib.pyplot
 
 

@@ -44,7 +44,7 @@ def _rows(source: DatasetSource, folder: Path | None) -> Iterator[dict[str, Any]
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError("a data set needs the package datasets: pip install 'vllm-buddy[datasets]'") from None
+        raise DataError("a data set needs the package datasets: pip install datasets") from None
     local = Path(source.dataset) if folder is None else folder / source.dataset
     try:
         yield from load_dataset(

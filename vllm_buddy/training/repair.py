@@ -67,7 +67,7 @@ class LoraRepair:
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
-            raise TrainingError("LoRA needs peft: pip install 'vllm-buddy[train]'") from None
+            raise TrainingError("LoRA needs peft: pip install peft") from None
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear")
         inject_adapter_in_model(config, model)
         self._alpha = alpha

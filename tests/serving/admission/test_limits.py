@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,10 @@ import pytest
 
 from tests.harness.engine import Tiny
 from tests.harness.server_config import configure
+from vllm_buddy import __version__
+from vllm_buddy.errors import SettingsError
 from vllm_buddy.serving.admission.auto_limits import AutoLimits
+from vllm_buddy.serving.admission.limits import _restored
 
 _IN_ANOTHER_PROCESS = """
 import pickle, sys
@@ -48,3 +52,11 @@ def test_the_log_names_the_budget_that_objectives_can_lead_to(floor: float, told
     """Fails if a floor below the smallest depth of the Budget Predictor is promised, which no request can get."""
     limits = AutoLimits(30, (15, 19, 24, 30), 0.1, 1.0, 0.8, None, floor, {"itl": 0.05})
     assert told in limits.summary()
+
+
+def test_limits_of_another_version_are_refused_with_both() -> None:
+    """Fails if a node with another version of the package serves by limits that it may read otherwise."""
+    with pytest.raises(SettingsError) as caught:
+        _restored("0.0.1")
+    assert f"vllm_buddy 0.0.1, but {platform.node()} has {__version__}" in str(caught.value)
+    assert "same version of vllm-buddy on every node" in str(caught.value)

@@ -73,6 +73,12 @@ def _load_artifact(settings: BuddySettings, vllm_config: "VllmConfig") -> tuple[
     artifact = load_artifact(folder)
     check_base_model(artifact, vllm_config, by_shape=settings.base_check == "shape")
     check_lora(artifact, vllm_config)
+    if artifact.config.recipe is None:
+        logger.warning(
+            "artifact '%s' is untrained: its paths leave layers out and put nothing in their place, so that answers "
+            "are poor well below budget 1 (docs/own_model.md)",
+            artifact.config.name,
+        )
     trained = artifact.config.budgets
     if trained is not None and (settings.min_budget or 0) < trained[0]:
         logger.info(

@@ -85,7 +85,7 @@ class LoadSettings(Section):
     kv_use: Shares = Field(default=(0.8, 0.95), description="The same for the share of the KV cache in use.")
     floor: Budget | None = Field(
         default=None,
-        description="Smallest budget that load alone leads to, within what `auto` chooses among. Default: `auto.min`.",
+        description="Load alone never takes a request below this budget. Default: `auto.min`.",
     )
     lowers_running: bool = Field(
         default=True,
@@ -127,8 +127,7 @@ class SloSettings(Section):
     )
     floor: Budget | None = Field(
         default=None,
-        description="Smallest budget that the objectives alone lead to, within what `auto` chooses among. "
-        "Default: `auto.min`.",
+        description="The objectives alone never take a request below this budget. Default: `auto.min`.",
     )
     hysteresis: float = Field(
         default=0.1,
@@ -142,7 +141,7 @@ class SloSettings(Section):
         lt=1,
         description=(
             "Share of an objective that is left for what the engine does not see, such as the way through the API "
-            "server: it keeps the rest."
+            "server. The engine aims at the rest."
         ),
     )
 
@@ -262,8 +261,8 @@ class DraftSettings(Section):
     acceptance: Share = Field(
         default=0.7,
         description=(
-            "Share of drafts that is expected to be right before a request has had any. Rather too high: what is too "
-            "low is not tried."
+            "Share of drafts that is expected to be right before a request has had any. Set it too high rather than "
+            "too low: drafts that are thought bad are never tried."
         ),
     )
     row_cost: Share | None = Field(
