@@ -13,9 +13,9 @@ import pytest
 import torch
 from vllm.v1.sample import rejection_sampler
 
+from tests.harness.batches import batch
 from tests.harness.engine import MAX_MODEL_LEN, Ask, Engine, Tiny, make_tiny, start_engine
 from tests.harness.tiny_models import NUM_LAYERS, VOCAB_SIZE, random_prompts
-from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import full_path
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 from vllm_buddy.method.reference import routed_logits

@@ -10,11 +10,10 @@ import pytest
 import torch
 from vllm_buddy_kernels import Kernels
 
+from tests.harness.batches import FEW, batch, check_scenario, scenarios
 from tests.harness.engine import Ask, Engine, Tiny, start_engine
 from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
 from tests.serving.conftest import UNITS
-from tests.serving.end_to_end.test_golden import batch
-from tests.serving.end_to_end.test_independence import FEW, check_scenario, scenarios
 from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import depth_for_budget, layers_of
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
