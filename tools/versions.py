@@ -17,6 +17,8 @@ from vllm_buddy.serving.compat import TESTED_VLLM
 GOLDEN = (
     "tests/serving/test_compat.py",
     "tests/serving/test_patches.py",
+    "tests/serving/test_vllm_signatures.py",
+    "tests/serving/test_vllm_internals.py",
     "tests/serving/schedule/test_prefix_cache.py",
     "tests/serving/telemetry",
     *(
