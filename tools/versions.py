@@ -21,6 +21,7 @@ GOLDEN = (
     "tests/serving/test_vllm_internals.py",
     "tests/serving/schedule/test_prefix_cache.py",
     "tests/serving/telemetry",
+    "tests/serving/worker/test_depth_drafts.py",
     *(
         f"tests/serving/end_to_end/test_{name}.py"
         for name in (
@@ -33,6 +34,9 @@ GOLDEN = (
             "token_schedule",
             "speculation",
             "lossless",
+            "lossless_sampling",
+            "draft_counts",
+            "ngram_drafts",
             "server",
         )
     ),
