@@ -32,7 +32,7 @@ settings.load_profile("vllm_buddy")
 LONGEST_FILES = (
     "worker/test_on_runner_v2.py",
     "graphs/test_decode.py",
-    "start/test_hook.py",
+    "start/test_without_plugin.py",
     "end_to_end/test_server.py",
 )
 

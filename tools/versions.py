@@ -17,8 +17,11 @@ from vllm_buddy.serving.compat import TESTED_VLLM
 GOLDEN = (
     "tests/serving/test_compat.py",
     "tests/serving/test_patches.py",
+    "tests/serving/test_vllm_signatures.py",
+    "tests/serving/test_vllm_internals.py",
     "tests/serving/schedule/test_prefix_cache.py",
     "tests/serving/telemetry",
+    "tests/serving/worker/test_depth_drafts.py",
     *(
         f"tests/serving/end_to_end/test_{name}.py"
         for name in (
@@ -31,6 +34,9 @@ GOLDEN = (
             "token_schedule",
             "speculation",
             "lossless",
+            "lossless_sampling",
+            "draft_counts",
+            "ngram_drafts",
             "server",
         )
     ),

@@ -82,7 +82,13 @@ def parts(out: Path) -> list[Part]:
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     serving = [
         f"tests/serving/{name}.py"
-        for name in ("end_to_end/test_golden", "graphs/test_decode", "end_to_end/test_strict")
+        for name in (
+            "end_to_end/test_golden",
+            "graphs/test_decode",
+            "graphs/test_path_graphs",
+            "graphs/test_graph_start",
+            "end_to_end/test_strict",
+        )
     ]
     return [
         Part("facts", [sys.executable, "-m", "benchmarks.gpu.facts"], 5, 60),

@@ -92,3 +92,15 @@ def crowded_units(tiny: Callable[[str], Tiny]) -> Engine:
 def crowded(tiny: Callable[[str], Tiny]) -> Engine:
     """A routed Llama engine with so few KV blocks that vLLM preempts by itself."""
     return start_engine(tiny("llama"), num_gpu_blocks_override=17)
+
+
+@pytest.fixture(scope="session")
+def numba() -> None:
+    """Numba, with which vLLM compiles its drafter, so that engines can start in this process afterwards.
+
+    vLLM 0.32 looks into all objects of all modules when an engine starts on CPU. One of llvmlite's takes every name for
+    that of a function, `__dict__` too, and the engine ends.
+    """
+    from llvmlite.binding import ffi
+
+    ffi.lib._fntab["__dict__"] = {}

@@ -1,8 +1,8 @@
 """All changes to vLLM's code: sixteen wrapped functions, and a table entry for each routed model class.
 
 The docstring of each `_wrap_` function says why it is there, what vLLM's nearest hook is, and when it can be removed.
-All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_patches.py fails
-when vLLM's side moves.
+All act only where model_impl is "buddy", and applying them again changes nothing. tests/serving/test_vllm_signatures.py
+and tests/serving/test_vllm_internals.py fail when vLLM's side moves.
 """
 
 import inspect

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.engine import Tiny
+from tests.harness.engine import Engine, Tiny
 from tests.harness.server_config import configure
 from vllm_buddy import __version__
 from vllm_buddy.errors import SettingsError
@@ -45,6 +45,15 @@ def test_limits_survive_copying(tiny: Callable[[str], Tiny]) -> None:
     """Fails if a limit is lost or takes the place of another on the way."""
     limits = configure(tiny("llama"), {"max_budget": 0.75, "prompt": "routed"}).model_config.buddy_limits
     assert pickle.loads(pickle.dumps(limits)) == limits == copy.deepcopy(limits)
+
+
+def test_what_the_server_allows_travels_to_other_processes(llama: Engine) -> None:
+    """Fails if the limits cannot be pickled, or the tables of the predictor go with them to every process."""
+    limits = llama.llm.llm_engine.model_config.buddy_limits
+    text = pickle.dumps(limits)
+    assert pickle.loads(text) == limits
+    assert limits.auto is not None
+    assert len(text) < 1000
 
 
 @pytest.mark.parametrize(("floor", "told"), [(0.1, "down to 0.5,"), (0.5, "down to 0.5,"), (0.8, "down to 0.8,")])

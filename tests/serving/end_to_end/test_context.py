@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.harness.batches import BUDGETS, NUM_TOKENS
 from tests.harness.engine import BLOCK_SIZE, Ask, Engine
 from tests.harness.tiny_models import random_prompts
-from tests.serving.end_to_end.test_golden import BUDGETS, NUM_TOKENS
 from vllm_buddy.method import RequestRoute, depth_for_budget
 from vllm_buddy.method.kv_policy import KV_POLICIES
 from vllm_buddy.method.reference import routed_logits

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from tests.harness.batches import batch
 from tests.harness.engine import BLOCK_SIZE, Ask, ByToken, Engine
 from tests.harness.tiny_models import NUM_LAYERS
-from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import depth_for_budget
 from vllm_buddy.method.kv_policy import KV_ONLY, KV_POLICIES, MASKED
 

@@ -2,20 +2,11 @@
 
 import pytest
 
+from tests.harness.batches import NUM_TOKENS, batch
 from tests.harness.engine import MAX_TOKENS_PER_STEP, Ask, Engine
 from tests.harness.tiny_models import random_prompts
 from vllm_buddy.method import path_of
 from vllm_buddy.method.kv_policy import KV_POLICIES
-
-# 0.4 is the smallest budget of 8 layers: 3 layers. Mixed depths, and two requests share one.
-BUDGETS = (1.0, 0.5, 0.75, 0.4, 0.625, 0.5, 0.875, 0.4)
-NUM_TOKENS = 20  # beyond the second decision at R = 16
-
-
-def batch(seed: int, max_prompt: int = 100) -> list[Ask]:
-    """Eight requests of different prompt lengths and budgets."""
-    prompts = random_prompts(len(BUDGETS), seed=seed, min_tokens=1, max_tokens=max_prompt)
-    return [Ask(tuple(p), b, NUM_TOKENS) for p, b in zip(prompts, BUDGETS)]
 
 
 @pytest.mark.parametrize("bypass", [False, True], ids=("bare", "bypass"))

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.harness import batches
 from tests.harness.engine import BLOCK_SIZE, Ask, Engine, Tiny, make_tiny, start_engine
 from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, PREDICTOR_DEPTHS, load_model
-from tests.serving.end_to_end import test_adapters, test_golden, test_pipeline_parallel
+from tests.serving.end_to_end import test_adapters, test_pipeline_parallel
 from vllm_buddy.method import PathSchedule, path_of
 from vllm_buddy.method.kv_policy import KV_POLICIES, MASKED
 
@@ -74,7 +75,7 @@ def llama(servers: Callable[..., Engine]) -> Iterator[Engine]:
 
 
 def batch(seed: int) -> list[Ask]:
-    return [Ask(ask.prompt, budget, 20) for ask, budget in zip(test_golden.batch(seed), BUDGETS)]
+    return [Ask(ask.prompt, budget, 20) for ask, budget in zip(batches.batch(seed), BUDGETS)]
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)

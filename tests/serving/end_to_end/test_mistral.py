@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.harness.batches import batch
 from tests.harness.engine import Engine, Tiny, start_engine
-from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method.kv_policy import KV_POLICIES
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.harness.batches import batch, batch_to_preempt
 from tests.harness.engine import BLOCK_SIZE, Ask, Tiny
-from tests.serving.end_to_end import test_golden, test_preemption
 from vllm_buddy.method import PathSchedule
 
 # Log-probabilities of float32 models, whose sums the reference and vLLM's kernels take in another order.
@@ -94,7 +94,7 @@ def check(llama: Tiny, asks: list[Ask], answers: list[dict[str, Any]], policy: s
 
 def crowd() -> list[Ask]:
     """Requests that do not fit into FEW_BLOCKS together, so that vLLM preempts some of them."""
-    return [Ask(ask.prompt, ask.budget, 72) for ask in test_preemption.batch(seed=22)]
+    return [Ask(ask.prompt, ask.budget, 72) for ask in batch_to_preempt(seed=22)]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_two_stages_give_the_reference_answers(
     tiny: Callable[[str], Tiny], tmp_path: Path, eager: bool, settings: dict[str, Any]
 ) -> None:
     """Fails if a stage runs other rows than the plan says, loses a residual or a count, or mixes two steps up."""
-    llama, batches = tiny("llama"), [test_golden.batch(seed=11), crowd()]
+    llama, batches = tiny("llama"), [batch(seed=11), crowd()]
     served = serve(
         llama,
         tmp_path / "serve.py",
@@ -135,7 +135,7 @@ def test_rows_that_skip_a_whole_stage_pass_through_its_bypasses(
     """Fails if a stage of which no layer runs, for some rows or for all of a step, drops or changes their state."""
     llama, middle = tiny("llama"), 0b00011000
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "3,2,3")
-    asks = test_golden.batch(seed=7)
+    asks = batch(seed=7)
     paths = [set(llama.expected(ask, policy, PathSchedule(4)).paths) for ask in asks]
     skipping = [number for number, found in enumerate(paths) if any(path & middle == 0 for path in found)]
     assert skipping, "every row runs a layer of the stage"
@@ -155,7 +155,7 @@ def test_rows_that_skip_a_whole_stage_pass_through_its_bypasses(
 @pytest.mark.slow
 def test_stages_of_two_ranks_give_the_reference_answers(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
     """Fails if the counts, which vLLM hands on in parts to the ranks of the next stage, arrive in pieces."""
-    llama, asks = tiny("llama"), test_golden.batch(seed=12)
+    llama, asks = tiny("llama"), batch(seed=12)
     ((_, answers),) = serve(
         llama,
         tmp_path / "serve.py",

@@ -2,16 +2,9 @@
 
 import pytest
 
+from tests.harness.batches import batch_to_preempt
 from tests.harness.engine import Ask, Engine
-from tests.harness.tiny_models import random_prompts
 from vllm_buddy.method.kv_policy import KV_POLICIES
-
-BUDGETS = (0.5, 1.0, 0.75, 0.4, 0.5, 0.625)
-
-
-def batch(num_tokens: int = 24, seed: int = 21, max_prompt: int = 90) -> list[Ask]:
-    prompts = random_prompts(len(BUDGETS), seed=seed, min_tokens=3, max_tokens=max_prompt)
-    return [Ask(tuple(p), b, num_tokens) for p, b in zip(prompts, BUDGETS)]
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)
@@ -19,7 +12,7 @@ def batch(num_tokens: int = 24, seed: int = 21, max_prompt: int = 90) -> list[As
 def test_preempted_requests_run_their_old_paths_again(engine: Engine, policy: str, interval: int) -> None:
     """Fails if a resumed request runs its generated tokens on other paths, or on top of its old layer lengths."""
     engine.configure(policy, interval)
-    asks = batch()
+    asks = batch_to_preempt()
 
     def disturb(step: int) -> None:
         if step in (2, 9, 17):
@@ -36,7 +29,7 @@ def test_preempted_requests_run_their_old_paths_again(engine: Engine, policy: st
 def test_preemption_of_all_without_a_cache(llama: Engine, policy: str, chunk: int) -> None:
     """Fails if a request that restarts at its first token, chunk by chunk, depends on what it was before."""
     llama.configure(policy, 1, chunk=chunk)
-    asks = batch()
+    asks = batch_to_preempt()
 
     def disturb(step: int) -> None:
         if step in (5, 30):
@@ -49,7 +42,7 @@ def test_preemption_of_all_without_a_cache(llama: Engine, policy: str, chunk: in
 def test_preemption_by_vllm_when_blocks_run_out(crowded: Engine, policy: str) -> None:
     """Fails if routing breaks where vLLM preempts within schedule(), takes blocks away and gives others."""
     crowded.configure(policy, 1)
-    asks = [Ask(ask.prompt, ask.budget, 80) for ask in batch(seed=22)]
+    asks = [Ask(ask.prompt, ask.budget, 80) for ask in batch_to_preempt(seed=22)]
     preempted: list[int] = []
 
     def watch(step: int) -> None:

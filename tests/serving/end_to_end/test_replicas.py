@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.engine import Ask, Tiny
-from tests.serving.end_to_end.test_server import NUM_TOKENS, PROMPTS, SCHEDULE, Server, budget, serving
+from tests.harness.http_server import NUM_TOKENS, PROMPTS, SCHEDULE, Server, budget, serving
 
 BUDGETS = (0.5, 1.0)
 NUM_OF_EACH = 12

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.harness import oracle_drafter
+from tests.harness.batches import batch
 from tests.harness.engine import BLOCK_SIZE, Ask, ByToken, Engine, Tiny, start_engine
 from tests.harness.model_runner_v2 import RUNNER
 from tests.harness.oracle_drafter import NUM_DRAFTS, OracleDrafter
 from tests.harness.tiny_heads import AUXILIARY_LAYERS, EAGLE, EAGLE3, save_head
 from tests.harness.tiny_models import random_prompts
-from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method.kv_policy import KV_ONLY, KV_POLICIES, MASKED
 from vllm_buddy.method.reference import routed_logits
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.harness.engine import Tiny
-from tests.serving.end_to_end.test_server import NUM_TOKENS, PROMPTS, Server, budget, serving
+from tests.harness.http_server import NUM_TOKENS, PROMPTS, Server, budget, serving
 from tests.serving.telemetry.test_deploy import PROMETHEUS, expressions
 
 pytestmark = [

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.batches import batch
 from tests.harness.engine import Tiny
-from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import PathSchedule
 
 _SERVE = """

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from tests.harness.batches import batch
 from tests.harness.engine import Ask, ByToken, Engine
 from tests.harness.layer_log import LayerLog
 from tests.harness.tiny_models import NUM_LAYERS, TOKEN_DEPTHS, random_prompts
-from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method.kv_policy import KV_ONLY, MASKED
 
 BOTH: ByToken = (True, True)

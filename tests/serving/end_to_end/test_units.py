@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from tests.harness.batches import FEW, asks, batch_to_preempt, check_scenario, disturbances
 from tests.harness.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Engine, start_engine
 from tests.harness.model_runner_v2 import RUNNER
 from tests.harness.tiny_models import FAMILIES, NUM_LAYERS, random_prompts
 from tests.method.test_kv_units import num_units_of
 from tests.serving.conftest import UNITS
-from tests.serving.end_to_end.test_independence import FEW, asks, check_scenario, disturbances
-from tests.serving.end_to_end.test_preemption import batch
 from vllm_buddy.method import layers_of
 
 BUDGETS = (1.0, 0.5, 0.75, 0.4, 0.625, 0.5, 0.875, 0.4)
@@ -142,7 +141,7 @@ def test_tokens_after_a_full_prompt_take_blocks_of_the_units_they_run(units: Eng
 def test_preempted_requests_run_their_old_paths_again(units: Engine, interval: int) -> None:
     """Fails if a resumed request has its layers in other units than before, or lacks a unit it took up late."""
     units.configure("masked", interval)
-    requests = batch()
+    requests = batch_to_preempt()
 
     def disturb(step: int) -> None:
         if step in (2, 9, 17):
@@ -159,7 +158,7 @@ def test_preempted_requests_run_their_old_paths_again(units: Engine, interval: i
 def test_preemption_by_vllm_when_blocks_run_out(crowded_units: Engine, interval: int) -> None:
     """Fails if vLLM gives out a block twice, or more than there are, or a request waits for ever."""
     crowded_units.configure("masked", interval)
-    requests = [Ask(ask.prompt, ask.budget, 120) for ask in batch(seed=22)]
+    requests = [Ask(ask.prompt, ask.budget, 120) for ask in batch_to_preempt(seed=22)]
     preempted: list[int] = []
 
     def watch(_step: int) -> None:
@@ -212,6 +211,6 @@ def test_other_starts(options: dict, tiny: Callable) -> None:
     """Fails if units need prefix caching, or blocks of more than one layer."""
     engine = start_engine(tiny("llama"), **{"buddy": UNITS, **options})
     engine.configure("masked", 1)
-    requests = batch()
+    requests = batch_to_preempt()
     engine.check(requests, engine.run(requests, before_step=lambda step: step == 9 and engine.preempt(0)))
     assert engine.num_blocks_in_use == 0

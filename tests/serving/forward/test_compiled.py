@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.harness.quantised import FORMATS, quantise
+from tests.harness.batches import batch
 from tests.harness.engine import Engine, Tiny, start_engine
 from tests.harness.tiny_models import HIDDEN_SIZE, NUM_LAYERS, random_exits
-from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import depth_for_budget
 from vllm_buddy.method.path import gap_starts
 from vllm_buddy.serving.schedule.draft_pace import DraftPass

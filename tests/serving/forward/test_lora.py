@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.harness.batches import batch
 from tests.harness.engine import Ask, Engine, Tiny, make_tiny, start_engine
 from tests.harness.server_config import configure, refusal
 from tests.harness.tiny_models import load_model, random_prompts
-from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.method import PathSchedule, RequestRoute
 from vllm_buddy.method.kv_policy import KV_POLICIES
 from vllm_buddy.method.reference import generate

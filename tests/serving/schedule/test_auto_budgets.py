@@ -13,10 +13,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
+from tests.harness.batches import PROMPTS
 from tests.harness.engine import MAX_TOKENS_PER_STEP, Ask, Tiny
 from tests.harness.pretend_worker import PretendEngine
 from tests.harness.tiny_models import NUM_LAYERS
-from tests.serving.end_to_end.test_independence import PROMPTS
 from vllm_buddy.method import PathSchedule
 
 

@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
+from tests.harness.batches import CONTEXTS, PROMPTS, SCENARIO_BUDGETS, ask_with
 from tests.harness.engine import BLOCK_SIZE, MAX_TOKENS_PER_STEP, Ask, Tiny, paths_told
 from tests.harness.pretend_worker import PretendEngine
 from tests.harness.tiny_models import NUM_LAYERS, random_prompts
-from tests.serving.end_to_end.test_independence import BUDGETS, CONTEXTS, PROMPTS, ask_with
 from vllm_buddy.method import PathSchedule
 from vllm_buddy.serving.schedule.plan import PLAN_ATTRIBUTE
 
@@ -24,7 +24,7 @@ scenarios = given(
             st.builds(
                 ask_with,
                 st.sampled_from(PROMPTS),
-                st.sampled_from(BUDGETS),
+                st.sampled_from(SCENARIO_BUDGETS),
                 st.sampled_from((1, 9, 40, 70)),
                 st.sampled_from(CONTEXTS),
             ),

@@ -22,6 +22,9 @@ PLUGIN = (
     "schedule/test_prefix_cache",
     "forward/test_lora",
     "end_to_end/test_auto",
+    "schedule/test_auto_arrival",
+    "schedule/test_lowering",
+    "telemetry/test_auto_metrics",
 )
 
 pytestmark = pytest.mark.skipif(RUNNER != "v1" or torch.cuda.is_available(), reason="runs on V2 already")

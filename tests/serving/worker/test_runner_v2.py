@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.harness.batches import batch
 from tests.harness.engine import Ask, Engine
 from tests.harness.model_runner_v2 import RUNNER
 from tests.harness.tiny_models import NUM_LAYERS
-from tests.serving.end_to_end.test_golden import batch
 from vllm_buddy.serving.worker.batch import StepBatch
 
 pytestmark = pytest.mark.skipif(RUNNER == "v1", reason="for BUDDY_TEST_RUNNER=v2 and v2-async")
