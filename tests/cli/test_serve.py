@@ -48,8 +48,8 @@ def test_looking_for_the_model_leaves_the_plugin_whole() -> None:
     code = (
         "from vllm_buddy.cli.serve import complete; complete(['--port', '1', 'm']);"
         "from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat;"
-        "from vllm_buddy.serving.patches import _MARK;"
-        "assert hasattr(OpenAIServingChat.chat_completion_stream_generator, _MARK)"
+        "from vllm_buddy.serving.patches.wrapping import MARK;"
+        "assert hasattr(OpenAIServingChat.chat_completion_stream_generator, MARK)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from vllm_buddy.serving import patches
+from vllm_buddy.serving.patches.wrapping import MARK
 
 
 def original(function: Any) -> Any:
     """vLLM's own function behind our wrapper."""
-    return getattr(function, patches._MARK, function)
+    return getattr(function, MARK, function)

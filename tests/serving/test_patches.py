@@ -14,13 +14,16 @@ from tests.harness.vllm_originals import original
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving import patches
 from vllm_buddy.serving.compat import units_problem
+from vllm_buddy.serving.patches import answers, engines
+from vllm_buddy.serving.patches.models import ROUTED_ARCHITECTURES
+from vllm_buddy.serving.patches.wrapping import MARK
 
 
 def test_sleep_that_would_lose_the_bypass_is_refused_before_anything_is_paused() -> None:
     """Fails if a server that slept serves what is left of a bypass, or one that refuses to sleep has stopped."""
     from vllm.v1.engine.core import EngineCore
 
-    patches._wrap_sleep()
+    engines.wrap_sleep()
     called: list[Any] = []
     engine: Any = SimpleNamespace(
         vllm_config=SimpleNamespace(model_config=SimpleNamespace(model_impl="buddy")),
@@ -56,9 +59,8 @@ def test_streams_in_another_protocol_tell_no_paths(monkeypatch: pytest.MonkeyPat
         request = SimpleNamespace(vllm_xargs={"buddy_paths": True}, use_beam_search=False)
         return [json.loads(chunk[6:])["choices"] async for chunk in serving.stream(request, results())]
 
-    monkeypatch.setattr(patches, "_is_routed", lambda serving: True)
-    monkeypatch.setattr(patches, "verify_options", lambda extra_args, model_config: None)
-    patches._wrap_stream(Serving, "stream")
+    monkeypatch.setattr(answers, "is_routed", lambda serving: True)
+    answers.wrap_stream(Serving, "stream")
     assert len(asyncio.run(chunks(Serving()))) == 2
     assert len(asyncio.run(chunks(Converting()))) == 1
 
@@ -68,10 +70,12 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     import vllm.entrypoints.openai.api_server  # noqa: F401 - streams are wrapped in its process only
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.core_client import DPLBAsyncMPClient, MPClient
     from vllm.v1.engine.input_processor import InputProcessor
@@ -94,6 +98,8 @@ def test_applying_the_patches_again_changes_nothing() -> None:
             OutputProcessor.do_tracing,
             OpenAIServingChat.chat_completion_stream_generator,
             OpenAIServingCompletion.completion_stream_generator,
+            OpenAIServingResponses._generate_with_builtin_tools,
+            AsyncLLM.generate,
         )
 
     patches.apply()
@@ -101,11 +107,11 @@ def test_applying_the_patches_again_changes_nothing() -> None:
     patches.apply()
     assert found() == before
     for wrapped in before:
-        assert hasattr(wrapped, patches._MARK)
-        assert not hasattr(original(wrapped), patches._MARK)
+        assert hasattr(wrapped, MARK)
+        assert not hasattr(original(wrapped), MARK)
 
 
-@pytest.mark.parametrize("architecture", [*patches.ROUTED_ARCHITECTURES, "GemmaForCausalLM"])
+@pytest.mark.parametrize("architecture", [*ROUTED_ARCHITECTURES, "GemmaForCausalLM"])
 @pytest.mark.parametrize("model_impl", ["auto", "vllm", "transformers"])
 def test_other_model_implementations_see_vllms_own_registry(architecture: str, model_impl: str) -> None:
     """Fails if the plugin changes which class serves a model that did not ask for routing."""
@@ -140,7 +146,7 @@ def test_the_registered_classes_exist_and_are_routed() -> None:
     from vllm_buddy.serving.forward import models
     from vllm_buddy.serving.start.hook import BuddyModelConfig
 
-    for stock, routed in patches.ROUTED_ARCHITECTURES.items():
+    for stock, routed in ROUTED_ARCHITECTURES.items():
         cls = getattr(models, routed)
         assert stock in [base.__name__ for base in cls.__mro__]
         assert issubclass(cls, models._Routed)

@@ -38,6 +38,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     """Name -> function of vLLM that the plugin wraps, overrides or calls, and the first parameters it relies on."""
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.forward_context import create_forward_context, override_forward_context, set_forward_context
     from vllm.model_executor.models.llama import LlamaDecoderLayer
     from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
@@ -52,6 +53,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.core_client import DPLBAsyncMPClient, MPClient
     from vllm.v1.engine.input_processor import InputProcessor
@@ -76,6 +78,11 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
             original(OpenAIServingCompletion.completion_stream_generator),
             ["self", "request", "engine_inputs", "result_generator"],
         ),
+        "generate": (original(AsyncLLM.generate), ["self", "prompt", "sampling_params", "request_id"]),
+        "responses": (
+            original(OpenAIServingResponses._generate_with_builtin_tools),
+            ["self", "request_id", "engine_input", "sampling_params", "context"],
+        ),
         "add outputs": (original(RequestOutput.add), ["self", "next_output"]),
         "stat loggers": (original(StatLoggerManager.__init__), ["self", "vllm_config", "engine_idxs"]),
         "record": (
@@ -91,6 +98,7 @@ def vllm_functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
         "add_request": (Scheduler.add_request, ["self", "request"]),
         "update_from_output": (Scheduler.update_from_output, ["self", "scheduler_output", "model_runner_output"]),
         "make_stats": (Scheduler.make_stats, ["self"]),
+        "_preempt_request": (Scheduler._preempt_request, ["self", "request"]),
         "_free_request": (Scheduler._free_request, ["self", "request"]),
         "_update_request_with_output": (
             Scheduler._update_request_with_output,

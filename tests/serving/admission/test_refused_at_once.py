@@ -11,7 +11,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from tests.harness.server_config import configure
 from tests.harness.tiny_models import VOCAB_SIZE
-from vllm_buddy.serving import patches
+from vllm_buddy.serving.patches.requests import wrap_generate
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_a_prompt_that_is_not_rendered_is_left_to_where_it_is(routed: Any, promp
 
 def test_the_responses_api_refuses_before_it_stores_or_streams(routed: Any) -> None:
     """Fails if a stream of it breaks off without a reason, or a response in the background stays queued for ever."""
-    patches._wrap_generate(OpenAIServingResponses, "_generate_with_builtin_tools", prompt="engine_input")
+    wrap_generate(OpenAIServingResponses, "_generate_with_builtin_tools", prompt="engine_input")
     params = SamplingParams(extra_args={"buddy_budget": 7})
     given = {"request_id": "r", "engine_input": tokens(5), "sampling_params": params, "context": None}
     with pytest.raises(VLLMValidationError, match="buddy_budget"):

@@ -164,11 +164,12 @@ def test_a_stock_engine_sends_vllms_own_message(monkeypatch: pytest.MonkeyPatch)
     """Fails if the plugin changes what servers without routing send."""
     from vllm.v1.engine.core import EngineCoreProc
 
-    from vllm_buddy.serving.patches import _MARK, _wrap_ready_response
+    from vllm_buddy.serving.patches.engines import wrap_ready_response
+    from vllm_buddy.serving.patches.wrapping import MARK
 
     monkeypatch.setattr(EngineCoreProc, "_make_ready_response", lambda self: "vLLM's")
-    _wrap_ready_response()
-    assert hasattr(EngineCoreProc._make_ready_response, _MARK)
+    wrap_ready_response()
+    assert hasattr(EngineCoreProc._make_ready_response, MARK)
     model_config = SimpleNamespace(model_impl="auto")
     engine: Any = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model_config))
     assert EngineCoreProc._make_ready_response(engine) == "vLLM's"

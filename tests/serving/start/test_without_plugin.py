@@ -58,7 +58,7 @@ def test_patches_that_fail_halfway_refuse_buddy(llama_model: Tiny, monkeypatch: 
     def fail() -> None:
         raise ImportError("moved")
 
-    monkeypatch.setattr(patches, "_wrap_verify", fail)
+    monkeypatch.setattr(patches, "wrap_verify", fail)
     monkeypatch.setattr(_ModelRegistry, "_normalize_arch", _ModelRegistry._normalize_arch)
     plugin.register()
     assert "moved" in refusal(llama_model)
