@@ -14,8 +14,8 @@ from tests.harness.vllm_originals import original
 from vllm_buddy.errors import UnsupportedError
 from vllm_buddy.serving import patches
 from vllm_buddy.serving.compat import units_problem
-from vllm_buddy.serving.patches import answers, engines
-from vllm_buddy.serving.patches.models import ROUTED_ARCHITECTURES
+from vllm_buddy.serving.patches import answers, engine_core
+from vllm_buddy.serving.patches.architectures import ROUTED_ARCHITECTURES
 from vllm_buddy.serving.patches.wrapping import MARK
 
 
@@ -23,7 +23,7 @@ def test_sleep_that_would_lose_the_bypass_is_refused_before_anything_is_paused()
     """Fails if a server that slept serves what is left of a bypass, or one that refuses to sleep has stopped."""
     from vllm.v1.engine.core import EngineCore
 
-    engines.wrap_sleep()
+    engine_core.wrap_sleep()
     called: list[Any] = []
     engine: Any = SimpleNamespace(
         vllm_config=SimpleNamespace(model_config=SimpleNamespace(model_impl="buddy")),

@@ -164,7 +164,7 @@ def test_a_stock_engine_sends_vllms_own_message(monkeypatch: pytest.MonkeyPatch)
     """Fails if the plugin changes what servers without routing send."""
     from vllm.v1.engine.core import EngineCoreProc
 
-    from vllm_buddy.serving.patches.engines import wrap_ready_response
+    from vllm_buddy.serving.patches.engine_core import wrap_ready_response
     from vllm_buddy.serving.patches.wrapping import MARK
 
     monkeypatch.setattr(EngineCoreProc, "_make_ready_response", lambda self: "vLLM's")

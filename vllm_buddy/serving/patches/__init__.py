@@ -16,13 +16,13 @@ from vllm_buddy.serving.patches.answers import (
     wrap_make_request_output,
     wrap_stream,
 )
-from vllm_buddy.serving.patches.engines import (
+from vllm_buddy.serving.patches.architectures import register_models, wrap_normalize_arch
+from vllm_buddy.serving.patches.engine_core import (
     wrap_get_kv_cache_groups,
     wrap_ready_response,
     wrap_sleep,
     wrap_stat_loggers,
 )
-from vllm_buddy.serving.patches.models import register_models, wrap_normalize_arch
 from vllm_buddy.serving.patches.requests import (
     wrap_generate,
     wrap_get_core_engine_for_request,
