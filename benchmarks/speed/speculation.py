@@ -74,10 +74,11 @@ class Drafted(Variant):
         drafter._ngrams = drafter.kept_ngrams if self.ngrams else None
         if self.pace is None:
             row_cost = None if self.paced else 0.0  # with cost 0 too, the most drafts gain the most
-            settings = core.scheduler._drafting.settings.model_copy(update={"row_cost": row_cost, "most": self.most})
-            self.pace = Drafting(self.drafts or core.scheduler._drafting.passes, settings, NUM_DRAFTS)
+            own = core.scheduler._drafts.drafting
+            settings = own.settings.model_copy(update={"row_cost": row_cost, "most": self.most})
+            self.pace = Drafting(self.drafts or own.passes, settings, NUM_DRAFTS)
         drafter.use(self.pace.passes)
-        core.scheduler._drafting = self.pace
+        core.scheduler._drafts.drafting = self.pace
 
 
 def main() -> None:

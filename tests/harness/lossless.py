@@ -48,6 +48,6 @@ def draft_texts(engine: Engine, texts: Sequence[list[int]], monkeypatch: pytest.
         def after(self, begun: list[int]) -> list[int]:
             return next((text[len(begun) :] for text in texts if begun and text[: len(begun)] == begun), [])
 
-    drafting = engine.scheduler._drafting
+    drafting = engine.scheduler._drafts.drafting
     monkeypatch.setattr(drafting, "settings", drafting.settings.model_copy(update={"ngram_max": 4}))
     monkeypatch.setattr(engine.runner.drafter, "_ngrams", Ngrams())

@@ -22,12 +22,12 @@ def test_steps_tell_what_rows_and_passes_cost(
     engine = lossless_of("llama")
     engine.configure(MASKED)
     seen: list[tuple[int, float, float]] = []
-    monkeypatch.setattr(engine.scheduler._drafting.costs, "observe", lambda *step: seen.append(step))
+    monkeypatch.setattr(engine.scheduler._drafts.drafting.costs, "observe", lambda *step: seen.append(step))
     [prompt] = random_prompts(1, seed=3, min_tokens=9, max_tokens=9)
     engine.run([Ask(tuple(prompt), None, 12, options=LOSSLESS)])
     rows, pass_costs, seconds = zip(*seen)
     assert rows[0] == 4  # the step with the prompt tells nothing; the one after it has a token and three drafts
-    assert 0.0 < pass_costs[0] == pytest.approx(3 * engine.scheduler._drafting.passes.drafting.cost)
+    assert 0.0 < pass_costs[0] == pytest.approx(3 * engine.scheduler._drafts.drafting.passes.drafting.cost)
     assert rows[-1] <= 4
     assert pass_costs[-1] == 0.0  # no draft has room after the last token
     assert all(0.0 < second < 60.0 for second in seconds)
@@ -89,7 +89,7 @@ def test_drafts_that_a_grammar_forbids_are_wrong_ones(
         pytest.skip("vLLM 0.29 asks the grammar of a request itself")
     ask = Ask(tuple(random_prompts(1, seed=17, min_tokens=9, max_tokens=9)[0]), None, 12, options=LOSSLESS)
     monkeypatch.setattr(manager, "validate_tokens", lambda _, tokens: tokens[:num_allowed])
-    drafting = engine.scheduler._drafting
+    drafting = engine.scheduler._drafts.drafting
     monkeypatch.setattr(drafting, "_by_depth", Acceptance.expected(0.9, 0.98))
     outputs = engine.run([ask])
     assert outcomes(outputs)[0]["drafted"] <= num_allowed * 12
@@ -105,8 +105,8 @@ def test_rows_that_fill_up_a_first_step_are_no_drafts(lossless_of: Callable[...,
     engine.configure(MASKED)
     long = tuple(random_prompts(1, seed=18, min_tokens=30, max_tokens=30)[0])
     asks = [Ask(long, None, 30, options=LOSSLESS), Ask((5,), 0.5, 1)]
-    before = engine.scheduler._drafting._ngrams.tried
+    before = engine.scheduler._drafts.drafting._ngrams.tried
     outputs = engine.run(asks, [0, 6])
     engine.check(asks, outputs)
     assert [outcome["drafted"] > 0 for outcome in outcomes(outputs)] == [True, False]
-    assert engine.scheduler._drafting._ngrams.tried == before
+    assert engine.scheduler._drafts.drafting._ngrams.tried == before

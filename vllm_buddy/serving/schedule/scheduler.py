@@ -22,7 +22,8 @@ from vllm_buddy.serving.admission.option_names import OUTCOME_KEY
 from vllm_buddy.serving.admission.options import context_tokens, wants_paths
 from vllm_buddy.serving.compat import add_figures, finished_params, first_prefill
 from vllm_buddy.serving.schedule.auto_budgets import AutoBudgets
-from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPasses
+from vllm_buddy.serving.schedule.draft_ledger import DraftLedger
+from vllm_buddy.serving.schedule.draft_pace import Drafting, DraftPasses, RequestDrafts
 from vllm_buddy.serving.schedule.metrics import EngineMetrics, Stopwatch
 from vllm_buddy.serving.schedule.outcome import Outcome, described
 from vllm_buddy.serving.schedule.plan import (
@@ -63,17 +64,17 @@ class _Routing(_Base):
         self._salt_prefix = f"{artifact.digest}:{settings.kv}"
         self._routes = RouteMaker.of(settings, artifact, _decision_lag(settings, vllm_config))
         self._routed: dict[str, RoutedRequest] = {}  # by request id
-        self._checked: dict[str, Executed] = {}  # of requests with drafts in the step that is being taken in
         self._routing_time = Stopwatch()  # of the current step
         self._metrics = EngineMetrics(collects=self.log_stats)
         self._auto = AutoBudgets(settings, artifact, self._limits.auto)
         self._step_started = 0.0
-        self._drafting: Drafting | None = None
+        drafting = None
         if self._limits.lossless:
             passes = DraftPasses.of(settings, artifact, vllm_config.model_config.hf_text_config)
-            self._drafting = Drafting(passes, settings.drafts, self.num_spec_tokens)
+            drafting = Drafting(passes, settings.drafts, self.num_spec_tokens)
             # vLLM reserves no slots for what a drafter of method custom_class writes.
             self.num_lookahead_tokens = self.num_spec_tokens
+        self._drafts = DraftLedger(drafting, self._metrics)
         self._units = kv_units_of(vllm_config.model_config)
         if self._units is not None:
             use_units(self.kv_cache_manager, self._units_of)
@@ -86,8 +87,8 @@ class _Routing(_Base):
             routed = self._routed[request.request_id] = self._route(request)
             if request.sampling_params is not None and wants_paths(request.sampling_params.extra_args):
                 routed.told = 0
-            if self._drafting is not None and not _draws_by_seed(request):
-                routed.drafts = self._drafting.of_request(lossless=routed.outcome.lossless)
+            if not _draws_by_seed(request):
+                routed.drafts = self._drafts.of_request(lossless=routed.outcome.lossless)
             self._prepare_cache(request, routed)
             self._auto.arrives(request)
             self._metrics.observe_routing(time.perf_counter() - started)
@@ -244,49 +245,38 @@ class _Routing(_Base):
             num_prompt = max(0, min(end, request.num_prompt_tokens) - (end - num_tokens))
             places = routed.new_places(starts=first is not None)
             plan[req_id] = RequestPlan(tuple(runs), first, num_prompt, len(drafts), places=places)
-        if self._drafting is not None:
-            self._ask_for_drafts(plan)
+        if self._drafts.drafting is not None:
+            self._drafts.ask(plan, self._room_for_drafts(plan))
         return plan
 
-    def _ask_for_drafts(self, plan: StepPlan) -> None:
-        """Add to a step's plan the drafts to make after it: none before the step that completes a prompt."""
-        assert self._drafting is not None
-        asking = {}
+    def _room_for_drafts(self, plan: StepPlan) -> dict[str, tuple[RequestDrafts, int]]:
+        """How many drafts each request of a step may have after it: none before the step that completes a prompt."""
+        found = {}
         for req_id in plan:
             request, drafts = self.requests[req_id], self._routed[req_id].drafts
             end = request.num_computed_tokens
             # Without the token of this step, and the one that the next step samples after its drafts.
             room = min(self.max_model_len - end, request.max_tokens - request.num_output_tokens) - 2
             if drafts is not None and end >= request.num_tokens and room > 0:
-                asking[req_id] = drafts, room
-        for req_id, wanted in zip(asking, self._drafting.wanted(list(asking.values()), len(plan))):
-            plan[req_id] = plan[req_id]._replace(wanted_ngrams=wanted[0], wanted_drafts=wanted[1])
+                found[req_id] = drafts, room
+        return found
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Collect the layers executed, before vLLM finishes the requests of this step."""
         executed: dict[str, Executed] = getattr(model_runner_output, EXECUTED_ATTRIBUTE, {})
-        if self._drafting is not None:
-            seconds = time.perf_counter() - self._step_started  # drafts are not scheduled asynchronously
-            self._drafting.observe_step(getattr(scheduler_output, PLAN_ATTRIBUTE), executed, seconds)
+        seconds = time.perf_counter() - self._step_started  # drafts are not scheduled asynchronously
+        self._drafts.learn(getattr(scheduler_output, PLAN_ATTRIBUTE), executed, seconds)
         checked = scheduler_output.scheduled_spec_decode_tokens
         for req_id, counts in executed.items():
-            if req_id in self._routed:
-                routed = self._routed[req_id]
+            if (routed := self._routed.get(req_id)) is not None:
                 if min(checked.get(req_id, ()), default=0) < 0:
                     counts = counts._replace(drafts=())  # rows that vLLM fills up a first step with
-                if counts.drafts:
-                    self._checked[req_id] = counts  # until vLLM knows which of them belong to the answer
-                else:
-                    routed.outcome.add(counts)
-                if self._drafting is not None and routed.drafts is not None:
-                    num_right = _num_right(req_id, model_runner_output) if counts.drafts else 0
-                    by_depth = self._drafting.observe(routed.drafts, counts, num_right)
-                    self._metrics.observe_drafts(counts, num_right if by_depth else None)
+                num_right = _num_right(req_id, model_runner_output) if counts.drafts else 0
+                self._drafts.ran(req_id, routed, counts, num_right)
         self._metrics.observe_step(executed.values(), self._limits.num_layers)
         self._auto.gets_token(model_runner_output.req_ids, model_runner_output.sampled_token_ids)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for req_id in [*self._checked]:  # whose tokens vLLM dropped
-            self._count_drafts(req_id, 0)
+        self._drafts.drop_rest(self._routed)
         self._tell_paths(outputs)
         return outputs
 
@@ -296,17 +286,15 @@ class _Routing(_Base):
         super().update_draft_token_ids(draft_token_ids)
         for req_id, num_made in made.items():
             request, routed = self.requests.get(req_id), self._routed.get(req_id)
-            if request is None or routed is None or routed.drafts is None or request.is_prefill_chunk:
-                continue
-            num_allowed = len(request.spec_token_ids)
-            routed.drafts.num_allowed = num_allowed if num_allowed < num_made else None
+            if request is not None and routed is not None and not request.is_prefill_chunk:
+                self._drafts.allowed(routed, num_made, len(request.spec_token_ids))
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
         """Count the drafts that became part of the answer: none after the token that stops the request."""
         kept, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
-        self._count_drafts(request.request_id, len(kept) - 1)
+        self._drafts.kept(request.request_id, self._routed.get(request.request_id), len(kept) - 1)
         return kept, stopped
 
     def _handle_stopped_request(self, request: Request) -> bool:
@@ -315,12 +303,6 @@ class _Routing(_Base):
             last = request.num_tokens - 1 + request.num_output_placeholders
             request.num_computed_tokens = min(request.num_computed_tokens, last)
         return super()._handle_stopped_request(request)
-
-    def _count_drafts(self, req_id: str, num_accepted: int) -> None:
-        """Count what the step executed for a request with drafts, if it had any."""
-        counts, routed = self._checked.pop(req_id, None), self._routed.get(req_id)
-        if counts is not None and routed is not None:
-            routed.outcome.add(counts, num_accepted)
 
     def set_pause_state(self, pause_state: PauseState) -> None:
         """vLLM's; what waits because of it is no load."""
