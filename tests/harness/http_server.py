@@ -73,10 +73,13 @@ class Server:
     def complete(self, prompt: tuple[int, ...], body: str = "", num_tokens: int = NUM_TOKENS) -> tuple[int, Any]:
         """POST /v1/completions with `body`, JSON members, added; returns status and answer."""
         base = f'"model": "tiny", "prompt": {list(prompt)}, "max_tokens": {num_tokens}, "temperature": 0'
-        text = "{" + base + ', "return_token_ids": true' + (f", {body}" if body else "") + "}"
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", text.encode(), {"Content-Type": "application/json"}
+        return self.ask(
+            "/v1/completions", "{" + base + ', "return_token_ids": true' + (f", {body}" if body else "") + "}"
         )
+
+    def ask(self, path: str, body: str) -> tuple[int, Any]:
+        """POST JSON; returns status and answer."""
+        request = urllib.request.Request(self.url + path, body.encode(), {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
                 return response.status, json.load(response)

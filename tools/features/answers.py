@@ -152,8 +152,9 @@ def responses(c: Client) -> Any:
     assert last["type"] == "response.completed", last
     c.check_outcome(last["response"])
     if c.routed:
-        status, refused = c.ask("/v1/responses", **body, vllm_xargs={"buddy_budget": 2})
-        assert (status, "buddy_budget" in json.dumps(refused)) == (400, True), refused
+        for stream in (False, True):
+            status, refused = c.ask("/v1/responses", **body, stream=stream, vllm_xargs={"buddy_budget": 2})
+            assert (status, "buddy_budget" in json.dumps(refused)) == (400, True), refused
     return [part["text"] for item in answer["output"] for part in item["content"]]
 
 
@@ -206,10 +207,11 @@ def tokens_in_tokens_out(c: Client) -> Any:
     """It takes sampling parameters and token ids as they are, past what the other interfaces do with them."""
     ids = [1, 42, 77]
 
-    def ask(token_ids: list[int], budget: float | str | None) -> tuple[int, Any]:
+    def ask(token_ids: list[int], budget: float | str | None, *, stream: bool = False) -> tuple[int, Any]:
         options = {} if budget is None else {"extra_args": {"buddy_budget": budget}}
         params = {"max_tokens": 8, "temperature": 0.0, **options}
-        return c.post("/inference/v1/generate", {"model": MODEL, "token_ids": token_ids, "sampling_params": params})
+        body = {"model": MODEL, "token_ids": token_ids, "sampling_params": params, "stream": stream}
+        return c.post("/inference/v1/generate", body)
 
     status, answer = ask(ids, c.budget)
     assert status == 200, answer
@@ -217,8 +219,10 @@ def tokens_in_tokens_out(c: Client) -> Any:
     found = [choice["token_ids"] for choice in answer["choices"]]
     assert found == token_ids(c.complete(ids))
     if c.routed:
-        for bad in (ask(ids, 7), ask([1, c.vocab_size], c.budget), ask([1, 2**31], c.budget)):
-            assert bad[0] == 400, bad
+        for stream in (False, True):  # a stream does not begin
+            for bad in (([1, c.vocab_size], c.budget), ([1, 2**31], c.budget), (ids, 7)):
+                status, refused = ask(*bad, stream=stream)
+                assert status == 400, refused
         assert "vocabulary" in json.dumps(ask([1, c.vocab_size], c.budget)[1])
         assert token_ids(c.complete(ids)) == found
     return found
@@ -236,9 +240,9 @@ def bad_budget(c: Client) -> Any:
         wrong: dict[str, Any] = {"vllm_xargs": {"buddy_budget": "7"}, "stream": streamed}
         assert "buddy_budget" in c.refusal(prompt="a", **wrong)
         assert "buddy_budget" in c.refusal("/v1/chat/completions", messages=chat, **wrong)
-    # Whether this one is right only the prompt says: the stream has begun, as with stock vLLM's options.
-    (told,) = c.stream("/v1/completions", prompt="a", vllm_xargs={"buddy_context_tokens": 99})
-    assert (told["error"]["code"], told["error"]["param"]) == (400, "vllm_xargs.buddy_context_tokens")
+        # Whether this one is right only the prompt says.
+        told = c.refusal(prompt="a", stream=streamed, vllm_xargs={"buddy_context_tokens": 99})
+        assert "buddy_context_tokens: 99 is not an integer from 1 to 1" in told
     assert "did you mean 'buddy_budget'?" in c.refusal(prompt="a", vllm_xargs={"buddy_buget": 0.5})
     assert len(token_ids(c.complete("a"))[0]) == 8
 

@@ -106,7 +106,9 @@ def test_a_bad_budget_is_answered_400_while_others_go_on(server: Server, value: 
     assert ("0.375" if value == "0.3" else "(0, 1]") in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("options", ['"buddy_budget": "half"', '"buddy_buget": 0.5', '"buddy_paths": 7'])
+@pytest.mark.parametrize(
+    "options", ['"buddy_budget": "half"', '"buddy_buget": 0.5', '"buddy_paths": 7', '"buddy_context_tokens": 1000']
+)
 def test_a_stream_does_not_begin_with_options_that_cannot_be_served(server: Server, options: str) -> None:
     """Fails if a client that streams gets HTTP 200 for a request that is refused, as for stock vLLM's options."""
     status, answer = server.complete(PROMPTS[0], f'"stream": true, "vllm_xargs": {{{options}}}', 8)
