@@ -1,6 +1,5 @@
 """What is load to a scheduler and what is not, and which requests are decided again when it has changed."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -18,6 +17,7 @@ from tests.harness.engine import MAX_TOKENS_PER_STEP, Ask, Tiny
 from tests.harness.pretend_worker import PretendEngine
 from tests.harness.tiny_models import NUM_LAYERS
 from vllm_buddy.method import PathSchedule
+from vllm_buddy.serving.admission.latency import LatencyMeter
 
 
 def make_engine(tiny: Callable[[str], Tiny], buddy: dict[str, Any], interval: int = 0) -> PretendEngine:
@@ -25,6 +25,14 @@ def make_engine(tiny: Callable[[str], Tiny], buddy: dict[str, Any], interval: in
     return PretendEngine(
         tiny("llama"), PathSchedule(interval), asynchronous=False, num_blocks=50, chunk=MAX_TOKENS_PER_STEP, buddy=buddy
     )
+
+
+def own_clock(scheduler: Any) -> list[float]:
+    """Let latencies follow a clock that a test sets; returns its one number, in seconds."""
+    now = [100.0]
+    if scheduler._auto.meter is not None:
+        scheduler._auto.meter = LatencyMeter(lambda: now[0])
+    return now
 
 
 def with_grammar(request: Request) -> Future[StructuredOutputGrammar]:
@@ -44,12 +52,13 @@ def test_requests_that_wait_for_their_grammar_are_no_load(tiny: Callable[[str], 
     """Fails if slow grammars of one client make all others' answers shallower, which shortens no wait, or the queue of
     a full server is no load because its requests have grammars: vLLM leaves their status until there is room."""
     scheduler = (engine := make_engine(tiny, buddy)).scheduler
+    now = own_clock(scheduler)
     scheduler.max_num_running_reqs = scheduler.max_num_active_reqs = 0
     blocked = [engine.request(Ask(PROMPTS[0], "auto", 4)) for _ in range(40)]
     grammars = [with_grammar(request) for request in blocked]
     for request in blocked:
         scheduler.add_request(request)
-    time.sleep(0.05)
+    now[0] += 0.05
     scheduler._observe_load(idle=False)
     assert scheduler._auto.chooser.level == 0
     for grammar in grammars[:20]:
@@ -57,7 +66,7 @@ def test_requests_that_wait_for_their_grammar_are_no_load(tiny: Callable[[str], 
     scheduler.schedule()
     assert {request.status for request in blocked} == {RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR}
     assert len(scheduler._auto.blocked) == 20
-    time.sleep(0.05)
+    now[0] += 0.05
     scheduler._observe_load(idle=False)
     assert scheduler._auto.chooser.level > 0
     scheduler.finish_requests([request.request_id for request in blocked], RequestStatus.FINISHED_ABORTED)
@@ -87,12 +96,13 @@ def test_a_session_that_had_to_wait_for_a_grammar_is_no_load_either(tiny: Callab
 def test_an_operators_pause_is_no_load(tiny: Callable[[str], Tiny], buddy: dict[str, Any], state: PauseState) -> None:
     """Fails if requests are lowered for good because an operator held up the queue for a while."""
     scheduler = (engine := make_engine(tiny, buddy)).scheduler
+    now = own_clock(scheduler)
     running = engine.add(Ask(PROMPTS[1], 1.0, 40))
     engine.step()
     scheduler.set_pause_state(state)
     for _ in range(20):
         scheduler.add_request(engine.request(Ask(PROMPTS[0], "auto", 4)))
-    time.sleep(0.05)
+    now[0] += 0.05
     scheduler._observe_load(idle=False)
     assert scheduler._auto.chooser.level == 0
     scheduler.max_num_running_reqs = 1
@@ -101,7 +111,7 @@ def test_an_operators_pause_is_no_load(tiny: Callable[[str], Tiny], buddy: dict[
         assert scheduler._auto.meter.take().wait_s < 0.05
         scheduler._auto.gets_token([running], [[1]])
         assert max(scheduler._auto.meter.take().itls) < 0.05
-    time.sleep(0.05)
+    now[0] += 0.05
     scheduler._observe_load(idle=False)
     assert scheduler._auto.chooser.level > 0
 
