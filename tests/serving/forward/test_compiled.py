@@ -26,9 +26,12 @@ def compiled(tiny: Callable[[str], Tiny]) -> Engine:
     return start_engine(tiny("llama"), enforce_eager=False)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_layers_with_biases_and_norms_share_their_code_too(tiny: Callable[[str], Tiny], family: str) -> None:
-    """Fails if what only some families have, a bias of K or a norm per head, is bound to another layer's."""
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_layers_of_other_families_share_their_code_too(tiny: Callable[[str], Tiny], family: str) -> None:
+    """Fails if what only some families have is bound to another layer's, or keeps layers from sharing their code.
+
+    Qwen2 has a bias of K, Qwen3 a norm per head, and layers of Mistral know their number.
+    """
     engine = start_engine(tiny(family), enforce_eager=False)
     for policy in ("masked", "kv_only"):
         engine.configure(policy, 4)
@@ -63,6 +66,7 @@ def test_fp16_is_served_where_the_cpu_has_no_product_for_it(tiny: Callable[[str]
         asks = batch(seed=9)
         for ask, output in zip(asks, engine.run(asks), strict=True):
             assert len(output.outputs[0].token_ids) == ask.max_tokens
+            assert output.outputs[0].token_ids[0] == engine.expected(ask).token_ids[0]
             depth = depth_for_budget(ask.budget, NUM_LAYERS)
             assert output.kv_transfer_params["buddy"]["layers_executed_max"] == depth
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from tests.harness.engine import Tiny
 from tests.harness.server_config import BASE, DRAFTS, NGRAM, START_TIMEOUT_S, as_arguments, configure, refusal
@@ -98,14 +97,6 @@ def test_pipeline_stages_start_where_they_were_tried(llama_model: Tiny) -> None:
         config: Any = SimpleNamespace(parallel_config=parallel, use_v2_model_runner=is_v2)
         assert asked_for["pipeline parallelism on Model Runner V2"](config) == is_v2
         assert asked_for["pipeline parallelism with this executor"](config) == (backend == "ray")
-
-
-def test_adapters_are_served_where_they_were_tried() -> None:
-    """Fails if kernels that know one mapping of rows to adapters are given another row set without a word."""
-    asked_for = {name: check for name, check, _ in _CHECKS}
-    for is_v2 in (False, True):
-        config: Any = SimpleNamespace(lora_config=object(), use_v2_model_runner=is_v2)
-        assert asked_for["LoRA adapters on a GPU"](config) == (is_v2 or torch.cuda.is_available())
 
 
 def test_adapters_need_a_policy_that_leaves_their_keys_alone(llama_model: Tiny) -> None:

@@ -132,6 +132,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
 }
 UNADDRESSED = "weights on the CPU without unified addressing"  # asked for on a GPU
 RUST = "the Rust front end"  # asked for in the environment
+INVARIANT = "VLLM_BATCH_INVARIANT on a GPU"  # the same
 
 # What these features need and routing goes together with.
 ALLOWED: list[dict[str, Any]] = [
@@ -153,6 +154,7 @@ ALLOWED: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def without_rust(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
 
 
 def refused(**changes: Any) -> list[str]:
@@ -204,6 +206,17 @@ def test_the_default_attention_of_blackwell_is_refused_before_weights_are_loaded
         refuse_unsupported(configuration(**changes))
 
 
+@pytest.mark.parametrize("on_cpu", [True, False], ids=("cpu", "gpu"))
+def test_what_a_gpu_cannot_have_is_refused_there_alone(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
+    """Fails if adapters on a GPU, or results that must not follow the batch, are served by kernels that cannot."""
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: on_cpu)
+    monkeypatch.setattr(refusals.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    if on_cpu:
+        refuse_unsupported(configuration(lora_config=SET))
+    else:
+        assert refused(lora_config=SET) == ["LoRA adapters on a GPU", INVARIANT]
+
+
 def test_all_reasons_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an operator has to start once for each feature, or the front end that checks no budget starts."""
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
@@ -216,4 +229,4 @@ def test_all_reasons_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_refusal_is_tried_here() -> None:
     """Fails if a feature is added that no test refuses, or one that a test refuses is no longer."""
-    assert sorted(name for name, _, _ in _CHECKS) == sorted([*ASKED, UNADDRESSED, RUST])
+    assert sorted(name for name, _, _ in _CHECKS) == sorted([*ASKED, UNADDRESSED, RUST, INVARIANT])
