@@ -1,4 +1,4 @@
-"""Artifacts with damage drawn at random, and the kinds of damage that once were not refused in one line."""
+"""Artifacts with damage drawn at random, files missing or cut short, and what once was not refused in one line."""
 
 import json
 import re
@@ -48,6 +48,24 @@ def write_header(folder: Path, header: dict[str, Any], size: int) -> None:
 def test_random_damage_is_refused_in_one_line_or_loads_as_something_that_works(tmp_path: Path) -> None:
     """Fails if damage ends in a traceback, in a message of pages, or in an artifact that breaks later."""
     assert artifacts.fuzz(NUM_CASES, tmp_path / "fuzz") > 0.7 * NUM_CASES
+
+
+def test_missing_folder_and_files(folder: Path) -> None:
+    """Fails if a wrong artifact folder raises anything but an error that names the missing file."""
+    with pytest.raises(ArtifactError, match=f"no artifact at {folder / 'no'}: {CONFIG_FILE} is missing"):
+        load_artifact(folder / "no")
+    (folder / WEIGHTS_FILE).unlink()
+    with pytest.raises(ArtifactError, match=f"has no {WEIGHTS_FILE}"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("kept_fraction", [0.0, 0.1, 0.9])
+def test_truncated_weights(folder: Path, kept_fraction: float) -> None:
+    """Fails if a truncated file of weights is loaded."""
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(data[: int(kept_fraction * len(data))])
+    with pytest.raises(ArtifactError, match=r"is not a complete safetensors file .* get the artifact again"):
+        load_artifact(folder)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"format_version": ' + "9" * 5000 + "}", "\x00"])

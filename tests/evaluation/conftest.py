@@ -1,5 +1,6 @@
-"""A tiny model with an artifact, and the reference's scores of a sample."""
+"""A tiny model with an artifact, the reference's scores of a sample, and options of `vllm-buddy eval`."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,11 @@ from vllm_buddy.method import PathSchedule, RequestRoute
 from vllm_buddy.method.reference import routed_logits
 
 __all__ = ["model_with_tokenizer", "text_file"]
+
+WINDOWS = ["--window", "32", "--context", "8", "--text-tokens", "200"]
+QUESTIONS = [
+    {"goal": f"Question {i}", "sol1": "Do this, then that.", "sol2": "Do nothing.", "label": i % 2} for i in range(6)
+]
 
 
 @dataclass(frozen=True)
@@ -57,3 +63,24 @@ def random_samples(sizes: Sequence[tuple[int, int]]) -> list[Sample]:
     """Return random samples. sizes: (number of tokens, number of context tokens) of each."""
     rng = np.random.default_rng(0)
     return [Sample(rng.integers(0, VOCAB_SIZE, n).tolist(), context) for n, context in sizes]
+
+
+@pytest.fixture(scope="module")
+def artifact(model_with_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact") / "tiny"
+    random_artifact(folder, model_with_tokenizer, bypass_rank=4)
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    return path
+
+
+@pytest.fixture
+def data(text_file: Path, questions: Path, model_with_tokenizer: Path, artifact: Path) -> list[str]:
+    """Options of an evaluation: both kinds of data, the model and the artifact."""
+    files = ["--text", str(text_file), "--piqa", str(questions)]
+    return [*files, "--model", str(model_with_tokenizer), "--artifact", str(artifact), *WINDOWS, "--dtype", "float32"]

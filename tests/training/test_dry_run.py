@@ -1,0 +1,58 @@
+"""What `vllm-buddy train --dry-run` measures and tells."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.harness.tiny_models import NUM_LAYERS, load_model
+from vllm_buddy.cli import main
+from vllm_buddy.training.dry_run import dry_run
+from vllm_buddy.training.stage1_settings import Stage1Settings
+
+
+def test_a_dry_run_measures(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if the numbers of a dry run are not those of this model and these settings."""
+    checked = Stage1Settings(**settings)
+    found = dry_run(checked, settings["model"])
+    weights, repair, moments = found.memory.values()
+    parameters = sum(p.numel() for p in load_model(settings["model"]).parameters())
+    hidden, middle = 128, NUM_LAYERS - 2
+    assert weights == 4 * parameters
+    assert repair == 4 * 4 * middle * 2 * hidden * checked.rank
+    assert moments == 3 * 4 * middle * hidden**2
+    assert found.disk == 6 * 4 * 32 * checked.top_logits * 6  # sequences, their tokens, and bytes of a logit
+    assert found.peak > weights
+    assert found.start_peak > weights
+    assert found.seconds == pytest.approx(checked.tokens / found.tokens_per_second)
+
+
+def test_a_dry_run_needs_no_room_for_the_whole_run(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a small temporary folder keeps a user from measuring what a large run takes."""
+    room = 3 * 4 * 32 * settings["top_logits"] * 6  # of the steps that it measures
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    assert dry_run(Stage1Settings(**settings), settings["model"]).disk == 2 * room
+
+
+def test_a_dry_run_of_a_short_run_measures_the_usual_steps(settings: dict[str, Any]) -> None:
+    """Fails if the dry run of a run of fewer steps than it measures runs out of sequences."""
+    found = dry_run(Stage1Settings(**settings | {"tokens": 4 * 32}), settings["model"])
+    assert found.disk == 4 * 32 * settings["top_logits"] * 6  # of the one step that the run has
+    assert found.seconds == pytest.approx(4 * 32 / found.tokens_per_second)
+
+
+@pytest.mark.parametrize("recipe", ["bypass", "distill"])
+def test_a_dry_run_tells_and_writes_nothing(
+    settings: dict[str, Any], data: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a dry run leaves files, or does not say memory, disk and time."""
+    paths = "searched" if recipe == "bypass" else "random"
+    words = [f"{key}={value}" for key, value in settings.items() if key != "data"]
+    assert main(["train", *words, f"data=[{{file: {data}}}]", f"recipe={recipe}", f"paths={paths}", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "base weights (float32)" in said
+    assert said.count("closed-form start") == (3 if recipe == "bypass" else 0)
+    assert "tokens/s on random paths: 768 tokens take 0.0 hours" in said
+    assert not settings["out"].exists()
