@@ -157,8 +157,8 @@ def _write_adapter(model: Path, folder: Path) -> Path:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys() if ".q_proj.weight" in name}  # noqa: SIM118
     for name, (num_out, num_in) in shapes.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"] = rng.normal(0, 0.1, (_RANK, num_in)).astype(np.float32)
-        tensors[f"{module}.lora_B.weight"] = rng.normal(0, 0.1, (num_out, _RANK)).astype(np.float32)
+        tensors[f"{module}.lora_A.weight"] = rng.normal(0, 0.3, (_RANK, num_in)).astype(np.float32)
+        tensors[f"{module}.lora_B.weight"] = rng.normal(0, 0.3, (num_out, _RANK)).astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
