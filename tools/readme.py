@@ -118,6 +118,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "layer calls": speed.layer_calls_table,
     "quality": quality.quality_table,
     "token": quality.token_table,
+    "other text": quality.other_text_table,
+    "own model": quality.own_model_table,
     "routing": quality.routing_table,
     "copying": quality.copying_table,
     "qwen": quality.qwen_table,
@@ -140,7 +142,8 @@ PAGES = {
     DOCS / "operations.md": ["metrics"],
     DOCS / "serving.md": ["prices"],
     DOCS / "settings.md": ["settings"],
-    DOCS / "quality.md": ["token", "routing", "quality", "copying", "qwen", "auto", "recipes", "static"],
+    DOCS / "quality.md": ["token", "routing", "quality", "copying", "other text", "qwen", "auto", "recipes", "static"],
+    DOCS / "own_model.md": ["own model"],
     DOCS / "benchmarks.md": [
         "decode",
         "mixed",

@@ -16,6 +16,52 @@ def token_table() -> str:
     return _quality(load_rows("quality_token.json"))
 
 
+def other_text_table() -> str:
+    """Return what skipping costs on kinds of text of which the recipes train on one only."""
+    texts = {
+        "WikiText-2, held out": ("quality_shipped.json", "quality_token.json"),
+        "technical prose": ("quality_prose.json", "quality_prose_token.json"),
+        "Python": ("quality_code.json", "quality_code_token.json"),
+    }
+    kinds = (("per request", "buddy"), ("per token", "buddy:token"))
+    lines = []
+    for text, files in texts.items():
+        for (kind, policy), rows in zip(kinds, map(load_rows, files), strict=True):
+            found = by_key(rows, "policy", "layers", "metric")
+            layers = sorted({row["layers"] for row in rows if row["policy"] == policy}, reverse=True)
+            cells = [f"{over_dense(rows, policy, n):.2f} ({found[policy, n, 'kl']['value']:.2f})" for n in layers]
+            lines.append([text, kind, f"{_dense(rows)['perplexity']['value']:.2f}", *cells])
+    note = (
+        f"Perplexity over the full model's, and in brackets KL in nats per token: {rows[0]['n']:,} tokens of each text, "
+        "both shipped artifacts of SmolLM2-135M."
+    )
+    return section(note, ["text", "depth", "full model", *(f"{n} layers" for n in layers)], lines)
+
+
+def own_model_table() -> str:
+    """Return what an artifact is worth after no training, a short one and a long one."""
+    artifacts = {
+        "`vllm-buddy prior`: layers by importance, nothing in their place": (
+            "quality_static.json",
+            "taylor",
+            "2 minutes",
+        ),
+        "`recipes/quick.yaml`: searched paths and a short training": ("quality_quick.json", "buddy", "4 minutes"),
+        "the shipped artifact: [three recipes](training.md), 2,240,000 tokens": (
+            "quality_shipped.json",
+            "buddy",
+            "2 hours",
+        ),
+    }
+    lines = []
+    for name, (file, policy, time) in artifacts.items():
+        rows = load_rows(file)
+        layers = sorted({row["layers"] for row in rows if row["policy"] == policy}, reverse=True)
+        cells = [f"{over_dense(rows, policy, n):.2f}, {margin_kept(rows, policy, n):.0%}" for n in layers]
+        lines.append([name, time, *cells])
+    return "\n".join(table(["", "time on 2 cores", *(f"{n} layers" for n in layers)], lines))
+
+
 def routing_table() -> str:
     """Return what choosing depths per token is worth on each kind of text."""
     rows = load_rows("quality_routing.jsonl")
