@@ -32,8 +32,8 @@ def other_text_table() -> str:
             cells = [f"{over_dense(rows, policy, n):.2f} ({found[policy, n, 'kl']['value']:.2f})" for n in layers]
             lines.append([text, kind, f"{_dense(rows)['perplexity']['value']:.2f}", *cells])
     note = (
-        f"Perplexity over the full model's, and in brackets KL in nats per token: {rows[0]['n']:,} tokens of each text, "
-        "both shipped artifacts of SmolLM2-135M."
+        f"Perplexity over the full model's, and in brackets KL in nats per token: {rows[0]['n']:,} tokens of each "
+        "text, both shipped artifacts of SmolLM2-135M."
     )
     return section(note, ["text", "depth", "full model", *(f"{n} layers" for n in layers)], lines)
 
