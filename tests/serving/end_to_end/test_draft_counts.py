@@ -1,5 +1,6 @@
 """Which drafts count: in the response, in what paces them, and in what a step does."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,21 @@ def test_steps_tell_what_rows_and_passes_cost(
     assert rows[-1] <= 4
     assert pass_costs[-1] == 0.0  # no draft has room after the last token
     assert all(0.0 < second < 60.0 for second in seconds)
+
+
+def test_metrics_count_the_drafts_that_responses_tell(
+    lossless_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the figures of drafts on layers do not reach /metrics: a dashboard would show none."""
+    engine = lossless_of("llama")
+    engine.configure(MASKED)
+    metrics, seen = engine.scheduler._metrics, Counter[str]()
+    monkeypatch.setattr(metrics, "_count", lambda name, number, *_: seen.update({name: number}))
+    prompts = [tuple(prompt) for prompt in random_prompts(3, seed=5, min_tokens=9, max_tokens=12)]
+    told = outcomes(engine.run([Ask(prompt, None, 16, options=LOSSLESS) for prompt in prompts]))
+    assert seen["depth_drafts"] == sum(outcome["drafted"] for outcome in told) > 0
+    assert seen["depth_drafts_accepted"] == sum(outcome["accepted"] for outcome in told)
+    assert seen["layer_tokens_drafting"] > 0
 
 
 def test_steps_without_drafts_leave_out_the_rejection_sampler(

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from tests.harness.engine import Ask, Engine, Tiny
-from tests.harness.lossless import LOSSLESS, draft_answers, mixed_batch, outcomes, start_lossless
+from tests.harness.engine import Ask, Engine, Tiny, start_engine
+from tests.harness.lossless import LOSSLESS, SPECULATOR, draft_answers, mixed_batch, outcomes, start_lossless
 from tests.harness.tiny_models import random_prompts
 from vllm_buddy.method.kv_policy import MASKED
 from vllm_buddy.serving.schedule.draft_pace import Drafting
@@ -57,6 +57,19 @@ def test_ngrams_are_those_of_vllms_own_drafter(
     for outcome in told:  # what a rejected draft ran counts, and no pass was made
         rejected = outcome["drafted"] - outcome["accepted"]
         assert outcome["layers_drafting_mean"] * outcome["tokens"] == pytest.approx(outcome["depth"] * rejected)
+
+
+def test_drafts_as_a_server_makes_them_by_default(numba: None, tiny: Callable[[str], Tiny]) -> None:
+    """Fails if what no test sets, the pace, measured costs and all sources of drafts at once, changes an answer."""
+    engine = start_engine(tiny("llama"), speculative_config=dict(SPECULATOR))
+    engine.configure(MASKED, 4)
+    prompts = [tuple(prompt) * 3 for prompt in random_prompts(6, seed=17, min_tokens=3, max_tokens=9)]
+    asks = [Ask(p, None, 48, options=LOSSLESS) if i % 2 else Ask(p, 0.5, 48) for i, p in enumerate(prompts)]
+    outputs = engine.run(asks)
+    engine.check(asks, outputs)
+    drafted = [outcome["drafted"] for outcome in outcomes(outputs)]
+    assert sum(drafted[::2]) > 0  # by n-grams
+    assert sum(drafted[1::2]) > 0
 
 
 def repeats_itself(prompt: tuple[int, ...], answer: list[int]) -> bool:
