@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from vllm_buddy.serving.forward.models import RoutedBackbone
 
 _MOST_INDICES = 1 << 22  # of block tables that are made at once
+
+# What a step has for each layer and row (DecodeBuffers.plan).
+FIRST_POSITION = 0  # see RunPlaces
+SOURCE = 1  # the row itself where it runs the layer, else -1
+FIRST_BLOCK = 2  # see RunPlaces; there only where layers may have block tables of their own
 ONE_TOKEN = 1  # length of rows that skip a layer: their output is dropped, and no kernel sees a length of 0
 
 
@@ -44,7 +49,7 @@ class DecodeBuffers:
         self._lengths = new(num_layers * most_rows, dtype=torch.int32).fill_(ONE_TOKEN)
 
     def plan(self, size: int) -> torch.Tensor:
-        """[2 or 3, num_layers, size]: first_position, source, perhaps first_block."""
+        """[2 or 3, num_layers, size]: of each layer and row FIRST_POSITION, SOURCE and perhaps FIRST_BLOCK."""
         return self._plan[: self._num_planes * self.num_layers * size].view(self._num_planes, self.num_layers, size)
 
     def table(self, size: int, layer: int) -> torch.Tensor:

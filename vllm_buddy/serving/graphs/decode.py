@@ -25,7 +25,7 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.serving.compat import metadata_to_capture
 from vllm_buddy.serving.forward.layer import FusedBypass, after_norm, passed_by
 from vllm_buddy.serving.forward.pipeline import is_here
-from vllm_buddy.serving.graphs.buffers import ONE_TOKEN, DecodeBuffers
+from vllm_buddy.serving.graphs.buffers import FIRST_BLOCK, FIRST_POSITION, ONE_TOKEN, SOURCE, DecodeBuffers
 from vllm_buddy.serving.graphs.cache import GraphCache
 from vllm_buddy.serving.graphs.capture import Capture, OutOfGraphMemory, Replay
 from vllm_buddy.serving.kv import KVPolicy
@@ -170,15 +170,15 @@ class DecodeGraphs:
         mask = batch.run_mask.T
         on_device = buffers.plan(size)
         plan = np.full(on_device.shape, -1, dtype=np.int32)
-        plan[0, :, :num_rows] = places.first_position
-        plan[1, :, :num_rows] = np.where(mask, np.arange(num_rows), -1)
+        plan[FIRST_POSITION, :, :num_rows] = places.first_position
+        plan[SOURCE, :, :num_rows] = np.where(mask, np.arange(num_rows), -1)
         if buffers.tables is not None:
-            plan[2] = 0
+            plan[FIRST_BLOCK] = 0
             if places.first_block is not None:
-                plan[2, :, :num_rows] = buffers.entries(places.first_block, batch.table_width)
+                plan[FIRST_BLOCK, :, :num_rows] = buffers.entries(places.first_block, batch.table_width)
         async_tensor_h2d(plan, out=on_device)
         num_blocks = -(-(int(batch.num_computed_tokens.max()) + 1) // self._block_size)
-        first_block = on_device[2, :, :num_rows] if shifted else None
+        first_block = on_device[FIRST_BLOCK, :, :num_rows] if shifted else None
         if first_block is not None and batch.units is not None:
             buffers.fill_unit_tables(batch.block_table, first_block, num_blocks)
         else:
@@ -186,7 +186,9 @@ class DecodeGraphs:
         running = mask.sum(axis=1).tolist()
         uses = tuple(Use.ALL if n == num_rows else Use.SOME if n else Use.NONE for n in running)
         seen: dict[bytes, int] = {}
-        keys = plan[0] if not shifted else np.concatenate([plan[0], plan[2] * (plan[0] >= 0)], axis=1)
+        keys = plan[FIRST_POSITION]
+        if shifted:
+            keys = np.concatenate([keys, plan[FIRST_BLOCK] * (keys >= 0)], axis=1)
         groups = tuple(seen.setdefault(key.tobytes(), len(seen)) for key in keys)
         return GraphedStep(self, size, uses, groups, mask, np.zeros(num_rows, dtype=np.int32))
 
@@ -285,10 +287,10 @@ class DecodeGraphs:
         """Slots and lengths of all layers, and the embedding."""
         buffers = self._buffers
         rows, plan = buffers.rows[:size], buffers.plan(size)
-        first_block = None if buffers.tables is None else plan[2]
+        first_block = None if buffers.tables is None else plan[FIRST_BLOCK]
         self._kernels.layer_slots(
-            buffers.block_table, rows, rows, buffers.rows[: size + 1], plan[0], first_block, self._block_size,
-            ONE_TOKEN, buffers.slots(size), buffers.lengths(size),
+            buffers.block_table, rows, rows, buffers.rows[: size + 1], plan[FIRST_POSITION], first_block,
+            self._block_size, ONE_TOKEN, buffers.slots(size), buffers.lengths(size),
         )  # fmt: skip
         return self._backbone.embed_input_ids(buffers.input_ids[:size])
 
@@ -317,7 +319,7 @@ class DecodeGraphs:
             if self._policy.writes_skipped and is_here(layer):
                 self._policy.write_skipped(layer, positions, hidden, residual, buffers.slots(size)[index])
             return *passed_by([bypass] if bypass else None, hidden, residual, buffers.everyone[:size]), None
-        source = buffers.plan(size)[1, index]
+        source = buffers.plan(size)[SOURCE, index]
         if use is Use.SOME:
             # Computed first, because the layer overwrites its input.
             passed, rest = passed_by([bypass] if bypass else None, hidden, residual, source < 0)
