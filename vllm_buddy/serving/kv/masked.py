@@ -8,12 +8,13 @@ them, for every request that shares them. So when a request leaves P, such a lay
 belongs to the request alone, not at the start of the block table, where sharers would overwrite each other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from vllm_buddy.method import LayerPath
+from vllm_buddy.method import LayerPath, Run
 from vllm_buddy.method.kv_policy import MASKED, KVPolicyName
 from vllm_buddy.method.kv_units import KVUnits
 from vllm_buddy.method.path import path_mask
@@ -58,6 +59,20 @@ class _LastStep:
         return next_views(batch, self.views)
 
 
+class _Left(NamedTuple):
+    """The path that all tokens of a request ran before `position`."""
+
+    path: LayerPath
+    position: int
+
+
+class _Drafted(NamedTuple):
+    """A step with drafts, which may be taken back. left: the first path, if the request left it in the step."""
+
+    plan: RequestPlan
+    left: _Left | None
+
+
 class Masked(KVPolicy):
     """Keeps, per request and layer, the number of tokens held and the block in which the layer starts."""
 
@@ -80,8 +95,7 @@ class Masked(KVPolicy):
         self._num_tokens = np.zeros(_INITIAL_SLOTS, dtype=np.int64)
         # The path of all tokens so far, per slot; None once it has changed.
         self._uniform: list[LayerPath | None] = [None] * _INITIAL_SLOTS
-        # Of each slot: the plan of its last step, if that had drafts, and the path it left in it, with the position.
-        self._drafted: dict[int, tuple[RequestPlan, tuple[LayerPath, int] | None]] = {}
+        self._drafted: dict[int, _Drafted] = {}  # by slot, if the last step had drafts
         self._last = _LastStep.none()
         self._repeated = False  # whether the present step repeats the last one
 
@@ -144,10 +158,7 @@ class Masked(KVPolicy):
         if slot is None:
             slot = self._slot[req_id] = self._new_slot()
         if plan.cached_path is not None:
-            self._lens[slot] = path_mask(plan.cached_path, self.num_layers) * num_computed
-            self._first_block[slot] = 0
-            self._num_tokens[slot] = num_computed
-            self._uniform[slot] = plan.cached_path
+            self._admit(slot, plan.cached_path, num_computed)
         elif (held := int(self._num_tokens[slot])) != num_computed and not self._rewind(slot, held - num_computed):
             raise RuntimeError(
                 f"request {req_id}: the KV cache holds {held} tokens, the plan continues at {num_computed}"
@@ -155,36 +166,50 @@ class Masked(KVPolicy):
         if plan.places is not None:
             unit, first_block = map(np.asarray, plan.places)
             self._first_block[slot] = np.maximum(unit, 0) * batch.table_width + first_block
-        left = None
-        uniform = self._uniform[slot]
-        if uniform is not None:
-            position = num_computed
-            for run in plan.runs:
-                if run.path != uniform:
-                    outside = ~path_mask(uniform, self.num_layers)
-                    if self.moves_first_blocks and self.units is None:  # else the plan says where they lie
-                        self._first_block[slot, outside] = position // batch.block_size
-                    self._uniform[slot], left = None, (uniform, position)
-                    break
-                position += run.num_tokens
+        left = self._leave(slot, plan.runs, num_computed, batch.block_size)
         if plan.num_drafts:
-            self._drafted[slot] = plan, left
+            self._drafted[slot] = _Drafted(plan, left)
         else:
             self._drafted.pop(slot, None)
         return slot
 
+    def _admit(self, slot: int, cached_path: LayerPath, num_computed: int) -> None:
+        """Begin with the tokens that were found in the prefix cache, all of one path."""
+        self._lens[slot] = path_mask(cached_path, self.num_layers) * num_computed
+        self._first_block[slot] = 0
+        self._num_tokens[slot] = num_computed
+        self._uniform[slot] = cached_path
+
+    def _leave(self, slot: int, runs: Sequence[Run], position: int, block_size: int) -> _Left | None:
+        """Note where a request leaves its first path, if it does so in these runs, of which the first is at position.
+
+        Layers that it had not run so far begin in the block of that position: those before it may be shared.
+        """
+        uniform = self._uniform[slot]
+        if uniform is None:
+            return None
+        for run in runs:
+            if run.path != uniform:
+                if self.moves_first_blocks and self.units is None:  # else the plan says where they lie
+                    self._first_block[slot, ~path_mask(uniform, self.num_layers)] = position // block_size
+                self._uniform[slot] = None
+                return _Left(uniform, position)
+            position += run.num_tokens
+        return None
+
     def _rewind(self, slot: int, num_rejected: int) -> bool:
         """Take back the last num_rejected tokens of a slot. False, and nothing changes, if these are no drafts."""
-        plan, left = self._drafted.get(slot, (None, None))
-        if plan is None or not 0 < num_rejected <= plan.num_drafts:
+        drafted = self._drafted.get(slot)
+        if drafted is None or not 0 < num_rejected <= drafted.plan.num_drafts:
             return False
+        plan, left = drafted
         self._num_tokens[slot] -= num_rejected
         for run in reversed(plan.runs):
             taken = min(run.num_tokens, num_rejected)
             self._lens[slot] -= path_mask(run.path, self.num_layers) * np.int32(taken)
             num_rejected -= taken
-        if left is not None and left[1] >= self._num_tokens[slot]:  # it left its first path with a rejected draft
-            self._uniform[slot], self._first_block[slot] = left[0], 0
+        if left is not None and left.position >= self._num_tokens[slot]:  # it left with a rejected draft
+            self._uniform[slot], self._first_block[slot] = left.path, 0
         return True
 
     def _new_slot(self) -> int:
