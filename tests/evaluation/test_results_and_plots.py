@@ -51,7 +51,7 @@ def test_a_plot_without_matplotlib(
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
     assert main(["eval", *data, "--plot", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]) == 2
-    assert "a plot needs matplotlib; pip install 'vllm-buddy[plot]'" in capsys.readouterr().err
+    assert "a plot needs matplotlib; pip install matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "a.json").exists()
 
 

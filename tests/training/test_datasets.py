@@ -118,7 +118,7 @@ def test_what_cannot_be_read_is_one_line(
 def test_without_the_package(settings: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a missing package ends in a traceback."""
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'vllm-buddy\[datasets\]'"):
+    with pytest.raises(DataError, match=r"pip install datasets"):
         run(settings | {"data": [{"dataset": str(folder)}]})
 
 

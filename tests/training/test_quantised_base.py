@@ -77,7 +77,7 @@ def test_a_dry_run_tells_the_smaller_base(settings: dict[str, Any], bitsandbytes
 def test_without_the_package_it_says_what_to_install(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a missing package ends in a traceback, or the base is trained unquantised."""
     monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes: pip install 'vllm-buddy\[quantised\]'"):
+    with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes: pip install bitsandbytes"):
         run(settings | {"base_quantisation": "nf4"})
     with pytest.raises(ValueError, match="'int8' or 'nf4'"):
         run(settings | {"base_quantisation": "fp4"})
