@@ -22,7 +22,7 @@ from vllm_buddy.serving.forward.bypasses import bypass_functions, kv_bypass_func
 from vllm_buddy.serving.forward.compiled import LayerFn, NormFn, layer_functions, norm_function
 from vllm_buddy.serving.forward.layer import fused_bypasses
 from vllm_buddy.serving.forward.pipeline import hand_on, is_here, stage_of, states_of, with_counts
-from vllm_buddy.serving.kv.kv_only import keep_kv_weights
+from vllm_buddy.serving.kv.kv_only import keep_kv_weights, keep_missing_kv_weights
 from vllm_buddy.serving.schedule import SCHEDULER
 from vllm_buddy.serving.start.agreement import load_agreed_artifact
 from vllm_buddy.serving.start.attached import limits_of
@@ -74,6 +74,8 @@ class RoutedBackbone(_Backbone):
         here = stage_of(len(self.layers))
         self.stage = list(self.layers)[here]
         self.attention_names = [layer.self_attn.attn.layer_name if is_here(layer) else "" for layer in self.stage]
+        if self.buddy_writes_kv:
+            keep_missing_kv_weights(filter(is_here, self.stage))
         bypasses: list[Any] | None = None
         if self.buddy_kernels is not None:
             self.functions = [layer if is_here(layer) else None for layer in self.stage]

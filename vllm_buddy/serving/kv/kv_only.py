@@ -3,14 +3,18 @@
 Every position stays visible to attention, at the cost of two small projections per skipped layer.
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from vllm_buddy.method.kv_policy import KV_ONLY, KVPolicyName
 from vllm_buddy.serving.kv.aligned import Aligned
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class KVOnly(Aligned):
@@ -60,6 +64,28 @@ def keep_kv_weights(layer: Any) -> None:
     if isinstance(qkv_proj.quant_method, UnquantizedLinearMethod):
         rows = qkv_proj.weight.data[attention.q_size :]
         qkv_proj.buddy_kv_weight = rows.clone() if current_platform.is_cpu() else rows
+
+
+def keep_missing_kv_weights(layers: Iterable[Any]) -> None:
+    """The same for layers whose weights a loader fills in itself, as --load-format dummy and sharded_state do.
+
+    To be called when the weights have their final form. On a GPU they can still be had; on CPU they are packed, and
+    the whole QKV product is computed for skipped rows, with a warning.
+    """
+    lacking = [layer for layer in layers if _lacks_rows(layer.self_attn.qkv_proj)]
+    if lacking and current_platform.is_cpu():
+        logger.warning(
+            'KV policy "kv_only" projects queries too for rows that skip a layer, which is slower: this --load-format '
+            "leaves K and V projections of the layers packed with them"
+        )
+        return
+    for layer in lacking:
+        keep_kv_weights(layer)
+
+
+def _lacks_rows(qkv_proj: Any) -> bool:
+    """Whether rows of a projection can be kept, and are not."""
+    return isinstance(qkv_proj.quant_method, UnquantizedLinearMethod) and not hasattr(qkv_proj, "buddy_kv_weight")
 
 
 def take_kv_weights(layer: Any) -> torch.Tensor:
