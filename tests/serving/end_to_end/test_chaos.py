@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,7 @@ def loaded(c: Client, answers: list[Any]) -> list[threading.Thread]:
     def ask() -> None:
         try:
             answers.append(c.ask("/v1/completions", prompt=PROMPT, max_tokens=450, ignore_eos=True)[0])
-        except OSError as error:  # the connection ends with the server
-            answers.append(type(error).__name__)
-        except Exception as error:
+        except (OSError, HTTPException) as error:  # the connection ends with the server
             answers.append(type(error).__name__)
 
     threads = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
