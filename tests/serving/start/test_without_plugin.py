@@ -52,8 +52,11 @@ def test_a_plugin_that_fails_to_load_refuses_buddy_and_nothing_else(llama_model:
 def test_patches_that_fail_halfway_refuse_buddy(llama_model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if one patch is in place and the other is not: budgets would go unchecked."""
     from vllm.model_executor.models.registry import _ModelRegistry
+    from vllm.plugins import load_general_plugins
 
     from vllm_buddy.serving import patches, plugin
+
+    load_general_plugins()  # vLLM loads plugins once, and what fails below must not be that once
 
     def fail() -> None:
         raise ImportError("moved")
