@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness.full_disk import full_disk
 from tools.fuzzing.artifacts import write_sample
-from vllm_buddy.artifact import load_artifact
+from vllm_buddy.artifact import CONFIG_FILE, load_artifact
 from vllm_buddy.errors import ArtifactError
 
 
@@ -29,6 +29,26 @@ def test_a_full_disk_leaves_the_artifact_that_was_there(tmp_path: Path) -> None:
     with full_disk(), pytest.raises(ArtifactError):
         artifact.without_predictor().save(tmp_path / "sample")
     assert {path.name: path.read_bytes() for path in (tmp_path / "sample").iterdir()} == before
+
+
+def test_a_process_that_ends_between_two_files_leaves_no_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if new weights are left beside the old configuration, which loads without an error where shapes agree."""
+    write_sample(tmp_path / "sample")
+    artifact = load_artifact(tmp_path / "sample")
+    replace_file = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.name == CONFIG_FILE:
+            raise KeyboardInterrupt
+        return replace_file(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        artifact.without_predictor().save(tmp_path / "sample")
+    with pytest.raises(ArtifactError, match=CONFIG_FILE):
+        load_artifact(tmp_path / "sample")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

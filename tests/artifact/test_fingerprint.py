@@ -86,6 +86,12 @@ def test_folders_that_are_no_models(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(ArtifactError, match=r"(?s)config\.json cannot be used .*num_layers"):
         identify(folder)
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(ArtifactError, match=r"config\.json is not an object"):
+        identify(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": None}))
+    with pytest.raises(ArtifactError, match=r"(?s)config\.json cannot be used .*num_layers"):
+        identify(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"config\.json cannot be used"):
         identify(folder)

@@ -184,6 +184,25 @@ def test_positions_before_the_start_are_context_alone() -> None:
     assert context_after(3) != context_after(4)
 
 
+def test_of_a_long_prompt_the_first_decision_reads_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the first token after a prompt of one depth costs a pass over all of it, or is decided otherwise."""
+    tokens = np.random.default_rng(3).integers(0, VOCAB_SIZE, 340).tolist()
+
+    def decoded() -> tuple[list[Any], int]:
+        route, read = TokenRoute(ROUTER, TokenSchedule(12, 1), 0.75, tokens[:300], start=300), []
+        excess_at = TokenRouter.excess_at
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                TokenRouter, "excess_at", lambda self, means, ids: read.append(len(ids)) or excess_at(self, means, ids)
+            )
+            return route.runs(300, 40, tokens), sum(read)
+
+    runs, num_read = decoded()
+    assert num_read <= 40 + ROUTER.horizon < 300
+    monkeypatch.setattr(TokenRouter, "horizon", 300)
+    assert decoded() == (runs, 339)
+
+
 @pytest.mark.parametrize(
     ("paths", "problem"),
     [

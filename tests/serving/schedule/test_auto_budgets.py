@@ -204,3 +204,19 @@ def test_only_what_there_is_room_for_is_decided_again(tiny: Callable[[str], Tiny
     scheduler._choose_again_for_waiting()
     depths = [scheduler._routed[request.request_id].outcome.depth for request in waiting]
     assert [depth < before for depth in depths] == [number < num_again for number in range(3)]
+
+
+def test_no_more_is_decided_again_than_a_step_has_room_for(
+    tiny: Callable[[str], Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a queue of long prompts is routed and hashed again in every step, of which each takes in one."""
+    scheduler = (engine := make_engine(tiny, {"slo": {"ttft_ms": 1}})).scheduler
+    prompt = tuple(range(20, 60))
+    for _ in range(8):
+        scheduler.add_request(engine.request(Ask(prompt, "auto", 4)))
+    looked_at: list[int] = []
+    monkeypatch.setattr(scheduler._auto, "choose_again", lambda starting: looked_at.append(len(starting)) or ())
+    for room in (len(prompt), 3 * len(prompt) - 1, 100 * len(prompt)):
+        scheduler.max_num_scheduled_tokens = room
+        scheduler._choose_again_for_waiting()
+    assert looked_at == [1, 3, 8]

@@ -18,6 +18,7 @@ from tests.harness.server_config import BASE, as_arguments, configure
 from tests.harness.tiny_models import random_artifact
 from vllm_buddy.errors import ArtifactError, SettingsError
 from vllm_buddy.serving.schedule.draft_pace import DEPTH_DRAFTS
+from vllm_buddy.serving.start import agreement
 from vllm_buddy.serving.start.agreement import Served, load_agreed_artifact, refuse_differences, served
 
 START_TIMEOUT_S = 600.0
@@ -40,6 +41,24 @@ def elsewhere(node: str = "other", **facts: str) -> Served:
 def test_processes_that_agree_are_not_refused() -> None:
     """Fails if nodes with other names, which agree in everything else, cannot serve together."""
     refuse_differences(HERE, [("rank 0", HERE), ("rank 1", elsewhere())])
+
+
+def test_two_checkouts_of_one_version_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a node with another commit of the package, which has the same version, is served with."""
+    file = tmp_path / "package" / "one.py"
+    file.parent.mkdir()
+    monkeypatch.setattr(agreement.vllm_buddy, "__path__", [str(file.parent)])
+    digests = []
+    for text in ("a = 1", "a = 2", "a = 1"):
+        file.write_text(text)
+        digests.append(agreement._source_digest.__wrapped__())
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_the_code_is_among_what_is_compared(tiny: Callable[[str], Tiny]) -> None:
+    """Fails if the digest of the code does not reach the other ranks."""
+    config, artifact = configure(tiny("llama")), tiny("llama").artifact
+    assert agreement._source_digest() in served(config, artifact).facts["vllm_buddy"]
 
 
 def test_what_differs_is_told_with_rank_node_and_both_values() -> None:
