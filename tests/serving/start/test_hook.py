@@ -125,6 +125,17 @@ def test_budgets_below_those_of_the_training_are_told(llama_model: Tiny, tmp_pat
     assert told(min_budget=0.5) == told(min_budget=0.6) == []
 
 
+def test_an_untrained_artifact_is_told(llama_model: Tiny, tmp_path: Path, said: list[str]) -> None:
+    """Fails if an operator who serves layers by importance alone looks for the fault elsewhere, or a trained one is
+    called so."""
+    for recipe in (None, "bypass"):
+        config = llama_model.artifact.config.model_copy(update={"recipe": recipe})
+        replace(llama_model.artifact, config=config).save(tmp_path / "artifact")
+        said.clear()
+        configure(llama_model, {"artifact": str(tmp_path / "artifact")})
+        assert any("is untrained" in line for line in said) == (recipe is None)
+
+
 @pytest.mark.parametrize("buddy", [{"load": {"price": 90.0}}, {"slo": {"itl_ms": 50}}])
 def test_what_load_does_not_lower_is_told(llama_model: Tiny, said: list[str], buddy: dict[str, Any]) -> None:
     """Fails if an operator who sets an objective does not learn that requests without a budget are not lowered."""
