@@ -123,10 +123,11 @@ ROWS: dict[str, Sequence[Panel]] = {
     ),
     "Load": (
         Panel(
-            "Load and price",
+            "Load, price and ceiling",
             {
                 "load, {{instance}}, engine {{engine}}": by_engine("vllm_buddy:load"),
                 "price, {{instance}}, engine {{engine}}": by_engine("vllm_buddy:auto_price"),
+                "largest budget under slo, {{instance}}, engine {{engine}}": by_engine("vllm_buddy:slo_largest_budget"),
             },
             "The price, in nats per token for all layers, follows the load from 0 to 1. "
             "Empty without a Budget Predictor.",

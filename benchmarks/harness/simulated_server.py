@@ -18,7 +18,7 @@ import numpy as np
 
 from vllm_buddy.method import FoldedDecision, FoldedPredictor
 from vllm_buddy.serving.admission.auto_limits import AutoLimits
-from vllm_buddy.serving.admission.chooser import BudgetChooser
+from vllm_buddy.serving.admission.chooser import BudgetChooser, Terms
 from vllm_buddy.serving.admission.latency import LatencyMeter
 
 VOCAB_SIZE = 256
@@ -46,7 +46,7 @@ class _Request:
     name: str
     excess: np.ndarray
     depth: int
-    price: float
+    terms: Terms
     prompt_left: int
     tokens_left: int
     layers: int = 0  # executed
@@ -58,14 +58,14 @@ class Trace:
     """What happened, each with the second in which it did.
 
     itl: seconds between two tokens. ttft: seconds from arrival to first token, at the arrival. budgets: mean share of
-    layers of a request, at its end. levels: level, price and number of requests in the server, after each step.
+    layers of a request, at its end. levels: level, terms and number of requests in the server, after each step.
     unreachable: whether an objective was said to be out of reach, where that changed.
     """
 
     itl: list[tuple[float, float]] = field(default_factory=list)
     ttft: list[tuple[float, float]] = field(default_factory=list)
     budgets: list[tuple[float, float]] = field(default_factory=list)
-    levels: list[tuple[float, float, float, int]] = field(default_factory=list)
+    levels: list[tuple[float, float, Terms, int]] = field(default_factory=list)
     unreachable: list[tuple[float, bool]] = field(default_factory=list)
 
 
@@ -110,7 +110,7 @@ class SimulatedServer:
         excess = self._chooser.take_in([prompt])
         choice = self._chooser.choose(self._limits.budget(), excess)
         self._arrived[name] = at
-        self._waiting.append(_Request(name, excess, choice.depth, choice.price, PROMPT_TOKENS, output))
+        self._waiting.append(_Request(name, excess, choice.depth, choice.terms, PROMPT_TOKENS, output))
 
     def _step(self) -> None:
         self._lower_running()
@@ -142,7 +142,7 @@ class SimulatedServer:
     def _start(self, request: _Request) -> None:
         if self._chooser.objectives is not None:  # as the scheduler does
             choice = self._chooser.choose(self._limits.budget(), request.excess)
-            request.price, request.depth = choice.price, choice.depth
+            request.terms, request.depth = choice.terms, choice.depth
         self._running.append(request)
 
     def _room(self) -> int:
@@ -162,15 +162,15 @@ class SimulatedServer:
 
     def _lower_running(self) -> None:
         for request in self._running:
-            if request.prompt_left == 0 and self._chooser.price > request.price:
+            if request.prompt_left == 0 and self._chooser.terms.harder_than(request.terms):
                 choice = self._chooser.choose(self._limits.budget(), request.excess)
-                request.price, request.depth = choice.price, min(request.depth, choice.depth)
+                request.terms, request.depth = choice.terms, min(request.depth, choice.depth)
 
     def _observe(self, *, idle: bool) -> None:
         chooser = self._chooser
         chooser.observe(len(self._waiting), len(self._running), 0.0)
         chooser.observe_latencies(self._meter.take(), idle=idle)
-        self.trace.levels.append((self.now, chooser.level, chooser.price, len(self._waiting) + len(self._running)))
+        self.trace.levels.append((self.now, chooser.level, chooser.terms, len(self._waiting) + len(self._running)))
         if chooser.objectives is not None:
             unreachable = chooser.objectives.unreachable
             if not self.trace.unreachable or self.trace.unreachable[-1][1] != unreachable:

@@ -213,11 +213,29 @@ def test_lowering_takes_the_place_of_a_decision_for_the_same_token() -> None:
     assert [run.path.bit_count() for run in route.runs(position - 1, 2, token_ids)] == [6, 4]
 
 
-def test_a_route_is_not_lowered_to_a_path_with_a_layer_of_its_own() -> None:
-    """Fails if lowering the depth adds a layer that has no keys and values of the preceding tokens."""
-    library = {6: [0b1000111101], 4: [0b1010000011]}
-    route = RequestRoute(random_router(library=library), PathSchedule(0), 6, [1, 2, 3])
-    assert not route.lower(4, 3, [1, 2, 3])
-    assert (route.depth, route.lowered, route.num_reroutes) == (6, [], 0)
-    with pytest.raises(ValueError, match="6 layers are not less than 6"):
+def test_a_route_is_lowered_to_layers_of_its_path_only() -> None:
+    """Fails if lowering the depth adds a layer that has no keys and values of the preceding tokens, or does nothing
+    where the router's first choice has one and another path of the library has none."""
+    inside, outside = 0b1000110001, 0b1010000011
+    for library, lowered in (
+        ({6: [0b1000111101], 4: [outside]}, False),
+        ({6: [0b1000111101], 4: [outside, inside]}, True),
+    ):
+        router = random_router(library=library)
+        route = RequestRoute(router, PathSchedule(0), 6, [1, 2, 3])
+        assert route.lower(4, 3, [1, 2, 3]) == lowered
+        assert (route.depth, route.lowered, route.num_reroutes) == ((4, [(3, 4)], 1) if lowered else (6, [], 0))
+    assert route.runs(3, 1, [1, 2, 3, 4]) == [(1, inside)]
+    with pytest.raises(ValueError, match="6 layers are not less than 4"):
         route.lower(6, 3, [1, 2, 3])
+
+
+@given(prompts, st.integers(4, NUM_LAYERS - 1), st.data())
+def test_without_a_library_a_route_can_always_be_lowered(prompt: list[int], depth: int, data: st.DataObject) -> None:
+    """Fails if the best layers of the model are taken where the best of the route's own are asked for."""
+    fewer = data.draw(st.integers(3, depth - 1))
+    route = RequestRoute(ROUTER, PathSchedule(0), depth, prompt)
+    assert route.lower(fewer, len(prompt), [*prompt, 1])
+    (run,) = route.runs(len(prompt), 1, [*prompt, 1])
+    assert run.path.bit_count() == fewer
+    assert run.path & ~route.first_path == 0

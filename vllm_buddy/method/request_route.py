@@ -257,14 +257,14 @@ class RequestRoute:
         return self._starts[1] if len(self._starts) > 1 else None
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
-        """Run only `depth` layers from `position` on, unless the new path holds a layer that the current path skips.
+        """Run only `depth` layers of the current path from `position` on.
 
-        Such a layer would have no keys and values of the preceding tokens.
+        A layer that the current path skips would have no keys and values of the preceding tokens.
 
         For arguments see Route.
 
         Returns:
-            False if the new path is not a subset of the current one; nothing changes then.
+            False if the library has no such path; nothing changes then.
 
         Raises:
             ValueError: `depth` is not below the current depth, or the path changes after `position` already.
@@ -277,9 +277,9 @@ class RequestRoute:
             self._context = self._router.new_context()
             if self._context is not None:
                 self._context.extend(token_ids[: self._num_context_tokens])
-        path = self._router.path(self._context, depth)
         decided = self._starts[-1] == position > 0  # a decision for `position` itself has run nothing yet
-        if path & ~self._paths[-2 if decided else -1]:
+        path = self._router.path_within(self._context, depth, self._paths[-2 if decided else -1])
+        if path is None:
             return False
         if decided:
             del self._starts[-1], self._paths[-1]

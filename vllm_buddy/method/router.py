@@ -78,15 +78,33 @@ class Router:
         """Return the path of `depth` layers for the tokens in `context`. Deterministic."""
         if depth == self.num_layers:
             return self.full
-        if self.decision is None:
-            if depth not in self._static:
-                self._static[depth] = self._pick(self._bias, depth)
+        if self.decision is None and depth in self._static:
             return self._static[depth]
-        assert context is not None
-        return self._pick(self.decision.scores(context) + self._bias, depth)
+        path = self._pick(self._scores(context), depth, self.full)
+        assert path is not None
+        if self.decision is None:
+            self._static[depth] = path
+        return path
 
-    def _pick(self, scores: np.ndarray, depth: int) -> LayerPath:
+    def path_within(self, context: Context | None, depth: int, path: LayerPath) -> LayerPath | None:
+        """Return the path of `depth` layers, fewer than `path` has, among those whose layers are all in `path`.
+
+        None if the library has none. Deterministic.
+        """
+        return self._pick(self._scores(context), depth, path)
+
+    def _scores(self, context: Context | None) -> np.ndarray:
+        if self.decision is None:
+            return self._bias
+        assert context is not None
+        return self.decision.scores(context) + self._bias
+
+    def _pick(self, scores: np.ndarray, depth: int, within: LayerPath) -> LayerPath | None:
         if self._library is None:
-            return top_k_path(scores, depth)
+            outside = ~path_mask(within, self.num_layers)[1:-1]
+            return top_k_path(np.where(outside, -np.inf, scores), depth)
         paths, members = self._library[depth]
-        return paths[int(np.argmax(members @ scores))]
+        allowed = [not path & ~within for path in paths]
+        if not any(allowed):
+            return None
+        return paths[int(np.argmax(np.where(allowed, members @ scores, -np.inf)))]

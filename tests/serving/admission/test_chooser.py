@@ -12,7 +12,7 @@ from tests.harness.engine import Tiny
 from tests.harness.tiny_models import PREDICTOR_DEPTHS
 from vllm_buddy.method import FoldedDecision, FoldedPredictor, budget_for_depth
 from vllm_buddy.serving.admission.auto_limits import AutoLimits
-from vllm_buddy.serving.admission.chooser import BudgetChooser
+from vllm_buddy.serving.admission.chooser import BudgetChooser, Terms
 from vllm_buddy.serving.admission.latency import Latencies
 from vllm_buddy.serving.admission.load import LoadPrice
 from vllm_buddy.serving.admission.slo import Objectives
@@ -34,7 +34,9 @@ def chooser(load: LoadPrice | None = None, objectives: Objectives | None = None,
 
 
 def choose(made: BudgetChooser, *asked: float) -> tuple[float, int, float]:
-    return tuple(made.choose(made._limits.budget(*asked), made.take_in([1])))
+    """Budget, depth, and the price that decided."""
+    found = made.choose(made._limits.budget(*asked), made.take_in([1]))
+    return found.budget, found.depth, found.terms.price
 
 
 def full_load(load_price: float) -> LoadPrice:
@@ -63,7 +65,7 @@ def test_load_raises_the_price_of_the_server_and_of_requests() -> None:
     assert choose(made) == (0.5, 4, 5.0)
     assert choose(made, 2.0) == (0.5, 4, 5.0)
     assert choose(made, 50.0) == (0.4, 3, 50.0)
-    assert (made.level, made.price) == (1.0, 5.0)
+    assert (made.level, made.terms.price) == (1.0, 5.0)
 
 
 def test_load_alone_does_not_go_below_its_floor() -> None:
@@ -76,20 +78,30 @@ def test_load_alone_does_not_go_below_its_floor() -> None:
     assert choose(made, 0.0, 0.375, 0.5) == (0.5, 4, 50.0)  # a range below the floor: its upper end
 
 
-def test_objectives_raise_the_price_as_far_as_the_level_asks() -> None:
+def test_objectives_lower_the_ceiling_as_far_as_the_level_asks() -> None:
     """Fails if a missed objective changes nothing, goes below the floor, or outlasts the work of the server."""
     made = chooser(objectives=Objectives({"ttft": 1.0}), load_floor=0.5)
     assert choose(made) == (1.0, 8, 1.0)
     made.observe_latencies(Latencies(0.0, wait_s=0.3), idle=False)
     assert 0 < made.level < 1
-    assert choose(made) == (0.8, 6, made.price)
+    assert choose(made) == (0.8, 6, 1.0)
+    assert made.largest_budget == 0.8
+    assert choose(made, 4.0) == (0.5, 4, 4.0)  # a bid of its own
     made.observe_latencies(Latencies(1.0, wait_s=5.0), idle=False)
     assert made.level == 1
-    assert choose(made) == (0.5, 4, made.price)
-    assert choose(made, 50.0) == (0.4, 3, 50.0)  # a bid of its own
+    assert choose(made) == (0.5, 4, 1.0)
+    assert choose(made, 50.0) == (0.4, 3, 50.0)
+    assert choose(made, 0.0, 0.7, 1.0) == (0.8, 6, 0.0)  # the request's own range begins above it
     made.observe_latencies(Latencies(2.0), idle=True)
-    assert (made.level, made.price) == (0.0, 1.0)
+    assert (made.level, made.largest_budget) == (0.0, 1.0)
     assert choose(made) == (1.0, 8, 1.0)
+
+
+def test_terms_are_harder_by_price_or_ceiling() -> None:
+    """Fails if running requests are lowered though nothing got harder, or not when one of both did."""
+    usual = Terms(1.0, 6)
+    assert [Terms(1.0, 6).harder_than(usual), Terms(0.5, 8).harder_than(usual)] == [False, False]
+    assert [Terms(1.1, 6).harder_than(usual), Terms(1.0, 4).harder_than(usual)] == [True, True]
 
 
 def from_settings(tiny: Tiny, **buddy: Any) -> BudgetChooser:

@@ -15,7 +15,7 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 from tests.harness.batches import PROMPTS
 from tests.harness.engine import MAX_TOKENS_PER_STEP, Ask, Tiny
 from tests.harness.pretend_worker import PretendEngine
-from tests.harness.tiny_models import NUM_LAYERS
+from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS
 from vllm_buddy.method import PathSchedule
 from vllm_buddy.serving.admission.latency import LatencyMeter
 
@@ -162,7 +162,7 @@ def test_a_request_that_leaves_the_queue_is_decided_again(
     scheduler.add_request(request)
     routed = scheduler._routed[request.request_id]
     before = routed.outcome.depth
-    scheduler._auto.chooser._scale_price = 50.0
+    scheduler._auto.chooser._ceiling.depth = PREDICTOR_DEPTHS[0]
     scheduler._choose_again_for_waiting()
     assert routed.outcome.depth < before
     assert routed.route.depth == routed.outcome.depth
@@ -181,7 +181,7 @@ def test_a_request_is_hashed_once_for_each_path(tiny: Callable[[str], Tiny]) -> 
     scheduler.add_request(request)
     assert scheduler._routed[request.request_id].outcome.depth == NUM_LAYERS
     assert request._block_hasher.call_count == 0
-    scheduler._auto.chooser._scale_price = 50.0
+    scheduler._auto.chooser._ceiling.depth = PREDICTOR_DEPTHS[0]
     scheduler._choose_again_for_waiting()
     assert scheduler._routed[request.request_id].outcome.depth < NUM_LAYERS
     assert request._block_hasher.call_count == 1
@@ -200,7 +200,7 @@ def test_only_what_there_is_room_for_is_decided_again(tiny: Callable[[str], Tiny
     assert [request.request_id for request in scheduler.running] == [running]
     before = scheduler._routed[waiting[0].request_id].outcome.depth
     scheduler.max_num_running_reqs = limit
-    scheduler._auto.chooser._scale_price = 50.0
+    scheduler._auto.chooser._ceiling.depth = PREDICTOR_DEPTHS[0]
     scheduler._choose_again_for_waiting()
     depths = [scheduler._routed[request.request_id].outcome.depth for request in waiting]
     assert [depth < before for depth in depths] == [number < num_again for number in range(3)]

@@ -92,21 +92,17 @@ def test_a_request_that_is_computed_again_is_not_lowered_where_accepted_drafts_r
     step_until(made, lambda: len(made.generated[first]) >= 20)
     request, routed = made.scheduler.requests[first], made.scheduler._routed[first]
 
-    def lowered_at(price: float) -> list[tuple[int, int]]:
-        made.scheduler._auto.chooser._scale_price = price
+    def lowered_to(ceiling: int) -> list[tuple[int, int]]:
+        made.scheduler._auto.chooser._ceiling.depth = ceiling
         made.scheduler._auto.lower([(request, routed)])
         return routed.route.lowered
 
-    position, price = request.num_computed_tokens, 0.1
-    while not lowered_at(price):
-        price *= 1.1
-    before = [*routed.route.lowered]
-    assert before[0][0] == position
-    assert before[0][1] > PREDICTOR_DEPTHS[0]
+    position, before = request.num_computed_tokens, [*lowered_to(PREDICTOR_DEPTHS[1])]
+    assert before == [(position, PREDICTOR_DEPTHS[1])]
     routed.planned, request.num_computed_tokens = position - 4, position - 2  # computed again, as far as this
-    assert lowered_at(1e3) == before
+    assert lowered_to(PREDICTOR_DEPTHS[0]) == before
     request.num_computed_tokens = position
-    assert lowered_at(1e3)[-1] == (position, PREDICTOR_DEPTHS[0])
+    assert lowered_to(PREDICTOR_DEPTHS[0])[-1] == (position, PREDICTOR_DEPTHS[0])
 
 
 @both
@@ -139,4 +135,5 @@ def test_a_missed_objective_lowers_what_runs_and_what_waits(
     assert all(len(tokens) == 60 for tokens in made.generated.values())
     assert made.generated[number] == made.expected(made.asks[number])
     assert scheduler._auto.chooser.objectives.observed_s["itl"] == pytest.approx(0.08)
-    assert (scheduler._auto.chooser.level, scheduler._auto.chooser.price) == (0, 0)
+    assert scheduler._auto.chooser.level == 0
+    assert scheduler._auto.chooser.terms == (0, NUM_LAYERS)

@@ -73,7 +73,7 @@ def test_auto_reaches_the_limits_of_requests_and_the_log(llama_model: Tiny, said
     settings = {"min_budget": 0.45, "slo": {"itl_ms": 50, "floor": 0.5}}
     keeping = configure(llama_model, settings)
     assert keeping.model_config.buddy_limits.auto.objectives_s == {"itl": 0.05}
-    told = "0.8, 1 at price 8 and above, down to 0.5, to keep p99 of itl within 50 ms"
+    told = "0.8, 1 at price 8, down to 0.5 as far as it takes to keep p99 of itl within 50 ms"
     assert any(line.endswith(told) for line in said)
     assert engine_settings(keeping).slo.itl_ms == 50
     # The engine's process reads them again; what nobody gave must not look given there.

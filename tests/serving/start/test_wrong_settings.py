@@ -174,7 +174,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two prices": (
         {"load": {"price": 90.0}, "slo": {"itl_ms": 50}},
-        "'load' sets by hand the price that 'slo' finds from latencies; leave out one of load.price and slo",
+        "'load' says by hand what 'slo' finds from latencies; leave out one of load.price and slo",
     ),
     "objective without a choice": (
         {"auto": {"max": 0.5}, "slo": {"itl_ms": 50, "floor": 0.5}},

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tests.harness.auto_requests import LOAD_PRICE, PROMPTS, auto, chosen_depth, finish, fixed, pretend
 from tests.harness.engine import Ask, Tiny
 from tests.harness.shown_metrics import ShownMetrics
-from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_PRICE
+from tests.harness.tiny_models import NUM_LAYERS, PREDICTOR_DEPTHS, PREDICTOR_PRICE
 from vllm_buddy.method import budget_for_depth
 from vllm_buddy.serving.admission.latency import Latencies
 
@@ -39,6 +39,7 @@ def test_the_metrics_show_objectives(tiny: Callable[[str], Tiny]) -> None:
     assert shown.value("slo_objective_seconds", objective="itl") == 0.005
     assert shown.value("slo_objective_seconds", objective="ttft") == 1000
     assert math.isnan(shown.value("slo_observed_seconds", objective="itl") or 0.0)
+    assert shown.value("slo_largest_budget") == 1
     objectives = made.scheduler._auto.chooser.objectives
     start = time.perf_counter()
     for step in range(1000):
@@ -48,3 +49,4 @@ def test_the_metrics_show_objectives(tiny: Callable[[str], Tiny]) -> None:
     shown.take(made)
     assert shown.value("slo_observed_seconds", objective="itl") == 0.02
     assert shown.value("slo_unreachable") == 1
+    assert shown.value("slo_largest_budget") == budget_for_depth(PREDICTOR_DEPTHS[0], NUM_LAYERS)

@@ -111,7 +111,7 @@ class AutoLimits:
             kept = " and ".join(f"{name} within {s * 1e3:g} ms" for name, s in self.objectives_s.items())
             # The floor may lie below the grid, whose smallest depth then acts.
             least = max(self.load_floor, budget_for_depth(self.lowerable[0], self.num_layers))
-            loaded = f" and above, down to {least:g}, to keep p99 of {kept}"
+            loaded = f", down to {least:g} as far as it takes to keep p99 of {kept}"
         return f"among {self._grid()} at price {self.price:g}{loaded}"
 
     @property

@@ -1,4 +1,4 @@
-"""Budget "auto": chooses the depth of an arriving request from its prompt and the price of compute under the load."""
+"""Budget "auto": chooses the depth of an arriving request from its prompt, the price of compute and the load."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,26 +8,40 @@ import numpy as np
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.method import FoldedPredictor, depth_for_budget
 from vllm_buddy.serving.admission.auto_limits import AutoBudget, AutoLimits, budget_of_depth
+from vllm_buddy.serving.admission.depth_ceiling import DepthCeiling
 from vllm_buddy.serving.admission.latency import Latencies
 from vllm_buddy.serving.admission.load import LoadPrice
-from vllm_buddy.serving.admission.price_scale import PriceScale
 from vllm_buddy.serving.admission.slo import Objectives
 from vllm_buddy.serving.start.settings import BuddySettings
 
 
+class Terms(NamedTuple):
+    """What a choice is subject to at the moment.
+
+    price: of compute, raised by load. ceiling: the greatest depth, lowered by missed objectives.
+    """
+
+    price: float
+    ceiling: int
+
+    def harder_than(self, other: "Terms") -> bool:
+        """Whether they may lead to fewer layers than others do."""
+        return self.price > other.price or self.ceiling < other.ceiling
+
+
 class Choice(NamedTuple):
-    """A chosen budget and its depth. price: the one that decided, raised by load."""
+    """A chosen budget and its depth, and the terms that decided."""
 
     budget: float
     depth: int
-    price: float
+    terms: Terms
 
 
 class BudgetChooser:
     """Chooses the depth of each arriving request with budget "auto".
 
-    load: None if the price does not follow the load. objectives: None if it does not keep latencies. There is at most
-    one of them.
+    load: raises the price; None if nothing does. objectives: lower the ceiling; None without. There is at most one of
+    them.
     """
 
     def __init__(
@@ -42,9 +56,7 @@ class BudgetChooser:
         self._load = load
         self.objectives = objectives
         self._floor = depth_for_budget(limits.load_floor, limits.num_layers)
-        self._lowerable = [place for place, depth in enumerate(predictor.depths) if depth in limits.lowerable]
-        self._scale = None if objectives is None else PriceScale(limits.lowerable, limits.num_layers, limits.price)
-        self._scale_price = limits.price
+        self._ceiling = None if objectives is None else DepthCeiling(limits.lowerable)
 
     @classmethod
     def from_settings(
@@ -68,13 +80,18 @@ class BudgetChooser:
         return 0.0 if follows is None else follows.level
 
     @property
-    def price(self) -> float:
-        """The server's price at the present load."""
-        return self._price(self._limits.price)
+    def terms(self) -> Terms:
+        """The server's terms at the present load."""
+        return self._terms(self._limits.price)
 
-    def price_of(self, asked: AutoBudget) -> float:
-        """The price at which a request with these options would be decided at the present load."""
-        return self._price(asked.price)
+    def terms_of(self, asked: AutoBudget) -> Terms:
+        """The terms under which a request with these options would be decided at the present load."""
+        return self._terms(asked.price)
+
+    @property
+    def largest_budget(self) -> float:
+        """The largest budget that the objectives leave at the moment."""
+        return budget_of_depth(self.terms.ceiling, self._limits.num_layers, self._limits)
 
     def observe(self, num_waiting: int, num_running: int, kv_use: float) -> None:
         """Take in the server's state. kv_use: share of the KV cache in use."""
@@ -83,32 +100,34 @@ class BudgetChooser:
 
     def observe_latencies(self, measured: Latencies, *, idle: bool) -> None:
         """Take in what requests have waited for. idle: whether there is no request left."""
-        if self.objectives is not None and self._scale is not None:
-            self._scale_price = self._scale.price(self.objectives.observe(measured, idle=idle))
+        if self.objectives is not None and self._ceiling is not None:
+            self._ceiling.follow(self.objectives.observe(measured, idle=idle))
 
     def take_in(self, token_ids: Sequence[int]) -> np.ndarray:
         """The excess of each depth for the prompt of an arriving request, see FoldedPredictor. It is counted once."""
         excess = self._predictor.excess(token_ids)
-        if self.objectives is not None and self._scale is not None:
-            self._scale.add(excess[self._lowerable])
-            self._scale_price = self._scale.price(self.objectives.level)
+        if self._ceiling is not None:
+            self._ceiling.add(self._predictor.depth(excess, self._limits.price, self._limits.lowerable))
         return excess
 
     def choose(self, asked: AutoBudget, excess: np.ndarray) -> Choice:
-        """The cheapest depth for a prompt at the present price. excess: of the prompt, as `take_in` returns it.
+        """The cheapest depth for a prompt under the present terms. excess: of the prompt, as `take_in` returns it.
 
-        A depth that is the cheapest under load only is raised to that of load.floor or slo.floor, or to the one chosen
-        without load if that is less.
+        A depth that load alone leads to is raised to that of load.floor or slo.floor, or to the one chosen without load
+        if that is less.
         """
-        price = self._price(asked.price)
-        depth = self._predictor.depth(excess, price, asked.depths)
-        if price > asked.price:
-            calm = self._predictor.depth(excess, asked.price, asked.depths)
+        terms = self._terms(asked.price)
+        calm = self._predictor.depth(excess, asked.price, asked.depths)
+        depth = calm
+        if terms.price > asked.price:
+            depth = self._predictor.depth(excess, terms.price, asked.depths)
+        if depth > terms.ceiling:
+            depth = max((d for d in asked.depths if d <= terms.ceiling), default=asked.depths[0])
+        if depth < calm:
             floor = next((d for d in asked.depths if d >= self._floor), asked.depths[-1])
             depth = max(depth, min(calm, floor))
-        return Choice(budget_of_depth(depth, self._limits.num_layers, asked), depth, price)
+        return Choice(budget_of_depth(depth, self._limits.num_layers, asked), depth, terms)
 
-    def _price(self, base: float) -> float:
-        if self.objectives is not None:
-            return max(base, self._scale_price)
-        return base if self._load is None else self._load.price(base)
+    def _terms(self, base: float) -> Terms:
+        price = base if self._load is None else self._load.price(base)
+        return Terms(price, self._limits.num_layers if self._ceiling is None else self._ceiling.depth)

@@ -1,7 +1,7 @@
-"""Budget "auto" in the scheduler: its price follows the load, and requests are decided again where that moved it.
+"""Budget "auto" in the scheduler: its terms follow the load, and requests are decided again where that moved them.
 
-A burst arrives at the price of the calm before it. With service objectives, requests are therefore decided anew when
-they may leave the queue, where they have run nothing yet. Those that run are lowered where the price has risen.
+A burst arrives under the terms of the calm before it. With service objectives, requests are therefore decided anew when
+they may leave the queue, where they have run nothing yet. Those that run are lowered where they got harder.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,7 +71,7 @@ class AutoBudgets:
             self.meter.ends(request_id)
 
     def observe(self, num_waiting: int, num_running: int, kv_use: float, *, idle: bool) -> None:
-        """Let the price follow the load. There must be a chooser.
+        """Let the terms follow the load. There must be a chooser.
 
         num_waiting: requests in the queue, blocked ones included. idle: the server has run out of work.
         """
@@ -91,27 +91,29 @@ class AutoBudgets:
         for request, routed in waiting:
             if routed.asked is None or routed.excess is None or routed.planned or request.num_computed_tokens:
                 continue
-            if chooser.price_of(routed.asked) != routed.price:
+            if chooser.terms_of(routed.asked) != routed.terms:
                 choice = chooser.choose(routed.asked, routed.excess)
-                routed.price = choice.price
-                routed.outcome = Outcome(*choice)
+                routed.terms = choice.terms
+                routed.outcome = Outcome(choice.budget, choice.depth, choice.terms.price)
                 if choice.depth != routed.route.depth:
                     yield request, routed
 
     def lower(self, running: Iterable[tuple[Request, RoutedRequest]]) -> None:
-        """Where the price has risen since it was decided, lower decoding requests to the new choice."""
+        """Where the terms are harder than when it was decided, lower decoding requests to the new choice."""
         chooser = self.chooser
         assert chooser is not None
         for request, routed in running:
             position = request.num_computed_tokens
             asked, route = routed.asked, routed.route
-            if asked is None or routed.excess is None or chooser.price_of(asked) <= routed.price:
+            if asked is None or routed.excess is None or routed.terms is None:
+                continue
+            if not chooser.terms_of(asked).harder_than(routed.terms):
                 continue
             # Tokens that ran, or will run, at its depth. Accepted drafts are in the last bound, not in `planned`.
             if position < max(request.num_prompt_tokens, routed.planned, request.num_tokens - 1):
                 continue
             choice = chooser.choose(asked, routed.excess)
-            routed.price = choice.price
+            routed.terms = choice.terms
             route.decide(position, request.all_token_ids)  # what ran so far, accepted drafts included
             if choice.depth < route.depth:
                 lowered = route.lower(choice.depth, position, request.all_token_ids)

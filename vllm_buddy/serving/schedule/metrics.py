@@ -73,10 +73,11 @@ class EngineMetrics:
         self._set("load", level)
         self._set("auto_price", price)
 
-    def show_objectives(self, objectives: Objectives) -> None:
-        """Set what was observed of the service objectives, and whether one is out of reach."""
+    def show_objectives(self, objectives: Objectives, largest_budget: float) -> None:
+        """Set what was observed of the service objectives, what they leave, and whether one is out of reach."""
         for name, seconds in objectives.observed_s.items():
             self._set("slo_observed_seconds", seconds, name)
+        self._set("slo_largest_budget", largest_budget)
         self._set("slo_unreachable", float(objectives.unreachable))
 
     def observe_drafts(self, counts: Executed, num_accepted: int | None) -> None:

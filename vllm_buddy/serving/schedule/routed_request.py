@@ -6,6 +6,7 @@ import numpy as np
 
 from vllm_buddy.method import LayerPath, Route
 from vllm_buddy.serving.admission.auto_limits import AutoBudget
+from vllm_buddy.serving.admission.chooser import Terms
 from vllm_buddy.serving.compat import BlockHasher
 from vllm_buddy.serving.schedule.draft_pace import RequestDrafts
 from vllm_buddy.serving.schedule.outcome import Outcome
@@ -19,7 +20,7 @@ class RoutedRequest:
 
     asked: what it lets "auto" choose; None for a budget that is a number.
     excess: of its prompt, see BudgetChooser; None as `asked`.
-    price: at which "auto" was decided for it last. Once it runs, only a higher one decides again.
+    terms: under which "auto" was decided for it last; None as `asked`. Once it runs, only harder ones decide again.
     planned: number of tokens that were planned so far, without drafts that may be rejected. A request that is computed
         again stands before it.
     drafts: made for it by DepthDrafts; None on a server without that drafter.
@@ -32,7 +33,7 @@ class RoutedRequest:
     outcome: Outcome
     asked: AutoBudget | None = None
     excess: np.ndarray | None = None
-    price: float = 0.0
+    terms: Terms | None = None
     planned: int = 0
     drafts: RequestDrafts | None = None
     told: int | None = None

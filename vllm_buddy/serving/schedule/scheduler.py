@@ -124,7 +124,8 @@ class _Routing(_Base):
         excess = chooser.take_in(request.all_token_ids[:num_context])
         choice = chooser.choose(asked, excess)
         route = self._new_route(request, choice.budget)
-        return RoutedRequest(route, Outcome(*choice), asked, excess, choice.price)
+        outcome = Outcome(choice.budget, choice.depth, choice.terms.price)
+        return RoutedRequest(route, outcome, asked, excess, choice.terms)
 
     def _new_route(self, request: Request, budget: float) -> Route:
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
@@ -216,7 +217,7 @@ class _Routing(_Base):
                 self._prepare_cache(request, routed)
 
     def _lower_running(self) -> None:
-        """Where the price has risen, lower decoding requests of budget "auto".
+        """Where the load has risen, lower decoding requests of budget "auto".
 
         This comes before vLLM schedules the step: vLLM publishes the blocks of the tokens that it schedules, according
         to the paths that are decided by then.
@@ -333,7 +334,7 @@ class _Routing(_Base):
                 routed.told += num_new
 
     def _observe_load(self, *, idle: bool) -> None:
-        """Let the price of budget "auto" follow the load: at each arrival that it decides, and after each step.
+        """Let the terms of budget "auto" follow the load: at each arrival that it decides, and after each step.
 
         The last step before the server runs out of work leaves no load.
         """
@@ -344,9 +345,9 @@ class _Routing(_Base):
         # A streaming-input session without input waits for its client, not for the server.
         num_waiting -= self.num_waiting_for_streaming_input
         self._auto.observe(num_waiting, num_running, self.kv_cache_manager.usage, idle=idle)
-        self._metrics.show_load(chooser.level, chooser.price)
+        self._metrics.show_load(chooser.level, chooser.terms.price)
         if chooser.objectives is not None:
-            self._metrics.show_objectives(chooser.objectives)
+            self._metrics.show_objectives(chooser.objectives, chooser.largest_budget)
 
 
 class BuddyScheduler(_Routing, Scheduler):

@@ -113,13 +113,13 @@ class LoadSettings(Section):
 
 
 class SloSettings(Section):
-    """Latencies that the price of budget "auto" keeps."""
+    """Latencies that budget "auto" keeps."""
 
     itl_ms: Milliseconds | None = Field(
         default=None,
         description=(
-            "Milliseconds between two tokens of a request that the 99th percentile is to stay within. The price of "
-            '"auto" then rises as far as is needed, and no further. Default: there is no such objective.'
+            "Milliseconds between two tokens of a request that the 99th percentile is to stay within. Requests of "
+            'budget "auto" then run as few layers as that takes, and no fewer. Default: there is no such objective.'
         ),
     )
     ttft_ms: Milliseconds | None = Field(
@@ -133,7 +133,7 @@ class SloSettings(Section):
         default=0.1,
         ge=0,
         lt=1,
-        description="Share of an objective by which a latency must be below it before the price falls.",
+        description="Share of an objective by which a latency must be below it before requests get deeper.",
     )
     headroom: float = Field(
         default=0.05,

@@ -148,7 +148,7 @@ class BuddySettings(Section):
     def _one_price(self) -> "BuddySettings":
         if self.load is not None and self.slo is not None:
             raise ValueError(
-                "'load' sets by hand the price that 'slo' finds from latencies; leave out one of load.price and slo"
+                "'load' says by hand what 'slo' finds from latencies; leave out one of load.price and slo"
             )
         return self
 

@@ -73,7 +73,7 @@ def families(num_layers: int, *, has_auto: bool, lossless: bool, objectives: Ite
             BUDGETS,
         )
         yield Family("auto_price", "gauge", "Price of compute, nats per token for all layers.")
-        yield Family("load", "gauge", "Load that the price follows, from 0 to 1.")
+        yield Family("load", "gauge", "Load that price or objectives follow, from 0 to 1.")
     if names := tuple(objectives):
         yield Family(
             "slo_objective_seconds",
@@ -88,6 +88,9 @@ def families(num_layers: int, *, has_auto: bool, lossless: bool, objectives: Ite
             "The 99th percentile of the last 30 seconds; NaN if nothing was observed.",
             label="objective",
             values=names,
+        )
+        yield Family(
+            "slo_largest_budget", "gauge", "The largest budget that the service objectives leave to budget auto."
         )
         yield Family(
             "slo_unreachable", "gauge", "1 while a service objective is missed at the smallest budget, else 0."

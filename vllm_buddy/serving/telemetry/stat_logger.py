@@ -52,6 +52,8 @@ class BuddyStatLogger(AggregateStatLoggerBase):
         if limits.auto is not None:
             for engine in engine_indexes:
                 self._series["auto_price", "", engine].set(limits.auto.price)  # without load
+                if objectives_s:
+                    self._series["slo_largest_budget", "", engine].set(limits.auto.largest)
         self._expiry: dict[int, Expiry] = {}  # of what an engine observed, where it has service objectives
         for name, seconds in objectives_s.items():
             for engine in engine_indexes:
