@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_buddy.method.drafting import batch_share, draft_gain, pass_cost
+from vllm_buddy.method.drafting import batch_share, chain_gains, draft_gain, pass_cost
 
 SMOLLM2 = SimpleNamespace(
     hidden_size=576,
@@ -39,3 +39,11 @@ def test_gain_counts_tokens_against_passes() -> None:
     assert draft_gain([1.0], 0.0, 0.0) == 2.0
     assert draft_gain([0.0, 0.0], 0.4, 0.1) == 0.5
     assert draft_gain([1.0], 0.25, 0.05) == pytest.approx(2.0 / 1.3)
+
+
+def test_gains_of_chains_are_those_of_their_drafts() -> None:
+    """Fails if the running sums of all lengths are not what each length gives alone."""
+    rows = [0.3, 0.1, 0.08, 0.2]
+    alone = [draft_gain([0.7**k for k in range(1, n + 1)], 0.0, rows[n - 1]) for n in range(1, 5)]
+    assert chain_gains(0.7, rows) == pytest.approx(alone)
+    assert chain_gains(0.7, []) == []

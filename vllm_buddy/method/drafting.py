@@ -37,3 +37,16 @@ def draft_gain(right: Sequence[float], cost: float, row: float) -> float:
     pass. row: of checking one draft.
     """
     return (1.0 + sum(right)) / (1.0 + len(right) * (cost + row))
+
+
+def chain_gains(right: float, rows: Sequence[float]) -> list[float]:
+    """draft_gain of 1, 2, ... drafts that cost nothing to make.
+
+    right: the probability that a draft is right if those before it are. rows: [n], of checking each of so many drafts.
+    """
+    gains, all_right, tokens = [], 1.0, 1.0
+    for number, row in enumerate(rows, start=1):
+        all_right *= right
+        tokens += all_right
+        gains.append(tokens / (1.0 + number * row))
+    return gains

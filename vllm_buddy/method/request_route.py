@@ -65,6 +65,11 @@ class Route(Protocol):
         ...
 
     @property
+    def limits_sharing(self) -> bool:
+        """Whether decisions can end what is shared: they must then be made before KV is shared."""
+        ...
+
+    @property
     def num_decisions(self) -> int:
         """How often a path was chosen so far, the first one among them, whether or not it was another one."""
         ...
@@ -142,6 +147,10 @@ class SplitRoute:
     @property
     def uniform_length(self) -> int | None:
         return min(self._prompt.uniform_length or self._split, self._split)
+
+    @property
+    def limits_sharing(self) -> bool:
+        return self._prompt.limits_sharing
 
     @property
     def num_decisions(self) -> int:
@@ -255,6 +264,10 @@ class RequestRoute:
     def uniform_length(self) -> int | None:
         """Number of tokens before the first change of the path; None while the path has not changed."""
         return self._starts[1] if len(self._starts) > 1 else None
+
+    @property
+    def limits_sharing(self) -> bool:
+        return True
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
         """Run only `depth` layers of the current path from `position` on.

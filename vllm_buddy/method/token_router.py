@@ -171,7 +171,7 @@ class TokenRoute:
         self._balance = 0.0
         self._set_budget(budget)
         self._start = start
-        self._choices: list[int] = []  # index of the path of each position from `start` on
+        self._choices = bytearray()  # index of the path of each position from `start` on
         self._shares_one_path = shares_one_path
         self._changed: int | None = None  # the first position of another path than the first one
         self.first_path = router.paths[0]
@@ -187,7 +187,7 @@ class TokenRoute:
     @property
     def choices(self) -> np.ndarray:
         """[number of positions decided], the index of each position's path."""
-        return np.array(self._choices)
+        return np.array(self._choices, dtype=np.int64)
 
     @property
     def cache_key(self) -> str | None:
@@ -201,11 +201,11 @@ class TokenRoute:
     @property
     def num_reroutes(self) -> int:
         """How often the path changed from one token to the next."""
-        return int(np.count_nonzero(np.diff(self._choices)))
+        return self.num_changes(0)
 
     def num_changes(self, after: int) -> int:
         """See Route."""
-        return int(np.count_nonzero(np.diff(self._choices[max(0, after - self._start) :])))
+        return int(np.count_nonzero(np.diff(self.choices[max(0, after - self._start) :])))
 
     def distinct_paths(self, start: int = 0) -> set[LayerPath]:
         """See Route."""
@@ -218,6 +218,10 @@ class TokenRoute:
         if not self._shares_one_path or self._changed is None:
             return lowered
         return self._changed if lowered is None else min(lowered, self._changed)
+
+    @property
+    def limits_sharing(self) -> bool:
+        return self._shares_one_path
 
     def lower(self, depth: int, position: int, token_ids: Sequence[int]) -> bool:
         """Spend `depth` layers a token on average from `position` on, which no run was asked for yet.
@@ -238,7 +242,7 @@ class TokenRoute:
         """See Route."""
         result = copy.copy(self)
         result._recent, result.lowered = copy.copy(self._recent), [*self.lowered]
-        result._excess, result._choices = [*self._excess], [*self._choices]
+        result._excess, result._choices = [*self._excess], self._choices[:]
         return result
 
     def decide(self, end: int, token_ids: Sequence[int]) -> None:
@@ -291,7 +295,7 @@ class TokenRoute:
         self.decide(end, token_ids)
         if num_tokens == 1:
             return [Run(1, self.router.paths[self._choices[start - self._start]])]
-        choices = np.asarray(self._choices[start - self._start : end - self._start])
+        choices = np.array(self._choices[start - self._start : end - self._start], dtype=np.int64)
         changes = np.flatnonzero(np.diff(choices)) + 1
         bounds = [0, *changes.tolist(), num_tokens]
         return [Run(b - a, self.router.paths[choices[a]]) for a, b in pairwise(bounds)]

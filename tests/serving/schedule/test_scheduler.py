@@ -216,6 +216,20 @@ def test_masked_tokens_of_many_depths_are_shared_up_to_the_first_change(
     assert (beyond > 0) == in_prompts, "of prompts of many paths, some beginning is shared"
 
 
+@pytest.mark.parametrize(("kv_policy", "when"), [("kv_only", "arrives"), ("masked", "is hashed")])
+def test_depths_of_a_prompt_are_decided_as_it_is_computed(
+    tiny: Callable[[str], Tiny], kv_policy: str, when: str
+) -> None:
+    """Fails if a long prompt holds up the scheduler where it arrives, though no block depends on what it decides; or if
+    blocks are hashed beyond a change of path."""
+    buddy = {"schedule": {"prefill": "token", "decode": "token"}, "kv_policy": kv_policy}
+    engine = PretendEngine(tiny("llama"), PathSchedule(0), asynchronous=False, num_blocks=50, chunk=8, buddy=buddy)
+    request = engine.request(Ask(max(PROMPTS, key=len), 0.5, 2))
+    engine.scheduler.add_request(request)
+    route = engine.scheduler._routed[request.request_id].route
+    assert route.num_decisions == (1 if when == "arrives" else request.num_tokens)
+
+
 def test_a_session_goes_on_after_the_tokens_that_it_has(tiny: Callable[[str], Tiny]) -> None:
     """Fails if drafts that were accepted after the token that ended a turn count as part of the next one."""
     engine = PretendEngine(tiny("llama"), PathSchedule(0), asynchronous=False, num_blocks=50, chunk=MAX_TOKENS_PER_STEP)

@@ -132,6 +132,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
 }
 UNADDRESSED = "weights on the CPU without unified addressing"  # asked for on a GPU
 RUST = "the Rust front end"  # asked for in the environment
+PIPELINE = "asynchronous scheduling of a pipeline"  # refused on a GPU; on a CPU vLLM turns it off
 INVARIANT = "VLLM_BATCH_INVARIANT on a GPU"  # the same
 
 # What these features need and routing goes together with.
@@ -175,6 +176,15 @@ def test_what_goes_together_with_routing_is_not_refused(changes: dict[str, Any])
 def test_each_feature_is_refused_by_its_name(name: str, changes: dict[str, Any]) -> None:
     """Fails if a feature that breaks routing starts, or is refused as another."""
     assert refused(**changes) == [name]
+
+
+def test_pipelines_are_not_scheduled_asynchronously_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a server starts in which a path needs tokens that are still on their way: the engine would end."""
+    changes = {"parallel_config__pipeline_parallel_size": 3, "scheduler_config__async_scheduling": True}
+    refuse_unsupported(configuration(**changes))
+    monkeypatch.setattr(refusals.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(refusals.current_platform, "is_cuda", lambda: False)
+    assert refused(**changes) == [PIPELINE]
 
 
 def test_weights_that_vllm_would_move_for_each_layer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,4 +239,4 @@ def test_all_reasons_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_refusal_is_tried_here() -> None:
     """Fails if a feature is added that no test refuses, or one that a test refuses is no longer."""
-    assert sorted(name for name, _, _ in _CHECKS) == sorted([*ASKED, UNADDRESSED, RUST, INVARIANT])
+    assert sorted(name for name, _, _ in _CHECKS) == sorted([*ASKED, UNADDRESSED, RUST, INVARIANT, PIPELINE])

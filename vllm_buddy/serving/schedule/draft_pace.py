@@ -28,7 +28,7 @@ from vllm_buddy.errors import SettingsError
 from vllm_buddy.method import ExitAdapter, LayerPath
 from vllm_buddy.method.budget import MIN_DEPTH
 from vllm_buddy.method.bypass import Bypass
-from vllm_buddy.method.drafting import draft_gain, pass_cost
+from vllm_buddy.method.drafting import chain_gains, pass_cost
 from vllm_buddy.serving.schedule.plan import Executed, StepPlan
 from vllm_buddy.serving.schedule.step_costs import EXPECTED_ROW, StepCosts
 from vllm_buddy.serving.start.setting_sections import DraftSettings
@@ -185,10 +185,6 @@ class Acceptance:
         self.right = self.memory * self.right + num_accepted
         self.tried = self.memory * self.tried + min(num_drafted, num_accepted + 1)
 
-    def chain(self, length: int) -> list[float]:
-        """[length], the probabilities that the first 1, 2, ... drafts are all right."""
-        return [self.value**n for n in range(1, length + 1)]
-
 
 @dataclass
 class RequestDrafts:
@@ -269,8 +265,7 @@ class Drafting:
         """rows: see _ngram_rows."""
         if drafts.ngrams is None:
             return 0
-        right = drafts.ngrams.chain(self._num_drafts)
-        best = _best([draft_gain(right[:n], 0.0, row) for n, row in enumerate(rows, start=1)])
+        best = _best(chain_gains(drafts.ngrams.value, rows))
         if best == 0 and drafts.steps_without_ngrams >= PROBE_EVERY:  # until a step checks one: to look costs nothing
             return min(range(1, self._num_drafts + 1), key=lambda n: (n * rows[n - 1], -n))
         if best == 0:
@@ -293,10 +288,11 @@ class Drafting:
         costs = self.costs
         most = self._num_drafts - (self.passes.refining is not None)  # a refining pass adds a token
         most = min(most, self.settings.most or most)
-        chains = [acceptance.chain(most) for acceptance in drafting]
-        gains = []
+        right = [acceptance.value for acceptance in drafting]
+        all_right, tokens, gains = [1.0] * len(right), 1.0, []
         for n in range(1, most + 1):
-            tokens = 1.0 + sum(sum(chain[:n]) for chain in chains) / num_requests
+            all_right = [before * own for before, own in zip(all_right, right)]
+            tokens += sum(all_right) / num_requests
             cost = costs.step(num_requests + n * len(drafting)) + costs.passes * self._pass_costs(n, len(drafting))
             gains.append(tokens / (cost / costs.step(num_requests)))
         best = _best(gains)

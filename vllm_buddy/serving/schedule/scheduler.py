@@ -141,8 +141,9 @@ class _Routing(_Base):
         """How many of a request's first num_tokens tokens have run one path only (see prefix_cache)."""
         routed = self._routed[request.request_id]
         route = routed.route
-        with self._routing_time:
-            route.decide(num_tokens, request.all_token_ids)
+        if route.limits_sharing:
+            with self._routing_time:
+                route.decide(num_tokens, request.all_token_ids)
         uniform = route.uniform_length
         if uniform is None:
             return num_tokens

@@ -156,6 +156,11 @@ _CHECKS: list[tuple[str, Callable[["VllmConfig"], bool], str]] = [
         "it was never tried, because it needs CUDA streams; set VLLM_USE_V2_MODEL_RUNNER=0",
     ),
     (
+        "asynchronous scheduling of a pipeline",
+        lambda c: _is_pipelined(c) and c.scheduler_config.async_scheduling is True and not current_platform.is_cpu(),
+        "several tokens of a request would be on their way when its layers are decided; leave out --async-scheduling",
+    ),
+    (
         "pipeline parallelism with this executor",
         lambda c: _is_pipelined(c) and c.parallel_config.distributed_executor_backend not in (None, "mp"),
         "it was tried with processes of one machine only; use --distributed-executor-backend mp",

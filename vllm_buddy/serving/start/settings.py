@@ -147,9 +147,7 @@ class BuddySettings(Section):
     @model_validator(mode="after")
     def _one_price(self) -> "BuddySettings":
         if self.load is not None and self.slo is not None:
-            raise ValueError(
-                "'load' says by hand what 'slo' finds from latencies; leave out one of load.price and slo"
-            )
+            raise ValueError("'load' says by hand what 'slo' finds from latencies; leave out one of load.price and slo")
         return self
 
     @property
