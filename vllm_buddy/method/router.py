@@ -101,10 +101,12 @@ class Router:
 
     def _pick(self, scores: np.ndarray, depth: int, within: LayerPath) -> LayerPath | None:
         if self._library is None:
-            outside = ~path_mask(within, self.num_layers)[1:-1]
-            return top_k_path(np.where(outside, -np.inf, scores), depth)
+            if within != self.full:
+                scores = np.where(path_mask(within, self.num_layers)[1:-1], scores, -np.inf)
+            return top_k_path(scores, depth)
         paths, members = self._library[depth]
-        allowed = [not path & ~within for path in paths]
-        if not any(allowed):
-            return None
-        return paths[int(np.argmax(np.where(allowed, members @ scores, -np.inf)))]
+        totals = members @ scores
+        if within != self.full:
+            totals = np.where([not path & ~within for path in paths], totals, -np.inf)
+        best = int(np.argmax(totals))
+        return None if totals[best] == -np.inf else paths[best]
