@@ -24,6 +24,7 @@ or a request fails.
 
 import argparse
 import json
+import math
 import tempfile
 import threading
 import time
@@ -47,6 +48,8 @@ from vllm_buddy.models.embedded import DEFAULT_MODEL, fetch
 
 OVERLOAD = 1.5
 WORKLOAD = Workload("64 in, 128 out", 0, 64, 128)
+WRITES = Workload("1,500 in, 4 out", 0, 1500, 4)  # of the warm-up
+CACHE_INFO = "vllm:cache_config_info"
 # A full step of so many tokens at the fewest layers costs about as much as a step of one request at all layers.
 LIMITS = ("--max-num-batched-tokens", "16", "--max-num-seqs", "16")
 # Prices when fully loaded, and the numbers of running requests at which they rise and are full, as in
@@ -107,8 +110,8 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
         stock, *autos = open_servers(stack, model, artifact, artifact_dir, Path(work))
         rounds.mark_checked(check([stock, *autos], model, artifact))
         burst = Load(WORKLOAD, float("inf"), args.seconds, args.burst)
-        for served in (stock, *autos):  # warms up
-            send(served, Load(WORKLOAD, float("inf"), 1, 16), seed=0)
+        for served in (stock, *autos):
+            warm_up(served)
         sustained = []
         for index in range(args.rounds):
             sustained.append(send(stock, burst, seed=index + 1)["request_throughput"])
@@ -127,7 +130,7 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
                 objective = open_auto(of_kind, OBJECTIVE, settings, model, artifact, artifact_dir, Path(work))
                 check([objective], model, artifact)
                 rounds.mark_checked([_variant(OBJECTIVE, kind)])
-                send(objective, Load(WORKLOAD, float("inf"), 1, 16), seed=0)
+                warm_up(objective)
                 variants = [*autos, objective]
                 for index in range(args.rounds):
                     for served in variants if index % 2 == 0 else reversed(variants):
@@ -138,6 +141,18 @@ def measure(model: Path, artifact_dir: Path, args: argparse.Namespace) -> list[d
             for name in (AUTO, *BY_HAND, OBJECTIVE):
                 figures += figures_of(rounds, name, kind, load, itl_ms if name == OBJECTIVE else None)
     return figures + series
+
+
+def warm_up(served: Served) -> None:
+    """Send requests, some of which together take the whole KV cache.
+
+    The first write to a page of memory takes long, and pages of all layers are written in the same steps.
+    """
+    send(served, Load(WORKLOAD, float("inf"), 1, 16), seed=0)
+    families = text_string_to_metric_families(served.server.get("/metrics").decode())
+    (info,) = (sample.labels for family in families for sample in family.samples if sample.name == CACHE_INFO)
+    num_tokens = int(info["num_gpu_blocks"]) * int(info["block_size"])
+    send(served, Load(WRITES, float("inf"), 1, math.ceil(num_tokens / (WRITES.unique + WRITES.output))), seed=1)
 
 
 def usual_p99_itl_ms(served: Served, load: "Arriving", num_runs: int) -> float:
