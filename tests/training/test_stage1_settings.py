@@ -116,6 +116,22 @@ def test_data_that_is_no_list_is_answered_with_an_example(overrides: dict[str, s
         Stage1Settings.read(None, {"out": "here", **overrides})
 
 
+@pytest.mark.parametrize("text", ["/x/run #2", "2026-11-30", "5", "a: b", "~/off", "[x"])
+def test_words_and_paths_on_the_command_line_are_taken_as_they_are(text: str, tmp_path: Path) -> None:
+    """Fails if a path that means something in YAML becomes another one, or is refused."""
+    given = {"out": text, "name": text, "start_from": text, "data": "[{file: a.txt}]"}
+    read = Stage1Settings.read(None, given)
+    assert read.out == Path(text).expanduser()
+    assert read.name == text
+    assert read.start_from == str(Path(text).expanduser())
+    stage2 = read_settings_file(Stage2Settings, None, {"out": text, "data": "[{file: a.txt}]", "depths": "[4, 6]"})
+    assert (stage2.out, stage2.depths) == (read.out, (4, 6))
+    config = tmp_path / "run.yaml"
+    config.write_text("out: here\ndata: [{file: a.txt}]\nname: x\nbase_quantisation: nf4\n")
+    absent = Stage1Settings.read(config, {"name": "null", "base_quantisation": "null", "recipe": "bypass"})
+    assert (absent.name, absent.base_quantisation) == (None, None)
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data: Path) -> None:
     """Fails if naming a file as the folder ends in a traceback."""
     with pytest.raises(TrainingError, match="cannot make the folder"):
