@@ -84,7 +84,7 @@ def run_stage2(
     flat = [sample for part in samples for sample in part]
     predictor, held_out = fit_predictor(contexts_of(flat, values), table, depths, base.num_layers, settings, report)
     folded = FoldedPredictor.fold(predictor, values, base.num_layers)
-    return _finish(settings, artifact, folded, [flat[i] for i in held_out], table[held_out], files, len(flat))
+    return _finish(settings, artifact, folded, [flat[i] for i in held_out], table[held_out.numpy()], files, len(flat))
 
 
 def contexts_of(samples: Sequence[Sample], values: torch.Tensor) -> Contexts:
