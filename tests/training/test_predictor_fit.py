@@ -1,6 +1,7 @@
 """Stage 2 of training: what the predictor learns, and the way from files to an artifact with a predictor."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def test_contexts_that_say_nothing_choose_nothing() -> None:
         ({"group": 1}, "a group of one has nothing to compare"),
         ({"max_price": float("nan")}, "max_price"),
         ({"examples": 8, "held_out": 0.1}, "of 8 examples is none"),
-    ],
         ({"examples": 8, "held_out": 0.2}, "of 8 examples is one sample"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
     """Fails if settings that cannot work are found only after the losses are measured."""
@@ -192,7 +193,6 @@ def test_another_artifact_is_not_overwritten(
     assert main(command) == 2  # which would lose the exits
 
 
-def test_an_artifact_without_a_predictor_cannot_be_evaluated(
 def test_two_held_out_samples_are_enough(run: tuple[Path, list[str]]) -> None:
     """Fails if the fewest samples that may be held out end in a traceback, or in figures that are no numbers."""
     out, command = run
@@ -223,6 +223,7 @@ def test_missing_matplotlib_is_told_before_anything_is_measured(
     assert not run[0].exists()
 
 
+def test_an_artifact_without_a_predictor_cannot_be_evaluated(
     run: tuple[Path, list[str]], model_with_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fails if the message does not name the command that makes a predictor."""

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ def test_settings_without_a_file(settings: dict[str, Any], data: Path, capsys: p
     assert shlex.split(command) == ["vllm-buddy", "train", *words, f"data=[{{file: {data}}}]"]
 
 
-def test_list_shows_the_settings_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_command_on_the_card_scores_the_artifact(settings: dict[str, Any], data: Path) -> None:
     """Fails if what a model card says measures the artifact works for the embedded model alone."""
     words = [f"{key}={value}" for key, value in settings.items() if key != "data"]
@@ -56,6 +56,7 @@ def test_a_missing_package_is_told_at_once(
     assert not settings["out"].exists()
 
 
+def test_list_shows_the_settings_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if the list of settings needs a configuration file."""
     assert main(["train", "--list"]) == 0
     shown = capsys.readouterr().out

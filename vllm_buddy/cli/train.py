@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.models.find import find_model
 
     if args.dry_run:
-        from accelerate import PartialState
-
         from vllm_buddy.training.dry_run import dry_run
 
         found = dry_run(settings, find_model(settings.model, note))
+        from accelerate import PartialState
+
         if PartialState().is_main_process:
             print("\n".join(_summary(found, settings)))
         return 0
