@@ -13,6 +13,7 @@ from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.stage2_settings import Stage2Settings
 
 RECIPES_DIR = Path(__file__).parents[2] / "recipes"
+BY_TOKEN = {"schedule": "token", "token_depths": (4, 6), "kv_policy": "kv_only", "token_windows": 12}
 
 
 @pytest.mark.parametrize(
@@ -34,13 +35,19 @@ RECIPES_DIR = Path(__file__).parents[2] / "recipes"
         ({"router_windows": 4, "batch": 2, "tokens": 64}, "fitted on 4 sequences or more, and training has 2"),
         ({"min_budget": 0.01}, "budget"),
         ({"length": 4096, "tokens": 1 << 20}, "beyond the model's|less than one sequence"),
+        (BY_TOKEN | {"paths": "learned"}, "schedule token needs one path of each depth"),
+        (BY_TOKEN | {"token_depths": (4, 9)}, "there is no path of 9 layers; those of a model of 8 layers have 3 to 7"),
+        (BY_TOKEN | {"token_depths": (2, 6)}, "there is no path of 2 layers"),
         ({"data": []}, "at least 1"),
         ({"learning_rate": float("nan")}, "finite"),
         ({"colour": 1}, "[Ee]xtra"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], change: dict[str, Any], message: str) -> None:
-    """Fails if settings that cannot work are found only after training has started."""
+def test_settings_that_cannot_work_are_refused(
+    settings: dict[str, Any], change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if settings that cannot work are found only after the start of training was computed."""
+    monkeypatch.setattr("vllm_buddy.training.start.fit_bypass", lambda *_, **__: pytest.fail("a regression began"))
     with pytest.raises((BuddyError, ValueError), match=message):
         run(settings | change)
 
@@ -109,13 +116,6 @@ def test_overrides_go_on_top_of_the_file(tmp_path: Path) -> None:
         Stage1Settings.read(config, {})
 
 
-@pytest.mark.parametrize("overrides", [{}, {"data": "text.txt"}])
-def test_data_that_is_no_list_is_answered_with_an_example(overrides: dict[str, str]) -> None:
-    """Fails if who leaves the data out, or names a file alone, is not told how data are named."""
-    with pytest.raises(TrainingError, match=r"data=\[{file: text.txt}\]"):
-        Stage1Settings.read(None, {"out": "here", **overrides})
-
-
 @pytest.mark.parametrize("text", ["/x/run #2", "2026-11-30", "5", "a: b", "~/off", "[x"])
 def test_words_and_paths_on_the_command_line_are_taken_as_they_are(text: str, tmp_path: Path) -> None:
     """Fails if a path that means something in YAML becomes another one, or is refused."""
@@ -130,6 +130,13 @@ def test_words_and_paths_on_the_command_line_are_taken_as_they_are(text: str, tm
     config.write_text("out: here\ndata: [{file: a.txt}]\nname: x\nbase_quantisation: nf4\n")
     absent = Stage1Settings.read(config, {"name": "null", "base_quantisation": "null", "recipe": "bypass"})
     assert (absent.name, absent.base_quantisation) == (None, None)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"data": "text.txt"}])
+def test_data_that_is_no_list_is_answered_with_an_example(overrides: dict[str, str]) -> None:
+    """Fails if who leaves the data out, or names a file alone, is not told how data are named."""
+    with pytest.raises(TrainingError, match=r"data=\[{file: text.txt}\]"):
+        Stage1Settings.read(None, {"out": "here", **overrides})
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(settings: dict[str, Any], data: Path) -> None:

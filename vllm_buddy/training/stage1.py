@@ -17,7 +17,7 @@ from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify, weight_
 from vllm_buddy.baselines import check_static_method, static_prior
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import DecisionModule, FoldedDecision, TokenSchedule
-from vllm_buddy.method.budget import depth_for_budget
+from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
 from vllm_buddy.method.router import standardised
@@ -57,8 +57,15 @@ def check_settings(settings: Stage1Settings) -> None:
         raise TrainingError("router_windows compares searched paths; set paths to searched")
 
 
-def check_fits(settings: Stage1Settings, base: BaseModelIdentity) -> None:
-    """Raise a BuddyError for settings that do not fit the model."""
+def check_fits(settings: Stage1Settings, base: BaseModelIdentity, model_dir: Path) -> None:
+    """Raise a BuddyError for settings that do not fit the model in `model_dir`."""
+    if settings.length > (longest := load_config(model_dir).max_position_embeddings):
+        raise TrainingError(f"length {settings.length} is beyond the model's {longest}")
+    if missing := sorted(set(settings.token_depths) - set(range(MIN_DEPTH, base.num_layers))):
+        raise TrainingError(
+            f"token_depths: there is no path of {', '.join(map(str, missing))} layers; those of a model of "
+            f"{base.num_layers} layers have {MIN_DEPTH} to {base.num_layers - 1}"
+        )
     check_top_logits(settings.top_logits, base.vocab_size)
     if depth_for_budget(settings.min_budget, base.num_layers) == base.num_layers:
         raise TrainingError(

@@ -184,6 +184,8 @@ class Stage1Settings(BaseModel):
             raise ValueError(f"token_depths must ascend: {self.token_depths}")
         if self.schedule == "token" and (self.recipe != "bypass" or self.kv_policy != "kv_only"):
             raise ValueError("schedule token needs recipe bypass and kv_policy kv_only")
+        if self.schedule == "token" and self.paths == "learned":
+            raise ValueError("schedule token needs one path of each depth; set paths to searched or to a static method")
         if self.full_prompt_share and (self.schedule == "token" or self.paths == "learned"):
             raise ValueError("full_prompt_share is for sequences of one searched or static path; set it to 0")
         if 0 < self.router_windows < FEWEST_WINDOWS:
