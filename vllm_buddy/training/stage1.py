@@ -21,7 +21,7 @@ from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
 from vllm_buddy.method.router import standardised
-from vllm_buddy.models.folder import load_tokenizer
+from vllm_buddy.models.folder import load_config, load_tokenizer
 from vllm_buddy.training.checkpoint import CHECKPOINT_FILE
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.curves import pyplot
@@ -86,7 +86,10 @@ def run_stage1(
         BuddyError: settings, data or model cannot be used, the loss is not finite, or the disk is full.
     """
     check_settings(settings)
-    check_run_folder(settings.out, settings.start_from)
+    base, weights = identify(model_dir, settings.base_model_id), weight_digest(model_dir)
+    check_fits(settings, base, model_dir)
+    origin = Origin.of(settings, base, weights)
+    check_run_folder(settings.out, settings.start_from, origin.artifact)
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,9 +98,6 @@ def run_stage1(
     check_processes(settings, accelerator)
     note = note if accelerator.is_main_process else lambda _: None
     torch.manual_seed(settings.seed)
-    base, weights = identify(model_dir, settings.base_model_id), weight_digest(model_dir)
-    check_fits(settings, base)
-    origin = Origin.of(settings, base, weights)
     tokenizer = load_tokenizer(model_dir)
     used = settings.tokens // settings.length
     drawn = max(used, settings.token_windows) if settings.schedule == "token" else used
@@ -105,8 +105,6 @@ def run_stage1(
     token_windows = np.unique(corpus.order[: settings.token_windows])
     corpus = dataclasses.replace(corpus, order=corpus.order[:used])
     model: Any = load_base(settings, model_dir, accelerator)
-    if settings.length > model.config.max_position_embeddings:
-        raise TrainingError(f"length {settings.length} is beyond the model's {model.config.max_position_embeddings}")
     teacher = None
     if settings.recipe != "paper":
         folder = (settings.cache_dir or settings.out) / f"teacher-{weights}-{corpus.digest}"

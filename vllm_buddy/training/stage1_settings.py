@@ -220,6 +220,11 @@ class Stage1Settings(BaseModel):
         return self.tokens // (self.batch * self.length)
 
     @property
+    def regresses(self) -> bool:
+        """Whether the bypass starts from a regression."""
+        return self.recipe == "bypass" and self.init_tokens > 0 and self.start_from is None
+
+    @property
     def explored_tokens(self) -> int:
         """Tokens that are trained on random paths: `explore_tokens` in whole steps."""
         return self.explore_tokens // (self.batch * self.length) * self.batch * self.length
