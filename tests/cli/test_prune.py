@@ -135,6 +135,23 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("out", ["two\nlines", "text.txt/out"])
+def test_a_folder_that_makes_no_artifact_is_told_before_anything_is_measured(
+    model_with_tokenizer: Path,
+    text_file: Path,
+    tmp_path: Path,
+    out: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fails if a name or a place that cannot be used is found when the order is measured."""
+    monkeypatch.setattr("vllm_buddy.baselines.orders.load_model", lambda *args: pytest.fail("a model was loaded"))
+    assert _prune("sleb", tmp_path / out, model_with_tokenizer, "--text", str(text_file), *SIZES) == 2
+    error = capsys.readouterr().err
+    assert "describe no artifact: name" in error or "cannot write to" in error
+    assert list(tmp_path.iterdir()) == [text_file]
+
+
 def test_a_model_that_routing_does_not_know_is_refused(
     model_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
