@@ -108,7 +108,7 @@ def test_the_card_says_how_to_make_it_again(
         ("reverse", ["--layers", "2"], "2 layers cannot be kept of 8; allowed are 3 to 7"),
         ("reverse", ["--layers", "8"], "8 layers cannot be kept of 8; allowed are 3 to 7"),
         ("sleb", [], "order of 'sleb' has not been measured for bytes"),
-        ("sleb", [], "name its file with --orders, or give a text to measure it on with --text"),
+        ("sleb", [], "--text TEXT` and name FILE with --orders, or give a text to measure it on with --text"),
         ("sleb", ["--orders", "none.json"], "cannot read the layer orders none.json"),
         ("sleb", ["--text", "none.txt"], "cannot read the text file none.txt"),
         ("sleb", ["--text", "a", "--orders", "b"], "measured on --text or read from --orders; give one of them"),

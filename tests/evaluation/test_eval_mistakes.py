@@ -54,6 +54,7 @@ def test_text_that_was_trained_on_is_a_warning(
         (["--artifact", "none"], "no artifact at none"),
         (["--policy", "mine=none"], "no artifact at none"),
         (["--policy", "sleb"], "has not been measured for bytes"),
+        (["--policy", "sleb"], "--text TEXT` and name FILE with --orders, or give a text to measure it on with"),
         (["--policy", "sleb", "--calibration", "none.txt"], "cannot read the text file none.txt"),
         (["--orders", "none.json"], "cannot read the layer orders none.json"),
         (["--model", "none"], "no model at none"),

@@ -74,12 +74,8 @@ def prune(
     if text is not None:
         measured = measure_order(settings.method, model_dir, text, settings, report, note)
     elif settings.method in MEASURED:
-        try:
-            measured = find_order(settings.method, base, files)
-        except BaselineError as error:
-            raise BaselineError(
-                f"{error} and name its file with --orders, or give a text to measure it on with --text"
-            ) from None
+        advice = "name FILE with --orders, or give a text to measure it on with --text"
+        measured = find_order(settings.method, base, files, advice)
     order = measured.layers if measured is not None else layer_order(settings.method, base, seed=settings.seed)
     calibration, num_tokens = ("none", 0) if measured is None else (measured.calibration, measured.num_tokens)
     prior = PriorConfig(indicator=settings.method, calibration=calibration, num_tokens=num_tokens)

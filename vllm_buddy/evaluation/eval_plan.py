@@ -165,16 +165,15 @@ def _orders(
     files = shipped_orders() if settings.orders is None else [OrderFile.load(settings.orders)]
     calibration = None if settings.calibration is None else CalibrationText.read(settings.calibration)
     orders = {}
+    advice = "name FILE with --orders, or give a text to measure it on with --calibration"
     for spec in settings.policy:
         if not spec.is_static:
             continue
         try:
-            orders[spec.name] = layer_order(spec.name, base, seed=settings.seed, files=files)
+            orders[spec.name] = layer_order(spec.name, base, seed=settings.seed, files=files, advice=advice)
         except BaselineError as error:
             if calibration is None:
-                raise EvaluationError(
-                    f"{error} and name its file with --orders, or give a text to measure it on with --calibration"
-                ) from None
+                raise EvaluationError(str(error)) from None
 
     def find(name: str) -> list[int]:
         if name not in orders:
