@@ -114,6 +114,11 @@ def test_the_card_says_how_to_make_it_again(
         ("sleb", ["--text", "a", "--orders", "b"], "measured on --text or read from --orders; give one of them"),
         ("sleb", ["--text", "a", "--tokens", "0"], "tokens: Input should be greater than or equal to 1"),
         ("random", ["--text", "a"], "the order of 'random' comes from the layers' positions, so --text says nothing"),
+        ("reverse", ["--tokens", "64"], "--tokens is for an order that is measured, and none is: give --text"),
+        ("reverse", ["--window", "64"], "--window is for an order that is measured"),
+        ("random", ["--device", "cpu"], "--device is for an order that is measured"),
+        ("sleb", ["--orders", "b", "--dtype", "float32"], "--dtype is for an order that is measured"),
+        ("taylor", ["--text", "a", "--candidates", "2"], "a search tries, and 'taylor' has none; leave it out"),
         ("reverse", ["--model", "none"], "no model at none"),
     ],
 )

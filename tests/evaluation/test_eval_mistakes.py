@@ -87,6 +87,17 @@ def test_data_of_the_wrong_kind(data: list[str], tmp_path: Path, capsys: pytest.
     assert "nothing to measure on; give --text, --piqa or both" in capsys.readouterr().err
 
 
+def test_an_order_is_not_measured_on_what_is_evaluated(
+    data: list[str], text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a static method has seen the text on which it is compared, or other parts of a file are refused."""
+    command = ["eval", *data, "--policy", "sleb", "--calibration", str(text_file)]
+    assert main(command) == 2
+    assert "would be measured on the first 4096 tokens of the text that is evaluated" in capsys.readouterr().err
+    assert main([*command, "--text-skip", "4096"]) == 2
+    assert "tokens to score" in capsys.readouterr().err
+
+
 def test_an_artifact_of_another_model(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if paths and repairs of one model are applied to another."""
     other = save_tiny_model(tmp_path / "other", "llama", seed=1)
