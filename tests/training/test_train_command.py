@@ -56,6 +56,23 @@ def test_a_missing_package_is_told_at_once(
     assert not settings["out"].exists()
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_options_may_stand_among_the_settings(at: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if KEY=VALUE after an option is not taken, or a word that no command knows is."""
+    config = tmp_path / "run.yaml"
+    config.write_text("data: [{file: none.txt}]\nmodel: none\n")
+    words = [str(config), f"out={tmp_path / 'out'}", "rank=3"]
+    words.insert(at, "--dry-run")
+    assert main(["train", *words]) == 2
+    assert "rank must be even, not 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", *words, "--dry-rum"])
+    assert "unrecognized arguments" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["artifacts", "out=here"])
+    assert "unrecognized arguments: out=here" in capsys.readouterr().err
+
+
 def test_list_shows_the_settings_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if the list of settings needs a configuration file."""
     assert main(["train", "--list"]) == 0
