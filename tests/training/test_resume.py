@@ -71,6 +71,24 @@ def test_the_card_counts_what_was_trained(settings: dict[str, Any]) -> None:
     assert yaml.safe_load((settings["out"] / RUN_FILE).read_text())["trained_tokens"] == 6 * 4 * 32
 
 
+def test_a_stopped_run_may_be_named_and_moved(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if settings that change no loss keep a run from going on, or are not those that are written."""
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, 3)
+    moved = tmp_path / "moved"
+    shutil.copytree(settings["model"], moved)
+    changed = settings | {"model": moved, "base_model_id": "me/mine", "decide_every": 8}
+    artifact, stage, rest = run(changed)
+    assert len(rest) == 4
+    assert (artifact.config.base_model.id, artifact.config.route_every) == ("me/mine", 8)
+    finish_run(artifact, stage, Stage1Settings(**changed), "vllm-buddy train", None)
+    written = yaml.safe_load((settings["out"] / RUN_FILE).read_text())
+    assert (written["settings"]["decide_every"], written["base_model"]["id"]) == (8, "me/mine")
+    artifact.save(tmp_path / "start")
+    more = settings | {"start_from": str(tmp_path / "start"), "out": tmp_path / "more", "base_model_id": "you/yours"}
+    assert run(more)[0].config.base_model.id == "you/yours"
+
+
 def test_a_folder_with_another_run_is_refused(settings: dict[str, Any]) -> None:
     """Fails if a run is resumed with other settings."""
     run(settings)

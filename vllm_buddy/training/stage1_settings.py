@@ -14,8 +14,12 @@ from vllm_buddy.training.sources import Sources, UserPath, UserPlace
 
 FEWEST_WINDOWS = 4  # of the fit of a Decision Module, which holds out a quarter
 
-# Settings that leave the loss curve as it is, or may change while a run stands.
+# Settings that leave the loss curve as it is, or may change while a run stands. What a run goes out from has a hash of
+# its own, in which the weights of `model` are.
 _WITHOUT_EFFECT = {
+    "model",
+    "base_model_id",
+    "decide_every",
     "out",
     "cache_dir",
     "save_every",
