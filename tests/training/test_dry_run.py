@@ -60,7 +60,7 @@ def test_a_dry_run_checks_and_measures_the_run_that_was_asked_for(
         ("start_from=/nowhere", "no artifact at /nowhere"),
         ("rank=8", "has rank 4; set rank to that"),
         (f"length=4096 tokens={1 << 20}", "beyond the model's"),
-        (f"out={tmp_path}", "not of a run"),
+        (f"out={tmp_path}", "which no run has made"),
     ):
         changed = dict(word.split("=", 1) for word in [*command[1:-1], *change.split()])
         assert main(["train", *(f"{key}={value}" for key, value in changed.items()), "--dry-run"]) == 2

@@ -207,7 +207,7 @@ def test_files_of_the_user_are_not_overwritten(run: tuple[Path, list[str]], caps
     out.mkdir()
     (out / "README.md").write_text("mine")
     assert main(command) == 2
-    assert f"{out} holds README.md, not of a run" in capsys.readouterr().err
+    assert f"{out} holds README.md, which no run has made" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["README.md"]
     (out / "README.md").rename(out / "losses-0.npy")
     assert main(command) == 0

@@ -219,7 +219,7 @@ def test_files_of_the_user_are_no_run(settings: dict[str, Any], name: str) -> No
     """Fails if `train` overwrites a user's own files, or begins among them."""
     settings["out"].mkdir()
     (settings["out"] / name).write_text('{"mine": true}\n')
-    with pytest.raises(TrainingError, match=rf"holds {name}, not of a run"):
+    with pytest.raises(TrainingError, match=rf"holds {name}, which no run has made"):
         run(settings, 1)
     assert [path.name for path in settings["out"].iterdir()] == [name]
     (settings["out"] / name).unlink()
@@ -227,7 +227,7 @@ def test_files_of_the_user_are_no_run(settings: dict[str, Any], name: str) -> No
         run(settings, 1)
     (settings["out"] / "notes.txt").write_text("of a run that has begun")
     (settings["out"] / "README.md").write_text("mine")
-    with pytest.raises(TrainingError, match=r"holds README\.md, not of a run"):
+    with pytest.raises(TrainingError, match=r"holds README\.md, which no run has made"):
         run(settings, 1)
 
 

@@ -126,6 +126,8 @@ def test_words_and_paths_on_the_command_line_are_taken_as_they_are(text: str, tm
     assert read.start_from == str(Path(text).expanduser())
     stage2 = read_settings_file(Stage2Settings, None, {"out": text, "data": "[{file: a.txt}]", "depths": "[4, 6]"})
     assert (stage2.out, stage2.depths) == (read.out, (4, 6))
+    with pytest.raises(TrainingError, match="out: Input is not a valid path"):
+        Stage1Settings.read(None, given | {"out": ""})
     config = tmp_path / "run.yaml"
     config.write_text("out: here\ndata: [{file: a.txt}]\nname: x\nbase_quantisation: nf4\n")
     absent = Stage1Settings.read(config, {"name": "null", "base_quantisation": "null", "recipe": "bypass"})

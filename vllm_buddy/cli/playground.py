@@ -67,7 +67,7 @@ def playground(url: str, host: str, port: int) -> Iterator[ThreadingHTTPServer]:
     with httpx.Client(base_url=url, trust_env=False, headers=headers, limits=limits) as upstream:
         handler = type("Handler", (_Handler,), {"url": url, "upstream": upstream, "hosts": _names_of(host)})
         try:
-            server = _server_type(host)((host, port), handler)
+            server = (_IPv6Server if ":" in host else ThreadingHTTPServer)((host, port), handler)
         except (OSError, OverflowError) as error:
             raise ServerError(
                 f"cannot listen on {_in_url(host)}:{port}: {error}; choose others with --host and --port"
@@ -76,9 +76,8 @@ def playground(url: str, host: str, port: int) -> Iterator[ThreadingHTTPServer]:
             yield server
 
 
-def _server_type(host: str) -> type[ThreadingHTTPServer]:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return type("Server", (ThreadingHTTPServer,), {"address_family": family})
+class _IPv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
 
 
 def _in_url(host: str) -> str:

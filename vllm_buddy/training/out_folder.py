@@ -71,12 +71,11 @@ def check_run_folder(out: Path, start_from: Path | str | None, source: Artifact 
 
 def _added(found: Artifact, source: Artifact | None) -> list[str]:
     """The parts of `found` that `source` has not got, or has got otherwise."""
+    known = None if source is None else source.digest
     parts = []
-    if found.predictor is not None and (source is None or _with_predictor(source, found).digest != source.digest):
+    if found.predictor is not None and (source is None or _with_predictor(source, found).digest != known):
         parts.append("a Budget Predictor")
-    if found.drafts and (
-        source is None or with_drafts(source, found.drafts, found.draft_vocabulary).digest != source.digest
-    ):
+    if found.drafts and (source is None or with_drafts(source, found.drafts, found.draft_vocabulary).digest != known):
         parts.append("draft exits")
     return parts
 
@@ -112,6 +111,6 @@ def _names(out: Path) -> list[str]:
 def _refuse(out: Path, names: list[str]) -> None:
     if names:
         raise TrainingError(
-            f"{out} holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}, not of a run, which could be "
-            "lost; name another `out`, or an empty folder"
+            f"{out} holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}, which no run has made and which "
+            "could be lost; name another `out`, or an empty folder"
         )

@@ -18,7 +18,7 @@ def _value(settings: type[BaseModel], key: str, text: str) -> Any:
     types = set() if field is None else set(_plain_types(field.annotation))
     if not types or types - {str, Path, NoneType}:
         return yaml.safe_load(text)
-    return None if NoneType in types and text in ("", "null") else text
+    return None if not text or (text == "null" and NoneType in types) else text
 
 
 def _plain_types(annotation: Any) -> Iterator[Any]:
