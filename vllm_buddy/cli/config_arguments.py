@@ -22,7 +22,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def take_words(args: argparse.Namespace, rest: Sequence[str]) -> bool:
-    """Add what argparse has left over to the settings: versions of it do not take KEY=VALUE after an option.
+    """Add what argparse has left over to the settings: some versions of it do not take KEY=VALUE after an option.
 
     Returns:
         Whether the command takes such words, and these are some.
