@@ -68,8 +68,8 @@ def test_without_a_name_the_schedule_decides_among_those_that_fit() -> None:
 
 @pytest.mark.parametrize("changes", [{"fingerprint": "0" * 16}, {"vocab_size": 7, "fingerprint": NO_WEIGHTS}])
 def test_without_a_name_a_model_without_a_shipped_artifact_is_refused(changes: dict[str, object]) -> None:
-    """Fails if a model runs with the artifact of another one, or the user is not told how to get an artifact."""
-    with pytest.raises(ArtifactError, match=rf"shipped are: .*{SHIPPED}.*vllm-buddy prior MODEL_DIR OUT"):
+    """Fails if a model runs with the artifact of another one, or a command that gets one lacks an option."""
+    with pytest.raises(ArtifactError, match=rf"shipped are: .*{SHIPPED}.*vllm-buddy prior MODEL OUT --text FILE`"):
         resolve_artifact(None, lambda: _shipped_base(**changes))
 
 

@@ -1,6 +1,8 @@
 """The playground's server, against a stand-in for vLLM's."""
 
+import argparse
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
-from vllm_buddy.cli.playground import playground
+from vllm_buddy.cli.playground import playground, run
 from vllm_buddy.errors import ServerError
 
 EVENTS = 'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\ndata: [DONE]\n\n'
@@ -153,10 +155,21 @@ def test_on_all_addresses_it_answers_to_all_names() -> None:
         assert httpx.get(url, headers={"Host": "machine.example"}, trust_env=False).status_code == 200
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_it_listens_on_an_address_of_ipv6(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if --host ::1 is an address that cannot be listened on, or the address that is printed is none."""
+    with playground("http://127.0.0.1:1", "::1", 0) as server, serving(server):
+        answer = httpx.get(f"http://[::1]:{server.server_port}", trust_env=False)
+    assert answer.status_code == 200
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", lambda self: None)
+    run(argparse.Namespace(url="http://127.0.0.1:1", host="::1", port=0))
+    assert "look at http://[::1]:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("url", "port", "message"),
     [
-        ("http://x", 99999, "choose another with --port"),
+        ("http://x", 99999, "choose others with --host and --port"),
         ("http://localhost:80a", 0, "is no address of a server"),
         ("localhost:8000", 0, "begins with http:// or https://"),
     ],
@@ -178,5 +191,5 @@ def test_a_server_that_is_not_there_is_said_to_be_down(without_server: str) -> N
 def test_a_port_in_use_is_one_line(url: str) -> None:
     """Fails if a second playground ends in a traceback."""
     port = int(url.rsplit(":", 1)[1])
-    with pytest.raises(ServerError, match="choose another"), playground("http://x", "127.0.0.1", port):
+    with pytest.raises(ServerError, match="choose others"), playground("http://x", "127.0.0.1", port):
         pass

@@ -108,12 +108,17 @@ def test_the_card_says_how_to_make_it_again(
         ("reverse", ["--layers", "2"], "2 layers cannot be kept of 8; allowed are 3 to 7"),
         ("reverse", ["--layers", "8"], "8 layers cannot be kept of 8; allowed are 3 to 7"),
         ("sleb", [], "order of 'sleb' has not been measured for bytes"),
-        ("sleb", [], "name its file with --orders, or give a text to measure it on with --text"),
+        ("sleb", [], "--text TEXT` and name FILE with --orders, or give a text to measure it on with --text"),
         ("sleb", ["--orders", "none.json"], "cannot read the layer orders none.json"),
         ("sleb", ["--text", "none.txt"], "cannot read the text file none.txt"),
         ("sleb", ["--text", "a", "--orders", "b"], "measured on --text or read from --orders; give one of them"),
         ("sleb", ["--text", "a", "--tokens", "0"], "tokens: Input should be greater than or equal to 1"),
         ("random", ["--text", "a"], "the order of 'random' comes from the layers' positions, so --text says nothing"),
+        ("reverse", ["--tokens", "64"], "--tokens is for an order that is measured, and none is: give --text"),
+        ("reverse", ["--window", "64"], "--window is for an order that is measured"),
+        ("random", ["--device", "cpu"], "--device is for an order that is measured"),
+        ("sleb", ["--orders", "b", "--dtype", "float32"], "--dtype is for an order that is measured"),
+        ("taylor", ["--text", "a", "--candidates", "2"], "a search tries, and 'taylor' has none; leave it out"),
         ("reverse", ["--model", "none"], "no model at none"),
     ],
 )
@@ -133,6 +138,23 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert _prune(method, Path("out"), model_with_tokenizer, *options) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["two\nlines", "text.txt/out"])
+def test_a_folder_that_makes_no_artifact_is_told_before_anything_is_measured(
+    model_with_tokenizer: Path,
+    text_file: Path,
+    tmp_path: Path,
+    out: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fails if a name or a place that cannot be used is found when the order is measured."""
+    monkeypatch.setattr("vllm_buddy.baselines.orders.load_model", lambda *args: pytest.fail("a model was loaded"))
+    assert _prune("sleb", tmp_path / out, model_with_tokenizer, "--text", str(text_file), *SIZES) == 2
+    error = capsys.readouterr().err
+    assert "describe no artifact: name" in error or "cannot write to" in error
+    assert list(tmp_path.iterdir()) == [text_file]
 
 
 def test_a_model_that_routing_does_not_know_is_refused(

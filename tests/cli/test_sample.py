@@ -29,6 +29,7 @@ __all__ = ["model_with_tokenizer"]
         (["none/a.jsonl"], "cannot write"),
         (["a.jsonl", "--questions", "none.json", "--plain"], "leave out --plain and --opener"),
         (["a.jsonl", "--questions", "none.json", "--share", "0"], "at most 1"),
+        (["a.jsonl", "--share", "0.1"], "name a file of them with --questions"),
         (["a.jsonl", "--questions", "none.json"], "cannot read the data file none.json"),
         (["a.jsonl", "--artifact", "smollm2-135m"], "name a file of them with --questions"),
         (["a.jsonl", "--budgets", "0.5"], "name an artifact with --artifact"),

@@ -95,6 +95,19 @@ def test_a_row_is_a_prompt_and_its_answer(tokenizer: Any, tmp_path: Path) -> Non
         request_samples(DataFile.read(path), tokenizer, (0, 1), 2, SHAPE, 0)
 
 
+def test_the_longest_prompt_is_that_which_was_asked_for(tokenizer: Any, tmp_path: Path) -> None:
+    """Fails if a prompt may be as long as the context of running text, however short --prompt is."""
+    rows = [{"instruction": "x" * size, "output": "an answer that is long"} for size in (4, 30)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    whole = request_samples(DataFile.read(path), tokenizer, (0, 1), 2, SampleShape(64, 64, 12), 0)
+    short, long = sorted(sample.num_context for sample in whole)
+    (sample,) = request_samples(DataFile.read(path), tokenizer, (0, 1), 1, SampleShape(64, long - 1, 12), 0)
+    assert sample.num_context == short
+    with pytest.raises(DataError, match="there are 1"):
+        request_samples(DataFile.read(path), tokenizer, (0, 1), 2, SampleShape(64, long - 1, 12), 0)
+
+
 def test_parts_of_a_text_share_nothing(tokenizer: Any, tmp_path: Path) -> None:
     """Fails if two parts of a text share tokens."""
     path = tmp_path / "text.txt"

@@ -69,14 +69,14 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     text.write_text("a b c d e f g h " * 60)
     options = ["--model", str(folder), "--artifact", str(tmp_path / "artifact"), "--text", str(text)]
     options += ["--passages", "3", "--passage-tokens", "8", "--tokens", "16", "--drafts", "2", "--devices", "2,4"]
-    out = tmp_path / "profile.json"
-    assert main(["depth-profile", *options, "--json", str(out), "--plot", str(tmp_path / "profile.png")]) == 0
+    out = tmp_path / "new" / "profile.json"
+    assert main(["depth-profile", *options, "--json", str(out), "--plot", str(tmp_path / "plots" / "profile.png")]) == 0
     found = json.loads(out.read_text())
     assert sum(row["ead"] for row in found["depths"]) == pytest.approx(1.0)
     assert all(row["right"][0] >= row["right"][1] for row in found["depths"])
     assert {row["batch"] for row in found["speedups"]} == {1, 4, 16}
     assert [row["devices"] for row in found["dex"]] == [2, 4]
-    assert (tmp_path / "profile.png").stat().st_size > 10_000
+    assert (tmp_path / "plots" / "profile.png").stat().st_size > 10_000
     assert "exploration" in capsys.readouterr().out
     assert found["exits"] == []
     for wrong, problem in (
@@ -153,6 +153,13 @@ def test_the_lora_of_an_artifact_belongs_to_the_model(tmp_path: Path, monkeypatc
     (model,) = measured
     for name, weight in served.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_drafts_that_leave_nothing_to_count_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a chain as long as what the model writes gives shares of nothing, which are no numbers."""
+    for drafts in ("16", "17"):
+        assert main(["depth-profile", "--text", "none.txt", "--tokens", "16", "--drafts", drafts]) == 2
+        assert f"a chain of {drafts} drafts leaves nothing to count of 16 tokens" in capsys.readouterr().err
 
 
 def test_passages_are_skipped_and_the_dtype_is_that_of_the_settings(

@@ -1,6 +1,7 @@
 """The command `vllm-buddy eval`, from files to figures."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,7 @@ from tests.evaluation.commands import by_metric, run_eval
 from vllm_buddy.cli.main import main
 from vllm_buddy.evaluation import EvalSettings
 from vllm_buddy.evaluation.policy import VARIANTS
+from vllm_buddy.method.batched import routed_hidden
 
 TEXT_METRICS = ["perplexity", "kl", "agreement"]
 PIQA_METRICS = ["piqa_acc", "piqa_acc_norm"]
@@ -42,6 +44,21 @@ def test_rows(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "6 questions of" in shown
     assert "perplexity" in shown
     assert "wrote" in shown
+
+
+def test_a_smaller_window_takes_less_memory(data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if what a full device is told to lower does not make batches smaller."""
+    most: list[int] = []
+
+    def watched(model: Any, token_ids: Any, *others: Any) -> Any:
+        most[-1] = max(most[-1], token_ids.numel())
+        return routed_hidden(model, token_ids, *others)
+
+    monkeypatch.setattr("vllm_buddy.evaluation.hf_engine.routed_hidden", watched)
+    for window in ("48", "24"):
+        most.append(0)
+        run_eval(data, tmp_path / "out.json", "--policy", "reverse", "--budgets", "0.5", "--window", window)
+    assert most[1] <= 4 * 24 < most[0] <= 4 * 48
 
 
 def test_policies_score_the_same_as_alone(data: list[str], artifact: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_text_that_was_trained_on_is_a_warning(
         (["--artifact", "none"], "no artifact at none"),
         (["--policy", "mine=none"], "no artifact at none"),
         (["--policy", "sleb"], "has not been measured for bytes"),
+        (["--policy", "sleb"], "--text TEXT` and name FILE with --orders, or give a text to measure it on with"),
         (["--policy", "sleb", "--calibration", "none.txt"], "cannot read the text file none.txt"),
         (["--orders", "none.json"], "cannot read the layer orders none.json"),
         (["--model", "none"], "no model at none"),
@@ -84,6 +85,17 @@ def test_data_of_the_wrong_kind(data: list[str], tmp_path: Path, capsys: pytest.
         assert message in capsys.readouterr().err
     assert main(["eval", *data[4:]]) == 2
     assert "nothing to measure on; give --text, --piqa or both" in capsys.readouterr().err
+
+
+def test_an_order_is_not_measured_on_what_is_evaluated(
+    data: list[str], text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a static method has seen the text on which it is compared, or other parts of a file are refused."""
+    command = ["eval", *data, "--policy", "sleb", "--calibration", str(text_file)]
+    assert main(command) == 2
+    assert "would be measured on the first 4096 tokens of the text that is evaluated" in capsys.readouterr().err
+    assert main([*command, "--text-skip", "4096"]) == 2
+    assert "tokens to score" in capsys.readouterr().err
 
 
 def test_an_artifact_of_another_model(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

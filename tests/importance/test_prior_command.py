@@ -149,6 +149,32 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("out", ["--name", "two\nlines"], "these settings describe no artifact: name"),
+        ("text.txt/out", [], "cannot write to"),
+        ("x" * 300, [], "cannot write to"),
+    ],
+)
+def test_a_name_or_a_place_that_cannot_be_is_told_before_anything_is_measured(
+    model_with_tokenizer: Path,
+    tmp_path: Path,
+    text_file: Path,
+    out: str,
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fails if a measurement is lost because its artifact cannot be named so, or not be written there."""
+    monkeypatch.setattr("vllm_buddy.importance.build.load_model", lambda *_: pytest.fail("a model was loaded"))
+    before = sorted(text_file.parent.iterdir())
+    assert _prior(model_with_tokenizer, text_file.parent / out, text_file, *options) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(text_file.parent.iterdir()) == before
+
+
 def test_folders_that_cannot_be_used(
     model_with_tokenizer: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

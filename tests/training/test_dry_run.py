@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.harness.tiny_models import NUM_LAYERS, load_model
+from tests.training.conftest import run
 from vllm_buddy.cli import main
 from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.stage1_settings import Stage1Settings
@@ -41,6 +42,29 @@ def test_a_dry_run_of_a_short_run_measures_the_usual_steps(settings: dict[str, A
     found = dry_run(Stage1Settings(**settings | {"tokens": 4 * 32}), settings["model"])
     assert found.disk == 4 * 32 * settings["top_logits"] * 6  # of the one step that the run has
     assert found.seconds == pytest.approx(4 * 32 / found.tokens_per_second)
+
+
+def test_a_dry_run_checks_and_measures_the_run_that_was_asked_for(
+    settings: dict[str, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a run that starts from an artifact is told what it does not do, or its mistakes are not found."""
+    run(settings | {"out": tmp_path / "first"})[0].save(tmp_path / "start")
+    words = [f"{key}={value}" for key, value in settings.items() if key != "data"]
+    command = ["train", *words, f"data=[{{file: {data}}}]", "--dry-run"]
+    command[1:1] = [f"start_from={tmp_path / 'start'}"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "closed-form" not in said
+    assert "search" not in said
+    for change, message in (
+        ("start_from=/nowhere", "no artifact at /nowhere"),
+        ("rank=8", "has rank 4; set rank to that"),
+        (f"length=4096 tokens={1 << 20}", "beyond the model's"),
+        (f"out={tmp_path}", "which no run has made"),
+    ):
+        changed = dict(word.split("=", 1) for word in [*command[1:-1], *change.split()])
+        assert main(["train", *(f"{key}={value}" for key, value in changed.items()), "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["bypass", "distill"])

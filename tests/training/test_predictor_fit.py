@@ -1,6 +1,7 @@
 """Stage 2 of training: what the predictor learns, and the way from files to an artifact with a predictor."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def test_contexts_that_say_nothing_choose_nothing() -> None:
         ({"group": 1}, "a group of one has nothing to compare"),
         ({"max_price": float("nan")}, "max_price"),
         ({"examples": 8, "held_out": 0.1}, "of 8 examples is none"),
+        ({"examples": 8, "held_out": 0.2}, "of 8 examples is one sample"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
@@ -189,6 +191,36 @@ def test_another_artifact_is_not_overwritten(
     exits = random_exits(load_model(model_with_tokenizer), (4,), seed=0)
     with_drafts(load_artifact(out), exits).save(out)
     assert main(command) == 2  # which would lose the exits
+
+
+def test_two_held_out_samples_are_enough(run: tuple[Path, list[str]]) -> None:
+    """Fails if the fewest samples that may be held out end in a traceback, or in figures that are no numbers."""
+    out, command = run
+    assert main([*command, "data=[{file: text.txt}]", "examples=10"]) == 0
+    log = [json.loads(line) for line in (out / LOG_FILE).read_text().splitlines()]
+    assert np.isfinite([row["budget_stdev"] for row in log]).all()
+
+
+def test_files_of_the_user_are_not_overwritten(run: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a user's own files are lost, or losses of a run that was stopped must be measured again."""
+    out, command = run
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    assert main(command) == 2
+    assert f"{out} holds README.md, which no run has made" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["README.md"]
+    (out / "README.md").rename(out / "losses-0.npy")
+    assert main(command) == 0
+
+
+def test_missing_matplotlib_is_told_before_anything_is_measured(
+    run: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the package that draws the curves is found missing when all is trained."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(run[1]) == 2
+    assert "curves need matplotlib: pip install matplotlib" in capsys.readouterr().err
+    assert not run[0].exists()
 
 
 def test_an_artifact_without_a_predictor_cannot_be_evaluated(

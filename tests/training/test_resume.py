@@ -1,5 +1,6 @@
 """Runs of stage 1 that stop, and what a run finds in its folder when it starts."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,13 +10,15 @@ import pytest
 import torch
 import yaml
 
-from tests.harness.tiny_models import load_model
+from tests.harness.tiny_models import load_model, random_exits, random_predictor
 from tests.training.conftest import run
 from tests.training.recipes import RECIPES
-from vllm_buddy.artifact import RUN_FILE, identify, load_artifact, with_drafts
+from vllm_buddy.artifact import RUN_FILE, Artifact, identify, load_artifact, with_drafts
+from vllm_buddy.artifact.config import PredictorConfig
 from vllm_buddy.baselines import LayerOrder, OrderFile
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import DraftExit, ExitAdapter
+from vllm_buddy.method.decision import value_table
 from vllm_buddy.training import checkpoint, start
 from vllm_buddy.training.loop import LOG_FILE
 from vllm_buddy.training.stage1_record import finish_run
@@ -66,6 +69,24 @@ def test_the_card_counts_what_was_trained(settings: dict[str, Any]) -> None:
     finish_run(artifact, stage, Stage1Settings(**shorter), "vllm-buddy train", None)
     assert f"Trained on {6 * 4 * 32} tokens of" in (settings["out"] / "README.md").read_text()
     assert yaml.safe_load((settings["out"] / RUN_FILE).read_text())["trained_tokens"] == 6 * 4 * 32
+
+
+def test_a_stopped_run_may_be_named_and_moved(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if settings that change no loss keep a run from going on, or are not those that are written."""
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, 3)
+    moved = tmp_path / "moved"
+    shutil.copytree(settings["model"], moved)
+    changed = settings | {"model": moved, "base_model_id": "me/mine", "decide_every": 8}
+    artifact, stage, rest = run(changed)
+    assert len(rest) == 4
+    assert (artifact.config.base_model.id, artifact.config.route_every) == ("me/mine", 8)
+    finish_run(artifact, stage, Stage1Settings(**changed), "vllm-buddy train", None)
+    written = yaml.safe_load((settings["out"] / RUN_FILE).read_text())
+    assert (written["settings"]["decide_every"], written["base_model"]["id"]) == (8, "me/mine")
+    artifact.save(tmp_path / "start")
+    more = settings | {"start_from": str(tmp_path / "start"), "out": tmp_path / "more", "base_model_id": "you/yours"}
+    assert run(more)[0].config.base_model.id == "you/yours"
 
 
 def test_a_folder_with_another_run_is_refused(settings: dict[str, Any]) -> None:
@@ -163,6 +184,61 @@ def test_a_run_does_not_replace_what_it_has_not_made(settings: dict[str, Any], t
     with_drafts(load_artifact(first), (exits,), None).save(first)
     with pytest.raises(TrainingError, match="has got draft exits since it was trained"):
         run(settings | {"out": first}, 1)
+
+
+@pytest.mark.parametrize("part", ["a Budget Predictor", "draft exits"])
+def test_a_run_from_an_artifact_drops_nothing_that_was_added_to_its_own(
+    settings: dict[str, Any], tmp_path: Path, part: str
+) -> None:
+    """Fails if a run with `start_from` that is run again deletes what its artifact has got since."""
+    source = tmp_path / "first"
+    artifact, stage, _ = run(settings | {"out": source})
+    finish_run(artifact, stage, Stage1Settings(**settings | {"out": source}), "vllm-buddy train", None)
+    _with_part(artifact, part, settings["model"], seed=0).save(source)  # which the run keeps
+    more = settings | {"start_from": str(source)}
+    artifact, stage, _ = run(more)
+    finish_run(artifact, stage, Stage1Settings(**more), "vllm-buddy train", None)
+    run(more)  # with the parts of the artifact that it starts from
+    _with_part(load_artifact(settings["out"]), part, settings["model"], seed=1).save(settings["out"])
+    with pytest.raises(TrainingError, match=f"has got {part} since it was trained"):
+        run(more, 1)
+
+
+def _with_part(artifact: Artifact, part: str, model_dir: Path, seed: int) -> Artifact:
+    model = load_model(model_dir)
+    if part == "draft exits":
+        return with_drafts(artifact, random_exits(model, (4,), seed=seed, gaps=True))
+    predictor = random_predictor(value_table(model), (4, 6, 8), 8, seed=seed)
+    found = PredictorConfig(depths=predictor.depths, price=1.0)
+    config = artifact.config.model_copy(update={"predictor": found})
+    return dataclasses.replace(artifact, config=config, predictor=predictor)
+
+
+@pytest.mark.parametrize("name", ["README.md", "run.yaml", "log.jsonl", "notes.txt"])
+def test_files_of_the_user_are_no_run(settings: dict[str, Any], name: str) -> None:
+    """Fails if `train` overwrites a user's own files, or begins among them."""
+    settings["out"].mkdir()
+    (settings["out"] / name).write_text('{"mine": true}\n')
+    with pytest.raises(TrainingError, match=rf"holds {name}, which no run has made"):
+        run(settings, 1)
+    assert [path.name for path in settings["out"].iterdir()] == [name]
+    (settings["out"] / name).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, 1)
+    (settings["out"] / "notes.txt").write_text("of a run that has begun")
+    (settings["out"] / "README.md").write_text("mine")
+    with pytest.raises(TrainingError, match=r"holds README\.md, which no run has made"):
+        run(settings, 1)
+
+
+def test_a_run_that_has_nothing_but_a_log_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Fails if a run that was stopped before its first checkpoint does not know its own folder."""
+    run(settings | {"out": tmp_path / "first"})[0].save(tmp_path / "start")
+    more = settings | {"start_from": str(tmp_path / "start"), "cache_dir": tmp_path / "cache"}
+    with pytest.raises(KeyboardInterrupt):
+        run(more, 1)
+    assert [path.name for path in settings["out"].iterdir()] == [LOG_FILE]
+    run(more)
 
 
 def test_the_regression_is_not_made_twice(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

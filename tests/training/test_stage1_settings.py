@@ -13,6 +13,7 @@ from vllm_buddy.training.stage1_settings import Stage1Settings
 from vllm_buddy.training.stage2_settings import Stage2Settings
 
 RECIPES_DIR = Path(__file__).parents[2] / "recipes"
+BY_TOKEN = {"schedule": "token", "token_depths": (4, 6), "kv_policy": "kv_only", "token_windows": 12}
 
 
 @pytest.mark.parametrize(
@@ -34,13 +35,19 @@ RECIPES_DIR = Path(__file__).parents[2] / "recipes"
         ({"router_windows": 4, "batch": 2, "tokens": 64}, "fitted on 4 sequences or more, and training has 2"),
         ({"min_budget": 0.01}, "budget"),
         ({"length": 4096, "tokens": 1 << 20}, "beyond the model's|less than one sequence"),
+        (BY_TOKEN | {"paths": "learned"}, "schedule token needs one path of each depth"),
+        (BY_TOKEN | {"token_depths": (4, 9)}, "there is no path of 9 layers; those of a model of 8 layers have 3 to 7"),
+        (BY_TOKEN | {"token_depths": (2, 6)}, "there is no path of 2 layers"),
         ({"data": []}, "at least 1"),
         ({"learning_rate": float("nan")}, "finite"),
         ({"colour": 1}, "[Ee]xtra"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], change: dict[str, Any], message: str) -> None:
-    """Fails if settings that cannot work are found only after training has started."""
+def test_settings_that_cannot_work_are_refused(
+    settings: dict[str, Any], change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if settings that cannot work are found only after the start of training was computed."""
+    monkeypatch.setattr("vllm_buddy.training.start.fit_bypass", lambda *_, **__: pytest.fail("a regression began"))
     with pytest.raises((BuddyError, ValueError), match=message):
         run(settings | change)
 
@@ -107,6 +114,24 @@ def test_overrides_go_on_top_of_the_file(tmp_path: Path) -> None:
     config.write_text("5: 3\non: x\n")
     with pytest.raises(TrainingError, match="unknown settings 5, True; known are"):
         Stage1Settings.read(config, {})
+
+
+@pytest.mark.parametrize("text", ["/x/run #2", "2026-11-30", "5", "a: b", "~/off", "[x"])
+def test_words_and_paths_on_the_command_line_are_taken_as_they_are(text: str, tmp_path: Path) -> None:
+    """Fails if a path that means something in YAML becomes another one, or is refused."""
+    given = {"out": text, "name": text, "start_from": text, "data": "[{file: a.txt}]"}
+    read = Stage1Settings.read(None, given)
+    assert read.out == Path(text).expanduser()
+    assert read.name == text
+    assert read.start_from == str(Path(text).expanduser())
+    stage2 = read_settings_file(Stage2Settings, None, {"out": text, "data": "[{file: a.txt}]", "depths": "[4, 6]"})
+    assert (stage2.out, stage2.depths) == (read.out, (4, 6))
+    with pytest.raises(TrainingError, match="out: Input is not a valid path"):
+        Stage1Settings.read(None, given | {"out": ""})
+    config = tmp_path / "run.yaml"
+    config.write_text("out: here\ndata: [{file: a.txt}]\nname: x\nbase_quantisation: nf4\n")
+    absent = Stage1Settings.read(config, {"name": "null", "base_quantisation": "null", "recipe": "bypass"})
+    assert (absent.name, absent.base_quantisation) == (None, None)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"data": "text.txt"}])

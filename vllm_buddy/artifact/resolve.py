@@ -54,8 +54,8 @@ def _shipped_for(model: BaseModelIdentity, shipped: dict[str, Path], by_token: b
     raise ArtifactError(
         f"no shipped artifact fits the model {model.summary()}; shipped are: {', '.join(shipped) or 'none'}. "
         'Name one (a server takes it with --additional-config \'{"buddy": {"artifact": FOLDER_OR_HUB_ID}}\'), or make '
-        "one: docs/own_model.md has a recipe that takes minutes, and `vllm-buddy prior MODEL_DIR OUT` makes an "
-        f"untrained one{_other_weights(alike)}"
+        "one: docs/own_model.md has a recipe that takes minutes, and `vllm-buddy prior MODEL OUT --text FILE` "
+        f"makes an untrained one{_other_weights(alike)}"
     )
 
 

@@ -23,6 +23,7 @@ from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.models.torch_device import find_device, torch_dtype
 
 SHIPPED_DIR = Path(__file__).parent / "orders"
+NAME_THE_FILE = "name FILE as `orders`"
 _USUAL = MeasuringSettings()
 
 Report = Callable[[str, int, int], None]
@@ -116,11 +117,17 @@ def shipped_orders() -> list[OrderFile]:
 
 
 def layer_order(
-    name: str, base: BaseModelIdentity, *, seed: int = 0, files: Sequence[OrderFile] | None = None
+    name: str,
+    base: BaseModelIdentity,
+    *,
+    seed: int = 0,
+    files: Sequence[OrderFile] | None = None,
+    advice: str = NAME_THE_FILE,
 ) -> list[int]:
     """Return the order in which static method `name` removes the middle layers of `base`.
 
-    seed: seed of the method `random`. files: where to look for a measured order; None: the shipped orders.
+    seed: seed of the method `random`. files: where to look for a measured order; None: the shipped orders. advice: what
+        to do with an order that had to be measured first.
 
     Raises:
         BaselineError: the method is unknown, or its order has not been measured for this model.
@@ -128,11 +135,15 @@ def layer_order(
     check_static_method(name)
     if name in POSITIONAL:
         return POSITIONAL[name](base.num_layers, seed)
-    return find_order(name, base, files).layers
+    return find_order(name, base, files, advice).layers
 
 
-def find_order(name: str, base: BaseModelIdentity, files: Sequence[OrderFile] | None = None) -> LayerOrder:
+def find_order(
+    name: str, base: BaseModelIdentity, files: Sequence[OrderFile] | None = None, advice: str = NAME_THE_FILE
+) -> LayerOrder:
     """Return the order of measured method `name` for `base` from `files`; None: from the shipped orders.
+
+    advice: see layer_order.
 
     Raises:
         BaselineError: the order has not been measured for this model.
@@ -143,7 +154,7 @@ def find_order(name: str, base: BaseModelIdentity, files: Sequence[OrderFile] | 
                 return order
     raise BaselineError(
         f"the layer order of '{name}' has not been measured for {base.summary()}; measure it with `vllm-buddy orders "
-        f"FILE --methods {name} --model MODEL --text TEXT` and name FILE as `orders`"
+        f"FILE --methods {name} --model MODEL --text TEXT` and {advice}"
     )
 
 

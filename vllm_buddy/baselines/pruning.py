@@ -4,13 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.artifact.config import PriorConfig
+from vllm_buddy.artifact.files import one_line
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.baselines.base import MEASURED, static_path
 from vllm_buddy.baselines.orders import LayerOrder, OrderFile, Report, find_order, layer_order, measure_order
 from vllm_buddy.baselines.pruned_checkpoint import save_pruned_checkpoint
-from vllm_buddy.baselines.static_artifact import static_artifact
+from vllm_buddy.baselines.static_artifact import bare_artifact, static_artifact
 from vllm_buddy.baselines.static_settings import PruneSettings
 from vllm_buddy.errors import BaselineError
 from vllm_buddy.importance import CalibrationText
@@ -62,20 +65,21 @@ def prune(
             f"{settings.layers} layers cannot be kept of {base.num_layers}; allowed are {MIN_DEPTH} to "
             f"{base.num_layers - 1}, the first and the last included"
         )
+    name, unmeasured = settings.out.absolute().name, "none" if text is None else text.name
+    try:
+        bare_artifact(name, base, PriorConfig(indicator=settings.method, calibration=unmeasured, num_tokens=0))
+    except ValidationError as error:
+        raise BaselineError(f"these settings describe no artifact: {one_line(error)}") from None
     measured = None
     if text is not None:
         measured = measure_order(settings.method, model_dir, text, settings, report, note)
     elif settings.method in MEASURED:
-        try:
-            measured = find_order(settings.method, base, files)
-        except BaselineError as error:
-            raise BaselineError(
-                f"{error} and name its file with --orders, or give a text to measure it on with --text"
-            ) from None
+        advice = "name FILE with --orders, or give a text to measure it on with --text"
+        measured = find_order(settings.method, base, files, advice)
     order = measured.layers if measured is not None else layer_order(settings.method, base, seed=settings.seed)
     calibration, num_tokens = ("none", 0) if measured is None else (measured.calibration, measured.num_tokens)
     prior = PriorConfig(indicator=settings.method, calibration=calibration, num_tokens=num_tokens)
-    artifact = static_artifact(settings.out.absolute().name, base, order, prior)
+    artifact = static_artifact(name, base, order, prior)
     return PrunedModel(order, measured, layers_of(static_path(order, settings.layers)), artifact)
 
 

@@ -1,5 +1,6 @@
 """The settings of `vllm-buddy orders` and `vllm-buddy prune`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -10,6 +11,8 @@ from vllm_buddy.baselines.base import MEASURED, STATIC_METHODS, check_static_met
 from vllm_buddy.errors import BaselineError
 from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.torch_device import DEVICE_HELP, Dtype
+
+_HOW_TO_MEASURE = ("tokens", "window", "candidates", "device", "dtype")
 
 
 def _names(value: Any) -> Any:
@@ -96,7 +99,18 @@ class PruneSettings(MeasuringSettings):
             )
         if len(given) > 1:
             raise BaselineError("the order is measured on --text or read from --orders; give one of them")
+        if self.text is None and (unused := self._given(_HOW_TO_MEASURE)):
+            raise BaselineError(
+                f"--{unused[0]} is for an order that is measured, and none is: give --text, or leave it out"
+            )
+        if self.candidates is not None and not MEASURED[self.method].searches:
+            raise BaselineError(
+                f"--candidates are layers that a search tries, and '{self.method}' has none; leave it out"
+            )
         return self
+
+    def _given(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     def command(self) -> str:
         """Return the command line that writes the same files again."""

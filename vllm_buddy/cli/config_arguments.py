@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,18 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         "settings", nargs="*", metavar="KEY=VALUE", help="settings that override the file; `--list` shows all of them"
     )
     parser.add_argument("--list", action="store_true", help="list all settings with their defaults and stop")
+
+
+def take_words(args: argparse.Namespace, rest: Sequence[str]) -> bool:
+    """Add what argparse has left over to the settings: some versions of it do not take KEY=VALUE after an option.
+
+    Returns:
+        Whether the command takes such words, and these are some.
+    """
+    if not hasattr(args, "settings") or any(word.startswith("-") for word in rest):
+        return False
+    args.settings = [*args.settings, *rest]
+    return True
 
 
 def list_settings(settings: type["BaseModel"]) -> int:

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{table}")
     if args.json is not None:
         try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(dataclasses.asdict(profile), indent=1) + "\n")
         except OSError as error:
             raise EvaluationError(f"cannot write {args.json}: {error.strerror or error}") from None

@@ -16,6 +16,8 @@ from vllm_buddy.evaluation.eval_settings import EvalSettings
 if TYPE_CHECKING:
     from vllm_buddy.evaluation import Engine, EvalPlan, Figure
 
+WINDOWS_AT_ONCE = 4  # at most
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one option for each field of EvalSettings, and options for the output files."""
@@ -94,8 +96,11 @@ def _engine(settings: EvalSettings, plan: "EvalPlan") -> "Engine":
 
         return VllmEngine(plan.model_dir, settings.kv_policy, settings.dtype)
     from vllm_buddy.evaluation import HfEngine
+    from vllm_buddy.evaluation.hf_engine import BATCH_TOKENS
     from vllm_buddy.models.folder import load_model
     from vllm_buddy.models.torch_device import find_device, torch_dtype
 
     model = load_model(plan.model_dir, torch_dtype(settings.dtype))
-    return HfEngine(model.to(find_device("auto")), settings.kv_policy)
+    # Batches follow the window, so that a smaller one takes less memory.
+    batch_tokens = min(BATCH_TOKENS, WINDOWS_AT_ONCE * settings.window)
+    return HfEngine(model.to(find_device("auto")), settings.kv_policy, batch_tokens)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_buddy import __version__
+from vllm_buddy.cli.config_arguments import take_words
 from vllm_buddy.errors import BuddyError
 
 COMMANDS = {
@@ -68,7 +69,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Name
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == wanted and name != "serve":
             _module(name).add_arguments(command)
-    return parser, parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not take_words(args, rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return parser, args
 
 
 def _module(command: str) -> Any:

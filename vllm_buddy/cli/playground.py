@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         ServerError: the address cannot be listened on, or --url is none.
     """
     with playground(args.url, args.host, args.port) as server:
-        print(f"vllm-buddy: look at http://{args.host}:{server.server_port}, which asks {args.url}; Ctrl-C ends it")
+        here = f"http://{_in_url(args.host)}:{server.server_port}"
+        print(f"vllm-buddy: look at {here}, which asks {args.url}; Ctrl-C ends it")
         server.serve_forever()
     return 0
 
@@ -65,11 +67,21 @@ def playground(url: str, host: str, port: int) -> Iterator[ThreadingHTTPServer]:
     with httpx.Client(base_url=url, trust_env=False, headers=headers, limits=limits) as upstream:
         handler = type("Handler", (_Handler,), {"url": url, "upstream": upstream, "hosts": _names_of(host)})
         try:
-            server = ThreadingHTTPServer((host, port), handler)
+            server = (_IPv6Server if ":" in host else ThreadingHTTPServer)((host, port), handler)
         except (OSError, OverflowError) as error:
-            raise ServerError(f"cannot listen on {host}:{port}: {error}; choose another with --port") from None
+            raise ServerError(
+                f"cannot listen on {_in_url(host)}:{port}: {error}; choose others with --host and --port"
+            ) from None
         with server:
             yield server
+
+
+class _IPv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _names_of(host: str) -> frozenset[str] | None:

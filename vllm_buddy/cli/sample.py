@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         require_plugin()
     if not 0 < args.share <= 1:
         raise TrainingError(f"--share {args.share} must be above 0 and at most 1")
+    if args.share != 1 and args.questions is None:
+        raise TrainingError("--share is a part of the questions: name a file of them with --questions")
     if args.out.suffix != ".jsonl" or args.out.is_dir():
         raise TrainingError(f"{args.out} must be a file that ends in .jsonl: `vllm-buddy train` goes by the suffix")
     partial = args.out.with_name(f"{args.out.name}.partial")

@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from vllm_buddy.models.find import find_model
 
     if args.dry_run:
-        from accelerate import PartialState
-
         from vllm_buddy.training.dry_run import dry_run
 
         found = dry_run(settings, find_model(settings.model, note))
+        from accelerate import PartialState
+
         if PartialState().is_main_process:
             print("\n".join(_summary(found, settings)))
         return 0
@@ -77,7 +77,9 @@ def _summary(run: "DryRun", settings: "Stage1Settings") -> list[str]:
     if run.disk:
         folder = settings.cache_dir or settings.out
         lines.append(f"{'on disk: logits of the full model':46} {run.disk / 1e9:8.2f} GB in {folder}")
-    before = "" if settings.recipe != "bypass" else ", after the closed-form start and the search for paths"
+    searches = settings.paths == "searched" and settings.start_from is None
+    parts = ["the closed-form start"] * settings.regresses + ["the search for paths"] * searches
+    before = f", after {' and '.join(parts)}" if parts else ""
     lines.append(
         f"{run.tokens_per_second:.0f} tokens/s on random paths: {settings.tokens:,} tokens take "
         f"{run.seconds / 3600:.1f} hours{before}"

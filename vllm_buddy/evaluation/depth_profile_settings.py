@@ -1,10 +1,11 @@
 """The settings of `vllm-buddy depth-profile`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from vllm_buddy.errors import EvaluationError
 from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.torch_device import DEVICE_HELP, Dtype
 
@@ -48,3 +49,12 @@ class DepthProfileSettings(BaseModel):
     @classmethod
     def _of_commas(cls, value: Any) -> Any:
         return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _leaves_room_for_drafts(self) -> Self:
+        if self.tokens <= self.drafts:
+            raise EvaluationError(
+                f"a chain of {self.drafts} drafts leaves nothing to count of {self.tokens} tokens; raise --tokens or "
+                "lower --drafts"
+            )
+        return self

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_buddy.artifact import load_artifact, resolve_artifact
 from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify
 from vllm_buddy.artifact.provenance import trained_share
-from vllm_buddy.baselines import OrderFile, layer_order, measure_order, shipped_orders
+from vllm_buddy.baselines import MEASURED, OrderFile, layer_order, measure_order, shipped_orders
 from vllm_buddy.errors import BaselineError, EvaluationError
 from vllm_buddy.evaluation.choices import ChoiceRow, read_choices
 from vllm_buddy.evaluation.engine import Report, Variant
@@ -65,7 +65,7 @@ def make_plan(settings: EvalSettings, model_dir: Path, report: Report) -> EvalPl
     rows = [] if settings.piqa is None else read_choices(settings.piqa, settings.piqa_rows or None)
     base = identify(model_dir)
     depths = [depth_for_budget(budget, base.num_layers) for budget in settings.budgets]
-    find_order = _orders(settings, base, model_dir, report)
+    find_order = _orders(settings, base, model_dir, text, report)
     specs = [spec for spec in settings.policy if spec.base_name != DENSE]
     routed = {spec.name: _routed_policy(spec, settings, base, depths) for spec in specs if not spec.is_static}
     tokenizer = load_tokenizer(model_dir)
@@ -159,21 +159,26 @@ def _windows(text: CalibrationText, tokenizer: Any, settings: EvalSettings) -> l
 
 
 def _orders(
-    settings: EvalSettings, base: BaseModelIdentity, model_dir: Path, report: Report
+    settings: EvalSettings, base: BaseModelIdentity, model_dir: Path, text: CalibrationText | None, report: Report
 ) -> Callable[[str], list[int]]:
     """Return a function from static method to layer order, after checking that all orders are on file or measurable."""
     files = shipped_orders() if settings.orders is None else [OrderFile.load(settings.orders)]
     calibration = None if settings.calibration is None else CalibrationText.read(settings.calibration)
     orders = {}
+    advice = "name FILE with --orders, or give a text to measure it on with --calibration"
     for spec in settings.policy:
         if not spec.is_static:
             continue
         try:
-            orders[spec.name] = layer_order(spec.name, base, seed=settings.seed, files=files)
+            orders[spec.name] = layer_order(spec.name, base, seed=settings.seed, files=files, advice=advice)
         except BaselineError as error:
             if calibration is None:
+                raise EvaluationError(str(error)) from None
+            used = MEASURED[spec.name].tokens
+            if text is not None and calibration.sha256 == text.sha256 and settings.text_skip < used:
                 raise EvaluationError(
-                    f"{error} and name its file with --orders, or give a text to measure it on with --calibration"
+                    f"the order of '{spec.name}' would be measured on the first {used} tokens of the text that is "
+                    "evaluated; name another file with --calibration, or skip these with --text-skip"
                 ) from None
 
     def find(name: str) -> list[int]:

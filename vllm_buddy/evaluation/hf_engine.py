@@ -21,7 +21,7 @@ from vllm_buddy.method.bypass import Bypass
 from vllm_buddy.method.path import path_mask
 
 # Tokens of one forward pass. It limits the memory of the log-probabilities for KL, 4 bytes * vocabulary for each.
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 _CHUNK_TOKENS = 256  # tokens whose logits are computed at a time
 
 
@@ -29,11 +29,13 @@ class HfEngine:
     """An engine over a Hugging Face model.
 
     model: a causal language model in the dtype to compute in. It is not changed.
+    batch_tokens: most tokens of one forward pass, unless a sample has more.
     """
 
-    def __init__(self, model: nn.Module, kv_policy: str) -> None:
+    def __init__(self, model: nn.Module, kv_policy: str, batch_tokens: int = BATCH_TOKENS) -> None:
         self._model: Any = model
         self._kv_policy = kv_policy
+        self._batch_tokens = batch_tokens
         self._device = next(model.parameters()).device
         self._changed: dict[str, Any] = {}
 
@@ -45,7 +47,7 @@ class HfEngine:
     def _score_task(self, task: Task, variants: Sequence[Variant], report: Report) -> list[Scores]:
         found: list[list[Scores]] = [[] for _ in variants]
         order: list[int] = []
-        for indices in _batches(task.samples):
+        for indices in _batches(task.samples, self._batch_tokens):
             batch = [task.samples[i] for i in indices]
             dense = self._dense_log_probabilities(batch) if task.compare else None
             # At full depth no layer is skipped, so policies with the same weights have the same scores.
@@ -121,11 +123,11 @@ def path_masks(routes: Sequence[Sequence[Run]], length: int, num_layers: int) ->
     return torch.from_numpy(masks)
 
 
-def _batches(samples: Sequence[Sample]) -> Iterator[list[int]]:
-    """Yield indices of samples, longest first, in batches of at most _BATCH_TOKENS with padding."""
+def _batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield indices of samples, longest first, in batches of at most `batch_tokens` with padding."""
     longest_first = sorted(range(len(samples)), key=lambda i: (-len(samples[i].inputs), i))
     while longest_first:
-        size = max(1, _BATCH_TOKENS // len(samples[longest_first[0]].inputs))
+        size = max(1, batch_tokens // len(samples[longest_first[0]].inputs))
         yield longest_first[:size]
         del longest_first[:size]
 

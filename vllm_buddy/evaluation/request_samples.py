@@ -73,13 +73,14 @@ def _row_sample(file: DataFile, index: int, tokenizer: Any, shape: SampleShape) 
     text = file.plain(index)
     if text is not None:
         ids = _encode(tokenizer, text)
-        context, answer = ids[: shape.context], ids[shape.context :]
+        context, answer, longest = ids[: shape.context], ids[shape.context :], shape.context
     else:
         exchange = file.exchange(index, tokenizer)
         context, answer = _encode(tokenizer, exchange.prompt), _encode(tokenizer, exchange.answer)
+        longest = shape.prompt
         if tokenizer.eos_token_id is not None:
             answer = [*answer, tokenizer.eos_token_id]
-    if not 0 < len(context) <= max(shape.prompt, shape.context) or len(answer) < shape.shortest_answer:
+    if not 0 < len(context) <= longest or len(answer) < shape.shortest_answer:
         return None
     return Sample([*context, *answer[: shape.answer]], len(context))
 

@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from vllm_buddy.artifact import Artifact
 from vllm_buddy.artifact.config import FORMAT_VERSION, BuddyConfig, PriorConfig
+from vllm_buddy.artifact.files import one_line
 from vllm_buddy.artifact.fingerprint import identify
 from vllm_buddy.errors import CalibrationError
 from vllm_buddy.importance.base import INDICATORS, find_indicator
@@ -51,6 +53,16 @@ def build_prior(settings: PriorSettings, model_dir: Path, report: Report = lambd
         raise CalibrationError("a comparison of indicators needs held-out text to compare on; give --heldout N as well")
     text = CalibrationText.read(settings.text)
     base = identify(model_dir, settings.base_model_id)
+    try:
+        config = BuddyConfig(
+            format_version=FORMAT_VERSION,
+            name=settings.name or settings.out.absolute().name,
+            base_model=base,
+            prior=PriorConfig(indicator=settings.indicator, calibration=text.name, num_tokens=0),
+            has_decision_module=False,
+        )
+    except ValidationError as error:
+        raise CalibrationError(f"these settings describe no artifact: {one_line(error)}") from None
     model = load_model(model_dir, torch_dtype(settings.dtype), find_device(settings.device))
     tokenizer = load_tokenizer(model_dir)
     windows, heldout = text.windows(tokenizer, settings.window, settings.tokens, settings.heldout)
@@ -64,12 +76,8 @@ def build_prior(settings: PriorSettings, model_dir: Path, report: Report = lambd
         priors[name] = normalise(raw, log_scale=indicator.log_scale)
     perplexity = perplexity_by_budget(model, heldout, priors) if len(heldout) else {}
     prior = priors[settings.indicator]
-    config = BuddyConfig(
-        format_version=FORMAT_VERSION,
-        name=settings.name or settings.out.absolute().name,
-        base_model=base,
-        prior=PriorConfig(indicator=settings.indicator, calibration=text.name, num_tokens=windows.numel()),
-        has_decision_module=False,
-        library=nested_library(prior, settings.library) if settings.library else None,
-    )
-    return PriorResult(Artifact(config, prior), perplexity, text)
+    measured = {
+        "prior": config.prior.model_copy(update={"num_tokens": windows.numel()}),
+        "library": nested_library(prior, settings.library) if settings.library else None,
+    }
+    return PriorResult(Artifact(config.model_copy(update=measured), prior), perplexity, text)

@@ -18,11 +18,13 @@ from vllm_buddy.models.folder import load_tokenizer
 from vllm_buddy.training.corpus import Corpus
 from vllm_buddy.training.frozen_base import base_bytes, check_processes, gathered_bytes, load_base, make_accelerator
 from vllm_buddy.training.loop import TrainingRun
+from vllm_buddy.training.out_folder import check_run_folder
 from vllm_buddy.training.regression import fit_bypass
 from vllm_buddy.training.repair import BypassRepair, LoraRepair, Repair
 from vllm_buddy.training.routing import RandomRouting
 from vllm_buddy.training.stage1 import check_fits, check_settings
 from vllm_buddy.training.stage1_settings import Stage1Settings
+from vllm_buddy.training.start import starting_artifact, static_order
 from vllm_buddy.training.teacher import BYTES_PER_LOGIT, Teacher
 
 STEPS = 3  # the first one warms up
@@ -58,10 +60,13 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         BuddyError: as `run_stage1` would.
     """
     check_settings(settings)
+    base = identify(model_dir, settings.base_model_id)
+    check_fits(settings, base, model_dir)
+    static_order(settings, base)
+    check_run_folder(settings.out, settings.start_from, starting_artifact(settings, base))
     accelerator = make_accelerator()
     check_processes(settings, accelerator)
-    base, tokenizer = identify(model_dir), load_tokenizer(model_dir)
-    check_fits(settings, base)
+    tokenizer = load_tokenizer(model_dir)
     num_used = settings.tokens // settings.length
     corpus = Corpus.read(
         settings.data,
@@ -88,10 +93,10 @@ def dry_run(settings: Stage1Settings, model_dir: Path) -> DryRun:
         repair = LoraRepair(model, settings.rank, settings.lora_alpha)
     trained = sum(parameter.numel() for parameter in repair.parameters())
     memory["repair: weights, gradients, moments of AdamW"] = _STATES * _FLOAT32 * trained
-    if settings.recipe == "bypass" and settings.init_tokens:
+    if settings.regresses:
         memory["closed-form start: three sums per layer"] = 3 * _FLOAT32 * middle * hidden**2
     disk = start_peak = 0
-    if settings.recipe == "bypass" and settings.init_tokens:
+    if settings.regresses:
         windows = corpus.take(START_SEQUENCES * settings.length)
         fit_bypass(model, windows, settings.rank, checkpoint=settings.checkpoint_activations)
         start_peak = _peak_bytes(accelerator.device)

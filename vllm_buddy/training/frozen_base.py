@@ -4,6 +4,7 @@ A base that is shared out (`shard_base`) is split by torch's fully_shard into on
 each for embedding and head. `method/sharded.py` says when a group is gathered. The final norm is small and stays whole.
 """
 
+import importlib
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,16 @@ from vllm_buddy.training.stage1_settings import Stage1Settings
 # For the slowest stage that one process goes through while others wait, such as the closed-form start of an 8B model.
 _LONGEST_WAIT = timedelta(hours=12)
 MESH_DIM = "fsdp"  # the name by which peft knows that a module computes its whole output from a shard
+
+
+def check_packages() -> None:
+    """Raise a TrainingError if the package that runs processes and devices is missing."""
+    try:
+        importlib.import_module("accelerate")
+    except ImportError:
+        raise TrainingError(
+            "training needs accelerate: pip install accelerate, or pip install '.[train]' in a checkout of this package"
+        ) from None
 
 
 def make_accelerator() -> Any:

@@ -17,14 +17,15 @@ from vllm_buddy.artifact.fingerprint import BaseModelIdentity, identify, weight_
 from vllm_buddy.baselines import check_static_method, static_prior
 from vllm_buddy.errors import TrainingError
 from vllm_buddy.method import DecisionModule, FoldedDecision, TokenSchedule
-from vllm_buddy.method.budget import depth_for_budget
+from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.method.kv_policy import check_kv_policy
 from vllm_buddy.method.router import standardised
-from vllm_buddy.models.folder import load_tokenizer
+from vllm_buddy.models.folder import load_config, load_tokenizer
 from vllm_buddy.training.checkpoint import CHECKPOINT_FILE
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.frozen_base import check_processes, load_base, make_accelerator
+from vllm_buddy.training.curves import pyplot
+from vllm_buddy.training.frozen_base import check_packages, check_processes, load_base, make_accelerator
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.observations import Observations
 from vllm_buddy.training.out_folder import check_run_folder
@@ -42,7 +43,9 @@ ROUTER_DEPTHS = 5  # about as many depths are used to compare paths
 
 
 def check_settings(settings: Stage1Settings) -> None:
-    """Raise a BuddyError for any mistake that can be found before a model is loaded."""
+    """Raise a BuddyError for any mistake that can be found before the model is looked at, and for missing packages."""
+    check_packages()
+    pyplot()  # for the curves, which are drawn when all is trained
     check_kv_policy(settings.kv_policy)
     if settings.paths not in (SEARCHED, LEARNED):
         check_static_method(settings.paths)
@@ -54,8 +57,15 @@ def check_settings(settings: Stage1Settings) -> None:
         raise TrainingError("router_windows compares searched paths; set paths to searched")
 
 
-def check_fits(settings: Stage1Settings, base: BaseModelIdentity) -> None:
-    """Raise a BuddyError for settings that do not fit the model."""
+def check_fits(settings: Stage1Settings, base: BaseModelIdentity, model_dir: Path) -> None:
+    """Raise a BuddyError for settings that do not fit the model in `model_dir`."""
+    if settings.length > (longest := load_config(model_dir).max_position_embeddings):
+        raise TrainingError(f"length {settings.length} is beyond the model's {longest}")
+    if missing := sorted(set(settings.token_depths) - set(range(MIN_DEPTH, base.num_layers))):
+        raise TrainingError(
+            f"token_depths: there is no path of {', '.join(map(str, missing))} layers; those of a model of "
+            f"{base.num_layers} layers have {MIN_DEPTH} to {base.num_layers - 1}"
+        )
     check_top_logits(settings.top_logits, base.vocab_size)
     if depth_for_budget(settings.min_budget, base.num_layers) == base.num_layers:
         raise TrainingError(
@@ -76,7 +86,10 @@ def run_stage1(
         BuddyError: settings, data or model cannot be used, the loss is not finite, or the disk is full.
     """
     check_settings(settings)
-    check_run_folder(settings.out, settings.start_from)
+    base, weights = identify(model_dir, settings.base_model_id), weight_digest(model_dir)
+    check_fits(settings, base, model_dir)
+    origin = Origin.of(settings, base, weights)
+    check_run_folder(settings.out, settings.start_from, origin.artifact)
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,9 +98,6 @@ def run_stage1(
     check_processes(settings, accelerator)
     note = note if accelerator.is_main_process else lambda _: None
     torch.manual_seed(settings.seed)
-    base, weights = identify(model_dir, settings.base_model_id), weight_digest(model_dir)
-    check_fits(settings, base)
-    origin = Origin.of(settings, base, weights)
     tokenizer = load_tokenizer(model_dir)
     used = settings.tokens // settings.length
     drawn = max(used, settings.token_windows) if settings.schedule == "token" else used
@@ -95,8 +105,6 @@ def run_stage1(
     token_windows = np.unique(corpus.order[: settings.token_windows])
     corpus = dataclasses.replace(corpus, order=corpus.order[:used])
     model: Any = load_base(settings, model_dir, accelerator)
-    if settings.length > model.config.max_position_embeddings:
-        raise TrainingError(f"length {settings.length} is beyond the model's {model.config.max_position_embeddings}")
     teacher = None
     if settings.recipe != "paper":
         folder = (settings.cache_dir or settings.out) / f"teacher-{weights}-{corpus.digest}"

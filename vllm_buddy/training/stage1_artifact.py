@@ -53,6 +53,8 @@ def trained_artifact(
     update: dict[str, Any] = {"name": config.name, "budgets": config.budgets, "token": None}
     if settings.decide_every is not None:
         update["route_every"] = settings.decide_every
+    if settings.base_model_id is not None:
+        update["base_model"] = base
     if folded is not None:
         update["has_decision_module"] = True
     if settings.paths == LEARNED:  # the module was trained to choose any layers

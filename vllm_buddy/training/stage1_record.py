@@ -116,7 +116,8 @@ def model_card(artifact: Artifact, settings: Stage1Settings, command: str, train
         "",
         f"{trained}. With the least budget the static path runs layers {', '.join(map(str, static))}.",
         "",
-        "`vllm-buddy eval --artifact DIR --text FILE --piqa FILE` measures what that is worth.",
+        "`vllm-buddy eval --model MODEL --artifact DIR --policy buddy --text FILE --piqa FILE` measures what that is "
+        "worth.",
         "",
         DRAFTS_HEADING,
         "",

@@ -14,8 +14,12 @@ from vllm_buddy.training.sources import Sources, UserPath, UserPlace
 
 FEWEST_WINDOWS = 4  # of the fit of a Decision Module, which holds out a quarter
 
-# Settings that leave the loss curve as it is, or may change while a run stands.
+# Settings that leave the loss curve as it is, or may change while a run stands. What a run goes out from has a hash of
+# its own, in which the weights of `model` are.
 _WITHOUT_EFFECT = {
+    "model",
+    "base_model_id",
+    "decide_every",
     "out",
     "cache_dir",
     "save_every",
@@ -184,6 +188,8 @@ class Stage1Settings(BaseModel):
             raise ValueError(f"token_depths must ascend: {self.token_depths}")
         if self.schedule == "token" and (self.recipe != "bypass" or self.kv_policy != "kv_only"):
             raise ValueError("schedule token needs recipe bypass and kv_policy kv_only")
+        if self.schedule == "token" and self.paths == "learned":
+            raise ValueError("schedule token needs one path of each depth; set paths to searched or to a static method")
         if self.full_prompt_share and (self.schedule == "token" or self.paths == "learned"):
             raise ValueError("full_prompt_share is for sequences of one searched or static path; set it to 0")
         if 0 < self.router_windows < FEWEST_WINDOWS:
@@ -216,6 +222,11 @@ class Stage1Settings(BaseModel):
     @property
     def num_steps(self) -> int:
         return self.tokens // (self.batch * self.length)
+
+    @property
+    def regresses(self) -> bool:
+        """Whether the bypass starts from a regression."""
+        return self.recipe == "bypass" and self.init_tokens > 0 and self.start_from is None
 
     @property
     def explored_tokens(self) -> int:

@@ -22,6 +22,7 @@ from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.models.torch_device import find_device, torch_dtype
+from vllm_buddy.training.curves import pyplot
 from vllm_buddy.training.out_folder import check_out
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
 from vllm_buddy.training.stage2_settings import Stage2Settings
@@ -58,6 +59,7 @@ def run_stage2(
     Raises:
         BuddyError: settings, data, artifact or model cannot be used.
     """
+    pyplot()  # for the curves, which are drawn when all is trained
     artifact = load_artifact(artifact_dir).without_predictor()
     artifact.require_base(identify(model_dir), TrainingError)
     base = artifact.config.base_model
@@ -84,7 +86,7 @@ def run_stage2(
     flat = [sample for part in samples for sample in part]
     predictor, held_out = fit_predictor(contexts_of(flat, values), table, depths, base.num_layers, settings, report)
     folded = FoldedPredictor.fold(predictor, values, base.num_layers)
-    return _finish(settings, artifact, folded, [flat[i] for i in held_out], table[held_out], files, len(flat))
+    return _finish(settings, artifact, folded, [flat[i] for i in held_out], table[held_out.numpy()], files, len(flat))
 
 
 def contexts_of(samples: Sequence[Sample], values: torch.Tensor) -> Contexts:

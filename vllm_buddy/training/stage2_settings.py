@@ -8,6 +8,8 @@ from vllm_buddy.models.find import MODEL_OR_DEFAULT_HELP
 from vllm_buddy.models.torch_device import Dtype
 from vllm_buddy.training.sources import Files, UserPath, UserPlace
 
+FEWEST_HELD_OUT = 2  # samples, whose spread is a figure of the log
+
 
 class Stage2Settings(BaseModel):
     """Settings of stage 2. They are recorded in run.yaml."""
@@ -71,4 +73,9 @@ class Stage2Settings(BaseModel):
             raise ValueError("a group of one has nothing to compare; set group to 0 or to 2 and more")
         if int(min(self.examples * source.weight for source in self.data) * self.held_out) < 1:
             raise ValueError(f"held_out ({self.held_out}) of {self.examples} examples is none")
+        if int(sum(round(self.examples * source.weight) for source in self.data) * self.held_out) < FEWEST_HELD_OUT:
+            raise ValueError(
+                f"held_out ({self.held_out}) of {self.examples} examples is one sample, and figures of fewer than "
+                f"{FEWEST_HELD_OUT} have no spread; raise held_out or examples"
+            )
         return self

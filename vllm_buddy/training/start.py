@@ -52,11 +52,9 @@ class Origin:
         """Read it. weights: of `weight_digest`.
 
         Raises:
-            BuddyError: the order has not been measured for this model, or the artifact cannot be read.
+            BuddyError: the order has not been measured for this model, or see `starting_artifact`.
         """
-        order, artifact = static_order(settings, base), None
-        if settings.start_from is not None:
-            artifact = load_artifact(resolve_artifact(settings.start_from, lambda: base))
+        order, artifact = static_order(settings, base), starting_artifact(settings, base)
         parts = json.dumps([weights, order, None if artifact is None else artifact.digest])
         return cls(order, artifact, hashlib.sha256(parts.encode()).hexdigest()[:16])
 
@@ -106,6 +104,24 @@ def static_order(settings: Stage1Settings, base: BaseModelIdentity) -> list[int]
     return list(layer_order(settings.prior if settings.paths == LEARNED else settings.paths, base, files=files))
 
 
+def starting_artifact(settings: Stage1Settings, base: BaseModelIdentity) -> Artifact | None:
+    """Return the artifact of `start_from`; None where there is none.
+
+    Raises:
+        BuddyError: it cannot be read, or training with these settings cannot start from it.
+    """
+    if settings.start_from is None:
+        return None
+    artifact = load_artifact(resolve_artifact(settings.start_from, lambda: base))
+    _order_of(artifact, base)
+    assert artifact.bypass is not None
+    if settings.rank != artifact.bypass.rank:
+        raise TrainingError(
+            f"start_from: the bypass of '{artifact.config.name}' has rank {artifact.bypass.rank}; set rank to that"
+        )
+    return artifact
+
+
 def find_start(
     settings: Stage1Settings,
     base: BaseModelIdentity,
@@ -130,13 +146,7 @@ def find_start(
     if known is not None:
         return known
     if (artifact := origin.artifact) is not None:
-        order = _order_of(artifact, base)
-        assert artifact.bypass is not None
-        if settings.rank != artifact.bypass.rank:
-            raise TrainingError(
-                f"start_from: the bypass of '{artifact.config.name}' has rank {artifact.bypass.rank}; set rank to that"
-            )
-        return Start(order, [], artifact.bypass, artifact)
+        return Start(_order_of(artifact, base), [], artifact.bypass, artifact)
     bypass = None
     in_turn = contextlib.nullcontext if settings.shard_base else accelerator.main_process_first
     if settings.recipe == "bypass":
