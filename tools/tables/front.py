@@ -52,7 +52,7 @@ def claims() -> str:
             "- **Skipping costs quality.** SmolLM2-135M, one depth per request, as in these figures of speed: "
             f"{_perplexities(shipped, 'buddy')} times the full model's perplexity on {_list(map(str, layers))} of 30 "
             "layers, on a fifth of WikiText-2's validation split that training left out, and "
-            f"{_margins(shipped, 'buddy')} of PIQA's margin over chance; on Python, which training has not seen, "
+            f"{_margins(shipped, 'buddy')} of PIQA's margin over chance; on a module of Python that training left out, "
             f"{_perplexities(load_rows('quality_code.json'), 'buddy')} times. On half of the layers most "
             f"[answers](docs/answers.md) loop. With depths per token it is {_perplexities(token, 'buddy:token')} times "
             f"and {_margins(token, 'buddy:token')}, and decoding reaches {token_speed[0.75]} times stock vLLM's "
