@@ -1,7 +1,7 @@
 """Measures how faithfully a model copies at several budgets: it is asked to proofread passages.
 
     python -m benchmarks.quality.copying                                             # 1 minute on 2 cores
-    python -m benchmarks.quality.copying --artifacts FIRST SECOND smollm2-135m       # folders, or names of shipped ones
+    python -m benchmarks.quality.copying --artifacts FIRST SECOND THIRD smollm2-135m # folders, or names of shipped ones
 
 Prompts are routed as answers are, or run all layers (`"prompt": "full"`). No training has seen the passages. Answers
 are greedy. *Copied* is the share of an answer's runs of four tokens that stand in the prompt, *repeated* the share that

@@ -2,7 +2,12 @@
 
 from tools.tables.results import Row, by_key, load_rows, section, table, where
 
-_PARTS = {"first_part": "800,000 tokens", "second_part": "480,000 more", "smollm2-135m": "960,000 more"}
+_PARTS = {
+    "first_part": "800,000 tokens",
+    "second_part": "480,000 more",
+    "third_part": "960,000 more",
+    "smollm2-135m": "480,000 more, a quarter Python",
+}
 CHANCE = 0.5  # accuracy of guessing on PIQA
 
 
@@ -47,7 +52,7 @@ def own_model_table() -> str:
             "2 minutes",
         ),
         "`recipes/quick.yaml`: searched paths and a short training": ("quality_quick.json", "buddy", "4 minutes"),
-        "the shipped artifact: [three recipes](training.md), 2,240,000 tokens": (
+        "the shipped artifact: [four recipes](training.md), 2,720,000 tokens": (
             "quality_shipped.json",
             "buddy",
             "2 hours",
@@ -92,7 +97,7 @@ def copying_table() -> str:
         cells = [f"{row['copied']:.2f} ± {row['stderr']:.2f} ({row['repeated']:.2f})" for row in of_each]
         lines.append([_PARTS.get(name, name), prompts, *cells])
     note = (
-        "`python -m benchmarks.quality.copying --artifacts FIRST SECOND smollm2-135m`, the artifacts after each part "
+        "`python -m benchmarks.quality.copying --artifacts FIRST SECOND THIRD smollm2-135m`, the artifacts after each part "
         f"of the training: {rows[0]['passages']} passages are to be proofread, greedily. "
         "Share of an answer's runs of four tokens that stand in the prompt (± standard error), and in brackets the "
         f"share that occurred in the answer before. {where(rows[0])}."

@@ -1,5 +1,6 @@
 """Draws the loss curve of a training run from its log file."""
 
+import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -19,19 +20,24 @@ def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
+def check_plotting() -> None:
+    """Raise a TrainingError if matplotlib is missing. It is not loaded: of several processes one will draw."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TrainingError("curves need matplotlib: pip install matplotlib")
+
+
 def pyplot() -> Any:
     """Return matplotlib.pyplot with a backend that draws to files.
 
     Raises:
         TrainingError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
+    check_plotting()
+    import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot
-    except ImportError:
-        raise TrainingError("curves need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
     return matplotlib.pyplot
 
 

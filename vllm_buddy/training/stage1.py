@@ -24,7 +24,7 @@ from vllm_buddy.method.router import standardised
 from vllm_buddy.models.folder import load_config, load_tokenizer
 from vllm_buddy.training.checkpoint import CHECKPOINT_FILE
 from vllm_buddy.training.corpus import Corpus
-from vllm_buddy.training.curves import pyplot
+from vllm_buddy.training.curves import check_plotting
 from vllm_buddy.training.frozen_base import check_packages, check_processes, load_base, make_accelerator
 from vllm_buddy.training.loop import TrainingRun
 from vllm_buddy.training.observations import Observations
@@ -45,7 +45,7 @@ ROUTER_DEPTHS = 5  # about as many depths are used to compare paths
 def check_settings(settings: Stage1Settings) -> None:
     """Raise a BuddyError for any mistake that can be found before the model is looked at, and for missing packages."""
     check_packages()
-    pyplot()  # for the curves, which are drawn when all is trained
+    check_plotting()  # the curves are drawn when all is trained
     check_kv_policy(settings.kv_policy)
     if settings.paths not in (SEARCHED, LEARNED):
         check_static_method(settings.paths)

@@ -22,7 +22,7 @@ from vllm_buddy.method.budget import MIN_DEPTH, depth_for_budget
 from vllm_buddy.method.decision import value_table
 from vllm_buddy.models.folder import load_model, load_tokenizer
 from vllm_buddy.models.torch_device import find_device, torch_dtype
-from vllm_buddy.training.curves import pyplot
+from vllm_buddy.training.curves import check_plotting
 from vllm_buddy.training.out_folder import check_out
 from vllm_buddy.training.predictor_fit import Contexts, fit_predictor
 from vllm_buddy.training.stage2_settings import Stage2Settings
@@ -59,7 +59,7 @@ def run_stage2(
     Raises:
         BuddyError: settings, data, artifact or model cannot be used.
     """
-    pyplot()  # for the curves, which are drawn when all is trained
+    check_plotting()  # the curves are drawn when all is trained
     artifact = load_artifact(artifact_dir).without_predictor()
     artifact.require_base(identify(model_dir), TrainingError)
     base = artifact.config.base_model
