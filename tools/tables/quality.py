@@ -97,8 +97,8 @@ def copying_table() -> str:
         cells = [f"{row['copied']:.2f} ± {row['stderr']:.2f} ({row['repeated']:.2f})" for row in of_each]
         lines.append([_PARTS.get(name, name), prompts, *cells])
     note = (
-        "`python -m benchmarks.quality.copying --artifacts FIRST SECOND THIRD smollm2-135m`, the artifacts after each part "
-        f"of the training: {rows[0]['passages']} passages are to be proofread, greedily. "
+        "`python -m benchmarks.quality.copying --artifacts FIRST SECOND THIRD smollm2-135m`, the artifacts after each "
+        f"part of the training: {rows[0]['passages']} passages are to be proofread, greedily. "
         "Share of an answer's runs of four tokens that stand in the prompt (± standard error), and in brackets the "
         f"share that occurred in the answer before. {where(rows[0])}."
     )
