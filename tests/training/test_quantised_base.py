@@ -1,5 +1,6 @@
 """Training on a base model in 8 or 4 bits."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from benchmarks.harness.quantised import FORMATS, quantise
 from tests.training.conftest import run
 from vllm_buddy.artifact import identify
 from vllm_buddy.errors import ModelError, UnsupportedError
-from vllm_buddy.models import quantised
 from vllm_buddy.models.folder import load_model
 from vllm_buddy.training.dry_run import dry_run
 from vllm_buddy.training.stage1_settings import Stage1Settings
@@ -76,7 +76,8 @@ def test_a_dry_run_tells_the_smaller_base(settings: dict[str, Any], bitsandbytes
 
 def test_without_the_package_it_says_what_to_install(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a missing package ends in a traceback, or the base is trained unquantised."""
-    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes: pip install bitsandbytes"):
         run(settings | {"base_quantisation": "nf4"})
     with pytest.raises(ValueError, match="'int8' or 'nf4'"):

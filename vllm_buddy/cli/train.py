@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 f"cannot write to {settings.out}: {error}; the checkpoint is intact, so run the same command again"
             ) from None
         print(f"wrote artifact '{artifact.config.name}' to {settings.out}")
+    stage.accelerator.wait_for_everyone()  # the launcher ends all processes when one of them fails as it exits
     return 0
 
 

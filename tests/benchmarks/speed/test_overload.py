@@ -40,6 +40,21 @@ def test_budgets_and_load_are_read_from_the_metrics() -> None:
     assert metrics(server)["vllm_buddy:load"] == 0.25
 
 
+def test_a_warm_up_takes_the_whole_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a server is timed while it writes to some pages of its KV cache for the first time."""
+    tokens = []
+    monkeypatch.setattr(
+        overload,
+        "send",
+        lambda _, load, seed: tokens.append(load.burst * (load.workload.unique + load.workload.output)),
+    )
+    served: Any = argparse.Namespace(
+        server=_Server(METRICS + 'vllm:cache_config_info{block_size="16",num_gpu_blocks="2850"} 1.0\n')
+    )
+    overload.warm_up(served)
+    assert 16 * 2850 <= tokens[-1] < 16 * 2850 + 2048
+
+
 def test_a_latency_counts_in_the_second_in_which_its_token_came() -> None:
     """Fails if a latency is drawn at the start of its request: a late slow-down would appear at the beginning."""
     result = {
@@ -102,6 +117,7 @@ def test_all_kinds_of_arrivals_are_sent_and_the_objective_is_what_the_load_price
 
     monkeypatch.setattr(overload, "send", send)
     monkeypatch.setattr(overload, "open_auto", open_auto)
+    monkeypatch.setattr(overload, "warm_up", lambda served: send(served, None, 0))
     monkeypatch.setattr(
         overload, "open_servers", lambda *_: [_Stand(name) for name in ("stock", overload.AUTO, *overload.BY_HAND)]
     )

@@ -56,7 +56,7 @@ def test_what_the_server_allows_travels_to_other_processes(llama: Engine) -> Non
     assert len(text) < 1000
 
 
-@pytest.mark.parametrize(("floor", "told"), [(0.1, "down to 0.5,"), (0.5, "down to 0.5,"), (0.8, "down to 0.8,")])
+@pytest.mark.parametrize(("floor", "told"), [(0.1, "down to 0.5 as"), (0.5, "down to 0.5 as"), (0.8, "down to 0.8 as")])
 def test_the_log_names_the_budget_that_objectives_can_lead_to(floor: float, told: str) -> None:
     """Fails if a floor below the smallest depth of the Budget Predictor is promised, which no request can get."""
     limits = AutoLimits(30, (15, 19, 24, 30), 0.1, 1.0, 0.8, None, floor, {"itl": 0.05})
