@@ -129,7 +129,7 @@ ROWS: dict[str, Sequence[Panel]] = {
                 "price, {{instance}}, engine {{engine}}": by_engine("vllm_buddy:auto_price"),
                 "largest budget under slo, {{instance}}, engine {{engine}}": by_engine("vllm_buddy:slo_largest_budget"),
             },
-            "The price, in nats per token for all layers, follows the load from 0 to 1. "
+            "The price, in nats per token for all layers, follows the load from 0 to 1; with slo, a ceiling does. "
             "Empty without a Budget Predictor.",
         ),
         Panel(
